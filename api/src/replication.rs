@@ -1,0 +1,273 @@
+//! The replication surface: bodies of `vm.replicate`, `vm.receive-replica`, `vm.failover`, and
+//! the answer of `vm.replication-info`.
+//!
+//! These settings never become a part of `VmConfig`: it travels to the backup, and a backup must
+//! not replicate to itself.
+
+mod validate;
+
+use serde::{Deserialize, Serialize};
+
+pub use validate::{CONNECTIONS, EPOCH_MS, HEARTBEAT_MS, STAGING_SIZE, TIMEOUT_MS_MAX};
+
+use crate::config::ConsoleConfig;
+
+/// Longest time between two seals unless told otherwise, in milliseconds.
+pub const EPOCH_MS_DEFAULT: u64 = 25;
+/// Shortest time between two seals unless told otherwise, in milliseconds.
+pub const EPOCH_MIN_MS_DEFAULT: u64 = 1;
+/// Time between two heartbeats unless told otherwise, in milliseconds.
+pub const HEARTBEAT_MS_DEFAULT: u64 = 100;
+/// Silence after which a side suspects its peer unless told otherwise, in milliseconds.
+pub const TIMEOUT_MS_DEFAULT: u64 = 1000;
+/// Bytes of one uncommitted epoch that a backup holds unless told otherwise.
+pub const STAGING_SIZE_DEFAULT: u64 = 256 << 20;
+
+/// How the pages of an epoch are kept as they were at the seal while the guest runs on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cow {
+    /// Hot pages are copied, cold ones protected. Not built yet, so refused; it is to be the
+    /// default once it is.
+    Hybrid,
+    /// Every page is write-protected and copied only when the guest writes it first. Not built
+    /// yet, so refused.
+    Protect,
+    /// Every page is copied aside during the pause.
+    #[default]
+    Copy,
+    /// The guest stands still until the epoch is sent.
+    Off,
+}
+
+/// How page contents are encoded on the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// Chosen per epoch from measured cost.
+    #[default]
+    Auto,
+    /// Zero pages are named, all others go as they are.
+    None,
+    /// Difference against the last committed content.
+    Delta,
+    /// LZ4 blocks.
+    Lz4,
+}
+
+/// What a primary does that has won ownership but has no backup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Degrade {
+    /// The guest runs on without protection.
+    #[default]
+    Unprotected,
+    /// The guest stays paused until a person or a new backup resumes it.
+    Pause,
+}
+
+/// Where disk writes live.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskMode {
+    /// Each host has an image of its own; writes travel in the epoch.
+    #[default]
+    Replicated,
+    /// One image that both hosts see; writes are held until commit.
+    Shared,
+}
+
+/// Whether serial and console output waits for the commit of its epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConsoleOutput {
+    /// Held until the backup owns the state that produced it.
+    #[default]
+    Hold,
+    /// Leaves at once: for debugging, since it may show what a take-over takes back.
+    Pass,
+}
+
+/// Body of `vm.replicate` and value of `--replicate`: protect this VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplicateData {
+    /// The backup: `tcp:<host>:<port>`, `unix:<path>` or `rdma:<host>:<port>`.
+    pub destination_url: String,
+    /// Longest epoch in milliseconds, 1 to 10,000.
+    #[serde(default = "epoch_ms_default")]
+    pub epoch_ms: u64,
+    /// Shortest epoch in milliseconds, at most `epoch_ms`.
+    #[serde(default = "epoch_min_ms_default")]
+    pub epoch_min_ms: u64,
+    #[serde(default)]
+    pub cow: Cow,
+    /// Data connections beside the control connection, 1 to 128.
+    #[serde(default = "connections_default")]
+    pub connections: u32,
+    #[serde(default)]
+    pub compression: Compression,
+    /// Milliseconds between heartbeats, 10 to 60,000.
+    #[serde(default = "heartbeat_ms_default")]
+    pub heartbeat_ms: u64,
+    /// Milliseconds of silence until the peer is suspected, at least twice `heartbeat_ms`.
+    #[serde(default = "timeout_ms_default")]
+    pub timeout_ms: u64,
+    /// `file:<dir>` or `etcd:<url>[,<url>]`; without one nobody takes over by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arbiter: Option<String>,
+    #[serde(default)]
+    pub degrade: Degrade,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<String>,
+    #[serde(default)]
+    pub disk_mode: DiskMode,
+    #[serde(default)]
+    pub console_output: ConsoleOutput,
+}
+
+/// Body of `vm.receive-replica` and value of `--receive-replica`: be the backup.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiveReplicaData {
+    /// Where to listen: `tcp:<host>:<port>`, `unix:<path>` or `rdma:<host>:<port>`.
+    pub receiver_url: String,
+    /// Most bytes of an epoch that is not yet committed, 1 MiB to 1 TiB.
+    #[serde(default = "staging_size_default")]
+    pub staging_size: u64,
+    #[serde(default = "heartbeat_ms_default")]
+    pub heartbeat_ms: u64,
+    #[serde(default = "timeout_ms_default")]
+    pub timeout_ms: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arbiter: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<String>,
+    /// This host's serial port for the VM, instead of the one in the primary's configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<ConsoleConfig>,
+    /// This host's console for the VM, instead of the one in the primary's configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleConfig>,
+}
+
+/// Body of `vm.failover`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailoverData {
+    /// On a backup without an arbiter: a person vouches that the primary is gone.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Which side of a pair this process is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    #[default]
+    None,
+    Primary,
+    Backup,
+}
+
+/// Where the pair stands, seen from this side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplicationState {
+    /// No peer.
+    #[default]
+    Disconnected,
+    /// The first copy is under way; the VM is not protected yet.
+    Syncing,
+    /// Every committed epoch is on both sides.
+    Protected,
+    /// The primary owns the VM alone and runs unprotected.
+    Degraded,
+    /// Output is held and the ownership is being decided.
+    Suspended,
+    /// The backup has won or is asking for the ownership.
+    TakingOver,
+    /// The backup took over; this VM is now an ordinary one.
+    TakenOver,
+    /// The peer owns the VM; this side's was destroyed.
+    Lost,
+    /// Ended by a person or by an error, see `last_error`.
+    Stopped,
+}
+
+/// A distribution in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Percentiles {
+    pub last: u64,
+    pub p50: u64,
+    pub p99: u64,
+    pub max: u64,
+}
+
+/// A distribution of a count of pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageCounts {
+    pub last: u64,
+    pub p50: u64,
+    pub p99: u64,
+}
+
+/// Answer of `vm.replication-info`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ReplicationInfo {
+    pub role: Role,
+    pub state: ReplicationState,
+    pub generation: u64,
+    pub epoch_sealed: u64,
+    pub epoch_committed: u64,
+    /// How long the guest stood still for a seal.
+    pub pause_us: Percentiles,
+    /// From seal to the backup's acknowledgement.
+    pub commit_latency_us: Percentiles,
+    pub dirty_pages: PageCounts,
+    pub cow_faults: u64,
+    /// Bytes that went to the peer (on a backup: came from it).
+    pub bytes_sent: u64,
+    /// Bytes of pages and state before encoding.
+    pub bytes_raw: u64,
+    pub output_held_bytes: u64,
+    /// Share of the first copy that is done, 0 to 1.
+    pub sync_progress: f64,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub peer: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub transport: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub last_error: Option<String>,
+    /// Take-over steps in microseconds since the UNIX epoch, on the side that took over.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub takeover: Option<TakeoverTimes>,
+}
+
+/// When the steps of a take-over happened: microseconds since the UNIX epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeoverTimes {
+    /// The primary was suspected.
+    pub detected_us: u64,
+    /// The arbiter (or a person) gave the ownership.
+    pub owned_us: u64,
+    /// The vCPUs run.
+    pub resumed_us: u64,
+}
+
+fn epoch_ms_default() -> u64 {
+    EPOCH_MS_DEFAULT
+}
+fn epoch_min_ms_default() -> u64 {
+    EPOCH_MIN_MS_DEFAULT
+}
+fn connections_default() -> u32 {
+    1
+}
+fn heartbeat_ms_default() -> u64 {
+    HEARTBEAT_MS_DEFAULT
+}
+fn timeout_ms_default() -> u64 {
+    TIMEOUT_MS_DEFAULT
+}
+fn staging_size_default() -> u64 {
+    STAGING_SIZE_DEFAULT
+}

@@ -1,0 +1,203 @@
+//! Ranges of the replication settings, and what of them this version cannot do.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+
+use super::{Compression, Cow, DiskMode, ReceiveReplicaData, ReplicateData};
+use crate::config::validate::console;
+use crate::endpoint::{ArbiterUrl, Endpoint};
+use crate::invalid::Invalid;
+
+/// Range of `epoch_ms`.
+pub const EPOCH_MS: RangeInclusive<u64> = 1..=10_000;
+/// Range of `connections`.
+pub const CONNECTIONS: RangeInclusive<u32> = 1..=128;
+/// Range of `heartbeat_ms`.
+pub const HEARTBEAT_MS: RangeInclusive<u64> = 10..=60_000;
+/// Greatest `timeout_ms`: ten minutes.
+pub const TIMEOUT_MS_MAX: u64 = 600_000;
+/// Range of `staging_size`.
+pub const STAGING_SIZE: RangeInclusive<u64> = 1 << 20..=1 << 40;
+
+const NOT_BUILT: &str = "this version cannot do it";
+
+impl ReplicateData {
+    /// Everything that is wrong with these settings, or that this version cannot honour; nothing
+    /// where the VM can be protected so.
+    #[must_use]
+    pub fn validate(&self) -> Vec<Invalid> {
+        let mut found = Vec::new();
+        peer("destination_url", &self.destination_url, &mut found);
+        range("epoch_ms", self.epoch_ms, &EPOCH_MS, &mut found);
+        range("epoch_min_ms", self.epoch_min_ms, &EPOCH_MS, &mut found);
+        if self.epoch_min_ms > self.epoch_ms {
+            let wanted = format!("epoch_ms ({}) at most", self.epoch_ms);
+            found.push(Invalid::value("epoch_min_ms", wanted, self.epoch_min_ms));
+        }
+        range("connections", self.connections, &CONNECTIONS, &mut found);
+        silence(self.heartbeat_ms, self.timeout_ms, &mut found);
+        arbiter(self.arbiter.as_deref(), &mut found);
+        tls(self.tls_dir.as_deref(), &mut found);
+        match self.cow {
+            Cow::Copy | Cow::Off => {}
+            Cow::Hybrid => found.push(unbuilt("cow=hybrid", "take cow=copy")),
+            Cow::Protect => found.push(unbuilt("cow=protect", "take cow=copy")),
+        }
+        match self.compression {
+            Compression::Auto | Compression::None => {}
+            Compression::Delta => found.push(unbuilt("compression=delta", NOT_BUILT)),
+            Compression::Lz4 => found.push(unbuilt("compression=lz4", NOT_BUILT)),
+        }
+        if self.disk_mode == DiskMode::Shared {
+            found.push(unbuilt("disk_mode=shared", NOT_BUILT));
+        }
+        found
+    }
+}
+
+impl ReceiveReplicaData {
+    /// Everything that is wrong with these settings, or that this version cannot honour; nothing
+    /// where this process can be the backup so.
+    #[must_use]
+    pub fn validate(&self) -> Vec<Invalid> {
+        let mut found = Vec::new();
+        peer("receiver_url", &self.receiver_url, &mut found);
+        range("staging_size", self.staging_size, &STAGING_SIZE, &mut found);
+        silence(self.heartbeat_ms, self.timeout_ms, &mut found);
+        arbiter(self.arbiter.as_deref(), &mut found);
+        tls(self.tls_dir.as_deref(), &mut found);
+        for (key, config) in [("serial", &self.serial), ("console", &self.console)] {
+            if let Some(config) = config {
+                console(key, config, &mut found);
+            }
+        }
+        found
+    }
+}
+
+fn unbuilt(key: &str, because: &'static str) -> Invalid {
+    Invalid::unsupported(key, because)
+}
+
+fn range<T: PartialOrd + Display>(
+    key: &str,
+    value: T,
+    range: &RangeInclusive<T>,
+    found: &mut Vec<Invalid>,
+) {
+    if !range.contains(&value) {
+        found.push(Invalid::value(key, format!("{} to {}", range.start(), range.end()), value));
+    }
+}
+
+fn silence(heartbeat_ms: u64, timeout_ms: u64, found: &mut Vec<Invalid>) {
+    range("heartbeat_ms", heartbeat_ms, &HEARTBEAT_MS, found);
+    // One heartbeat may be lost or late without anything being wrong.
+    let least = heartbeat_ms.saturating_mul(2);
+    if timeout_ms < least {
+        let wanted = format!("at least twice heartbeat_ms ({heartbeat_ms})");
+        found.push(Invalid::value("timeout_ms", wanted, timeout_ms));
+    }
+    if timeout_ms > TIMEOUT_MS_MAX {
+        let wanted = format!("{TIMEOUT_MS_MAX} at most");
+        found.push(Invalid::value("timeout_ms", wanted, timeout_ms));
+    }
+}
+
+fn peer(key: &str, url: &str, found: &mut Vec<Invalid>) {
+    match url.parse() {
+        Ok(Endpoint::Tcp { .. } | Endpoint::Unix(_)) => {}
+        Ok(Endpoint::Rdma { .. }) => {
+            found.push(unbuilt(&format!("{key} rdma:"), "this build has no RDMA"));
+        }
+        Err(error) => found.push(Invalid::endpoint(key, error)),
+    }
+}
+
+fn arbiter(url: Option<&str>, found: &mut Vec<Invalid>) {
+    match url.map(str::parse) {
+        None | Some(Ok(ArbiterUrl::File(_))) => {}
+        Some(Ok(ArbiterUrl::Etcd(_))) => found.push(unbuilt("arbiter etcd:", NOT_BUILT)),
+        Some(Err(error)) => found.push(Invalid::endpoint("arbiter", error)),
+    }
+}
+
+fn tls(directory: Option<&str>, found: &mut Vec<Invalid>) {
+    if directory.is_some() {
+        found.push(unbuilt("tls_dir", NOT_BUILT));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(found: &[Invalid]) -> Vec<String> {
+        found.iter().map(Invalid::line).collect()
+    }
+
+    #[test]
+    fn every_value_out_of_range_is_named() {
+        let good = "destination_url=tcp:b:4000";
+        for (option, line) in [
+            ("epoch_ms=0,epoch_min_ms=0", "epoch_ms must be 1 to 10000, not 0"),
+            ("epoch_ms=10001", "epoch_ms must be 1 to 10000, not 10001"),
+            ("epoch_ms=5,epoch_min_ms=6", "epoch_min_ms must be epoch_ms (5) at most, not 6"),
+            ("connections=0", "connections must be 1 to 128, not 0"),
+            ("connections=129", "connections must be 1 to 128, not 129"),
+            ("heartbeat_ms=9", "heartbeat_ms must be 10 to 60000, not 9"),
+            ("timeout_ms=199", "timeout_ms must be at least twice heartbeat_ms (100), not 199"),
+            ("timeout_ms=600001", "timeout_ms must be 600000 at most, not 600001"),
+            ("arbiter=etcd:http://a", "arbiter etcd: is not supported: this version cannot do it"),
+            (
+                "arbiter=/shared",
+                "arbiter is malformed: Expected file:<dir> or etcd:<url>[,<url>], found \"/shared\"",
+            ),
+            ("tls_dir=/t", "tls_dir is not supported: this version cannot do it"),
+            ("cow=hybrid", "cow=hybrid is not supported: take cow=copy"),
+            ("cow=protect", "cow=protect is not supported: take cow=copy"),
+            ("compression=lz4", "compression=lz4 is not supported: this version cannot do it"),
+            ("disk_mode=shared", "disk_mode=shared is not supported: this version cannot do it"),
+        ] {
+            let data: ReplicateData = format!("{good},{option}").parse().unwrap();
+            assert_eq!(lines(&data.validate())[0], line);
+        }
+        let data: ReplicateData = "destination_url=rdma:b:1".parse().unwrap();
+        let line = "destination_url rdma: is not supported: this build has no RDMA";
+        assert_eq!(lines(&data.validate()), [line]);
+        let data: ReplicateData = "destination_url=here".parse().unwrap();
+        assert!(lines(&data.validate())[0].starts_with("destination_url is malformed: Expected"));
+    }
+
+    #[test]
+    fn the_edges_of_the_ranges_are_in_them() {
+        for option in [
+            "epoch_ms=1,epoch_min_ms=1",
+            "epoch_ms=10000,epoch_min_ms=10000",
+            "connections=128",
+            "heartbeat_ms=10,timeout_ms=20",
+            "heartbeat_ms=60000,timeout_ms=120000",
+            "cow=off,compression=none,degrade=pause,console_output=pass,arbiter=file:/a",
+        ] {
+            let data: ReplicateData = format!("destination_url=unix:/a,{option}").parse().unwrap();
+            assert_eq!(lines(&data.validate()), [""; 0], "{option}");
+        }
+    }
+
+    #[test]
+    fn a_backup_is_checked_as_well() {
+        for (option, line) in [
+            ("staging_size=1048575", "staging_size must be 1048576 to 1099511627776, not 1048575"),
+            ("staging_size=2T", "staging_size must be 1048576 to 1099511627776, not 2199023255552"),
+            ("timeout_ms=1", "timeout_ms must be at least twice heartbeat_ms (100), not 1"),
+            ("tls_dir=/t", "tls_dir is not supported: this version cannot do it"),
+        ] {
+            let data: ReceiveReplicaData =
+                format!("receiver_url=tcp:b:4000,{option}").parse().unwrap();
+            assert_eq!(lines(&data.validate()), [line]);
+        }
+        let body = "{\"receiver_url\":\"tcp:b:1\",\"serial\":{\"mode\":\"File\"}}";
+        let data: ReceiveReplicaData = serde_json::from_str(body).unwrap();
+        assert_eq!(lines(&data.validate()), ["serial.file is missing: its mode is File"]);
+    }
+}

@@ -1,0 +1,68 @@
+//! The command line client: one command, one request.
+//!
+//! The body of a successful answer goes to standard output; the chain of errors goes to standard
+//! error, with exit code 1. A usage error exits with 2.
+#![forbid(unsafe_code)]
+
+mod command;
+mod watch;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use api::client::{Client, ClientError};
+use api::response::BUILD_VERSION;
+use clap::Parser;
+
+use command::Command;
+
+/// Remote control of a running cloud-hypervisor.
+#[derive(Debug, Parser)]
+#[command(name = "ch-remote", version = BUILD_VERSION)]
+struct Cli {
+    /// The socket that cloud-hypervisor was started with
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Command::ReplicationInfo { watch: true, interval, .. } = cli.command {
+        return watch::run(&cli.api_socket, interval);
+    }
+    let request = cli.command.request()?;
+    let mut client = Client::connect(&cli.api_socket)?;
+    let body = client
+        .call(request.method, request.name, request.body.as_deref())
+        .with_context(|| format!("{} failed", request.name))?;
+    if !body.is_empty() {
+        println!("{body}");
+    }
+    Ok(())
+}
+
+/// The whole chain: ours, then what the server says, outermost cause first.
+fn report(error: &anyhow::Error) {
+    eprintln!("Error: {error}");
+    for cause in error.chain().skip(1) {
+        eprintln!("  caused by: {cause}");
+    }
+    if let Some(ClientError::Refused { chain, .. }) = error.downcast_ref() {
+        for cause in chain {
+            eprintln!("  caused by: {cause}");
+        }
+    }
+}

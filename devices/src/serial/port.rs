@@ -1,0 +1,106 @@
+//! A serial port as a VM has it: the device, its host side, and the two threads between them.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use nix::sys::eventfd::EventFd;
+
+use super::backend::{Backend, BackendError, SerialMode};
+use super::{Serial, input, new_event, output};
+use crate::counters::{Counter, Counters};
+use crate::irq::IrqLine;
+use crate::output_gate::OutputGate;
+
+/// Dropping it writes what was released (held output stays unwritten), ends the threads and
+/// undoes what opening did: raw mode, the socket's path.
+#[derive(Debug)]
+pub struct SerialPort {
+    device: Arc<Serial>,
+    backend: Backend,
+    stop: Arc<EventFd>,
+    threads: Vec<JoinHandle<()>>,
+    write_errors: Arc<Counter>,
+}
+
+impl SerialPort {
+    /// Opens the host side and starts its threads; the device is in its reset state.
+    pub fn open(mode: &SerialMode, irq: IrqLine) -> Result<Self, BackendError> {
+        let started = |what| move |source: io::Error| BackendError::Start { what, source };
+        let mut backend = Backend::open(mode)?;
+        let gate = match backend.sink {
+            Some(_) => OutputGate::new(),
+            None => OutputGate::null(),
+        };
+        let device = Serial::new(irq, Arc::new(gate)).map_err(started("device"))?;
+        let stop = Arc::new(new_event().map_err(io::Error::from).map_err(started("stop event"))?);
+        let source = backend.source.take();
+        let sink = backend.sink.take();
+        // From here on a failure drops the port, which ends what was started.
+        let mut port = Self {
+            device: Arc::clone(&device),
+            backend,
+            stop: Arc::clone(&stop),
+            threads: Vec::new(),
+            write_errors: Arc::default(),
+        };
+        if let Some(sink) = sink {
+            let (gate, stop) = (Arc::clone(device.gate()), Arc::clone(&stop));
+            let errors = Arc::clone(&port.write_errors);
+            port.spawn("serial-out", move || output::run(&gate, &sink, &stop, &errors))?;
+        }
+        if let Some(source) = source {
+            port.spawn("serial-in", move || input::run(&device, source, &stop))?;
+        }
+        Ok(port)
+    }
+
+    /// The device, for the port bus and for saving.
+    #[must_use]
+    pub fn device(&self) -> &Arc<Serial> {
+        &self.device
+    }
+
+    /// Where a pty's other side is, for `vm.info`.
+    #[must_use]
+    pub fn pty_path(&self) -> Option<&Path> {
+        self.backend.pty_path()
+    }
+
+    fn spawn(
+        &mut self,
+        name: &'static str,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<(), BackendError> {
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(body)
+            .map_err(|source| BackendError::Start { what: name, source })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+}
+
+impl Drop for SerialPort {
+    fn drop(&mut self) {
+        self.device.gate().close();
+        if let Err(error) = self.stop.write(1) {
+            tracing::warn!("The serial port's threads cannot be stopped: {error}");
+            return;
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::warn!("A thread of the serial port panicked");
+            }
+        }
+    }
+}
+
+impl Counters for SerialPort {
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut counters = self.device.counters();
+        counters.push(("write_errors", self.write_errors.get()));
+        counters
+    }
+}

@@ -1,0 +1,156 @@
+//! The listening side: greets whoever connects, and leaves all decisions to the engine.
+//!
+//! Each greeting has a thread of its own and a time limit, so a peer that connects and says
+//! nothing holds nobody up; their number is bounded.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::engine::control::Greeted;
+use crate::engine::spawn;
+use crate::error::{Error, chain};
+use crate::transport::{Listener, Stream};
+use crate::wire::{FrameReader, FrameWriter, Hello, Message, Offer, SessionId, WireError};
+
+/// Most connections whose greeting is awaited at once.
+const GREETINGS_MAX: usize = 160;
+
+/// What the acceptor tells the engine.
+pub(super) enum Arrival {
+    Control {
+        greeted: Box<Greeted>,
+        hello: Hello,
+        offer: Box<Offer>,
+        peer: String,
+    },
+    Data {
+        reader: FrameReader<Box<dyn Stream>>,
+        hello: Hello,
+    },
+    /// Somebody connected whose greeting makes no sense.
+    Stray {
+        peer: String,
+        error: String,
+    },
+    /// Nobody can connect any more.
+    Broken(String),
+}
+
+/// Starts the acceptor. It ends when the listener is woken.
+pub(super) fn start(
+    listener: Listener,
+    patience: Duration,
+    deliver: impl Fn(Arrival) -> bool + Clone + Send + 'static,
+) -> Result<JoinHandle<()>, Error> {
+    let greetings = Arc::new(AtomicUsize::new(0));
+    spawn("repl-accept", None, move || {
+        loop {
+            match listener.accept() {
+                Ok(Some((stream, peer))) => {
+                    greet_aside(stream, peer, patience, &greetings, deliver.clone());
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    deliver(Arrival::Broken(chain(&error)));
+                    return;
+                }
+            }
+        }
+    })
+}
+
+fn greet_aside(
+    stream: Box<dyn Stream>,
+    peer: String,
+    patience: Duration,
+    greetings: &Arc<AtomicUsize>,
+    deliver: impl Fn(Arrival) -> bool + Send + 'static,
+) {
+    if greetings.fetch_add(1, Ordering::AcqRel) >= GREETINGS_MAX {
+        greetings.fetch_sub(1, Ordering::AcqRel);
+        let error = "Too many connections wait for their greeting".to_owned();
+        deliver(Arrival::Stray { peer, error });
+        return;
+    }
+    let waiting = Arc::clone(greetings);
+    let body = move || {
+        let arrival = greet(stream, peer.clone(), patience)
+            .unwrap_or_else(|error| Arrival::Stray { peer, error: chain(&error) });
+        waiting.fetch_sub(1, Ordering::AcqRel);
+        deliver(arrival);
+    };
+    if let Err(error) = spawn("repl-hello", None, body) {
+        greetings.fetch_sub(1, Ordering::AcqRel);
+        tracing::warn!("{}", error.chain());
+    }
+}
+
+fn greet(stream: Box<dyn Stream>, peer: String, patience: Duration) -> Result<Arrival, WireError> {
+    stream.set_read_timeout(Some(patience)).map_err(WireError::Io)?;
+    let back = stream.duplicate().map_err(WireError::Io)?;
+    let mut reader = FrameReader::new(stream, None);
+    let greeting = receive_greeting(&mut reader);
+    let session = reader.session().unwrap_or(SessionId(0));
+    let mut writer = FrameWriter::new(back, session);
+    match greeting {
+        Ok((hello, Some(offer))) => {
+            let greeted = Box::new(Greeted { reader, writer });
+            Ok(Arrival::Control { greeted, hello, offer: Box::new(offer), peer })
+        }
+        Ok((hello, None)) => Ok(Arrival::Data { reader, hello }),
+        Err(error) => {
+            let error = patient(error);
+            // The stranger may be a peer of another version: it is told, if it listens.
+            let _ = Message::Abort(chain(&error)).send(&mut writer);
+            writer.get_ref().finish();
+            drain(&mut reader);
+            Err(error)
+        }
+    }
+}
+
+/// Bytes left unread would turn the last words into a reset: reads some of them away.
+fn drain(reader: &mut FrameReader<Box<dyn Stream>>) {
+    let mut scratch = [0; 4096];
+    for _ in 0..64 {
+        match reader.get_mut().read(&mut scratch) {
+            Ok(1..) => {}
+            Ok(0) | Err(_) => return,
+        }
+    }
+}
+
+/// A greeting that did not come in time reads as an I/O error that a person would not recognise.
+fn patient(error: WireError) -> WireError {
+    match error {
+        WireError::Io(error)
+            if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
+        {
+            let late = io::Error::new(io::ErrorKind::TimedOut, "no greeting came in time");
+            WireError::Io(late)
+        }
+        other => other,
+    }
+}
+
+fn receive_greeting(
+    reader: &mut FrameReader<Box<dyn Stream>>,
+) -> Result<(Hello, Option<Offer>), WireError> {
+    let mut payload = Vec::new();
+    let hello = match Message::receive(reader, &mut payload)? {
+        Message::Hello(hello) => hello,
+        other => {
+            return Err(WireError::Unexpected { found: other.kind(), expected: "a greeting" });
+        }
+    };
+    if hello.connection != 0 {
+        return Ok((hello, None));
+    }
+    match Message::receive(reader, &mut payload)? {
+        Message::Offer(offer) => Ok((hello, Some(offer))),
+        other => Err(WireError::Unexpected { found: other.kind(), expected: "an offer" }),
+    }
+}

@@ -1,0 +1,222 @@
+//! What the engine does when its machine says so.
+
+use std::sync::atomic::Ordering;
+
+use api::replication::ReplicationState;
+
+use super::{Ask, Engine, Error, Event, Message, Replica, ReplicaBuilder, Sender, State, Told};
+use crate::backup::apply::apply;
+use crate::engine::now_us;
+use crate::ids::EpochId;
+use crate::ownership::{Record, Standing};
+use crate::protocol::backup::{Action, Report};
+use crate::protocol::ownership::{Claim, Verdict};
+
+impl<B: ReplicaBuilder> Engine<B> {
+    /// Lets the machine decide and carries it out.
+    pub(super) fn step(&mut self, event: Event) {
+        if let Event::Lost(reason) | Event::Bad(reason) = &event {
+            self.status.failed(reason);
+        }
+        let actions = self.machine.step(event);
+        self.show();
+        for action in actions {
+            self.act(action);
+        }
+        self.show();
+    }
+
+    fn tell(&self, message: Message) {
+        if let Some(session) = &self.session {
+            session.control.send(message);
+        }
+    }
+
+    /// Tells something that must arrive although the session ends.
+    fn tell_last(&mut self, message: Message) {
+        self.tell(message);
+        if let Some(session) = &mut self.session {
+            session.last_word = true;
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Ack { epoch, generation } => self.tell(Message::Ack { epoch, generation }),
+            Action::Apply(epoch) => self.apply(epoch),
+            Action::DropStaging => self.drop_staging(),
+            Action::TellAbort(reason) => self.tell_last(Message::Abort(reason)),
+            Action::TellStopDone => self.tell_last(Message::StopDone),
+            Action::TellHandedOver(generation) => {
+                self.tell_last(Message::HandedOver(generation));
+            }
+            Action::TellResyncReady => {
+                if let Some(session) = &self.session {
+                    session.shared.round.fetch_add(1, Ordering::AcqRel);
+                }
+                self.tell(Message::ResyncReady);
+            }
+            Action::Close => self.close(),
+            Action::Claim { expected } => {
+                let identity = self.identity();
+                let generation = expected.next();
+                let standing = Standing::Solo { owner: identity.host };
+                let next = Record { generation, vm: identity.vm, standing };
+                let (claim, first) = Claim::new(expected, next);
+                let next = self.asker.begin(claim, first);
+                self.claim_went(next);
+            }
+            Action::Discard => {
+                self.replica = None;
+                self.state = None;
+            }
+            Action::Start => self.start(),
+            Action::Refuse(reason) => {
+                if let Some(answer) = self.failover_answer.pop() {
+                    // A caller that stopped waiting needs no answer.
+                    let _ = answer.send(Err(Error::Conflict(reason)));
+                }
+            }
+            Action::Report(report) => self.report(report),
+        }
+    }
+
+    fn apply(&mut self, epoch: EpochId) {
+        let Some(verified) = self.verified.take() else { return };
+        assert_eq!(verified.seal.epoch, epoch, "what was verified is what is applied");
+        self.status.lock().info.epoch_committed = epoch.0;
+        self.status.lock().info.sync_progress = 1.0;
+        let Some(session) = &self.session else { return };
+        for (part, connection) in verified.parts.into_iter().zip(&session.data) {
+            apply(&session.shared.ram, &part.runs, &part.bytes)
+                .expect("every run was checked against the memory when it arrived");
+            if let Some(connection) = connection {
+                // Full or gone: the buffer is simply freed.
+                let _ = connection.spare.try_send(part);
+            }
+        }
+    }
+
+    fn drop_staging(&mut self) {
+        self.early = None;
+        self.verified = None;
+        self.pairing = None;
+        if let Some(session) = &mut self.session {
+            session.gather.clear();
+            session.shared.budget.reset();
+        }
+    }
+
+    /// Ends the session; what was told last still reaches the primary.
+    pub(super) fn close(&mut self) {
+        let Some(session) = self.session.take() else { return };
+        // What is known to be gone is closed at once; threads end by themselves.
+        if session.last_word {
+            drop(session.control.finish());
+        } else {
+            drop(session.control.close());
+        }
+        if let Some(bell) = &session.bell {
+            bell.close();
+        }
+        let closing = session.data.into_iter().flatten();
+        let threads: Vec<_> = closing.map(super::DataConnection::close).collect();
+        for thread in threads {
+            // They hold the replica's memory: it must be free before another is built.
+            if thread.join().is_err() {
+                tracing::error!("A receiver panicked");
+            }
+        }
+    }
+
+    fn start(&mut self) {
+        self.times.owned_us = now_us();
+        let (Some(replica), Some(state)) = (self.replica.take(), self.state.take()) else {
+            unreachable!("the machine starts only what was committed");
+        };
+        match replica.start(state) {
+            Ok(()) => {
+                self.times.resumed_us = now_us();
+                self.status.lock().info.takeover = Some(self.times);
+                self.step(Event::Started);
+            }
+            Err(source) => {
+                let error = Error::Guest { what: "start the replica", source };
+                self.step(Event::StartFailed(error.chain()));
+            }
+        }
+    }
+
+    pub(super) fn asked(&mut self, ask: Ask, answer: Sender<Result<(), Error>>) {
+        match ask {
+            Ask::Failover { force } => {
+                self.failover_answer.push(answer);
+                self.step(Event::FailoverAsked { force });
+            }
+            Ask::Stop => {
+                if !matches!(self.machine.state(), State::Claiming | State::Starting) {
+                    self.step(Event::StopAsked);
+                }
+                let result = match self.machine.state() {
+                    State::Stopped => Ok(()),
+                    _ => Err(Error::Conflict("A take-over is under way".to_owned())),
+                };
+                // A caller that stopped waiting needs no answer.
+                let _ = answer.send(result);
+            }
+        }
+    }
+
+    fn answer_failover(&mut self, result: impl Fn() -> Result<(), Error>) {
+        for answer in self.failover_answer.drain(..) {
+            // A caller that stopped waiting needs no answer.
+            let _ = answer.send(result());
+        }
+    }
+
+    fn report(&mut self, report: Report) {
+        let event = match report {
+            Report::SessionFailed(error) => Told::ReceiveFailed { error },
+            Report::Released | Report::Stopped => Told::Stopped,
+            Report::FailoverStarted => {
+                self.times.detected_us = now_us();
+                Told::FailoverStarted
+            }
+            Report::FailoverFinished => {
+                self.answer_failover(|| Ok(()));
+                Told::FailoverFinished
+            }
+            Report::FailoverFailed(error) => {
+                self.status.failed(&error);
+                self.answer_failover(|| Err(Error::Failed(error.clone())));
+                Told::FailoverFailed { error }
+            }
+            Report::Lost(verdict) => {
+                let owner = match verdict {
+                    Verdict::Lost(Some(record)) => record.to_string(),
+                    Verdict::Lost(None) | Verdict::Owned(_) => "nobody: no record".to_owned(),
+                };
+                let error = format!("Another host owns the VM: {owner}");
+                self.status.failed(&error);
+                self.answer_failover(|| Err(Error::Conflict(error.clone())));
+                Told::OwnershipLost { owner }
+            }
+        };
+        self.observer.event(event);
+    }
+
+    /// Shows the machine's state to clients.
+    fn show(&self) {
+        let mut gathered = self.status.lock();
+        gathered.info.generation = self.machine.generation().0;
+        gathered.info.state = match self.machine.state() {
+            State::Idle => ReplicationState::Disconnected,
+            State::Syncing => ReplicationState::Syncing,
+            State::Replica => ReplicationState::Protected,
+            State::Claiming | State::Starting => ReplicationState::TakingOver,
+            State::Orphan => ReplicationState::Suspended,
+            State::TakenOver => ReplicationState::TakenOver,
+            State::Stopped => ReplicationState::Stopped,
+        };
+    }
+}

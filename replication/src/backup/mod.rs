@@ -1,0 +1,186 @@
+//! Receiving a replica, and taking over.
+//!
+//! ```text
+//!  repl-accept    listens; repl-hello greets
+//!  repl-backup    owns the replica and the state machine; acknowledges, applies, takes over
+//!  repl-recv-N    pages of one data connection, staged
+//!  repl-ctl       what the primary says
+//!  repl-beat      what it is told, heartbeats in between
+//!  repl-arbiter   asks the arbiter
+//! ```
+//!
+//! Always holds: the image is written by an epoch only when that epoch is whole, checked and
+//! acknowledged; the same thread applies, and starts the VM, so a take-over finds it whole.
+
+mod accept;
+mod apply;
+mod commit;
+mod engine;
+mod receive;
+mod staging;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use api::replication::{ReceiveReplicaData, ReplicationInfo, Role};
+use crossbeam_channel::{RecvTimeoutError, Sender, bounded, unbounded};
+
+use crate::engine::spawn;
+use crate::engine::status::Status;
+use crate::error::Error;
+use crate::guest::ReplicaBuilder;
+use crate::observer::{Event, Observer};
+use crate::ownership::HostIdentity;
+use crate::primary::{address, arbiter, validate_paces};
+use crate::transport::{Address, Listener, name};
+use engine::{Ask, Engine, Input};
+
+/// Bytes of staging that a request may ask for.
+const STAGING_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=1 << 40;
+
+/// A backup that listens, receives, or has taken over.
+pub struct BackupHandle {
+    inputs: Sender<Input>,
+    status: Status,
+    local: Address,
+    identity: Arc<Mutex<HostIdentity>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    timeout: Duration,
+}
+
+/// Listens for a primary. Errors after that go to `observer`.
+///
+/// # Errors
+/// [`Error::Option`] for options that contradict themselves or that this build lacks;
+/// [`Error::Transport`] if it cannot listen.
+pub fn receive<B: ReplicaBuilder>(
+    builder: B,
+    options: ReceiveReplicaData,
+    observer: Arc<dyn Observer>,
+) -> Result<BackupHandle, Error> {
+    let address = address("receiver_url", &options.receiver_url)?;
+    receive_at(builder, &address, options, HostIdentity::random(), observer)
+}
+
+/// As [`receive`], at an address that options cannot express (a port that the system picks) and
+/// under a host's name that the caller knows; the VM's name comes from the primary.
+///
+/// # Errors
+/// As [`receive`].
+pub fn receive_at<B: ReplicaBuilder>(
+    builder: B,
+    address: &Address,
+    options: ReceiveReplicaData,
+    identity: HostIdentity,
+    observer: Arc<dyn Observer>,
+) -> Result<BackupHandle, Error> {
+    validate_paces(options.heartbeat_ms, options.timeout_ms)?;
+    if !STAGING_BYTES.contains(&options.staging_size) {
+        let reason = "expected 1 MiB to 1 TiB".to_owned();
+        return Err(Error::Option { option: "staging_size", reason });
+    }
+    if options.tls_dir.is_some() {
+        let reason = "this build has no TLS".to_owned();
+        return Err(Error::Option { option: "tls_dir", reason });
+    }
+    let arbiter = arbiter(options.arbiter.as_deref())?;
+    let (listener, waker) = Listener::bind(address).map_err(Error::Transport)?;
+    let local = listener.address().clone();
+    let status = Status::default();
+    status.lock().info.role = Role::Backup;
+    status.lock().info.transport = Some(name(&local).to_owned());
+    let timeout = Duration::from_millis(options.timeout_ms);
+    let (inputs, queue) = unbounded();
+    let deliver = inputs.clone();
+    let acceptor = accept::start(listener, timeout.max(Duration::from_secs(1)), move |arrival| {
+        deliver.send(Input::Arrival(arrival)).is_ok()
+    })?;
+    let identity = Arc::new(Mutex::new(identity));
+    let engine = Engine::new(
+        builder,
+        options,
+        arbiter,
+        Arc::clone(&identity),
+        Arc::clone(&observer),
+        (inputs.clone(), queue),
+        status.clone(),
+    )?;
+    observer.event(Event::ReceiveReady { address: local.to_string() });
+    let thread = spawn("repl-backup", None, move || {
+        engine.run();
+        drop(waker);
+        if acceptor.join().is_err() {
+            tracing::error!("The acceptor panicked");
+        }
+    })?;
+    let thread = Mutex::new(Some(thread));
+    Ok(BackupHandle { inputs, status, local, identity, thread, timeout })
+}
+
+impl BackupHandle {
+    /// Where replication stands.
+    #[must_use]
+    pub fn info(&self) -> ReplicationInfo {
+        self.status.info()
+    }
+
+    /// Where this listens, with the port that was picked.
+    #[must_use]
+    pub fn local_address(&self) -> &Address {
+        &self.local
+    }
+
+    /// This host's name, and that of the VM it received last: what a later protection of the VM
+    /// that was taken over goes under.
+    #[must_use]
+    pub fn identity(&self) -> HostIdentity {
+        *self.identity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the reception and discards the replica.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] while taking over, or when it has.
+    pub fn stop(&self) -> Result<(), Error> {
+        self.ask(Ask::Stop)
+    }
+
+    /// Takes over from the last committed epoch; the VM runs when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] if there is nothing to take over, the ownership is the peer's, or
+    /// only `force` could say that it is not; else why the VM could not be started.
+    pub fn failover(&self, force: bool) -> Result<(), Error> {
+        self.ask(Ask::Failover { force })
+    }
+
+    fn ask(&self, ask: Ask) -> Result<(), Error> {
+        let (answer, answered) = bounded(1);
+        let gone = || Error::Conflict("The reception has ended already".to_owned());
+        self.inputs.send(Input::Ask(ask, answer)).map_err(|_| gone())?;
+        match answered.recv_timeout(self.timeout * 10) {
+            Ok(answer) => answer,
+            Err(RecvTimeoutError::Disconnected) => Err(gone()),
+            Err(RecvTimeoutError::Timeout) => {
+                let what = "The ownership is not decided yet; this goes on in the background";
+                Err(Error::Failed(what.to_owned()))
+            }
+        }
+    }
+
+    /// Whether the engine has ended: stopped, or taken over.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for the engine to end.
+    pub fn join(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("The backup's engine panicked");
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The receiver threads, one for each data connection: frames in, staged parts out.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use thiserror::Error;
+
+use super::apply::{ApplyError, apply};
+use super::staging::{Budget, Part, runs_max};
+use crate::engine::control::listening;
+use crate::engine::heard::{Heard, Listening};
+use crate::engine::spawn;
+use crate::engine::status::Counters;
+use crate::error::Error;
+use crate::ids::{EpochId, PAGE_SIZE};
+use crate::ram::Ram;
+use crate::transport::Stream;
+use crate::wire::{
+    ConnectionPart, End, FrameReader, Header, Kind, PagesHeader, RAW_PAGES_MAX, WireError,
+    decode_pages_header,
+};
+
+/// Why a data connection ended.
+#[derive(Debug, Error)]
+pub(super) enum ReceiveError {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("Epoch {epoch} exceeds the staging of {bytes} bytes")]
+    Full { epoch: EpochId, bytes: u64 },
+    #[error("Pages of epoch {found} arrived before the end of epoch {current}")]
+    Mixed { current: EpochId, found: EpochId },
+    #[error("Pages of a first copy arrived after a committed epoch")]
+    LateCopy,
+    #[error("The end of epoch {0} does not match what arrived")]
+    Mismatch(EpochId),
+    #[error("Cannot write to the image")]
+    Apply(#[from] ApplyError),
+}
+
+impl ReceiveError {
+    /// Whether this is the loss of a peer rather than something that it should not have sent.
+    pub(super) fn is_loss(&self) -> bool {
+        matches!(self, Self::Wire(error) if error.is_loss())
+    }
+}
+
+/// What the receivers of a session share with the engine.
+#[derive(Clone)]
+pub(super) struct Shared {
+    pub(super) ram: Ram,
+    pub(super) budget: Budget,
+    /// Grows each time the primary copies anew: pages straight into the image are allowed until
+    /// the connection carried the end of an epoch of this round.
+    pub(super) round: Arc<AtomicU64>,
+    pub(super) heard: Heard,
+    pub(super) counters: Arc<Counters>,
+}
+
+/// A data connection whose thread runs.
+pub(super) struct DataConnection {
+    /// Parts that were applied go back to be filled again.
+    pub(super) spare: Sender<Part>,
+    closer: Box<dyn Stream>,
+    thread: JoinHandle<()>,
+}
+
+impl DataConnection {
+    /// Starts the thread; `deliver` gets each part and the error at the end.
+    pub(super) fn start(
+        index: usize,
+        reader: FrameReader<Box<dyn Stream>>,
+        shared: Shared,
+        deliver: impl FnMut(Result<Part, ReceiveError>) -> bool + Send + 'static,
+    ) -> Result<Self, Error> {
+        let io = |error| Error::Wire(WireError::Io(error));
+        let closer = reader.get_ref().duplicate().map_err(io)?;
+        closer.set_read_timeout(None).map_err(io)?;
+        let (spare, spares) = bounded(2);
+        let receiver = Receiving {
+            reader: listening(reader, shared.heard.clone()),
+            shared,
+            spares,
+            part: Part::default(),
+            header: PagesHeader::default(),
+            closed_round: None,
+            counted: 0,
+        };
+        let thread = spawn("repl-recv", Some(index), move || receiver.run(deliver))?;
+        Ok(Self { spare, closer, thread })
+    }
+
+    /// Ends the connection; the thread follows.
+    pub(super) fn close(self) -> JoinHandle<()> {
+        self.closer.close();
+        self.thread
+    }
+}
+
+struct Receiving {
+    reader: FrameReader<Listening<Box<dyn Stream>>>,
+    shared: Shared,
+    spares: Receiver<Part>,
+    part: Part,
+    header: PagesHeader,
+    /// The round whose copy is over on this connection.
+    closed_round: Option<u64>,
+    counted: u64,
+}
+
+impl Receiving {
+    fn run(mut self, mut deliver: impl FnMut(Result<Part, ReceiveError>) -> bool) {
+        let mut scratch = vec![0; RAW_PAGES_MAX * PAGE_SIZE];
+        loop {
+            match self.frame(&mut scratch) {
+                Ok(None) => {}
+                Ok(Some(part)) => {
+                    if !deliver(Ok(part)) {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    deliver(Err(error));
+                    return;
+                }
+            }
+            let new = self.reader.bytes() - self.counted;
+            self.counted += new;
+            self.shared.counters.wire_bytes.fetch_add(new, Ordering::Relaxed);
+        }
+    }
+
+    fn frame(&mut self, scratch: &mut [u8]) -> Result<Option<Part>, ReceiveError> {
+        let header = self.reader.begin()?;
+        match header.kind {
+            Kind::Pages => self.pages(&header, scratch).map(|()| None),
+            Kind::End => self.end(&header).map(Some),
+            found => Err(WireError::Unexpected { found, expected: "pages" }.into()),
+        }
+    }
+
+    fn pages(&mut self, frame: &Header, scratch: &mut [u8]) -> Result<(), ReceiveError> {
+        let universe = self.shared.ram.pages();
+        let reader = &mut self.reader;
+        decode_pages_header(universe, &mut self.header, |into| reader.read_into(into))?;
+        let bytes = self.header.raw_bytes();
+        if bytes != self.reader.rest() {
+            let what = "length of the contents";
+            return Err(WireError::Malformed { kind: Kind::Pages, what }.into());
+        }
+        if self.header.epoch == EpochId(0) {
+            return self.straight(frame, &mut scratch[..bytes]);
+        }
+        self.stage(frame, bytes)
+    }
+
+    /// A page of a first copy: into the image, checked before it is written.
+    fn straight(&mut self, frame: &Header, contents: &mut [u8]) -> Result<(), ReceiveError> {
+        self.reader.read_into(contents)?;
+        self.reader.finish(frame)?;
+        let round = self.shared.round.load(Ordering::Acquire);
+        if self.closed_round == Some(round) || self.part.epoch != EpochId(0) {
+            return Err(ReceiveError::LateCopy);
+        }
+        apply(&self.shared.ram, &self.header.runs, contents)?;
+        self.count_raw();
+        let pages: u64 = self.header.runs.iter().map(|run| u64::from(run.count)).sum();
+        self.shared.counters.synced_pages.fetch_add(pages, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn stage(&mut self, frame: &Header, bytes: usize) -> Result<(), ReceiveError> {
+        let epoch = self.header.epoch;
+        if self.part.epoch == EpochId(0) {
+            self.part.epoch = epoch;
+        } else if self.part.epoch != epoch {
+            return Err(ReceiveError::Mixed { current: self.part.epoch, found: epoch });
+        }
+        let runs = self.part.runs.len() + self.header.runs.len();
+        let fits = runs <= runs_max(self.shared.ram.pages())
+            && self.shared.budget.take(Part::cost(&self.header.runs));
+        if !fits {
+            return Err(ReceiveError::Full { epoch, bytes: self.shared.budget.whole() });
+        }
+        self.reader.read_into(self.part.room(bytes))?;
+        let crc = self.reader.finish(frame)?;
+        let pages = self.header.runs.iter().map(|run| u64::from(run.count)).sum();
+        self.part.sum.add(pages, crc);
+        self.part.runs.extend_from_slice(&self.header.runs);
+        self.count_raw();
+        Ok(())
+    }
+
+    fn end(&mut self, frame: &Header) -> Result<Part, ReceiveError> {
+        let mut payload = Vec::new();
+        self.reader.read_rest(&mut payload)?;
+        self.reader.finish(frame)?;
+        let End { epoch, part: sum } = End::decode(&payload)?;
+        let empty = self.part.epoch == EpochId(0) && sum == ConnectionPart::default();
+        if epoch == EpochId(0) || (self.part.epoch != epoch && !empty) || self.part.sum != sum {
+            return Err(ReceiveError::Mismatch(epoch));
+        }
+        self.part.epoch = epoch;
+        self.closed_round = Some(self.shared.round.load(Ordering::Acquire));
+        let mut next = self.spares.try_recv().unwrap_or_default();
+        next.clear();
+        Ok(std::mem::replace(&mut self.part, next))
+    }
+
+    fn count_raw(&self) {
+        let pages: u64 = self.header.runs.iter().map(|run| u64::from(run.count)).sum();
+        let bytes = pages * PAGE_SIZE as u64;
+        self.shared.counters.raw_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,79 @@
+//! Staging: pages of the epoch that is not committed yet, invisible to the image.
+//!
+//! Enters: checked frames of one data connection. Leaves: one [`Part`] at its end marker. Always
+//! holds: the parts of an epoch together have at most the bytes that were set aside for it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::ids::{EpochId, PAGE_SIZE};
+use crate::wire::{ConnectionPart, Run};
+
+/// What is left of the bytes set aside for the epoch that is being staged.
+#[derive(Clone, Debug)]
+pub(super) struct Budget {
+    left: Arc<AtomicU64>,
+    whole: u64,
+}
+
+impl Budget {
+    pub(super) fn new(whole: u64) -> Self {
+        Self { left: Arc::new(AtomicU64::new(whole)), whole }
+    }
+
+    /// Takes `bytes`, all or nothing.
+    pub(super) fn take(&self, bytes: u64) -> bool {
+        let less = |left: u64| left.checked_sub(bytes);
+        self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).is_ok()
+    }
+
+    /// The epoch is staged whole, or dropped: the next one begins.
+    pub(super) fn reset(&self) {
+        self.left.store(self.whole, Ordering::Release);
+    }
+
+    pub(super) fn whole(&self) -> u64 {
+        self.whole
+    }
+}
+
+/// What one connection carried of an epoch.
+#[derive(Debug, Default)]
+pub(super) struct Part {
+    pub(super) epoch: EpochId,
+    pub(super) sum: ConnectionPart,
+    pub(super) runs: Vec<Run>,
+    /// Contents of the runs that are not zero, in their order.
+    pub(super) bytes: Vec<u8>,
+}
+
+impl Part {
+    /// Forgets what it holds and keeps its buffers.
+    pub(super) fn clear(&mut self) {
+        self.epoch = EpochId(0);
+        self.sum = ConnectionPart::default();
+        self.runs.clear();
+        self.bytes.clear();
+    }
+
+    /// Room for the contents of a frame, to be read into.
+    pub(super) fn room(&mut self, bytes: usize) -> &mut [u8] {
+        let from = self.bytes.len();
+        self.bytes.resize(from + bytes, 0);
+        &mut self.bytes[from..]
+    }
+
+    /// Bytes that a frame costs: contents, and 16 for each run.
+    pub(super) fn cost(runs: &[Run]) -> u64 {
+        let raw = runs.iter().filter(|run| !run.zero);
+        let pages: u64 = raw.map(|run| u64::from(run.count)).sum();
+        // Runs without content are charged nothing a primary could run out of: their number is
+        // bounded by the pages of the memory, which a primary cannot name twice in an epoch.
+        pages * PAGE_SIZE as u64
+    }
+}
+
+/// Most runs of a part: each page of the memory in a run of its own.
+pub(super) fn runs_max(universe: u64) -> usize {
+    usize::try_from(universe).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,9 @@
+//! From a running guest to the pages of an epoch.
+//!
+//! - [`dirty`]: the pages that were written since the last seal;
+//! - [`epoch`]: when to seal;
+//! - [`cow`]: their bytes as they were at the seal.
+
+pub mod cow;
+pub mod dirty;
+pub mod epoch;

@@ -1,0 +1,142 @@
+//! The arbiter's thread: its calls may block for as long as the storage does.
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::spawn;
+use crate::error::{Error, chain};
+use crate::ownership::{Arbiter, Record};
+use crate::protocol::ownership::{Action, Claim, Event, Verdict};
+
+/// What the thread reports: the claim's number, what happened, and the error if a call failed.
+pub(crate) struct Report {
+    pub(crate) claim: u64,
+    pub(crate) event: Event,
+    pub(crate) error: Option<String>,
+}
+
+/// Asks the arbiter on behalf of an engine.
+pub(crate) struct Asker {
+    calls: Option<Sender<(u64, Action)>>,
+    claim: Option<Claim>,
+    number: u64,
+}
+
+/// What the engine has to do after a step of the claim.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// The thread will report.
+    Asked,
+    /// Call [`Asker::timer`] after this long.
+    Wait {
+        ms: u64,
+    },
+    Decided(Verdict),
+    /// What [`Asker::read`] found.
+    Record(Option<Record>),
+    ReadFailed,
+    Nothing,
+}
+
+impl Asker {
+    /// Starts the thread where there is an arbiter.
+    pub(crate) fn start(
+        arbiter: Option<Box<dyn Arbiter>>,
+        deliver: impl FnMut(Report) -> bool + Send + 'static,
+    ) -> Result<Self, Error> {
+        let calls = match arbiter {
+            Some(arbiter) => {
+                let (calls, queue) = unbounded();
+                // Not joined: a call that hangs in the storage must not hang the engine's end.
+                spawn("repl-arbiter", None, move || work(arbiter.as_ref(), &queue, deliver))?;
+                Some(calls)
+            }
+            None => None,
+        };
+        Ok(Self { calls, claim: None, number: 0 })
+    }
+
+    /// Whether there is an arbiter.
+    pub(crate) fn exists(&self) -> bool {
+        self.calls.is_some()
+    }
+
+    /// Begins a claim; an older one is forgotten.
+    pub(crate) fn begin(&mut self, claim: Claim, first: Action) -> Next {
+        self.number += 1;
+        self.claim = Some(claim);
+        self.carry_out(first)
+    }
+
+    /// Asks for the record; a claim under way is forgotten.
+    pub(crate) fn read(&mut self) -> Next {
+        self.number += 1;
+        self.claim = None;
+        self.carry_out(Action::Read)
+    }
+
+    /// Goes on after a report.
+    pub(crate) fn report(&mut self, report: &Report) -> Next {
+        if report.claim != self.number {
+            return Next::Nothing;
+        }
+        if self.claim.is_some() {
+            return self.step(report.event.clone());
+        }
+        match &report.event {
+            Event::Read(record) => Next::Record(*record),
+            Event::Failed => Next::ReadFailed,
+            Event::Swapped(_) | Event::Timer => Next::Nothing,
+        }
+    }
+
+    /// Goes on after a wait.
+    pub(crate) fn timer(&mut self) -> Next {
+        self.step(Event::Timer)
+    }
+
+    fn step(&mut self, event: Event) -> Next {
+        match self.claim.as_mut().and_then(|claim| claim.step(event)) {
+            Some(action) => self.carry_out(action),
+            None => Next::Nothing,
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) -> Next {
+        match action {
+            Action::Wait { ms } => Next::Wait { ms },
+            Action::Decide(verdict) => {
+                self.claim = None;
+                Next::Decided(verdict)
+            }
+            Action::Read | Action::Swap { .. } => {
+                let calls = self.calls.as_ref().expect("claims are begun with an arbiter only");
+                // The thread lives as long as this sender.
+                let _ = calls.send((self.number, action));
+                Next::Asked
+            }
+        }
+    }
+}
+
+fn work(
+    arbiter: &dyn Arbiter,
+    queue: &Receiver<(u64, Action)>,
+    mut deliver: impl FnMut(Report) -> bool,
+) {
+    for (claim, action) in queue {
+        let answer = match action {
+            Action::Read => arbiter.read().map(Event::Read),
+            Action::Swap { expected, next } => {
+                arbiter.compare_and_swap(expected, &next).map(Event::Swapped)
+            }
+            Action::Wait { .. } | Action::Decide(_) => continue,
+        };
+        let report = match answer {
+            Ok(event) => Report { claim, event, error: None },
+            Err(error) => Report { claim, event: Event::Failed, error: Some(chain(&error)) },
+        };
+        if !deliver(report) {
+            return;
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The threads of a control connection. Nothing bulky travels there except machine state, so
+//! acknowledgements and heartbeats never wait behind pages.
+//!
+//! The writer proves with heartbeats that the process lives, whatever its engine is busy with.
+
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+
+use super::heard::{Heard, Listening};
+use super::spawn;
+use crate::error::Error;
+use crate::transport::Stream;
+use crate::wire::{FrameReader, FrameWriter, Message, WireError};
+
+/// A stream that was greeted, with the places of both directions kept.
+pub(crate) struct Greeted {
+    pub(crate) reader: FrameReader<Box<dyn Stream>>,
+    pub(crate) writer: FrameWriter<Box<dyn Stream>>,
+}
+
+/// A control connection whose threads run.
+#[derive(Debug)]
+pub(crate) struct Control {
+    outgoing: Sender<Message>,
+    closer: Closer,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Closer(Box<dyn Stream>);
+
+impl std::fmt::Debug for Closer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Closer")
+    }
+}
+
+/// How long the sides wait for what matters to liveness.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
+    pub(crate) heartbeat: Duration,
+    /// Bound on a blocked write, and on what the peer still sends after this side's last word.
+    pub(crate) linger: Duration,
+}
+
+impl Control {
+    /// Starts reader and writer. `deliver` gets every message but heartbeats, then the error that
+    /// ended the stream; it returns `false` when nobody listens any more.
+    pub(crate) fn start(
+        greeted: Greeted,
+        pace: Pace,
+        heard: Heard,
+        deliver: impl FnMut(Result<Message, WireError>) -> bool + Send + 'static,
+    ) -> Result<Self, Error> {
+        let setup = |error| Error::Wire(WireError::Io(error));
+        let Greeted { reader, writer } = greeted;
+        let closer = Closer(writer.get_ref().duplicate().map_err(setup)?);
+        writer.get_ref().set_read_timeout(None).map_err(setup)?;
+        writer.get_ref().set_write_timeout(Some(pace.linger)).map_err(setup)?;
+        let (outgoing, queue) = unbounded();
+        let (ends, ended) = bounded(0);
+        let threads = vec![
+            spawn("repl-ctl", None, move || {
+                read(listening(reader, heard), deliver);
+                drop::<Sender<()>>(ends);
+            })?,
+            spawn("repl-beat", None, move || write(writer, &queue, &ended, pace))?,
+        ];
+        Ok(Self { outgoing, closer, threads })
+    }
+
+    /// Queues a message; lost if the connection is.
+    pub(crate) fn send(&self, message: Message) {
+        // The writer is gone only when the reader reports, or will, why.
+        let _ = self.outgoing.send(message);
+    }
+
+    /// Sends what is queued, then closes; the peer still reads all of it.
+    pub(crate) fn finish(self) -> Vec<JoinHandle<()>> {
+        self.threads
+    }
+
+    /// Ends both directions at once.
+    pub(crate) fn close(self) -> Vec<JoinHandle<()>> {
+        self.closer.0.close();
+        self.threads
+    }
+}
+
+fn read(
+    mut reader: FrameReader<Listening<Box<dyn Stream>>>,
+    mut deliver: impl FnMut(Result<Message, WireError>) -> bool,
+) {
+    let mut payload = Vec::new();
+    loop {
+        let message = Message::receive(&mut reader, &mut payload);
+        let ended = message.is_err();
+        let wanted = match message {
+            Ok(Message::Heartbeat) => true,
+            other => deliver(other),
+        };
+        if ended {
+            return;
+        }
+        if !wanted {
+            break;
+        }
+    }
+    // Bytes left unread would turn this side's last words into a reset: read them away.
+    while reader.read(&mut payload).is_ok() {}
+}
+
+fn write(
+    mut writer: FrameWriter<Box<dyn Stream>>,
+    queue: &Receiver<Message>,
+    reader: &Receiver<()>,
+    pace: Pace,
+) {
+    loop {
+        let message = match queue.recv_timeout(pace.heartbeat) {
+            Ok(message) => message,
+            Err(RecvTimeoutError::Timeout) => Message::Heartbeat,
+            Err(RecvTimeoutError::Disconnected) => break,
+        };
+        if message.send(&mut writer).is_err() {
+            // The reader sees the same and reports it; a stream broken one way only is closed so
+            // that it does.
+            writer.get_ref().close();
+            return;
+        }
+    }
+    writer.get_ref().finish();
+    // Reading on is bounded: a peer that does not close in turn must not keep a thread.
+    let _ = reader.recv_timeout(pace.linger);
+    writer.get_ref().close();
+}
+
+/// Bytes of a data connection that count as a sign of life.
+pub(crate) fn listening(
+    reader: FrameReader<Box<dyn Stream>>,
+    heard: Heard,
+) -> FrameReader<Listening<Box<dyn Stream>>> {
+    reader.map(|stream| Listening::new(stream, heard))
+}

@@ -1,0 +1,33 @@
+//! What both sides' engines stand on: the control connection's threads, the arbiter's thread,
+//! the clock of silence, and the status that a client reads.
+//!
+//! An engine is one thread that owns its state machine and its side of the VM. All else that
+//! happens reaches it as one stream of inputs; it never blocks on the peer or on the arbiter.
+
+pub(crate) mod arbiter;
+pub(crate) mod control;
+pub(crate) mod heard;
+pub(crate) mod stats;
+pub(crate) mod status;
+
+use std::thread::{Builder, JoinHandle};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::error::Error;
+
+/// Starts a thread whose name a person will see; 15 bytes are what the kernel keeps.
+pub(crate) fn spawn(
+    name: &'static str,
+    number: Option<usize>,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, Error> {
+    let full = number.map_or_else(|| name.to_owned(), |number| format!("{name}-{number}"));
+    assert!(full.len() <= 15, "thread name {full} is cut by the kernel");
+    Builder::new().name(full).spawn(body).map_err(|error| Error::Thread(name, error))
+}
+
+/// Microseconds since the UNIX epoch.
+pub(crate) fn now_us() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}

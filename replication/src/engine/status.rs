@@ -1,0 +1,70 @@
+//! What a client reads, kept by the engine and read from any thread.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use api::replication::ReplicationInfo;
+
+use super::stats::Window;
+
+/// The parts of [`ReplicationInfo`], as they are gathered.
+#[derive(Debug, Default)]
+pub(crate) struct Gathered {
+    /// All but the distributions and counters.
+    pub(crate) info: ReplicationInfo,
+    pub(crate) pause_us: Window,
+    pub(crate) commit_us: Window,
+    pub(crate) dirty_pages: Window,
+}
+
+/// Counters that several threads raise.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) wire_bytes: AtomicU64,
+    pub(crate) raw_bytes: AtomicU64,
+    /// Pages of the first copy that are through.
+    pub(crate) synced_pages: AtomicU64,
+    /// Pages of its first pass.
+    pub(crate) to_sync_pages: AtomicU64,
+}
+
+impl Counters {
+    /// Share of the first pass that is through; whole only once the engine says so.
+    fn progress(&self) -> f64 {
+        let all = self.to_sync_pages.load(Ordering::Relaxed);
+        let done = self.synced_pages.load(Ordering::Relaxed);
+        let share = done.saturating_mul(1000).checked_div(all).unwrap_or(0).min(990);
+        u32::try_from(share).map_or(0.0, |share| f64::from(share) / 1000.0)
+    }
+}
+
+/// Shared between the engine's threads and the handle.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Status {
+    gathered: Arc<Mutex<Gathered>>,
+    pub(crate) counters: Arc<Counters>,
+}
+
+impl Status {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Gathered> {
+        // Nothing is half done under this lock that another reader could trip over.
+        self.gathered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes an error for the client.
+    pub(crate) fn failed(&self, error: &str) {
+        self.lock().info.last_error = Some(error.to_owned());
+    }
+
+    pub(crate) fn info(&self) -> ReplicationInfo {
+        let gathered = self.lock();
+        let mut info = gathered.info.clone();
+        info.sync_progress = info.sync_progress.max(self.counters.progress());
+        info.pause_us = gathered.pause_us.percentiles();
+        info.commit_latency_us = gathered.commit_us.percentiles();
+        info.dirty_pages = gathered.dirty_pages.page_counts();
+        info.bytes_sent = self.counters.wire_bytes.load(Ordering::Relaxed);
+        info.bytes_raw = self.counters.raw_bytes.load(Ordering::Relaxed);
+        info
+    }
+}

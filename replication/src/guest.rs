@@ -1,0 +1,149 @@
+//! What a VMM implements so that its guest can be protected ([`Guest`]) or received
+//! ([`ReplicaBuilder`], [`Replica`]).
+//!
+//! The engine drives these from its own threads and never from two at once. A benchmark or the
+//! simulator implements them with plain memory, so the subsystem runs without KVM.
+//!
+//! ```text
+//! primary, an epoch:   quiesce -> harvest -> capture -> seal_output -> release
+//!                      ... encode, send, wait for the backup's software ...
+//!                      commit_output
+//! backup:              build -> (ram written) -> parse -> ... -> start
+//! ```
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::ids::EpochId;
+use crate::ram::{PageSet, Ram};
+
+/// An error of the VMM: replication passes it on with its whole chain and adds what it was doing.
+pub type GuestError = Box<dyn Error + Send + Sync>;
+
+/// Machine state as captured during a pause; it is turned into bytes after the guest runs again.
+pub trait MachineState: Send + 'static {
+    /// Appends the versioned binary form to `out`.
+    fn encode(&self, out: &mut Vec<u8>) -> Result<(), GuestError>;
+}
+
+/// A machine that can be protected.
+pub trait Guest: Send + 'static {
+    /// What [`Guest::capture`] fills.
+    type State: MachineState;
+
+    /// The guest's memory. The same for the life of the guest.
+    fn ram(&self) -> Ram;
+
+    /// What a backup needs to build the same machine: opaque to replication, at most
+    /// [`crate::guest::DESCRIPTION_BYTES_MAX`] bytes.
+    fn describe(&mut self) -> Result<Vec<u8>, GuestError>;
+
+    /// Turns dirty tracking on. Every page counts as dirty until the first harvest.
+    fn start_tracking(&mut self) -> Result<(), GuestError>;
+
+    /// Turns dirty tracking off; the guest runs as fast as an unprotected one.
+    fn stop_tracking(&mut self) -> Result<(), GuestError>;
+
+    /// Stops every vCPU and parks every device at a request boundary. On return nobody writes
+    /// guest memory and no device state changes until [`Guest::release`]. Waits for nothing that
+    /// the host's disks or network could delay. Has no side effect that a client can see.
+    fn quiesce(&mut self) -> Result<(), GuestError>;
+
+    /// Adds to `dirty` every page that was written since the last harvest (the set may be larger
+    /// than the truth, never smaller) and re-arms the tracking. Allowed while the guest runs.
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError>;
+
+    /// Reads vCPU and device state. Only between quiesce and release.
+    fn capture(&mut self) -> Result<Self::State, GuestError>;
+
+    /// From now on output is held until its epoch is committed.
+    fn hold_output(&mut self);
+
+    /// Tags all output that was produced since the last seal with `epoch`. Only while quiesced.
+    fn seal_output(&mut self, epoch: EpochId);
+
+    /// Lets the guest run on, unless a person paused the VM.
+    fn release(&mut self) -> Result<(), GuestError>;
+
+    /// Lets out whatever was tagged with `epoch` or an earlier one.
+    fn commit_output(&mut self, epoch: EpochId);
+
+    /// Lets out everything and holds nothing more: this side owns the VM alone, or replication
+    /// was stopped by a person.
+    fn pass_output(&mut self);
+
+    /// Bytes held at the moment.
+    fn output_held_bytes(&self) -> u64;
+
+    /// Whether output waits that no seal has tagged yet. Asked while no epoch is in flight.
+    fn output_waiting(&self) -> bool {
+        self.output_held_bytes() > 0
+    }
+
+    /// Where to tell that output begins to wait, so that an epoch can be sealed early. Without
+    /// a call the engine looks at [`Guest::output_waiting`] only when an epoch ends.
+    fn set_output_waker(&mut self, waker: Waker) {
+        drop(waker);
+    }
+
+    /// Keeps the guest paused as a person's `vm.pause` would (degrade=pause).
+    fn suspend(&mut self) -> Result<(), GuestError>;
+
+    /// The peer owns the VM: destroy this one without letting out a byte of what is held.
+    fn destroy(&mut self);
+}
+
+/// Tells the engine that output waits. Cheap, never blocks, callable from any thread; calls
+/// between two seals count once.
+#[derive(Clone)]
+pub struct Waker(Arc<dyn Fn() + Send + Sync>);
+
+impl Waker {
+    pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(wake))
+    }
+
+    /// Output waits.
+    pub fn wake(&self) {
+        (self.0)();
+    }
+}
+
+impl fmt::Debug for Waker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Waker")
+    }
+}
+
+/// Most bytes of a description, and of one epoch's machine state.
+pub const DESCRIPTION_BYTES_MAX: usize = 1 << 20;
+/// Most bytes of the machine state of one epoch.
+pub const STATE_BYTES_MAX: usize = 64 << 20;
+
+/// Builds the machine that will receive a replica.
+pub trait ReplicaBuilder: Send + 'static {
+    /// The machine that was built.
+    type Replica: Replica;
+
+    /// Allocates memory and devices after a primary's description. The machine does not run,
+    /// takes no image lock and touches no network. `ram_bytes` is what the primary says its
+    /// memory holds: the result must have exactly that, or an error says so.
+    fn build(&mut self, description: &[u8]) -> Result<Self::Replica, GuestError>;
+}
+
+/// A machine that waits for its take-over.
+pub trait Replica: Send + 'static {
+    /// Machine state, parsed and checked, ready to be loaded.
+    type State: Send + 'static;
+
+    /// The memory into which committed pages go.
+    fn ram(&self) -> Ram;
+
+    /// Parses and checks one epoch's machine state; called before the epoch is acknowledged, so a
+    /// state that this host could not load is refused while the primary still runs.
+    fn parse(&mut self, state: &[u8]) -> Result<Self::State, GuestError>;
+
+    /// Loads the state and lets the guest run: it is now an ordinary VM of its VMM.
+    fn start(self, state: Self::State) -> Result<(), GuestError>;
+}

@@ -1,0 +1,119 @@
+//! `file:<dir>`: one directory per VM on storage that both hosts see.
+//!
+//! A record is a file `gen-<n>`, written beside under a temporary name, fsynced, and linked to
+//! its name: link(2) fails if the name exists, on NFS too, which makes it the compare-and-swap.
+//! Records are never changed, deleted or expired; the highest number stands.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::{Arbiter, ArbiterError, Outcome, Record};
+use crate::ids::Generation;
+
+/// Longest record that is read.
+const RECORD_BYTES_MAX: u64 = 4096;
+
+/// The arbiter in a directory.
+#[derive(Clone, Debug)]
+pub struct FileArbiter {
+    dir: PathBuf,
+}
+
+impl FileArbiter {
+    #[must_use]
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    fn path(&self, generation: Generation) -> PathBuf {
+        self.dir.join(format!("gen-{generation}"))
+    }
+
+    /// The highest generation that has a file.
+    fn newest(&self) -> Result<Option<Generation>, ArbiterError> {
+        let failed = |error| ArbiterError::List(self.dir.clone(), error);
+        let mut newest = None;
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            let Some(number) = name.to_str().and_then(|name| name.strip_prefix("gen-")) else {
+                continue;
+            };
+            let number = number.parse().map_err(|_| ArbiterError::Damaged {
+                path: self.dir.join(&name),
+                reason: "the name holds no generation".to_owned(),
+            })?;
+            newest = newest.max(Some(Generation(number)));
+        }
+        Ok(newest)
+    }
+
+    fn load(&self, generation: Generation) -> Result<Record, ArbiterError> {
+        let path = self.path(generation);
+        let mut text = Vec::new();
+        File::open(&path)
+            .and_then(|file| file.take(RECORD_BYTES_MAX).read_to_end(&mut text))
+            .map_err(|error| ArbiterError::Read(path.clone(), error))?;
+        let record: Record = serde_json::from_slice(&text).map_err(|error| {
+            ArbiterError::Damaged { path: path.clone(), reason: error.to_string() }
+        })?;
+        if record.generation != generation {
+            let reason = format!("it says generation {}", record.generation);
+            return Err(ArbiterError::Damaged { path, reason });
+        }
+        Ok(record)
+    }
+
+    fn write_beside(&self, path: &Path, record: &Record) -> io::Result<()> {
+        let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
+        let mut text = serde_json::to_vec(record)?;
+        text.push(b'\n');
+        file.write_all(&text)?;
+        file.sync_all()
+    }
+}
+
+impl Arbiter for FileArbiter {
+    fn read(&self) -> Result<Option<Record>, ArbiterError> {
+        self.newest()?.map(|newest| self.load(newest)).transpose()
+    }
+
+    fn compare_and_swap(
+        &self,
+        expected: Generation,
+        next: &Record,
+    ) -> Result<Outcome, ArbiterError> {
+        assert_eq!(next.generation, expected.next(), "a swap raises the generation by one");
+        let standing = self.read()?;
+        if standing.map_or(Generation(0), |record| record.generation) != expected {
+            return Ok(Outcome::Lost(standing));
+        }
+        let path = self.path(next.generation);
+        let failed = |error| ArbiterError::Write(path.clone(), error);
+        let beside = self.dir.join(format!(".{}.new", Uuid::new_v4()));
+        let written = self.write_beside(&beside, next);
+        let linked = written.and_then(|()| fs::hard_link(&beside, &path));
+        // The link is what counts; a temporary file left behind harms nobody.
+        let _ = fs::remove_file(&beside);
+        match linked {
+            Ok(()) => {}
+            // Somebody was first; or NFS repeated a request of ours that had succeeded.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                let standing = self.load(next.generation)?;
+                if standing != *next {
+                    return Ok(Outcome::Lost(self.read()?));
+                }
+            }
+            Err(error) => return Err(failed(error)),
+        }
+        // Won only when it would survive a crash of this host.
+        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+        Ok(Outcome::Won)
+    }
+}
+
+#[cfg(test)]
+#[path = "file_tests.rs"]
+mod tests;

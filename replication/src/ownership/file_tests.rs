@@ -1,0 +1,84 @@
+use std::sync::Barrier;
+
+use super::*;
+use crate::ownership::{HostId, Standing, VmId};
+
+fn solo(generation: u64, owner: HostId, vm: VmId) -> Record {
+    Record { generation: Generation(generation), vm, standing: Standing::Solo { owner } }
+}
+
+fn host() -> HostId {
+    HostId(Uuid::new_v4())
+}
+
+#[test]
+fn a_swap_needs_the_generation_that_stands() {
+    let dir = tempfile::tempdir().unwrap();
+    let arbiter = FileArbiter::new(dir.path().to_owned());
+    let vm = VmId(Uuid::new_v4());
+    assert_eq!(arbiter.read().unwrap(), None);
+    let first = solo(1, host(), vm);
+    assert_eq!(arbiter.compare_and_swap(Generation(0), &first).unwrap(), Outcome::Won);
+    let late = solo(1, host(), vm);
+    let lost = arbiter.compare_and_swap(Generation(0), &late).unwrap();
+    assert_eq!(lost, Outcome::Lost(Some(first)));
+    let second = solo(2, host(), vm);
+    assert_eq!(arbiter.compare_and_swap(Generation(1), &second).unwrap(), Outcome::Won);
+    assert_eq!(arbiter.read().unwrap(), Some(second));
+    let ahead = solo(4, host(), vm);
+    let lost = arbiter.compare_and_swap(Generation(3), &ahead).unwrap();
+    assert_eq!(lost, Outcome::Lost(Some(second)));
+}
+
+#[test]
+fn of_many_at_once_one_wins() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = VmId(Uuid::new_v4());
+    for generation in 0..50 {
+        let start = Barrier::new(4);
+        let won: Vec<Record> = std::thread::scope(|scope| {
+            let askers: Vec<_> = (0..4)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let arbiter = FileArbiter::new(dir.path().to_owned());
+                        let next = solo(generation + 1, host(), vm);
+                        start.wait();
+                        let outcome = arbiter.compare_and_swap(Generation(generation), &next);
+                        (outcome.unwrap() == Outcome::Won).then_some(next)
+                    })
+                })
+                .collect();
+            askers.into_iter().filter_map(|asker| asker.join().unwrap()).collect()
+        });
+        let [winner] = won[..] else { panic!("{} winners", won.len()) };
+        let arbiter = FileArbiter::new(dir.path().to_owned());
+        assert_eq!(arbiter.read().unwrap(), Some(winner));
+    }
+}
+
+#[test]
+fn damage_is_told_apart_from_absence() {
+    let dir = tempfile::tempdir().unwrap();
+    let arbiter = FileArbiter::new(dir.path().to_owned());
+    for damage in ["", "{", "{\"generation\":2}", "not json at all"] {
+        fs::write(dir.path().join("gen-1"), damage).unwrap();
+        let error = arbiter.read().unwrap_err();
+        assert!(matches!(error, ArbiterError::Damaged { .. }), "{damage}: {error}");
+        let next = solo(2, host(), VmId(Uuid::new_v4()));
+        assert!(arbiter.compare_and_swap(Generation(1), &next).is_err());
+    }
+    fs::remove_file(dir.path().join("gen-1")).unwrap();
+    fs::write(dir.path().join("gen-x"), "").unwrap();
+    assert!(matches!(arbiter.read(), Err(ArbiterError::Damaged { .. })));
+    let missing = FileArbiter::new(dir.path().join("none"));
+    assert!(matches!(missing.read(), Err(ArbiterError::List(..))));
+}
+
+#[test]
+fn a_record_with_a_wrong_generation_is_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let arbiter = FileArbiter::new(dir.path().to_owned());
+    let record = serde_json::to_vec(&solo(7, host(), VmId(Uuid::new_v4()))).unwrap();
+    fs::write(dir.path().join("gen-8"), record).unwrap();
+    assert!(matches!(arbiter.read(), Err(ArbiterError::Damaged { .. })));
+}

@@ -1,0 +1,441 @@
+//! The primary's engine: carries out what [`crate::protocol::primary`] decides.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use api::replication::{Degrade, ReplicateData};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+
+use super::options::Checked;
+use super::seal::{Pause, Sealer};
+use super::send::{Job, Senders, Sent, Source};
+use super::session;
+use crate::capture::epoch::Cadence;
+use crate::engine::arbiter::{Asker, Next, Report as Asked};
+use crate::engine::control::{Control, Pace};
+use crate::engine::heard::Heard;
+use crate::engine::status::Status;
+use crate::error::Error;
+use crate::guest::{Guest, Waker};
+use crate::ids::{EpochId, Generation};
+use crate::observer::{Event as Told, Observer};
+use crate::ownership::{HostId, HostIdentity, Record, Standing};
+use crate::protocol::ownership::{Claim, Verdict};
+use crate::protocol::primary::{Action, Event, Primary, Report, State};
+use crate::wire::{Message, WireError};
+
+/// Passes of a copy after which the rest goes into the first epoch, however large.
+const PASSES_MAX: u32 = 8;
+/// A rest that an epoch takes without a long pause.
+const REST_PAGES: u64 = 4096;
+/// Copies anew for epochs that were too large, without as many good epochs in between, after
+/// which it is no accident.
+const TOO_LARGE_MAX: u32 = 3;
+const GOOD_EPOCHS: u32 = 100;
+
+/// Peer timeouts without progress after which a living backup is given up.
+const STALL_TIMEOUTS: u32 = 4;
+
+/// What a person asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ask {
+    Stop,
+    Failover,
+}
+
+/// Everything that reaches the engine.
+pub(super) enum Input {
+    Message(Message),
+    /// The control connection ended.
+    Lost(WireError),
+    Sent(Sent),
+    Arbiter(Asked),
+    Output,
+    Ask(Ask, Sender<Result<(), Error>>),
+}
+
+/// What the engine is busy with beside waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Nothing,
+    /// A pass of a copy is under way.
+    Copying {
+        pass: u32,
+        pages: u64,
+    },
+    /// The guest stands still while what does not fit the first epoch goes into the image.
+    Surplus,
+    Epochs,
+}
+
+/// The epoch that waits for its acknowledgement.
+struct InFlight {
+    sealed_at: Instant,
+}
+
+pub(super) struct Engine<G: Guest> {
+    guest: G,
+    options: ReplicateData,
+    identity: HostIdentity,
+    backup: HostId,
+    machine: Primary,
+    observer: Arc<dyn Observer>,
+    status: Status,
+    queue: Receiver<Input>,
+    /// Keeps the queue open when every other sender is gone.
+    _inputs: Sender<Input>,
+    asker: Asker,
+    control: Option<Control>,
+    senders: Option<Senders>,
+    heard: Heard,
+    cadence: Cadence,
+    sealer: Sealer,
+    work: Work,
+    /// Number of the job that is out, and senders that still work on it.
+    job: u64,
+    unsent: usize,
+    in_flight: Option<InFlight>,
+    sealed: EpochId,
+    last_seal: Instant,
+    first: bool,
+    handover: bool,
+    too_large: u32,
+    good: u32,
+    output: Arc<AtomicBool>,
+    /// Bytes on the wire when something last went on, and when that was.
+    progress: (u64, Instant),
+    retry_at: Option<Instant>,
+    undecided_told: bool,
+    stop_answer: Vec<Sender<Result<(), Error>>>,
+    failover_answer: Vec<Sender<Result<(), Error>>>,
+}
+
+impl<G: Guest> Engine<G> {
+    /// Reads the record, connects, is welcomed, starts the threads. The guest is only asked to
+    /// describe itself.
+    pub(super) fn open(
+        mut guest: G,
+        checked: Checked,
+        identity: HostIdentity,
+        observer: Arc<dyn Observer>,
+        inputs: Sender<Input>,
+        queue: Receiver<Input>,
+        status: Status,
+    ) -> Result<Self, Error> {
+        let Checked { options, address, arbiter } = checked;
+        let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
+        let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
+        let session = session::open(&mut guest, &address, &options, identity)?;
+        let staging = session.welcome.staging_bytes;
+        let millis = Duration::from_millis;
+        let cadence = Cadence::new(millis(options.epoch_min_ms), millis(options.epoch_ms), staging);
+        let heard = Heard::new();
+        let deliver = inputs.clone();
+        let asker =
+            Asker::start(arbiter, move |report| deliver.send(Input::Arbiter(report)).is_ok())?;
+        let pace =
+            Pace { heartbeat: millis(options.heartbeat_ms), linger: millis(options.timeout_ms) };
+        let deliver = inputs.clone();
+        let control = Control::start(session.control, pace, heard.clone(), move |message| {
+            let input = message.map_or_else(Input::Lost, Input::Message);
+            deliver.send(input).is_ok()
+        })?;
+        let ram = guest.ram();
+        let deliver = inputs.clone();
+        let senders = Senders::start(session.data, &ram, &status.counters, move |sent| {
+            deliver.send(Input::Sent(sent)).is_ok()
+        })?;
+        let output = Arc::new(AtomicBool::new(false));
+        let waiting = Arc::clone(&output);
+        let wakes = inputs.clone();
+        guest.set_output_waker(Waker::new(move || {
+            if !waiting.swap(true, Ordering::AcqRel) {
+                // An engine that has ended holds nothing.
+                let _ = wakes.send(Input::Output);
+            }
+        }));
+        Ok(Self {
+            sealer: Sealer::new(ram, options.cow, cadence.staging_pages()),
+            machine: Primary::new(asker.exists(), generation),
+            guest,
+            options,
+            identity,
+            backup: session.backup,
+            observer,
+            status,
+            queue,
+            _inputs: inputs,
+            asker,
+            control: Some(control),
+            senders: Some(senders),
+            heard,
+            cadence,
+            work: Work::Nothing,
+            job: 0,
+            unsent: 0,
+            in_flight: None,
+            sealed: EpochId(0),
+            last_seal: Instant::now(),
+            first: true,
+            handover: false,
+            too_large: 0,
+            good: GOOD_EPOCHS,
+            output,
+            progress: (0, Instant::now()),
+            retry_at: None,
+            undecided_told: false,
+            stop_answer: vec![],
+            failover_answer: vec![],
+        })
+    }
+
+    /// Works until the protection ends one way or another.
+    pub(super) fn run(mut self) {
+        let started = self.guest.start_tracking();
+        match started.map_err(|source| Error::Guest { what: "track dirty pages", source }) {
+            Ok(()) => self.copy(0),
+            Err(error) => self.step(Event::GiveUp(error.chain())),
+        }
+        while !self.is_over() {
+            match self.queue.recv_deadline(self.deadline()) {
+                Ok(input) => self.input(input),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    unreachable!("the engine holds a sender itself")
+                }
+            }
+            self.timers();
+        }
+        self.end();
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.machine.state(), State::Alone | State::Gone | State::Stopped | State::Failed)
+    }
+
+    fn timeout(&self) -> Duration {
+        Duration::from_millis(self.options.timeout_ms)
+    }
+
+    /// The next moment at which something is to be done without an input.
+    fn deadline(&self) -> Instant {
+        let silence = self.heard.deadline(self.timeout());
+        let mut next = match self.control {
+            Some(_) => silence,
+            // Nobody is listened to: the clock matters to a claim only.
+            None => Instant::now() + Duration::from_secs(3600),
+        };
+        next = next.min(self.retry_at.unwrap_or(next));
+        if self.awaits_peer() {
+            next = next.min(self.progress.1 + self.timeout() * STALL_TIMEOUTS);
+        }
+        if self.work == Work::Epochs {
+            next = next.min(self.seal_due());
+        }
+        next
+    }
+
+    /// Whether the peer has something to take or to acknowledge.
+    fn awaits_peer(&self) -> bool {
+        self.control.is_some() && (self.unsent > 0 || self.in_flight.is_some())
+    }
+
+    /// A peer whose heart beats but that takes nothing and acknowledges nothing is no backup.
+    fn is_stalled(&mut self) -> bool {
+        let bytes = self.status.counters.wire_bytes.load(Ordering::Relaxed);
+        if !self.awaits_peer() || bytes != self.progress.0 {
+            self.progress = (bytes, Instant::now());
+        }
+        self.progress.1.elapsed() > self.timeout() * STALL_TIMEOUTS
+    }
+
+    fn output_waiting(&self) -> bool {
+        self.output.load(Ordering::Acquire)
+            || (self.in_flight.is_none() && self.guest.output_waiting())
+    }
+
+    /// When to seal, or, with an epoch in flight, when to look at the dirty set.
+    fn seal_due(&self) -> Instant {
+        let output = self.in_flight.is_none() && self.output_waiting();
+        if self.in_flight.is_some() && self.sealer.stands() {
+            // Only the acknowledgement can change anything.
+            return Instant::now() + Duration::from_secs(3600);
+        }
+        self.last_seal + self.cadence.interval(output)
+    }
+
+    fn input(&mut self, input: Input) {
+        match input {
+            Input::Message(message) => self.message(message),
+            Input::Lost(error) => self.lost(error),
+            Input::Sent(Ok(number)) if number == self.job => {
+                self.unsent -= 1;
+                if self.unsent == 0 {
+                    self.sent();
+                }
+            }
+            Input::Sent(Ok(_)) | Input::Output => {}
+            // The control connection tells more, if it ends at all: leave it the first word.
+            Input::Sent(Err(error)) => {
+                if !error.is_loss() {
+                    self.lost(error);
+                }
+            }
+            Input::Arbiter(report) => {
+                if let Some(error) = &report.error {
+                    self.arbiter_failed(error);
+                }
+                let next = self.asker.report(&report);
+                self.claim_went(next);
+            }
+            Input::Ask(ask, answer) => self.asked(ask, answer),
+        }
+    }
+
+    fn lost(&mut self, error: WireError) {
+        if self.control.is_some() {
+            let error = match error {
+                WireError::Closed => "The backup closed the connection".to_owned(),
+                other => Error::Wire(other).chain(),
+            };
+            self.step(Event::PeerLost(error));
+        }
+    }
+
+    fn message(&mut self, message: Message) {
+        match message {
+            Message::Ack { epoch, generation } => self.acked(epoch, generation),
+            Message::Abort(reason) => {
+                let reason = Error::PeerAborted(reason).chain();
+                self.step(Event::PeerLost(reason));
+            }
+            Message::ResyncReady if self.work == Work::Nothing => self.copy(0),
+            Message::StopDone => {}
+            Message::HandedOver(generation) => self.step(Event::HandedOver(generation)),
+            other => {
+                let found = other.kind();
+                let error = WireError::Unexpected { found, expected: "an acknowledgement" };
+                self.lost(error);
+            }
+        }
+    }
+
+    fn acked(&mut self, epoch: EpochId, generation: Generation) {
+        self.step(Event::Acked { epoch, generation });
+        if self.machine.in_flight().is_some() {
+            return;
+        }
+        if let Some(in_flight) = self.in_flight.take() {
+            let mut gathered = self.status.lock();
+            gathered.commit_us.add_time(in_flight.sealed_at.elapsed());
+            drop(gathered);
+            self.good = self.good.saturating_add(1);
+            if self.good >= GOOD_EPOCHS {
+                self.too_large = 0;
+            }
+        }
+        if self.work == Work::Epochs && (self.handover || self.sealer.stands()) {
+            self.seal();
+        }
+    }
+
+    fn timers(&mut self) {
+        let now = Instant::now();
+        if self.control.is_some() && self.heard.is_silent(self.timeout(), self.timeout() / 2) {
+            let silent_ms = self.options.timeout_ms;
+            self.step(Event::PeerLost(Error::Silent { silent_ms }.chain()));
+        }
+        if self.is_stalled() {
+            let reason = "The backup lives but neither takes nor acknowledges an epoch".to_owned();
+            self.step(Event::PeerLost(reason));
+        }
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry_at = None;
+            let next = self.asker.timer();
+            self.claim_went(next);
+        }
+        if self.work == Work::Epochs && self.seal_due() <= now {
+            self.due();
+        }
+    }
+
+    fn tell(&self, message: Message) {
+        if let Some(control) = &self.control {
+            control.send(message);
+        }
+    }
+
+    fn asked(&mut self, ask: Ask, answer: Sender<Result<(), Error>>) {
+        let before = self.machine.state();
+        match ask {
+            Ask::Stop => {
+                self.stop_answer.push(answer);
+                self.step(Event::StopAsked);
+            }
+            Ask::Failover => {
+                self.failover_answer.push(answer);
+                self.step(Event::FailoverAsked);
+            }
+        }
+        if self.machine.state() == before {
+            let refused = "The VM is not in a state for that at the moment".to_owned();
+            let last = match ask {
+                Ask::Stop if matches!(before, State::Claiming(_)) => None,
+                Ask::Stop => self.stop_answer.pop(),
+                Ask::Failover => self.failover_answer.pop(),
+            };
+            if let Some(answer) = last {
+                // A caller that stopped waiting needs no answer.
+                let _ = answer.send(Err(Error::Conflict(refused)));
+            }
+        }
+    }
+
+    fn arbiter_failed(&mut self, error: &str) {
+        self.status.failed(error);
+        if !std::mem::replace(&mut self.undecided_told, true) {
+            self.observer.event(Told::Undecided { error: error.to_owned() });
+        }
+    }
+
+    fn claim_went(&mut self, next: Next) {
+        match next {
+            Next::Asked | Next::Nothing | Next::Record(_) | Next::ReadFailed => {}
+            Next::Wait { ms } => self.retry_at = Some(Instant::now() + Duration::from_millis(ms)),
+            Next::Decided(verdict) => {
+                self.undecided_told = false;
+                self.step(Event::Verdict(verdict));
+            }
+        }
+    }
+
+    /// Asks the arbiter; without one the backup never takes over by itself, so this side owns.
+    fn claim(&mut self, expected: Generation, standing: Standing) {
+        let generation = expected.next();
+        if !self.asker.exists() {
+            return self.step(Event::Verdict(Verdict::Owned(generation)));
+        }
+        let next = Record { generation, vm: self.identity.vm, standing };
+        let (claim, first) = Claim::new(expected, next);
+        let next = self.asker.begin(claim, first);
+        self.claim_went(next);
+    }
+}
+
+/// The generation to go on from, if this host may protect the VM at all.
+fn admit(record: Option<Record>, identity: HostIdentity) -> Result<Generation, Error> {
+    match record {
+        None => Ok(Generation(0)),
+        Some(record) if record.vm == identity.vm && record.runs_on() == identity.host => {
+            Ok(record.generation)
+        }
+        Some(record) => Err(Error::Conflict(format!(
+            "The arbiter's directory holds the record of another owner ({record}): use an empty \
+             directory for each VM, or protect the VM on the host that owns it"
+        ))),
+    }
+}
+
+mod actions;
+mod epochs;

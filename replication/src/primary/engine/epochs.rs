@@ -1,0 +1,192 @@
+//! Copies and epochs: what is harvested, sealed and given to the senders, and when.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use api::replication::Cow;
+
+use super::{
+    Engine, Error, Event, Guest, InFlight, Job, Message, PASSES_MAX, Pause, REST_PAGES, Senders,
+    Source, TOO_LARGE_MAX, Work,
+};
+use crate::capture::cow::Share;
+use crate::guest::{MachineState, STATE_BYTES_MAX};
+use crate::ids::{EpochId, PAGE_SIZE};
+use crate::ram::PageSet;
+use crate::wire::Seal;
+
+impl<G: Guest> Engine<G> {
+    /// The interval is over.
+    pub(super) fn due(&mut self) {
+        let busy = self.in_flight.is_some();
+        if busy || !(self.first || self.output_waiting()) {
+            // What is harvested while the guest runs need not be harvested in the pause.
+            if let Err(error) = self.sealer.harvest(&mut self.guest) {
+                return self.step(Event::GiveUp(error.chain()));
+            }
+        }
+        if busy {
+            self.last_seal = Instant::now();
+            if self.cadence.is_near_full(self.sealer.dirty.pages().len())
+                && let Err(error) = self.sealer.quiesce(&mut self.guest)
+            {
+                // Bounded memory slows the guest: it waits for the acknowledgement.
+                self.step(Event::GiveUp(error.chain()));
+            }
+            return;
+        }
+        let quiet = self.sealer.dirty.pages().is_empty() && !self.output_waiting();
+        if quiet && !self.first {
+            self.last_seal = Instant::now();
+            return;
+        }
+        self.seal();
+    }
+
+    pub(super) fn seal(&mut self) {
+        let epoch = self.sealed.next();
+        let handover = self.handover;
+        let began = Instant::now();
+        let output = Arc::clone(&self.output);
+        let quiet = move || output.store(false, Ordering::Release);
+        let pause = self.sealer.seal(&mut self.guest, epoch, handover, quiet);
+        match pause {
+            Ok(Pause::Sealed { state, source, stood }) => {
+                let took = began.duration_since(self.last_seal);
+                self.last_seal = began;
+                if let Err(error) = self.ship(epoch, handover, &state, source, took, stood) {
+                    self.step(Event::GiveUp(error.chain()));
+                }
+            }
+            Ok(Pause::TooLarge { .. }) if self.first => {
+                // Nothing is committed yet, so what an epoch cannot carry goes into the image.
+                self.work = Work::Surplus;
+                let set = self.sealer.take();
+                self.give(EpochId(0), Source::Live(set));
+            }
+            Ok(Pause::TooLarge { pages }) => self.too_large(pages),
+            Err(error) => self.step(Event::GiveUp(error.chain())),
+        }
+    }
+
+    fn too_large(&mut self, pages: u64) {
+        let bytes = pages * PAGE_SIZE as u64;
+        let most = self.cadence.staging_pages() * PAGE_SIZE as u64;
+        let reason = format!("An epoch of {bytes} bytes exceeds the backup's staging of {most}");
+        self.too_large += 1;
+        self.good = 0;
+        if self.too_large > TOO_LARGE_MAX || self.handover {
+            self.step(Event::GiveUp(reason));
+        } else {
+            self.step(Event::TooLarge(reason));
+        }
+    }
+
+    fn ship(
+        &mut self,
+        epoch: EpochId,
+        handover: bool,
+        state: &G::State,
+        source: Source,
+        took: Duration,
+        stood: Duration,
+    ) -> Result<(), Error> {
+        let sealed_at = Instant::now();
+        self.sealed = epoch;
+        self.first = false;
+        let set: &PageSet = self.sealer.sealed();
+        let pages = set.len();
+        let of = self.senders.as_ref().map_or(1, Senders::count);
+        let counts = (0..of).map(|index| Share { index, of }.count(set)).collect();
+        self.cadence.sealed(pages, took);
+        self.give(epoch, source);
+        let mut bytes = Vec::new();
+        let encoded = state.encode(&mut bytes);
+        encoded.map_err(|source| Error::Guest { what: "encode the machine state", source })?;
+        if bytes.len() > STATE_BYTES_MAX {
+            let size = bytes.len();
+            return Err(Error::Failed(format!("The machine state has {size} bytes, too many")));
+        }
+        self.status.counters.raw_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.status.counters.wire_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let generation = self.machine.generation();
+        let seal = Seal { epoch, generation, handover, pages: counts, state: bytes };
+        self.tell(Message::Seal(seal));
+        self.in_flight = Some(InFlight { sealed_at });
+        let mut gathered = self.status.lock();
+        gathered.pause_us.add_time(stood);
+        gathered.dirty_pages.add(pages);
+        gathered.info.epoch_sealed = epoch.0;
+        drop(gathered);
+        if handover {
+            // The last one.
+            self.work = Work::Nothing;
+        }
+        self.step(Event::Sealed(epoch));
+        Ok(())
+    }
+
+    /// Gives a job to all senders.
+    fn give(&mut self, epoch: EpochId, source: Source) {
+        self.job += 1;
+        if let Some(senders) = &self.senders {
+            self.unsent = senders.count();
+            senders.send(&Job { number: self.job, epoch, source });
+        }
+    }
+
+    /// The job is out on every connection.
+    pub(super) fn sent(&mut self) {
+        match self.work {
+            Work::Copying { pass, pages } => self.copied(pass, pages),
+            Work::Surplus => {
+                self.work = Work::Epochs;
+                self.seal();
+            }
+            // With cow=off the guest stood until now.
+            Work::Epochs if self.options.cow == Cow::Off && !self.handover => {
+                let began = self.in_flight.as_ref().map(|in_flight| in_flight.sealed_at);
+                match self.sealer.release(&mut self.guest) {
+                    Ok(stood) if began.is_some() => {
+                        self.status.lock().pause_us.add_time(stood);
+                    }
+                    Ok(_) => {}
+                    Err(error) => self.step(Event::GiveUp(error.chain())),
+                }
+            }
+            Work::Epochs | Work::Nothing => {}
+        }
+    }
+
+    /// One pass of a copy straight into the backup's image, while the guest runs.
+    pub(super) fn copy(&mut self, pass: u32) {
+        if let Err(error) = self.sealer.harvest(&mut self.guest) {
+            return self.step(Event::GiveUp(error.chain()));
+        }
+        let set = self.sealer.take();
+        let pages = set.len();
+        if pass == 0 {
+            let counters = &self.status.counters;
+            counters.synced_pages.store(0, Ordering::Relaxed);
+            counters.to_sync_pages.store(pages.max(1), Ordering::Relaxed);
+            self.status.lock().info.sync_progress = 0.0;
+        }
+        self.work = Work::Copying { pass, pages };
+        self.give(EpochId(0), Source::Live(set));
+    }
+
+    fn copied(&mut self, pass: u32, pages: u64) {
+        if let Err(error) = self.sealer.harvest(&mut self.guest) {
+            return self.step(Event::GiveUp(error.chain()));
+        }
+        let rest = self.sealer.dirty.pages().len();
+        let small = REST_PAGES.min(self.cadence.staging_pages() / 4);
+        let shrinks = rest < pages - pages / 4;
+        if rest > small && shrinks && pass + 1 < PASSES_MAX {
+            return self.copy(pass + 1);
+        }
+        self.work = Work::Nothing;
+        self.step(Event::Synced);
+    }
+}

@@ -1,0 +1,131 @@
+//! One seal: the pause, and nothing in it that can be done outside.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api::replication::Cow;
+
+use super::send::Source;
+use crate::capture::cow::{CopyFreezer, Freezer};
+use crate::capture::dirty::Dirty;
+use crate::error::{Error, chain};
+use crate::guest::{Guest, GuestError};
+use crate::ids::EpochId;
+use crate::ram::{PageSet, Ram};
+
+/// What a pause brought.
+pub(super) enum Pause<S> {
+    /// Machine state, pages, and how long the guest stood still; for [`Cow::Off`] it still does.
+    Sealed { state: S, source: Source, stood: Duration },
+    /// The set is too large for the backup; the guest still stands.
+    TooLarge { pages: u64 },
+}
+
+/// The parts of a primary that a seal needs.
+pub(super) struct Sealer {
+    pub(super) ram: Ram,
+    pub(super) dirty: Dirty,
+    freezer: CopyFreezer,
+    cow: Cow,
+    pages_max: u64,
+    /// The set that was sealed last: its pages are on their way.
+    sealed: Arc<PageSet>,
+    /// Since when the guest stands still.
+    stands: Option<Instant>,
+}
+
+fn failed(what: &'static str) -> impl FnOnce(GuestError) -> Error {
+    move |source| Error::Guest { what, source }
+}
+
+impl Sealer {
+    pub(super) fn new(ram: Ram, cow: Cow, pages_max: u64) -> Self {
+        let pages = ram.pages();
+        Self {
+            ram,
+            dirty: Dirty::new(pages),
+            freezer: CopyFreezer::new(pages_max),
+            cow,
+            pages_max,
+            sealed: Arc::new(PageSet::new(pages)),
+            stands: None,
+        }
+    }
+
+    /// Whether the guest stands still for this side.
+    pub(super) fn stands(&self) -> bool {
+        self.stands.is_some()
+    }
+
+    /// The set that was sealed last.
+    pub(super) fn sealed(&self) -> &PageSet {
+        &self.sealed
+    }
+
+    /// Adds what the guest wrote since the last harvest.
+    pub(super) fn harvest(&mut self, guest: &mut impl Guest) -> Result<(), Error> {
+        self.dirty.harvest(guest).map_err(failed("read the dirty pages"))
+    }
+
+    /// Takes the set as it is; for copies that go straight into the backup's image.
+    pub(super) fn take(&mut self) -> Arc<PageSet> {
+        let universe = self.dirty.pages().universe();
+        let spare = match Arc::get_mut(&mut self.sealed) {
+            Some(sealed) => std::mem::replace(sealed, PageSet::new(0)),
+            None => PageSet::new(universe),
+        };
+        self.sealed = Arc::new(self.dirty.take(spare));
+        Arc::clone(&self.sealed)
+    }
+
+    /// Makes the guest stand still.
+    pub(super) fn quiesce(&mut self, guest: &mut impl Guest) -> Result<(), Error> {
+        if self.stands.is_none() {
+            self.stands = Some(Instant::now());
+            guest.quiesce().map_err(failed("stop the vCPUs"))?;
+        }
+        Ok(())
+    }
+
+    /// Lets the guest run if it stands still; returns how long it did.
+    pub(super) fn release(&mut self, guest: &mut impl Guest) -> Result<Duration, Error> {
+        let Some(since) = self.stands.take() else { return Ok(Duration::ZERO) };
+        guest.release().map_err(failed("let the vCPUs run"))?;
+        Ok(since.elapsed())
+    }
+
+    /// Seals `epoch`. The guest stands still while this runs and, unless `stay`, runs after it.
+    pub(super) fn seal<G: Guest>(
+        &mut self,
+        guest: &mut G,
+        epoch: EpochId,
+        stay: bool,
+        quiet: impl FnOnce(),
+    ) -> Result<Pause<G::State>, Error> {
+        self.quiesce(guest)?;
+        // Nothing more is sent from here on: a wish for an early seal is fulfilled.
+        quiet();
+        self.harvest(guest)?;
+        let pages = self.dirty.pages().len();
+        if pages > self.pages_max {
+            return Ok(Pause::TooLarge { pages });
+        }
+        let frozen = match self.cow {
+            Cow::Off => None,
+            Cow::Hybrid | Cow::Protect | Cow::Copy => {
+                let frozen = self.freezer.freeze(&self.ram, self.dirty.pages());
+                Some(frozen.map_err(|error| Error::Memory(chain(&error)))?)
+            }
+        };
+        let state = guest.capture().map_err(failed("read the machine state"))?;
+        guest.seal_output(epoch);
+        let since = self.stands.unwrap_or_else(Instant::now);
+        let stood = match (&frozen, stay) {
+            (Some(_), false) => self.release(guest)?,
+            _ => since.elapsed(),
+        };
+        let set = self.take();
+        let source = frozen.map_or(Source::Live(set), Source::Frozen);
+        Ok(Pause::Sealed { state, source, stood })
+    }
+}

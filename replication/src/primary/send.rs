@@ -1,0 +1,230 @@
+//! The sender threads, one for each data connection.
+//!
+//! Enters: jobs. Leaves: frames. A page of the guest's live memory is read once, into a buffer of
+//! one frame, so that what is sent is what was checksummed; a frozen page goes out from where it
+//! was kept, without a copy.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use crate::capture::cow::{Cursor, Frozen, Piece, Share};
+use crate::engine::spawn;
+use crate::engine::status::Counters;
+use crate::error::Error;
+use crate::ids::{EpochId, PAGE_SIZE};
+use crate::ram::{PageSet, Ram};
+use crate::transport::Stream;
+use crate::wire::{
+    ConnectionPart, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, WireError, encode_pages_header,
+};
+
+/// Where the bytes of a job come from.
+#[derive(Clone)]
+pub(super) enum Source {
+    /// Memory as it is when it is sent.
+    Live(Arc<PageSet>),
+    /// Memory as it was at the seal.
+    Frozen(Arc<dyn Frozen>),
+}
+
+/// Pages to send on every connection.
+#[derive(Clone)]
+pub(super) struct Job {
+    /// Numbers the reports.
+    pub(super) number: u64,
+    /// 0 is the first copy, which has no end marker.
+    pub(super) epoch: EpochId,
+    pub(super) source: Source,
+}
+
+/// What a sender reports: its job is out, or its connection failed.
+pub(super) type Sent = Result<u64, WireError>;
+
+/// The sender threads.
+pub(super) struct Senders {
+    jobs: Vec<Sender<Job>>,
+    closers: Vec<Box<dyn Stream>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Senders {
+    pub(super) fn start(
+        writers: Vec<FrameWriter<Box<dyn Stream>>>,
+        ram: &Ram,
+        counters: &Arc<Counters>,
+        deliver: impl Fn(Sent) -> bool + Clone + Send + 'static,
+    ) -> Result<Self, Error> {
+        let of = writers.len();
+        let mut senders = Self { jobs: vec![], closers: vec![], threads: vec![] };
+        for (index, writer) in writers.into_iter().enumerate() {
+            let closer = writer.get_ref().duplicate();
+            senders.closers.push(closer.map_err(|error| Error::Wire(WireError::Io(error)))?);
+            let (jobs, queue) = unbounded();
+            senders.jobs.push(jobs);
+            let sender = OneSender {
+                share: Share { index, of },
+                ram: ram.clone(),
+                writer,
+                counters: Arc::clone(counters),
+                runs: Runs::default(),
+                head: Vec::new(),
+                counted: 0,
+            };
+            let deliver = deliver.clone();
+            let body = move || sender.run(&queue, deliver);
+            senders.threads.push(spawn("repl-send", Some(index), body)?);
+        }
+        Ok(senders)
+    }
+
+    /// Number of connections.
+    pub(super) fn count(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// Gives the same job to all.
+    pub(super) fn send(&self, job: &Job) {
+        for sender in &self.jobs {
+            // A sender that is gone has reported why.
+            let _ = sender.send(job.clone());
+        }
+    }
+
+    /// Ends all connections at once.
+    pub(super) fn close(self) -> Vec<JoinHandle<()>> {
+        self.closers.iter().for_each(|stream| stream.close());
+        self.threads
+    }
+}
+
+struct OneSender {
+    share: Share,
+    ram: Ram,
+    writer: FrameWriter<Box<dyn Stream>>,
+    counters: Arc<Counters>,
+    runs: Runs,
+    head: Vec<u8>,
+    /// Bytes of the writer that the counters know.
+    counted: u64,
+}
+
+impl OneSender {
+    fn run(mut self, queue: &Receiver<Job>, deliver: impl Fn(Sent) -> bool) {
+        let mut scratch = vec![[0; PAGE_SIZE]; RAW_PAGES_MAX];
+        for job in queue {
+            let sent = match &job.source {
+                Source::Live(pages) => self.send_live(job.epoch, pages, &mut scratch),
+                Source::Frozen(frozen) => self.send_frozen(job.epoch, frozen.as_ref()),
+            };
+            let number = job.number;
+            // What was frozen is free before the engine hears that it is out.
+            drop(job);
+            let failed = sent.is_err();
+            if !deliver(sent.map(|()| number)) || failed {
+                return;
+            }
+        }
+    }
+
+    fn send_live(
+        &mut self,
+        epoch: EpochId,
+        pages: &PageSet,
+        scratch: &mut [[u8; PAGE_SIZE]],
+    ) -> Result<(), WireError> {
+        let mut part = ConnectionPart::default();
+        let mut filled = 0;
+        for page in self.share.pages(pages) {
+            let buffer = &mut scratch[filled];
+            assert!(self.ram.read_page(page, buffer), "a dirty set is over the memory");
+            let zero = is_zero(buffer);
+            if !self.runs.push(page, zero) {
+                let contents: Vec<&[u8]> = vec![scratch[..filled].as_flattened()];
+                self.flush(epoch, &contents, &mut part)?;
+                scratch.swap(0, filled);
+                filled = 0;
+                assert!(self.runs.push(page, zero), "an empty frame has room");
+            }
+            filled += usize::from(!zero);
+            if filled == scratch.len() {
+                self.flush(epoch, &[scratch.as_flattened()], &mut part)?;
+                filled = 0;
+            }
+        }
+        self.flush(epoch, &[scratch[..filled].as_flattened()], &mut part)?;
+        self.end(epoch, part)
+    }
+
+    fn send_frozen(&mut self, epoch: EpochId, frozen: &dyn Frozen) -> Result<(), WireError> {
+        let mut part = ConnectionPart::default();
+        let mut cursor = Cursor::default();
+        let mut batch: Vec<Piece<'_>> = Vec::new();
+        loop {
+            frozen.next(self.share, &mut cursor, RAW_PAGES_MAX, &mut batch);
+            if batch.is_empty() {
+                break;
+            }
+            let mut contents: Vec<&[u8]> = Vec::with_capacity(batch.len());
+            for (page, bytes) in &batch {
+                let zero = is_zero(bytes);
+                assert!(self.runs.push(*page, zero), "a batch fits a frame");
+                if !zero {
+                    contents.push(&bytes[..]);
+                }
+            }
+            self.flush(epoch, &contents, &mut part)?;
+            drop(contents);
+            frozen.done(self.share, &batch);
+        }
+        self.end(epoch, part)
+    }
+
+    fn flush(
+        &mut self,
+        epoch: EpochId,
+        contents: &[&[u8]],
+        part: &mut ConnectionPart,
+    ) -> Result<(), WireError> {
+        if self.runs.is_empty() {
+            return Ok(());
+        }
+        encode_pages_header(epoch, &self.runs, &mut self.head);
+        let mut parts: Vec<&[u8]> = Vec::with_capacity(contents.len() + 1);
+        parts.push(&self.head);
+        parts.extend(contents);
+        let crc = self.writer.write(Kind::Pages, &parts)?;
+        let pages = self.runs.pages();
+        self.runs.clear();
+        part.add(pages, crc);
+        let counters = &self.counters;
+        counters.raw_bytes.fetch_add(pages * PAGE_SIZE as u64, Ordering::Relaxed);
+        if epoch == EpochId(0) {
+            counters.synced_pages.fetch_add(pages, Ordering::Relaxed);
+        }
+        self.count();
+        Ok(())
+    }
+
+    fn end(&mut self, epoch: EpochId, part: ConnectionPart) -> Result<(), WireError> {
+        if epoch != EpochId(0) {
+            self.writer.write(Kind::End, &[&End { epoch, part }.encode()])?;
+            self.count();
+        }
+        Ok(())
+    }
+
+    fn count(&mut self) {
+        let new = self.writer.bytes() - self.counted;
+        self.counted += new;
+        self.counters.wire_bytes.fetch_add(new, Ordering::Relaxed);
+    }
+}
+
+/// Whether a page is all zero; fails at the first word of most pages that are not.
+fn is_zero(page: &[u8; PAGE_SIZE]) -> bool {
+    let (chunks, _) = page.as_chunks::<64>();
+    chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+}

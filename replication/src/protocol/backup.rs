@@ -1,0 +1,402 @@
+//! The backup of a pair.
+//!
+//! ```text
+//!   Idle --accepted--> Syncing --verified(first)--> Replica ---+ verified, verified, ...
+//!    ^ ^                 |  ^                        | |  ^----+
+//!    | +--lost, stopped--+  +--resync----------------+ |
+//!    |                                                 | lost, bad, failover, handover
+//!    |   record is another's                           v
+//!    +---------------------------------------------- Claiming    (arbiter)
+//!    |                                                 | owned
+//!    +--accepted again-- Orphan (no arbiter) --force-- Starting --started--> TakenOver
+//! ```
+//!
+//! From Claiming and Orphan on nothing is acknowledged any more, for good: a session that brings
+//! more is a new one, from Syncing.
+
+use crate::ids::{EpochId, Generation};
+use crate::protocol::ownership::Verdict;
+
+/// Where the backup stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Listening, nothing here.
+    Idle,
+    /// Pages go straight into the image; there is nothing to start from.
+    Syncing,
+    /// An epoch is committed: there is something to start from.
+    Replica,
+    /// The arbiter is asked for SOLO.
+    Claiming,
+    /// The primary is lost and no arbiter can say who owns the VM: a person decides.
+    Orphan,
+    /// The VM is being started.
+    Starting,
+    TakenOver,
+    /// Ended by a person or by an error that leaves nothing to wait for.
+    Stopped,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A primary was accepted and the machine was built.
+    Accepted,
+    Paired(Generation),
+    /// A whole epoch is staged and checked.
+    Verified {
+        epoch: EpochId,
+        generation: Generation,
+        handover: bool,
+    },
+    /// The connection ended or was silent too long.
+    Lost(String),
+    /// The peer sent what it must not.
+    Bad(String),
+    /// The primary ends the protection.
+    StopTold,
+    /// The primary copies anew.
+    ResyncTold,
+    Verdict(Verdict),
+    FailoverAsked {
+        force: bool,
+    },
+    StopAsked,
+    Started,
+    StartFailed(String),
+}
+
+/// What the engine does, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    Ack {
+        epoch: EpochId,
+        generation: Generation,
+    },
+    /// Bring the staged epoch into the image.
+    Apply(EpochId),
+    /// Forget what is staged and not acknowledged.
+    DropStaging,
+    TellAbort(String),
+    TellStopDone,
+    TellResyncReady,
+    TellHandedOver(Generation),
+    Close,
+    /// Ask the arbiter for SOLO in place of `expected`.
+    Claim {
+        expected: Generation,
+    },
+    /// Destroy the replica.
+    Discard,
+    /// Load the last acknowledged state and run.
+    Start,
+    /// Answer a person's request.
+    Refuse(String),
+    Report(Report),
+}
+
+/// What a person is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// The session failed; the backup listens or waits as its state says.
+    SessionFailed(String),
+    /// The primary ended the protection; the backup listens again.
+    Released,
+    FailoverStarted,
+    FailoverFinished,
+    FailoverFailed(String),
+    Lost(Verdict),
+    Stopped,
+}
+
+/// The machine.
+#[derive(Clone, Debug)]
+pub struct Backup {
+    state: State,
+    arbiter: bool,
+    generation: Option<Generation>,
+    committed: Option<EpochId>,
+    next: EpochId,
+    handover: bool,
+}
+
+impl Backup {
+    #[must_use]
+    pub fn new(arbiter: bool) -> Self {
+        Self {
+            state: State::Idle,
+            arbiter,
+            generation: None,
+            committed: None,
+            next: EpochId(1),
+            handover: false,
+        }
+    }
+
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation.unwrap_or_default()
+    }
+
+    /// The last epoch that was acknowledged in this session.
+    #[must_use]
+    pub fn committed(&self) -> Option<EpochId> {
+        self.committed
+    }
+
+    /// The only epoch that may be staged at the moment.
+    #[must_use]
+    pub fn expected(&self) -> EpochId {
+        self.next
+    }
+
+    /// What to do about `event`.
+    pub fn step(&mut self, event: Event) -> Vec<Action> {
+        match event {
+            Event::Accepted => self.accepted(),
+            Event::Paired(generation) => self.paired(generation),
+            Event::Verified { epoch, generation, handover } => {
+                self.verified(epoch, generation, handover)
+            }
+            Event::Lost(reason) => self.lost(reason),
+            Event::Bad(reason) => self.bad(reason),
+            Event::StopTold => self.stop_told(),
+            Event::ResyncTold => self.resync_told(),
+            Event::Verdict(verdict) => self.verdict(verdict),
+            Event::FailoverAsked { force } => self.failover_asked(force),
+            Event::StopAsked => self.stop_asked(),
+            Event::Started => self.started(),
+            Event::StartFailed(reason) => self.start_failed(reason),
+        }
+    }
+
+    fn accepted(&mut self) -> Vec<Action> {
+        let orphan = self.state == State::Orphan;
+        self.forget();
+        self.go(State::Syncing);
+        // The same VM's primary is back, alive: what is left here is older than what it runs.
+        if orphan { vec![Action::Discard] } else { vec![] }
+    }
+
+    fn paired(&mut self, generation: Generation) -> Vec<Action> {
+        if self.state != State::Syncing || self.generation.is_some_and(|old| old >= generation) {
+            return self.bad("The primary paired out of turn".to_owned());
+        }
+        self.generation = Some(generation);
+        vec![]
+    }
+
+    fn verified(&mut self, epoch: EpochId, generation: Generation, handover: bool) -> Vec<Action> {
+        if !matches!(self.state, State::Syncing | State::Replica) {
+            return vec![];
+        }
+        if epoch != self.next {
+            return self.bad(format!("Epoch {epoch} arrived where {} was due", self.next));
+        }
+        if self.generation != Some(generation) {
+            return self.bad(format!("Epoch {epoch} belongs to generation {generation}"));
+        }
+        if self.state == State::Syncing {
+            self.go(State::Replica);
+        }
+        self.committed = Some(epoch);
+        self.next = epoch.next();
+        let mut actions = vec![Action::Ack { epoch, generation }, Action::Apply(epoch)];
+        if handover {
+            self.handover = true;
+            actions.push(Action::Report(Report::FailoverStarted));
+            actions.extend(self.take(generation));
+        }
+        actions
+    }
+
+    /// Stops acknowledging for good and asks, or starts where there is nobody to ask.
+    fn take(&mut self, generation: Generation) -> Vec<Action> {
+        if self.arbiter {
+            self.go(State::Claiming);
+            vec![Action::Claim { expected: generation }]
+        } else {
+            self.generation = Some(generation.next());
+            self.go(State::Starting);
+            vec![Action::Start]
+        }
+    }
+
+    fn lost(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            State::Syncing => {
+                self.forget();
+                self.go(State::Idle);
+                let report = Action::Report(Report::SessionFailed(reason));
+                vec![Action::Close, Action::DropStaging, Action::Discard, report]
+            }
+            State::Replica => {
+                let mut actions = vec![Action::Close, Action::DropStaging];
+                if self.arbiter {
+                    actions.push(Action::Report(Report::FailoverStarted));
+                    actions.extend(self.take(self.generation()));
+                } else {
+                    self.go(State::Orphan);
+                    actions.push(Action::Report(Report::SessionFailed(reason)));
+                }
+                actions
+            }
+            _ => vec![],
+        }
+    }
+
+    fn bad(&mut self, reason: String) -> Vec<Action> {
+        let mut actions = match self.state {
+            State::Syncing | State::Replica => vec![Action::TellAbort(reason.clone())],
+            _ => vec![],
+        };
+        actions.extend(self.lost(reason));
+        actions
+    }
+
+    fn stop_told(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Syncing | State::Replica => {
+                self.forget();
+                self.go(State::Idle);
+                let report = Action::Report(Report::Released);
+                let tell = Action::TellStopDone;
+                vec![tell, Action::Close, Action::DropStaging, Action::Discard, report]
+            }
+            _ => vec![],
+        }
+    }
+
+    fn resync_told(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Syncing | State::Replica => {
+                if self.state == State::Replica {
+                    self.go(State::Syncing);
+                }
+                self.committed = None;
+                vec![Action::DropStaging, Action::TellResyncReady]
+            }
+            _ => vec![],
+        }
+    }
+
+    fn verdict(&mut self, verdict: Verdict) -> Vec<Action> {
+        if self.state != State::Claiming {
+            return vec![];
+        }
+        match verdict {
+            Verdict::Owned(generation) => {
+                self.generation = Some(generation);
+                self.go(State::Starting);
+                if self.handover { vec![Action::Start] } else { vec![Action::Close, Action::Start] }
+            }
+            Verdict::Lost(_) => {
+                self.forget();
+                self.go(State::Idle);
+                vec![Action::Close, Action::Discard, Action::Report(Report::Lost(verdict))]
+            }
+        }
+    }
+
+    fn failover_asked(&mut self, force: bool) -> Vec<Action> {
+        let refuse = |reason: &str| vec![Action::Refuse(reason.to_owned())];
+        match self.state {
+            State::Replica if self.arbiter => {
+                // The session stays until the verdict: a primary that sees it close would ask the
+                // arbiter too, and might win against the person.
+                let started = Action::Report(Report::FailoverStarted);
+                let mut actions = vec![Action::DropStaging, started];
+                actions.extend(self.take(self.generation()));
+                actions
+            }
+            State::Replica => {
+                refuse("The primary is alive and there is no arbiter: ask the primary to fail over")
+            }
+            State::Orphan if force => {
+                let mut actions = vec![Action::Report(Report::FailoverStarted)];
+                self.generation = Some(self.generation().next());
+                self.go(State::Starting);
+                actions.push(Action::Start);
+                actions
+            }
+            State::Orphan => refuse(
+                "There is no arbiter to say whether the primary is gone: 'force' says that it is",
+            ),
+            State::Idle | State::Syncing => refuse("There is no committed replica to start from"),
+            State::Claiming | State::Starting => refuse("A take-over is under way"),
+            State::TakenOver => refuse("This host has taken over already"),
+            State::Stopped => refuse("The backup was stopped"),
+        }
+    }
+
+    fn stop_asked(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Idle | State::Syncing | State::Replica | State::Orphan => {
+                let told = matches!(self.state, State::Syncing | State::Replica);
+                self.go(State::Stopped);
+                let mut actions = vec![];
+                if told {
+                    let reason = "The backup was stopped by a person".to_owned();
+                    actions.push(Action::TellAbort(reason));
+                }
+                actions.extend([Action::Close, Action::DropStaging, Action::Discard]);
+                actions.push(Action::Report(Report::Stopped));
+                actions
+            }
+            // What was claimed may be ours already: it cannot be taken back.
+            State::Claiming | State::Starting | State::TakenOver | State::Stopped => vec![],
+        }
+    }
+
+    fn started(&mut self) -> Vec<Action> {
+        self.go(State::TakenOver);
+        let mut actions = vec![];
+        if self.handover {
+            actions.push(Action::TellHandedOver(self.generation()));
+        }
+        actions.extend([Action::Close, Action::Report(Report::FailoverFinished)]);
+        actions
+    }
+
+    fn start_failed(&mut self, reason: String) -> Vec<Action> {
+        self.go(State::Stopped);
+        let failed = Action::Report(Report::FailoverFailed(reason.clone()));
+        vec![Action::TellAbort(reason), Action::Close, failed]
+    }
+
+    fn forget(&mut self) {
+        self.generation = None;
+        self.committed = None;
+        self.next = EpochId(1);
+        self.handover = false;
+    }
+
+    fn go(&mut self, next: State) {
+        assert!(is_transition_valid(self.state, next), "{:?} to {next:?}", self.state);
+        self.state = next;
+    }
+}
+
+/// The arrows of the diagram.
+#[must_use]
+pub fn is_transition_valid(from: State, to: State) -> bool {
+    use State::{Claiming, Idle, Orphan, Replica, Starting, Stopped, Syncing, TakenOver};
+    match from {
+        Idle => matches!(to, Syncing | Stopped),
+        Syncing => matches!(to, Replica | Idle | Stopped),
+        Replica => matches!(to, Syncing | Idle | Claiming | Orphan | Starting | Stopped),
+        Claiming => matches!(to, Starting | Idle),
+        Orphan => matches!(to, Starting | Syncing | Stopped),
+        Starting => matches!(to, TakenOver | Stopped),
+        TakenOver | Stopped => false,
+    }
+}
+
+#[cfg(test)]
+#[path = "backup_tests.rs"]
+mod tests;

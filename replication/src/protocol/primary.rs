@@ -1,0 +1,434 @@
+//! The primary of a pair.
+//!
+//! ```text
+//!               synced         owned (PAIR)            ack, ack, ...
+//!   Syncing ------------> Pairing ----------> Protected ----+
+//!     ^  | peer lost, stop   | peer lost, stop   |    ^-----+
+//!     |  v                   v                   | peer lost | stop | too large | failover
+//!     |  Failed / Stopped   Failed / Stopped     v                              v
+//!     |                                       Claiming                     HandingOver
+//!     |       owned, to copy anew                | |  peer lost                 |
+//!     +------------------------------------------+ |  <-------------------------+ handed over
+//!                       owned |          lost      |                            |
+//!                             v                    v                            v
+//!                      Alone / Stopped            Gone <------------------------+
+//! ```
+//!
+//! Output is free in Syncing and Pairing, held in all states between, and free again in Alone and
+//! Stopped. HandingOver without an arbiter that loses its peer is Undecided: the backup may run
+//! the VM, and only a person knows.
+
+use crate::ids::{EpochId, Generation};
+use crate::protocol::ownership::Verdict;
+
+/// Where the primary stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Pages go straight to the backup's image.
+    Syncing,
+    /// The arbiter is asked for PAIR.
+    Pairing,
+    /// Epochs are sealed, sent, acknowledged, committed.
+    Protected,
+    /// The last epoch of a planned switch-over is under way.
+    HandingOver,
+    /// The arbiter is asked for SOLO.
+    Claiming(Purpose),
+    /// Without an arbiter: the backup may run the VM.
+    Undecided,
+    /// Owns the VM without a backup.
+    Alone,
+    /// The backup owns the VM.
+    Gone,
+    /// Ended by a person.
+    Stopped,
+    /// Ended by an error before the VM was protected.
+    Failed,
+}
+
+/// Why ownership alone is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    PeerLost,
+    Stop,
+    /// An epoch did not fit the backup's staging: copy anew, unprotected.
+    Resync,
+    /// This side cannot go on, with a backup that is well.
+    GiveUp,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The rest of the first copy is small enough for an epoch.
+    Synced,
+    /// The verdict on the claim that was asked for last.
+    Verdict(Verdict),
+    /// An epoch was sealed and is on its way.
+    Sealed(EpochId),
+    /// The backup's software has the whole epoch.
+    Acked {
+        epoch: EpochId,
+        generation: Generation,
+    },
+    /// The connection ended, was silent too long, or brought what it must not.
+    PeerLost(String),
+    /// The epoch to be sealed does not fit the backup's staging.
+    TooLarge(String),
+    /// The guest cannot be captured, or never fits.
+    GiveUp(String),
+    StopAsked,
+    FailoverAsked,
+    /// The backup runs the VM.
+    HandedOver(Generation),
+}
+
+/// What the engine does, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Ask the arbiter for PAIR in place of `expected`.
+    Pair {
+        expected: Generation,
+    },
+    /// Ask the arbiter for SOLO in place of `expected`.
+    Claim {
+        expected: Generation,
+    },
+    TellPaired(Generation),
+    TellStop,
+    /// Tell the backup that its replica is worthless, and copy anew.
+    CopyAnew,
+    /// Hold output from here on.
+    Hold,
+    /// Seal epochs as the cadence says, beginning now.
+    BeginEpochs,
+    /// Seal no more.
+    EndEpochs,
+    /// Quiesce for good and seal the last epoch.
+    SealHandover,
+    Commit(EpochId),
+    Pass,
+    /// Let the guest run if it stands still for a seal.
+    Release,
+    /// As the degrade option says: run on or stay paused.
+    Degrade,
+    Destroy,
+    /// End the session.
+    Close,
+    Report(Report),
+}
+
+/// What a person is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    Synced,
+    Resynced,
+    Degraded(String),
+    Stopped,
+    Failed(String),
+    Lost(Verdict),
+    FailoverStarted,
+    FailoverFinished,
+    FailoverFailed(String),
+    Undecided(String),
+}
+
+/// The machine.
+#[derive(Clone, Debug)]
+pub struct Primary {
+    state: State,
+    arbiter: bool,
+    generation: Generation,
+    in_flight: Option<EpochId>,
+    committed: EpochId,
+    /// Whether an epoch was committed since the last copy.
+    protected: bool,
+    /// Whether the VM was protected before the present copy.
+    resync: bool,
+    reason: String,
+}
+
+impl Primary {
+    /// A primary that begins to copy; `generation` is that of the record that stands.
+    #[must_use]
+    pub fn new(arbiter: bool, generation: Generation) -> Self {
+        Self {
+            state: State::Syncing,
+            arbiter,
+            generation,
+            in_flight: None,
+            committed: EpochId(0),
+            protected: false,
+            resync: false,
+            reason: String::new(),
+        }
+    }
+
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The last epoch whose output may leave.
+    #[must_use]
+    pub fn committed(&self) -> EpochId {
+        self.committed
+    }
+
+    /// The epoch that waits for its acknowledgement.
+    #[must_use]
+    pub fn in_flight(&self) -> Option<EpochId> {
+        self.in_flight
+    }
+
+    /// Whether an epoch of the present copy was committed.
+    #[must_use]
+    pub fn is_protected(&self) -> bool {
+        self.protected
+    }
+
+    /// What to do about `event`.
+    pub fn step(&mut self, event: Event) -> Vec<Action> {
+        match event {
+            Event::Synced => self.synced(),
+            Event::Verdict(verdict) => self.verdict(verdict),
+            Event::Sealed(epoch) => self.sealed(epoch),
+            Event::Acked { epoch, generation } => self.acked(epoch, generation),
+            Event::PeerLost(reason) => self.peer_lost(reason),
+            Event::TooLarge(reason) => self.too_large(reason),
+            Event::GiveUp(reason) => self.give_up(reason),
+            Event::StopAsked => self.stop_asked(),
+            Event::FailoverAsked => self.failover_asked(),
+            Event::HandedOver(generation) => self.handed_over(generation),
+        }
+    }
+
+    fn synced(&mut self) -> Vec<Action> {
+        assert_eq!(self.state, State::Syncing, "a copy ends where one was made");
+        self.go(State::Pairing);
+        vec![Action::Pair { expected: self.generation }]
+    }
+
+    fn verdict(&mut self, verdict: Verdict) -> Vec<Action> {
+        match (self.state, verdict) {
+            (State::Pairing, Verdict::Owned(generation)) => {
+                self.generation = generation;
+                self.go(State::Protected);
+                vec![Action::Hold, Action::TellPaired(generation), Action::BeginEpochs]
+            }
+            (State::Pairing, Verdict::Lost(_)) => {
+                self.go(State::Gone);
+                vec![Action::Close, Action::Destroy, Action::Report(Report::Lost(verdict))]
+            }
+            (State::Claiming(purpose), Verdict::Owned(generation)) => {
+                self.generation = generation;
+                self.in_flight = None;
+                self.owned(purpose)
+            }
+            (State::Claiming(_), Verdict::Lost(_)) => {
+                self.go(State::Gone);
+                vec![Action::Destroy, Action::Close, Action::Report(Report::Lost(verdict))]
+            }
+            // Asked for in a state that was left since: it changes nothing any more.
+            _ => vec![],
+        }
+    }
+
+    fn owned(&mut self, purpose: Purpose) -> Vec<Action> {
+        let reason = std::mem::take(&mut self.reason);
+        match purpose {
+            Purpose::PeerLost => {
+                self.go(State::Alone);
+                let report = Action::Report(Report::Degraded(reason));
+                vec![Action::Close, Action::Degrade, Action::Pass, report]
+            }
+            Purpose::GiveUp => {
+                self.go(State::Alone);
+                let report = Action::Report(Report::Degraded(reason));
+                vec![Action::TellStop, Action::Degrade, Action::Pass, report]
+            }
+            Purpose::Stop => {
+                self.go(State::Stopped);
+                let report = Action::Report(Report::Stopped);
+                vec![Action::Pass, Action::Release, Action::TellStop, report]
+            }
+            Purpose::Resync => {
+                self.go(State::Syncing);
+                self.protected = false;
+                self.resync = true;
+                let report = Action::Report(Report::Degraded(reason));
+                vec![Action::Pass, Action::Release, Action::CopyAnew, report]
+            }
+        }
+    }
+
+    fn sealed(&mut self, epoch: EpochId) -> Vec<Action> {
+        assert!(matches!(self.state, State::Protected | State::HandingOver));
+        assert_eq!(self.in_flight, None, "one epoch is in flight");
+        self.in_flight = Some(epoch);
+        vec![]
+    }
+
+    fn acked(&mut self, epoch: EpochId, generation: Generation) -> Vec<Action> {
+        let waits = matches!(
+            self.state,
+            State::Protected | State::HandingOver | State::Claiming(_) | State::Undecided
+        );
+        if !waits {
+            return vec![];
+        }
+        if self.in_flight != Some(epoch) || generation != self.generation {
+            let reason = format!("The backup acknowledged epoch {epoch}, which was not sent");
+            return self.peer_lost(reason);
+        }
+        self.in_flight = None;
+        self.committed = epoch;
+        let mut actions = vec![Action::Commit(epoch)];
+        if !self.protected {
+            self.protected = true;
+            let report = if self.resync { Report::Resynced } else { Report::Synced };
+            actions.push(Action::Report(report));
+        }
+        actions
+    }
+
+    fn peer_lost(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            // Nothing was ever held, and the backup has nothing to start from.
+            State::Syncing | State::Pairing => {
+                self.go(State::Failed);
+                vec![Action::Close, Action::Report(Report::Failed(reason))]
+            }
+            State::Protected => self.claim(Purpose::PeerLost, reason),
+            State::HandingOver if self.arbiter => {
+                let report = Action::Report(Report::FailoverFailed(reason.clone()));
+                let mut actions = self.claim(Purpose::PeerLost, reason);
+                actions.push(report);
+                actions
+            }
+            State::HandingOver => {
+                self.go(State::Undecided);
+                vec![Action::Close, Action::Report(Report::Undecided(reason))]
+            }
+            State::Claiming(Purpose::Resync | Purpose::GiveUp) => {
+                // There is nobody left to copy to.
+                self.reason = reason;
+                self.go(State::Claiming(Purpose::PeerLost));
+                vec![Action::Close]
+            }
+            _ => vec![],
+        }
+    }
+
+    fn claim(&mut self, purpose: Purpose, reason: String) -> Vec<Action> {
+        self.reason = reason;
+        self.go(State::Claiming(purpose));
+        let mut actions = vec![Action::EndEpochs];
+        if purpose == Purpose::PeerLost {
+            actions.push(Action::Close);
+        }
+        actions.push(Action::Claim { expected: self.generation });
+        actions
+    }
+
+    fn too_large(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            State::Protected => self.claim(Purpose::Resync, reason),
+            _ => vec![],
+        }
+    }
+
+    fn give_up(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            State::Syncing | State::Pairing => {
+                self.go(State::Failed);
+                vec![Action::TellStop, Action::Release, Action::Report(Report::Failed(reason))]
+            }
+            State::Protected | State::HandingOver => self.claim(Purpose::GiveUp, reason),
+            _ => vec![],
+        }
+    }
+
+    fn stop_asked(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Syncing | State::Pairing => {
+                self.go(State::Stopped);
+                vec![Action::TellStop, Action::Report(Report::Stopped)]
+            }
+            State::Protected => self.claim(Purpose::Stop, String::new()),
+            State::Claiming(Purpose::PeerLost | Purpose::Resync | Purpose::GiveUp) => {
+                self.go(State::Claiming(Purpose::Stop));
+                vec![]
+            }
+            State::Undecided => {
+                self.go(State::Stopped);
+                vec![Action::Pass, Action::Release, Action::Report(Report::Stopped)]
+            }
+            State::Alone => {
+                self.go(State::Stopped);
+                vec![Action::Report(Report::Stopped)]
+            }
+            _ => vec![],
+        }
+    }
+
+    fn failover_asked(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Protected if self.protected => {
+                self.go(State::HandingOver);
+                vec![Action::Report(Report::FailoverStarted), Action::SealHandover]
+            }
+            _ => vec![],
+        }
+    }
+
+    fn handed_over(&mut self, generation: Generation) -> Vec<Action> {
+        match self.state {
+            // Only what was asked for is believed; an arbiter's word counts in Claiming.
+            State::HandingOver if self.in_flight.is_none() && generation > self.generation => {
+                self.generation = generation;
+                self.go(State::Gone);
+                let report = Action::Report(Report::FailoverFinished);
+                vec![Action::Destroy, Action::Close, report]
+            }
+            State::Claiming(_) | State::Undecided => vec![],
+            _ => self.peer_lost("The backup claims to run the VM, unasked".to_owned()),
+        }
+    }
+
+    fn go(&mut self, next: State) {
+        assert!(is_transition_valid(self.state, next), "{:?} to {next:?}", self.state);
+        self.state = next;
+    }
+}
+
+/// The arrows of the diagram.
+#[must_use]
+pub fn is_transition_valid(from: State, to: State) -> bool {
+    use State::{
+        Alone, Claiming, Failed, Gone, HandingOver, Pairing, Protected, Stopped, Syncing, Undecided,
+    };
+    match from {
+        Syncing => matches!(to, Pairing | Failed | Stopped),
+        Pairing => matches!(to, Protected | Failed | Stopped | Gone),
+        Protected => matches!(to, Claiming(_) | HandingOver),
+        HandingOver => matches!(to, Claiming(_) | Gone | Undecided),
+        Claiming(Purpose::Resync) => matches!(to, Claiming(_) | Syncing | Gone),
+        Claiming(Purpose::GiveUp) => {
+            matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Alone | Gone)
+        }
+        Claiming(Purpose::PeerLost) => matches!(to, Claiming(Purpose::Stop) | Alone | Gone),
+        Claiming(Purpose::Stop) => matches!(to, Stopped | Gone),
+        Undecided | Alone => matches!(to, Stopped),
+        Gone | Stopped | Failed => false,
+    }
+}
+
+#[cfg(test)]
+#[path = "primary_tests.rs"]
+mod tests;

@@ -1,0 +1,118 @@
+use uuid::Uuid;
+
+use super::*;
+use crate::ownership::{HostId, Record, Standing, VmId};
+
+const G1: Generation = Generation(1);
+const E1: EpochId = EpochId(1);
+
+fn theirs() -> Verdict {
+    let owner = HostId(Uuid::from_u128(7));
+    let vm = VmId(Uuid::from_u128(8));
+    let generation = Generation(2);
+    Verdict::Lost(Some(Record { generation, vm, standing: Standing::Solo { owner } }))
+}
+
+fn ack(epoch: u64) -> Event {
+    Event::Acked { epoch: EpochId(epoch), generation: G1 }
+}
+
+fn paired() -> Primary {
+    let mut primary = Primary::new(true, Generation(0));
+    assert_eq!(primary.step(Event::Synced), [Action::Pair { expected: Generation(0) }]);
+    let begun = primary.step(Event::Verdict(Verdict::Owned(G1)));
+    assert_eq!(begun, [Action::Hold, Action::TellPaired(G1), Action::BeginEpochs]);
+    primary
+}
+
+fn protected() -> Primary {
+    let mut primary = paired();
+    assert_eq!(primary.step(Event::Sealed(E1)), []);
+    assert_eq!(primary.step(ack(1)), [Action::Commit(E1), Action::Report(Report::Synced)]);
+    primary
+}
+
+#[test]
+fn nothing_leaves_between_a_seal_and_its_ack() {
+    let mut primary = protected();
+    assert_eq!(primary.step(Event::Sealed(EpochId(2))), []);
+    assert_eq!(primary.committed(), E1);
+    assert_eq!(primary.step(ack(2)), [Action::Commit(EpochId(2))]);
+}
+
+#[test]
+fn an_ack_of_what_was_not_sent_is_suspicion() {
+    for event in [ack(1), ack(3), Event::Acked { epoch: EpochId(2), generation: Generation(2) }] {
+        let mut primary = protected();
+        primary.step(Event::Sealed(EpochId(2)));
+        let actions = primary.step(event);
+        let claim = [Action::EndEpochs, Action::Close, Action::Claim { expected: G1 }];
+        assert_eq!(actions, claim);
+    }
+}
+
+#[test]
+fn a_won_claim_passes_and_a_lost_one_destroys() {
+    let mut primary = protected();
+    primary.step(Event::PeerLost("gone".into()));
+    let won = primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+    let degraded = Action::Report(Report::Degraded("gone".into()));
+    assert_eq!(won, [Action::Close, Action::Degrade, Action::Pass, degraded]);
+    let mut primary = protected();
+    primary.step(Event::PeerLost("gone".into()));
+    let lost = primary.step(Event::Verdict(theirs()));
+    assert_eq!(lost, [Action::Destroy, Action::Close, Action::Report(Report::Lost(theirs()))]);
+}
+
+#[test]
+fn an_ack_from_before_the_suspicion_still_commits() {
+    let mut primary = protected();
+    primary.step(Event::Sealed(EpochId(2)));
+    primary.step(Event::PeerLost("silent".into()));
+    assert_eq!(primary.step(ack(2)), [Action::Commit(EpochId(2))]);
+    primary.step(Event::Verdict(theirs()));
+    assert_eq!(primary.step(ack(3)), []);
+}
+
+#[test]
+fn a_loss_during_the_first_copy_touches_no_output() {
+    let mut primary = Primary::new(true, Generation(0));
+    let failed = primary.step(Event::PeerLost("cut".into()));
+    assert_eq!(failed, [Action::Close, Action::Report(Report::Failed("cut".into()))]);
+}
+
+#[test]
+fn a_stop_passes_only_after_the_claim() {
+    let mut primary = protected();
+    let claim = [Action::EndEpochs, Action::Claim { expected: G1 }];
+    assert_eq!(primary.step(Event::StopAsked), claim);
+    let won = primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+    let report = Action::Report(Report::Stopped);
+    assert_eq!(won, [Action::Pass, Action::Release, Action::TellStop, report]);
+}
+
+#[test]
+fn a_switch_over_destroys_only_on_the_backup_s_word() {
+    let mut primary = protected();
+    let started = Action::Report(Report::FailoverStarted);
+    assert_eq!(primary.step(Event::FailoverAsked), [started, Action::SealHandover]);
+    primary.step(Event::Sealed(EpochId(2)));
+    assert_eq!(primary.step(ack(2)), [Action::Commit(EpochId(2))]);
+    let over = primary.step(Event::HandedOver(Generation(2)));
+    let report = Action::Report(Report::FailoverFinished);
+    assert_eq!(over, [Action::Destroy, Action::Close, report]);
+}
+
+#[test]
+fn a_switch_over_without_arbiter_that_is_cut_is_for_a_person() {
+    let mut primary = Primary::new(false, Generation(0));
+    primary.step(Event::Synced);
+    primary.step(Event::Verdict(Verdict::Owned(G1)));
+    primary.step(Event::Sealed(E1));
+    primary.step(ack(1));
+    primary.step(Event::FailoverAsked);
+    let cut = primary.step(Event::PeerLost("cut".into()));
+    assert_eq!(cut, [Action::Close, Action::Report(Report::Undecided("cut".into()))]);
+    let stop = primary.step(Event::StopAsked);
+    assert_eq!(stop, [Action::Pass, Action::Release, Action::Report(Report::Stopped)]);
+}

@@ -1,0 +1,206 @@
+//! Guest memory as replication sees it: pages with dense numbers over one or more regions, and
+//! sets of such pages.
+//!
+//! A [`PageIndex`] counts pages through the regions in the order of their guest addresses, holes
+//! left out, so a set over all pages is a plain array of words.
+
+use std::sync::Arc;
+
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::ids::{PAGE_SIZE, PageIndex};
+
+/// The mapping type that the VMM uses: its bitmap sees every write that the VMM itself makes.
+pub type Mapping = GuestMemoryMmap<AtomicBitmap>;
+
+/// A stretch of guest memory without a hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Guest physical address of the first byte.
+    pub start: GuestAddress,
+    /// Number of pages.
+    pub pages: u64,
+    /// Dense number of the first page.
+    pub first: PageIndex,
+}
+
+/// Guest memory with densely numbered pages. Cheap to clone; all clones see the same memory.
+#[derive(Clone, Debug)]
+pub struct Ram {
+    mapping: Arc<Mapping>,
+    regions: Arc<[Region]>,
+}
+
+impl Ram {
+    /// Numbers the pages of `mapping`.
+    ///
+    /// # Panics
+    /// If a region is not a whole number of pages: the VMM lays out its memory in pages.
+    #[must_use]
+    pub fn new(mapping: Arc<Mapping>) -> Self {
+        let mut next = 0;
+        let regions = mapping
+            .iter()
+            .map(|region| {
+                assert_eq!(region.len() % PAGE_SIZE as u64, 0, "region is not whole pages");
+                let pages = region.len() / PAGE_SIZE as u64;
+                let first = PageIndex(next);
+                next += pages;
+                Region { start: region.start_addr(), pages, first }
+            })
+            .collect();
+        Self { mapping, regions }
+    }
+
+    /// The regions in the order of their addresses.
+    #[must_use]
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// The mapping below.
+    #[must_use]
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    /// Number of pages.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.regions.iter().map(|region| region.pages).sum()
+    }
+
+    /// Guest physical address of a page; `None` past the end.
+    #[must_use]
+    pub fn address(&self, page: PageIndex) -> Option<GuestAddress> {
+        let after = self.regions.partition_point(|region| region.first <= page);
+        let region = self.regions.get(after.checked_sub(1)?)?;
+        let offset = page.0 - region.first.0;
+        (offset < region.pages).then(|| GuestAddress(region.start.0 + offset * PAGE_SIZE as u64))
+    }
+
+    /// Copies a page out. `false` if there is no such page.
+    #[must_use]
+    pub fn read_page(&self, page: PageIndex, into: &mut [u8; PAGE_SIZE]) -> bool {
+        self.address(page).is_some_and(|at| self.mapping.read_slice(into, at).is_ok())
+    }
+
+    /// Copies a page in. `false` if there is no such page.
+    #[must_use]
+    pub fn write_page(&self, page: PageIndex, from: &[u8; PAGE_SIZE]) -> bool {
+        self.address(page).is_some_and(|at| self.mapping.write_slice(from, at).is_ok())
+    }
+}
+
+/// A set of pages: one bit each, in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageSet {
+    words: Vec<u64>,
+    pages: u64,
+}
+
+impl PageSet {
+    /// The empty set over `pages` pages.
+    ///
+    /// # Panics
+    /// If the host cannot address that many pages.
+    #[must_use]
+    pub fn new(pages: u64) -> Self {
+        let words = usize::try_from(pages.div_ceil(64)).expect("pages fit the address space");
+        Self { words: vec![0; words], pages }
+    }
+
+    /// Number of pages that the set is over, in it or not.
+    #[must_use]
+    pub fn universe(&self) -> u64 {
+        self.pages
+    }
+
+    /// The words, lowest page in the lowest bit; bits past the universe stay zero.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Number of pages in the set.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|word| *word == 0)
+    }
+
+    /// Adds a page.
+    ///
+    /// # Panics
+    /// If the page lies past the universe.
+    pub fn insert(&mut self, page: PageIndex) {
+        assert!(page.0 < self.pages, "page {page} of {}", self.pages);
+        let word = usize::try_from(page.0 / 64).expect("checked against the universe");
+        self.words[word] |= 1 << (page.0 % 64);
+    }
+
+    #[must_use]
+    pub fn contains(&self, page: PageIndex) -> bool {
+        page.0 < self.pages
+            && usize::try_from(page.0 / 64)
+                .ok()
+                .and_then(|word| self.words.get(word))
+                .is_some_and(|word| word & (1 << (page.0 % 64)) != 0)
+    }
+
+    /// Adds the pages of a region's bitmap, whose bit 0 is the page `first`.
+    ///
+    /// # Panics
+    /// If a set bit lies past the universe.
+    pub fn insert_bitmap(&mut self, first: PageIndex, bitmap: &[u64]) {
+        if first.0.is_multiple_of(64) {
+            let start = usize::try_from(first.0 / 64).expect("checked below");
+            for (offset, bits) in bitmap.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+                self.words[start + offset] |= bits;
+            }
+            return;
+        }
+        for (offset, bits) in bitmap.iter().enumerate() {
+            let mut bits = *bits;
+            while bits != 0 {
+                let bit = u64::from(bits.trailing_zeros());
+                self.insert(PageIndex(first.0 + offset as u64 * 64 + bit));
+                bits &= bits - 1;
+            }
+        }
+    }
+
+    /// Adds every page of `other`.
+    ///
+    /// # Panics
+    /// If the universes differ.
+    pub fn union(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "sets over different memories");
+        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
+            *mine |= theirs;
+        }
+    }
+
+    pub fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// The pages in ascending order.
+    pub fn iter(&self) -> impl Iterator<Item = PageIndex> + '_ {
+        self.words.iter().enumerate().flat_map(|(at, word)| {
+            let mut rest = *word;
+            std::iter::from_fn(move || {
+                (rest != 0).then(|| {
+                    let bit = u64::from(rest.trailing_zeros());
+                    rest &= rest - 1;
+                    PageIndex(at as u64 * 64 + bit)
+                })
+            })
+        })
+    }
+}

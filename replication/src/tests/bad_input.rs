@@ -1,0 +1,236 @@
+//! What a peer must not send, and what it must not be able to do: each gets one clear error, and
+//! the other side goes on.
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::sync::Arc;
+
+use api::replication::ReplicationState;
+use uuid::Uuid;
+
+use super::pair::{Backup, Primary, Proxy, Tamper};
+use super::{Workers, receive_options, replicate, small_machine, until};
+use crate::error::{Error, ErrorKind};
+use crate::observer::Event;
+use crate::ownership::HostIdentity;
+use crate::testing::{Machine, MemoryBuilder, memory};
+use crate::wire::{FrameWriter, Hello, Message, SessionId};
+
+/// A backup without arbiter goes on after `attack`, having told one error that contains `text`.
+fn one_error(text: &str, attack: impl FnOnce(&Backup)) {
+    let backup = Backup::start(None);
+    attack(&backup);
+    let failed = backup.events.wait(|e| matches!(e, Event::ReceiveFailed { .. }));
+    let Some(Event::ReceiveFailed { error }) = failed else { panic!("no error was told") };
+    assert!(error.contains(text), "{error}");
+    // It still serves an honest primary.
+    let machine = small_machine();
+    let primary = Primary::start(&machine, &backup.url(), None).unwrap();
+    primary.events.wait(|e| *e == Event::Synced).unwrap();
+    primary.handle.stop().unwrap();
+    let failed = backup.events.events();
+    let failed: Vec<_> =
+        failed.iter().filter(|e| matches!(e, Event::ReceiveFailed { .. })).collect();
+    assert_eq!(failed.len(), 1, "{failed:?}");
+    assert_eq!(backup.wrong(), Vec::<String>::new());
+}
+
+fn greeting(session: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut writer = FrameWriter::new(&mut bytes, SessionId(session));
+    let (vm, host) = (Uuid::new_v4(), Uuid::new_v4());
+    Message::Hello(Hello { vm, host, connection: 0, connections: 1 }).send(&mut writer).unwrap();
+    bytes
+}
+
+fn send(backup: &Backup, bytes: &[u8]) {
+    let mut stream = TcpStream::connect(("127.0.0.1", backup.port())).unwrap();
+    stream.write_all(bytes).unwrap();
+}
+
+#[test]
+fn strangers_get_nothing() {
+    one_error("does not speak this protocol", |backup| send(backup, &[b'G'; 64]));
+    one_error("ended inside a frame", |backup| send(backup, &greeting(1)[..40]));
+    one_error("closed the connection", |backup| send(backup, &greeting(1)));
+}
+
+#[test]
+fn another_version_is_named() {
+    one_error("protocol version 77", |backup| {
+        let mut bytes = greeting(1);
+        bytes[4] = 77;
+        send(backup, &bytes);
+    });
+}
+
+#[test]
+fn oversized_flipped_and_reordered_greetings_are_refused() {
+    one_error("are allowed", |backup| {
+        let mut bytes = greeting(1);
+        bytes[11] = 0xFF;
+        send(backup, &bytes);
+    });
+    one_error("checksum", |backup| {
+        let mut bytes = greeting(1);
+        bytes[50] ^= 1;
+        send(backup, &bytes);
+    });
+    one_error("where frame 0 was due", |backup| {
+        let mut bytes = greeting(1);
+        bytes[24] = 3;
+        send(backup, &bytes);
+    });
+}
+
+#[test]
+fn a_peer_that_says_nothing_holds_nobody_up() {
+    let backup = Backup::start(None);
+    let silent: Vec<_> =
+        (0..8).map(|_| TcpStream::connect(("127.0.0.1", backup.port())).unwrap()).collect();
+    let machine = small_machine();
+    let primary = Primary::start(&machine, &backup.url(), None).unwrap();
+    primary.events.wait(|e| *e == Event::Synced).unwrap();
+    primary.handle.stop().unwrap();
+    drop(silent);
+}
+
+#[test]
+fn a_second_primary_is_refused_and_the_first_goes_on() {
+    let backup = Backup::start(None);
+    let machine = small_machine();
+    let primary = Primary::start(&machine, &backup.url(), None).unwrap();
+    primary.events.wait(|e| *e == Event::Synced).unwrap();
+    let other = small_machine();
+    let error = Primary::start(&other, &backup.url(), None).err().expect("refused");
+    assert!(matches!(&error, Error::Refused(reason) if reason.contains("another primary")));
+    assert!(other.is_running() && !other.is_tracking());
+    let seen = primary.handle.info().epoch_committed;
+    machine.work(0, crate::ids::PageIndex(5), 1).unwrap();
+    until(|| primary.handle.info(), |info| info.epoch_committed > seen);
+    primary.handle.stop().unwrap();
+    assert_eq!(backup.wrong(), Vec::<String>::new());
+}
+
+#[test]
+fn a_memory_that_cannot_be_held_is_refused() {
+    let builder = MemoryBuilder { pages_max: Some(10), ..MemoryBuilder::default() };
+    let backup = Backup::with(builder, receive_options(None));
+    let machine = small_machine();
+    let error = Primary::start(&machine, &backup.url(), None).err().expect("refused");
+    assert!(matches!(&error, Error::Refused(reason) if reason.contains("no memory for 273")));
+    assert!(machine.is_running() && !machine.is_tracking());
+    let failed = |events: Vec<Event>| {
+        events.iter().filter(|e| matches!(e, Event::ReceiveFailed { .. })).count()
+    };
+    backup.events.wait(|e| matches!(e, Event::ReceiveFailed { .. })).unwrap();
+    assert_eq!(failed(backup.events.events()), 1);
+    let small = Machine::new(memory(&[(0, 8)]));
+    let primary = Primary::start(&small, &backup.url(), None).unwrap();
+    primary.events.wait(|e| *e == Event::Synced).unwrap();
+    primary.handle.stop().unwrap();
+}
+
+#[test]
+fn a_state_that_cannot_be_loaded_is_refused_while_the_primary_runs() {
+    let builder = MemoryBuilder { refuse_states: true, ..MemoryBuilder::default() };
+    let backup = Backup::with(builder, receive_options(None));
+    let machine = small_machine();
+    let primary = Primary::start(&machine, &backup.url(), None).unwrap();
+    primary.handle.join();
+    let told = primary.events.events();
+    let Some(Event::Degraded { reason }) = told.last() else { panic!("{told:?}") };
+    assert!(reason.contains("not of this kind"), "{reason}");
+    assert!(machine.is_running() && !machine.is_holding());
+    until(|| backup.handle.info(), |info| info.state == ReplicationState::Disconnected);
+}
+
+/// The stream of one connection is damaged once the VM is protected.
+fn damaged(connection: usize, tamper: impl Fn(&mut Vec<u8>) + Send + Sync + 'static) {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = Backup::start(Some(dir.path()));
+    let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let fire = Arc::clone(&armed);
+    let change: Tamper = Arc::new(move |number, _, bytes| {
+        let ordering = std::sync::atomic::Ordering::AcqRel;
+        if number == connection && fire.swap(false, ordering) {
+            tamper(bytes);
+        }
+    });
+    let proxy = Proxy::start(backup.port(), change);
+    let machine = small_machine();
+    let workers = Workers::start(&machine, 2, 3);
+    let mut options = replicate(&proxy.url(), Some(dir.path()));
+    (options.heartbeat_ms, options.timeout_ms) = (50, 500);
+    let primary = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    primary.events.wait(|e| *e == Event::Synced).unwrap();
+    armed.store(true, std::sync::atomic::Ordering::Release);
+    // Whoever wins, exactly one goes on, and the image was never touched by the damage.
+    primary.handle.join();
+    if machine.is_destroyed() {
+        backup.handle.join();
+        let image = backup.log.started.lock().unwrap().clone().expect("the replica runs");
+        let has = crate::testing::counters(&image);
+        assert!(has.iter().zip(machine.released()).all(|(has, heard)| *has >= heard));
+    } else {
+        assert!(machine.is_running());
+        backup.events.wait(|e| matches!(e, Event::OwnershipLost { .. })).unwrap();
+        machine.power_off();
+    }
+    workers.join();
+    assert_eq!(backup.wrong(), Vec::<String>::new());
+}
+
+#[test]
+fn damage_on_the_way_never_reaches_the_image() {
+    for connection in [0, 1, 3] {
+        damaged(connection, |bytes| bytes[0] ^= 0x10);
+        damaged(connection, |bytes| {
+            let last = bytes.len() - 1;
+            bytes[last] ^= 0x01;
+        });
+        damaged(connection, |bytes| bytes.truncate(bytes.len() / 2));
+        damaged(connection, |bytes| bytes.extend_from_within(..));
+    }
+}
+
+#[test]
+fn sides_that_disagree_about_the_arbiter_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = Backup::start(None);
+    let machine = small_machine();
+    let error = Primary::start(&machine, &backup.url(), Some(dir.path())).err().expect("refused");
+    assert!(matches!(&error, Error::Refused(reason) if reason.contains("arbiter")), "{error}");
+    // Two directories would let both sides win: seen before anything depends on it.
+    let other = tempfile::tempdir().unwrap();
+    let backup = Backup::start(Some(other.path()));
+    let primary = Primary::start(&machine, &backup.url(), Some(dir.path())).unwrap();
+    primary.handle.join();
+    let told = primary.events.events();
+    let Some(Event::Degraded { reason }) = told.last() else { panic!("{told:?}") };
+    assert!(reason.contains("seen from the backup"), "{reason}");
+    assert!(!told.contains(&Event::Synced));
+    assert!(machine.is_running() && !machine.is_holding());
+}
+
+#[test]
+fn options_that_contradict_themselves_are_refused() {
+    let refuse = |change: &dyn Fn(&mut api::replication::ReplicateData)| {
+        let mut options = replicate("tcp:127.0.0.1:1", None);
+        change(&mut options);
+        let machine = small_machine();
+        let error = Primary::with(&machine, options, HostIdentity::random()).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    };
+    refuse(&|options| options.epoch_min_ms = options.epoch_ms + 1);
+    refuse(&|options| options.epoch_ms = 0);
+    refuse(&|options| options.connections = 0);
+    refuse(&|options| options.connections = 129);
+    refuse(&|options| options.timeout_ms = options.heartbeat_ms);
+    refuse(&|options| options.destination_url = "carrier-pigeon".to_owned());
+    refuse(&|options| options.destination_url = "rdma:host:1".to_owned());
+    refuse(&|options| options.arbiter = Some("sqlite:x".to_owned()));
+    let machine = small_machine();
+    let nobody = Primary::start(&machine, "unix:/nonexistent/socket", None).err().unwrap();
+    assert!(matches!(nobody, Error::Transport(_)), "{nobody}");
+}

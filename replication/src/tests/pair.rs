@@ -1,0 +1,162 @@
+//! A primary and a backup, and what a test may do to the wire between them.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use api::replication::{ReceiveReplicaData, ReplicateData};
+
+use super::{receive_options, replicate};
+use crate::backup::{BackupHandle, receive_at};
+use crate::error::Error;
+use crate::ownership::HostIdentity;
+use crate::primary::{PrimaryHandle, protect};
+use crate::testing::{Machine, MemoryBuilder, MemoryGuest, Recorder, ReplicaLog};
+use crate::transport::Address;
+
+/// A backup that listens on a port of its own.
+pub(crate) struct Backup {
+    pub(crate) handle: BackupHandle,
+    pub(crate) events: Arc<Recorder>,
+    pub(crate) log: Arc<ReplicaLog>,
+}
+
+impl Backup {
+    pub(crate) fn start(arbiter: Option<&Path>) -> Self {
+        Self::with(MemoryBuilder::default(), receive_options(arbiter))
+    }
+
+    pub(crate) fn with(builder: MemoryBuilder, options: ReceiveReplicaData) -> Self {
+        let events = Arc::new(Recorder::default());
+        let log = Arc::clone(&builder.log);
+        let address = Address::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
+        let identity = HostIdentity::random();
+        let handle = receive_at(builder, &address, options, identity, events.clone()).unwrap();
+        Self { handle, events, log }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        self.handle.local_address().to_string()
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        match self.handle.local_address() {
+            Address::Tcp { port, .. } => *port,
+            other => panic!("{other}"),
+        }
+    }
+
+    /// What is wrong with what the replica saw.
+    pub(crate) fn wrong(&self) -> Vec<String> {
+        self.log.wrong.lock().unwrap().clone()
+    }
+}
+
+/// A primary that protects a machine.
+pub(crate) struct Primary {
+    pub(crate) handle: PrimaryHandle,
+    pub(crate) events: Arc<Recorder>,
+}
+
+impl Primary {
+    pub(crate) fn start(
+        machine: &Arc<Machine>,
+        url: &str,
+        arbiter: Option<&Path>,
+    ) -> Result<Self, Error> {
+        Self::with(machine, replicate(url, arbiter), HostIdentity::random())
+    }
+
+    pub(crate) fn with(
+        machine: &Arc<Machine>,
+        options: ReplicateData,
+        identity: HostIdentity,
+    ) -> Result<Self, Error> {
+        let events = Arc::new(Recorder::default());
+        let guest = MemoryGuest(Arc::clone(machine));
+        let handle = protect(guest, options, identity, events.clone())?;
+        Ok(Self { handle, events })
+    }
+}
+
+/// Stands between the two, and cuts or changes what passes.
+pub(crate) struct Proxy {
+    port: u16,
+    streams: Arc<Mutex<Vec<TcpStream>>>,
+    cut: Arc<AtomicBool>,
+}
+
+/// Gets the number of the connection, the offset of the bytes in it, and the bytes.
+pub(crate) type Tamper = Arc<dyn Fn(usize, u64, &mut Vec<u8>) + Send + Sync>;
+
+impl Proxy {
+    pub(crate) fn start(backup: u16, tamper: Tamper) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
+        let cut = Arc::new(AtomicBool::new(false));
+        let (all, is_cut, change) = (Arc::clone(&streams), Arc::clone(&cut), tamper);
+        std::thread::spawn(move || {
+            for (number, stream) in listener.incoming().enumerate() {
+                let (Ok(one), false) = (stream, is_cut.load(Ordering::Acquire)) else { return };
+                let Ok(other) = TcpStream::connect(("127.0.0.1", backup)) else { return };
+                let dup = |stream: &TcpStream| stream.try_clone().unwrap();
+                all.lock().unwrap().extend([dup(&one), dup(&other)]);
+                let change = Arc::clone(&change);
+                let (from, to) = (dup(&one), dup(&other));
+                std::thread::spawn(move || pump(from, to, &*change, number));
+                std::thread::spawn(move || pump(other, one, &|_, _, _| {}, number));
+                if is_cut.load(Ordering::Acquire) {
+                    all.lock().unwrap().iter().for_each(|s| drop(s.shutdown(Shutdown::Both)));
+                }
+            }
+        });
+        Self { port, streams, cut }
+    }
+
+    pub(crate) fn plain(backup: u16) -> Self {
+        Self::start(backup, Arc::new(|_, _, _| {}))
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("tcp:127.0.0.1:{}", self.port)
+    }
+
+    /// Cuts every connection, in both directions, at once.
+    pub(crate) fn cut(&self) {
+        self.cut.store(true, Ordering::Release);
+        for stream in self.streams.lock().unwrap().iter() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.cut();
+        // Wakes the listener, which sees that it is over.
+        let _ = TcpStream::connect(("127.0.0.1", self.port));
+    }
+}
+
+fn pump(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    change: &(dyn Fn(usize, u64, &mut Vec<u8>) + Send + Sync),
+    number: usize,
+) {
+    let mut buffer = vec![0; 64 << 10];
+    let mut offset = 0;
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        let mut bytes = buffer[..count].to_vec();
+        change(number, offset, &mut bytes);
+        offset += count as u64;
+        if to.write_all(&bytes).is_err() {
+            break;
+        }
+    }
+    let _ = from.shutdown(Shutdown::Read);
+    let _ = to.shutdown(Shutdown::Write);
+}

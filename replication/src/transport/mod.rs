@@ -1,0 +1,173 @@
+//! How bytes reach the peer, behind one small trait.
+//!
+//! Enters: an endpoint. Leaves: [`Stream`]s. Always holds: closing a stream from any thread wakes
+//! whoever is blocked reading or writing it, so nobody needs to poll.
+
+pub mod memory;
+mod tcp;
+mod unix;
+
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use thiserror::Error;
+
+pub use api::endpoint::Endpoint as Address;
+
+/// Why a connection could not be made or accepted.
+#[derive(Debug, Error)]
+pub enum TransportError {
+    #[error("Cannot resolve '{0}'")]
+    Resolve(String, #[source] io::Error),
+    #[error("Cannot connect to '{0}'")]
+    Connect(String, #[source] io::Error),
+    #[error("Cannot listen on '{0}'")]
+    Listen(String, #[source] io::Error),
+    #[error("Cannot accept a connection on '{0}'")]
+    Accept(String, #[source] io::Error),
+    #[error("Cannot set up a connection")]
+    Setup(#[source] io::Error),
+    #[error("This build has no transport for '{0}'")]
+    Unsupported(String),
+}
+
+/// A reliable byte stream in both directions.
+pub trait Stream: Read + Write + Send {
+    /// A second handle to the same stream.
+    ///
+    /// # Errors
+    /// If the process has no descriptor left.
+    fn duplicate(&self) -> io::Result<Box<dyn Stream>>;
+
+    /// Ends both directions; blocked readers and writers of all handles return.
+    fn close(&self);
+
+    /// Ends the sending direction after what was written; the peer reads an end of file.
+    fn finish(&self);
+
+    /// A blocked read fails after this time; `None` waits as long as it takes.
+    ///
+    /// # Errors
+    /// If the stream is broken.
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// A blocked write fails after this time; `None` waits as long as it takes.
+    ///
+    /// # Errors
+    /// If the stream is broken.
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// An unreachable peer ends the stream after some multiples of `interval`, at least a second,
+    /// although nothing is sent.
+    ///
+    /// # Errors
+    /// If the stream is broken.
+    fn keep_alive(&self, interval: Duration) -> io::Result<()> {
+        // A stream within one host ends with its peer.
+        let _ = interval;
+        Ok(())
+    }
+}
+
+/// A stream that was accepted, and the name of its peer.
+pub type Accepted = (Box<dyn Stream>, String);
+
+/// An accepting side.
+pub(crate) trait Accept: Send {
+    fn accept(&self) -> io::Result<Accepted>;
+    fn fd(&self) -> std::os::fd::BorrowedFd<'_>;
+}
+
+/// Accepts streams until it is woken.
+pub struct Listener {
+    inner: Box<dyn Accept>,
+    address: Address,
+    wake: PipeReader,
+}
+
+/// Ends [`Listener::accept`] from another thread, when it is dropped.
+#[derive(Debug)]
+pub struct ListenerWaker {
+    _end: PipeWriter,
+}
+
+impl Listener {
+    /// Listens on `address`; port 0 picks a free one.
+    ///
+    /// # Errors
+    /// [`TransportError::Listen`], [`TransportError::Resolve`], [`TransportError::Unsupported`].
+    pub fn bind(address: &Address) -> Result<(Self, ListenerWaker), TransportError> {
+        let (wake, end) = io::pipe().map_err(TransportError::Setup)?;
+        let (inner, address) = match address {
+            Address::Tcp { host, port } => tcp::listen(host, *port)?,
+            Address::Unix(path) => unix::listen(path)?,
+            Address::Rdma { .. } => {
+                return Err(TransportError::Unsupported(address.to_string()));
+            }
+        };
+        Ok((Self { inner, address, wake }, ListenerWaker { _end: end }))
+    }
+
+    /// Where this listens, with the port that was picked.
+    #[must_use]
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Waits for the next stream and the name of its peer; `None` once the waker is gone.
+    ///
+    /// # Errors
+    /// [`TransportError::Accept`].
+    pub fn accept(&self) -> Result<Option<Accepted>, TransportError> {
+        let failed = |error| TransportError::Accept(self.address.to_string(), error);
+        loop {
+            let mut fds = [
+                PollFd::new(self.inner.fd(), PollFlags::POLLIN),
+                PollFd::new(self.wake.as_fd(), PollFlags::POLLIN | PollFlags::POLLHUP),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) => {}
+                Err(nix::Error::EINTR) => continue,
+                Err(error) => return Err(failed(error.into())),
+            }
+            if fds[1].any().unwrap_or(true) {
+                return Ok(None);
+            }
+            match self.inner.accept() {
+                Ok(accepted) => return Ok(Some(accepted)),
+                Err(error) if is_passing(&error) => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+    }
+}
+
+/// Errors of accept that concern one connection, not the listener.
+fn is_passing(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
+    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | WouldBlock)
+}
+
+/// The transport's name, as [`api::replication::ReplicationInfo`] shows it.
+#[must_use]
+pub fn name(address: &Address) -> &'static str {
+    match address {
+        Address::Tcp { .. } => "tcp",
+        Address::Unix(_) => "unix",
+        Address::Rdma { .. } => "rdma",
+    }
+}
+
+/// Connects to `address`, within `timeout`.
+///
+/// # Errors
+/// [`TransportError::Connect`], [`TransportError::Resolve`], [`TransportError::Unsupported`].
+pub fn connect(address: &Address, timeout: Duration) -> Result<Box<dyn Stream>, TransportError> {
+    match address {
+        Address::Tcp { host, port } => tcp::connect(host, *port, timeout),
+        Address::Unix(path) => unix::connect(path),
+        Address::Rdma { .. } => Err(TransportError::Unsupported(address.to_string())),
+    }
+}

@@ -1,0 +1,89 @@
+//! TCP, with Nagle's delay off: an acknowledgement must never wait for company.
+
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::{Accept, Address, Stream, TransportError};
+
+impl Stream for TcpStream {
+    fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(self.try_clone()?))
+    }
+
+    fn close(&self) {
+        // Fails only where there is no connection any more.
+        let _ = self.shutdown(Shutdown::Both);
+    }
+
+    fn finish(&self) {
+        let _ = self.shutdown(Shutdown::Write);
+    }
+
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        Self::set_read_timeout(self, timeout)
+    }
+
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        Self::set_write_timeout(self, timeout)
+    }
+
+    fn keep_alive(&self, interval: Duration) -> io::Result<()> {
+        let seconds = u32::try_from(interval.as_secs()).unwrap_or(u32::MAX).clamp(1, 3600);
+        setsockopt(self, sockopt::TcpKeepIdle, &seconds)?;
+        setsockopt(self, sockopt::TcpKeepInterval, &seconds)?;
+        Ok(setsockopt(self, sockopt::KeepAlive, &true)?)
+    }
+}
+
+fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, TransportError> {
+    let name = format!("{host}:{port}");
+    match (host, port).to_socket_addrs() {
+        Ok(addresses) => Ok(addresses.collect()),
+        Err(error) => Err(TransportError::Resolve(name, error)),
+    }
+}
+
+pub(super) fn connect(
+    host: &str,
+    port: u16,
+    timeout: Duration,
+) -> Result<Box<dyn Stream>, TransportError> {
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    for address in resolve(host, port)? {
+        match TcpStream::connect_timeout(&address, timeout) {
+            Ok(stream) => {
+                stream.set_nodelay(true).map_err(TransportError::Setup)?;
+                return Ok(Box::new(stream));
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(TransportError::Connect(format!("tcp:{host}:{port}"), last))
+}
+
+impl Accept for TcpListener {
+    fn accept(&self) -> io::Result<(Box<dyn Stream>, String)> {
+        let (stream, peer) = TcpListener::accept(self)?;
+        stream.set_nonblocking(false)?;
+        stream.set_nodelay(true)?;
+        Ok((Box::new(stream), format!("tcp:{peer}")))
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.as_fd()
+    }
+}
+
+pub(super) fn listen(host: &str, port: u16) -> Result<(Box<dyn Accept>, Address), TransportError> {
+    let failed = |error| TransportError::Listen(format!("tcp:{host}:{port}"), error);
+    let addresses = resolve(host, port)?;
+    let listener = TcpListener::bind(addresses.as_slice()).map_err(failed)?;
+    // A connection that is gone by the time it is accepted must not block the acceptor.
+    listener.set_nonblocking(true).map_err(failed)?;
+    let port = listener.local_addr().map_err(failed)?.port();
+    Ok((Box::new(listener), Address::Tcp { host: host.to_owned(), port }))
+}

@@ -1,0 +1,360 @@
+//! The messages of the control connection, and the greeting of every connection.
+
+use std::io::{Read, Write};
+
+use uuid::Uuid;
+
+use super::{CONNECTIONS_MAX, FrameReader, FrameWriter, Kind, WireError};
+use crate::guest::{DESCRIPTION_BYTES_MAX, STATE_BYTES_MAX};
+use crate::ids::{EpochId, Generation};
+
+/// Most bytes of the reason of an abort; longer ones are cut.
+pub const ABORT_BYTES_MAX: usize = 4096;
+/// Most memory regions of a VM.
+pub const REGIONS_MAX: usize = 4096;
+pub(super) const DESCRIPTION_SLACK_BYTES: usize = 64 + REGIONS_MAX * 16;
+pub(super) const SEAL_SLACK_BYTES: usize = 64 + CONNECTIONS_MAX as usize * 8;
+
+/// First frame of every connection, from the primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The VM, named at its first protection.
+    pub vm: Uuid,
+    /// The primary's process.
+    pub host: Uuid,
+    /// 0 is the control connection, data connections follow, then the bell.
+    pub connection: u32,
+    /// Number of data connections of the session.
+    pub connections: u32,
+}
+
+/// A region of guest memory as the peers compare it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WireRegion {
+    /// Guest physical address of the first byte.
+    pub start: u64,
+    pub pages: u64,
+}
+
+/// What the primary brings; follows the greeting of the control connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    pub page_bytes: u32,
+    pub heartbeat_ms: u32,
+    pub timeout_ms: u32,
+    /// Whether an arbiter decides; both sides must say the same.
+    pub arbiter: bool,
+    pub regions: Vec<WireRegion>,
+    /// Opaque to replication.
+    pub description: Vec<u8>,
+}
+
+/// The backup accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// The backup's process.
+    pub host: Uuid,
+    /// Most bytes of pages of one epoch.
+    pub staging_bytes: u64,
+    pub heartbeat_ms: u32,
+    pub timeout_ms: u32,
+}
+
+/// What one data connection carried of an epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConnectionPart {
+    pub frames: u64,
+    pub pages: u64,
+    /// CRC-32 over the checksums of the frames, in order.
+    pub digest: u32,
+}
+
+impl ConnectionPart {
+    /// Counts one more frame of `pages` pages whose checksum is `crc`.
+    pub fn add(&mut self, pages: u64, crc: u32) {
+        self.frames += 1;
+        self.pages += pages;
+        let mut hasher = crc32fast::Hasher::new_with_initial(self.digest);
+        hasher.update(&crc.to_le_bytes());
+        self.digest = hasher.finalize();
+    }
+}
+
+/// Closes an epoch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seal {
+    pub epoch: EpochId,
+    pub generation: Generation,
+    /// The last epoch of a planned switch-over.
+    pub handover: bool,
+    /// Pages of the epoch on each data connection.
+    pub pages: Vec<u64>,
+    /// Machine state, opaque to replication.
+    pub state: Vec<u8>,
+}
+
+/// A message of the control connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    Hello(Hello),
+    Offer(Offer),
+    Welcome(Welcome),
+    /// The sender ends the session and says why.
+    Abort(String),
+    /// The arbiter's record says PAIR with this generation (without an arbiter: the session's).
+    Paired(Generation),
+    /// The primary owns the VM alone and copies anew; the replica is worthless from here on.
+    Resync,
+    ResyncReady,
+    Seal(Seal),
+    Ack {
+        epoch: EpochId,
+        generation: Generation,
+    },
+    Heartbeat,
+    /// Protection ends; the replica is to be discarded.
+    Stop,
+    StopDone,
+    /// The backup owns the VM since this generation and runs it.
+    HandedOver(Generation),
+}
+
+impl Message {
+    /// The kind of frame that carries this.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Hello(_) => Kind::Hello,
+            Self::Offer(_) => Kind::Offer,
+            Self::Welcome(_) => Kind::Welcome,
+            Self::Abort(_) => Kind::Abort,
+            Self::Paired(_) => Kind::Paired,
+            Self::Resync => Kind::Resync,
+            Self::ResyncReady => Kind::ResyncReady,
+            Self::Seal(_) => Kind::Seal,
+            Self::Ack { .. } => Kind::Ack,
+            Self::Heartbeat => Kind::Heartbeat,
+            Self::Stop => Kind::Stop,
+            Self::StopDone => Kind::StopDone,
+            Self::HandedOver(_) => Kind::HandedOver,
+        }
+    }
+
+    /// Writes this as one frame.
+    ///
+    /// # Errors
+    /// As [`FrameWriter::write`].
+    pub fn send<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<(), WireError> {
+        let mut head = Vec::new();
+        let tail = self.encode(&mut head);
+        to.write(self.kind(), &[&head, tail]).map(|_| ())
+    }
+
+    /// Reads one frame. `payload` is a buffer to reuse.
+    ///
+    /// # Errors
+    /// Any [`WireError`].
+    pub fn receive<R: Read>(
+        from: &mut FrameReader<R>,
+        payload: &mut Vec<u8>,
+    ) -> Result<Self, WireError> {
+        let header = from.read(payload)?;
+        Self::decode(header.kind, payload)
+    }
+
+    /// Appends the small part to `out` and returns the large one, which follows it.
+    fn encode<'a>(&'a self, out: &mut Vec<u8>) -> &'a [u8] {
+        let mut tail: &[u8] = &[];
+        match self {
+            Self::Hello(hello) => {
+                out.extend(hello.vm.as_bytes());
+                out.extend(hello.host.as_bytes());
+                out.extend(hello.connection.to_le_bytes());
+                out.extend(hello.connections.to_le_bytes());
+            }
+            Self::Offer(offer) => {
+                out.extend(offer.page_bytes.to_le_bytes());
+                out.extend(offer.heartbeat_ms.to_le_bytes());
+                out.extend(offer.timeout_ms.to_le_bytes());
+                out.push(u8::from(offer.arbiter));
+                out.extend((offer.regions.len() as u64).to_le_bytes());
+                for region in &offer.regions {
+                    out.extend(region.start.to_le_bytes());
+                    out.extend(region.pages.to_le_bytes());
+                }
+                tail = &offer.description;
+            }
+            Self::Welcome(welcome) => {
+                out.extend(welcome.host.as_bytes());
+                out.extend(welcome.staging_bytes.to_le_bytes());
+                out.extend(welcome.heartbeat_ms.to_le_bytes());
+                out.extend(welcome.timeout_ms.to_le_bytes());
+            }
+            Self::Abort(reason) => tail = cut(reason).as_bytes(),
+            Self::Paired(generation) | Self::HandedOver(generation) => {
+                out.extend(generation.0.to_le_bytes());
+            }
+            Self::Seal(seal) => {
+                out.extend(seal.epoch.0.to_le_bytes());
+                out.extend(seal.generation.0.to_le_bytes());
+                out.push(u8::from(seal.handover));
+                out.extend((seal.pages.len() as u64).to_le_bytes());
+                seal.pages.iter().for_each(|pages| out.extend(pages.to_le_bytes()));
+                tail = &seal.state;
+            }
+            Self::Ack { epoch, generation } => {
+                out.extend(epoch.0.to_le_bytes());
+                out.extend(generation.0.to_le_bytes());
+            }
+            Self::Resync | Self::ResyncReady | Self::Heartbeat | Self::Stop | Self::StopDone => {}
+        }
+        tail
+    }
+
+    /// The message in a payload whose checksum was good.
+    pub(super) fn decode(kind: Kind, payload: &[u8]) -> Result<Self, WireError> {
+        let mut from = Fields { kind, rest: payload };
+        let message = match kind {
+            Kind::Hello => Self::Hello(decode_hello(&mut from)?),
+            Kind::Offer => Self::Offer(decode_offer(&mut from)?),
+            Kind::Welcome => Self::Welcome(Welcome {
+                host: from.uuid()?,
+                staging_bytes: from.u64()?,
+                heartbeat_ms: from.u32()?,
+                timeout_ms: from.u32()?,
+            }),
+            Kind::Abort => {
+                Self::Abort(String::from_utf8_lossy(std::mem::take(&mut from.rest)).into_owned())
+            }
+            Kind::Paired => Self::Paired(Generation(from.u64()?)),
+            Kind::HandedOver => Self::HandedOver(Generation(from.u64()?)),
+            Kind::Seal => Self::Seal(decode_seal(&mut from)?),
+            Kind::Ack => {
+                Self::Ack { epoch: EpochId(from.u64()?), generation: Generation(from.u64()?) }
+            }
+            Kind::Resync => Self::Resync,
+            Kind::ResyncReady => Self::ResyncReady,
+            Kind::Heartbeat => Self::Heartbeat,
+            Kind::Stop => Self::Stop,
+            Kind::StopDone => Self::StopDone,
+            Kind::Pages | Kind::End => {
+                return Err(WireError::Unexpected { found: kind, expected: "a control message" });
+            }
+        };
+        from.end()?;
+        Ok(message)
+    }
+}
+
+fn decode_hello(from: &mut Fields<'_>) -> Result<Hello, WireError> {
+    let hello = Hello {
+        vm: from.uuid()?,
+        host: from.uuid()?,
+        connection: from.u32()?,
+        connections: from.u32()?,
+    };
+    if hello.connections == 0
+        || hello.connections > CONNECTIONS_MAX
+        || hello.connection > hello.connections + 1
+    {
+        return from.malformed("connection number");
+    }
+    Ok(hello)
+}
+
+fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
+    let page_bytes = from.u32()?;
+    let heartbeat_ms = from.u32()?;
+    let timeout_ms = from.u32()?;
+    let arbiter = from.flag()?;
+    let count = from.count(REGIONS_MAX)?;
+    let mut regions = Vec::with_capacity(count);
+    for _ in 0..count {
+        regions.push(WireRegion { start: from.u64()?, pages: from.u64()? });
+    }
+    let description = std::mem::take(&mut from.rest);
+    if description.len() > DESCRIPTION_BYTES_MAX {
+        return from.malformed("description too long");
+    }
+    let description = description.to_vec();
+    Ok(Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, regions, description })
+}
+
+fn decode_seal(from: &mut Fields<'_>) -> Result<Seal, WireError> {
+    let epoch = EpochId(from.u64()?);
+    let generation = Generation(from.u64()?);
+    let handover = from.flag()?;
+    let count = from.count(CONNECTIONS_MAX as usize)?;
+    let mut pages = Vec::with_capacity(count);
+    for _ in 0..count {
+        pages.push(from.u64()?);
+    }
+    let state = std::mem::take(&mut from.rest);
+    if state.len() > STATE_BYTES_MAX {
+        return from.malformed("state too long");
+    }
+    Ok(Seal { epoch, generation, handover, pages, state: state.to_vec() })
+}
+
+/// Cuts a reason to the cap, at a character.
+fn cut(reason: &str) -> &str {
+    let mut end = reason.len().min(ABORT_BYTES_MAX);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    &reason[..end]
+}
+
+/// Takes fields off a payload; every method fails rather than reading past the end.
+pub(super) struct Fields<'a> {
+    pub(super) kind: Kind,
+    pub(super) rest: &'a [u8],
+}
+
+impl Fields<'_> {
+    pub(super) fn malformed<T>(&self, what: &'static str) -> Result<T, WireError> {
+        Err(WireError::Malformed { kind: self.kind, what })
+    }
+
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        match self.rest.split_first_chunk::<N>() {
+            Some((field, rest)) => {
+                self.rest = rest;
+                Ok(*field)
+            }
+            None => self.malformed("too short"),
+        }
+    }
+
+    fn flag(&mut self) -> Result<bool, WireError> {
+        match self.take::<1>()? {
+            [0] => Ok(false),
+            [1] => Ok(true),
+            _ => self.malformed("flag"),
+        }
+    }
+
+    pub(super) fn u32(&mut self) -> Result<u32, WireError> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    pub(super) fn u64(&mut self) -> Result<u64, WireError> {
+        self.take().map(u64::from_le_bytes)
+    }
+
+    fn count(&mut self, most: usize) -> Result<usize, WireError> {
+        let count = self.u64()?;
+        match usize::try_from(count) {
+            Ok(count) if count <= most => Ok(count),
+            _ => self.malformed("count"),
+        }
+    }
+
+    fn uuid(&mut self) -> Result<Uuid, WireError> {
+        self.take().map(Uuid::from_bytes)
+    }
+
+    pub(super) fn end(&self) -> Result<(), WireError> {
+        if self.rest.is_empty() { Ok(()) } else { self.malformed("bytes left over") }
+    }
+}

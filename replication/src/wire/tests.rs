@@ -1,0 +1,219 @@
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+use crate::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
+
+const SESSION: SessionId = SessionId(0x5E55_1013);
+
+fn any_uuid() -> impl Strategy<Value = Uuid> {
+    any::<u128>().prop_map(Uuid::from_u128)
+}
+
+fn any_message() -> impl Strategy<Value = Message> {
+    let bytes = || prop::collection::vec(any::<u8>(), 0..300);
+    let region =
+        (any::<u64>(), any::<u64>()).prop_map(|(start, pages)| WireRegion { start, pages });
+    let offer = (any::<[u32; 3]>(), any::<bool>(), prop::collection::vec(region, 0..5), bytes());
+    let seal =
+        (any::<[u64; 2]>(), any::<bool>(), prop::collection::vec(any::<u64>(), 0..9), bytes());
+    prop_oneof![
+        (any_uuid(), any_uuid(), 1..=CONNECTIONS_MAX).prop_map(|(vm, host, connections)| {
+            Message::Hello(Hello { vm, host, connection: connections, connections })
+        }),
+        offer.prop_map(
+            |([page_bytes, heartbeat_ms, timeout_ms], arbiter, regions, description)| {
+                Message::Offer(Offer {
+                    page_bytes,
+                    heartbeat_ms,
+                    timeout_ms,
+                    arbiter,
+                    regions,
+                    description,
+                })
+            }
+        ),
+        (any_uuid(), any::<u64>(), any::<[u32; 2]>()).prop_map(|(host, staging_bytes, [a, b])| {
+            Message::Welcome(Welcome { host, staging_bytes, heartbeat_ms: a, timeout_ms: b })
+        }),
+        "\\PC{0,80}".prop_map(Message::Abort),
+        any::<u64>().prop_map(|generation| Message::Paired(Generation(generation))),
+        seal.prop_map(|([epoch, generation], handover, pages, state)| {
+            let (epoch, generation) = (EpochId(epoch), Generation(generation));
+            Message::Seal(Seal { epoch, generation, handover, pages, state })
+        }),
+        any::<[u64; 2]>().prop_map(|[epoch, generation]| Message::Ack {
+            epoch: EpochId(epoch),
+            generation: Generation(generation),
+        }),
+        Just(Message::Heartbeat),
+        Just(Message::Stop),
+        Just(Message::StopDone),
+        Just(Message::Resync),
+        Just(Message::ResyncReady),
+        any::<u64>().prop_map(|generation| Message::HandedOver(Generation(generation))),
+    ]
+}
+
+fn bytes_of(messages: &[Message]) -> Vec<u8> {
+    let mut writer = FrameWriter::new(Vec::new(), SESSION);
+    messages.iter().for_each(|message| message.send(&mut writer).unwrap());
+    writer.get_ref().clone()
+}
+
+/// Everything that can be read, and the error at the end.
+fn read_all(bytes: &[u8]) -> (Vec<Message>, WireError) {
+    let mut reader = FrameReader::new(bytes, Some(SESSION));
+    let mut payload = Vec::new();
+    let mut messages = Vec::new();
+    loop {
+        match Message::receive(&mut reader, &mut payload) {
+            Ok(message) => messages.push(message),
+            Err(error) => return (messages, error),
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_sent_arrives(messages in prop::collection::vec(any_message(), 0..8)) {
+        let (read, end) = read_all(&bytes_of(&messages));
+        prop_assert_eq!(read, messages);
+        prop_assert!(matches!(end, WireError::Closed));
+    }
+
+    #[test]
+    fn a_flipped_bit_is_seen(
+        messages in prop::collection::vec(any_message(), 1..5),
+        at in any::<prop::sample::Index>(),
+        bit in 0u8..8,
+    ) {
+        let mut bytes = bytes_of(&messages);
+        let at = at.index(bytes.len());
+        bytes[at] ^= 1u8 << bit;
+        let (read, end) = read_all(&bytes);
+        prop_assert!(read.len() < messages.len());
+        prop_assert_eq!(&read[..], &messages[..read.len()]);
+        prop_assert!(!matches!(end, WireError::Closed), "{}", end);
+    }
+
+    #[test]
+    fn a_cut_is_seen(
+        messages in prop::collection::vec(any_message(), 1..5),
+        at in any::<prop::sample::Index>(),
+    ) {
+        let bytes = bytes_of(&messages);
+        let (read, end) = read_all(&bytes[..at.index(bytes.len())]);
+        prop_assert!(read.len() < messages.len());
+        prop_assert!(matches!(end, WireError::Closed | WireError::Truncated));
+    }
+
+    #[test]
+    fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
+        let (read, _) = read_all(&bytes);
+        prop_assert!(read.is_empty());
+    }
+
+    #[test]
+    fn random_payloads_never_panic(kind in 1u8..=15, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        let all = [
+            Kind::Hello, Kind::Offer, Kind::Welcome, Kind::Abort, Kind::Paired, Kind::Resync,
+            Kind::ResyncReady, Kind::Seal, Kind::Ack, Kind::Heartbeat, Kind::Stop,
+            Kind::StopDone, Kind::HandedOver, Kind::Pages, Kind::End,
+        ];
+        let _ = Message::decode(all[usize::from(kind) - 1], &bytes);
+        let _ = End::decode(&bytes);
+        let mut rest = &bytes[..];
+        let _ = decode_pages_header(1000, &mut PagesHeader::default(), |into| {
+            match rest.split_at_checked(into.len()) {
+                Some((head, tail)) => { into.copy_from_slice(head); rest = tail; Ok(true) }
+                None => Ok(false),
+            }
+        });
+    }
+
+    #[test]
+    fn runs_hold_what_was_pushed(pages in prop::collection::vec((0u64..500, any::<bool>()), 0..200)) {
+        let mut runs = Runs::default();
+        let mut taken = Vec::new();
+        for (page, zero) in pages {
+            if runs.push(PageIndex(page), zero) {
+                taken.push((page, zero));
+            }
+        }
+        let flat: Vec<_> = runs.as_slice().iter().flat_map(|run| {
+            (0..u64::from(run.count)).map(|at| (run.first.0 + at, run.zero))
+        }).collect();
+        prop_assert_eq!(&flat, &taken);
+        if runs.is_empty() { return Ok(()); }
+        let mut head = Vec::new();
+        encode_pages_header(EpochId(7), &runs, &mut head);
+        let mut rest = &head[..];
+        let mut decoded = PagesHeader::default();
+        decode_pages_header(500, &mut decoded, |into| {
+            let (first, last) = rest.split_at(into.len());
+            into.copy_from_slice(first);
+            rest = last;
+            Ok(true)
+        }).unwrap();
+        prop_assert_eq!(decoded.epoch, EpochId(7));
+        prop_assert_eq!(&decoded.runs[..], runs.as_slice());
+        let raw = taken.iter().filter(|(_, zero)| !zero).count();
+        prop_assert_eq!(decoded.raw_bytes(), raw * PAGE_SIZE);
+    }
+}
+
+#[test]
+fn frames_out_of_turn_are_named() {
+    let one = bytes_of(&[Message::Heartbeat]);
+    let (read, error) = read_all(&[one.clone(), one].concat());
+    assert_eq!(read.len(), 1);
+    assert!(matches!(error, WireError::Sequence { expected: 1, found: 0 }), "{error}");
+    let two = bytes_of(&[Message::Heartbeat, Message::Stop]);
+    let (read, error) = read_all(&two[HEADER_BYTES..]);
+    assert!(read.is_empty() && matches!(error, WireError::Sequence { expected: 0, found: 1 }));
+}
+
+#[test]
+fn another_session_is_refused() {
+    let mut writer = FrameWriter::new(Vec::new(), SessionId(1));
+    Message::Stop.send(&mut writer).unwrap();
+    assert!(matches!(read_all(writer.get_ref()).1, WireError::Session));
+}
+
+#[test]
+fn a_length_beyond_the_cap_reads_no_payload() {
+    let mut bytes = bytes_of(&[Message::Ack { epoch: EpochId(1), generation: Generation(1) }]);
+    bytes[8..12].copy_from_slice(&17u32.to_le_bytes());
+    let error = read_all(&bytes).1;
+    assert!(matches!(error, WireError::Length { kind: Kind::Ack, length: 17, cap: 16 }));
+    let long = vec![0; ABORT_BYTES_MAX * 2];
+    let mut writer = FrameWriter::new(Vec::new(), SESSION);
+    assert!(matches!(writer.write(Kind::Abort, &[&long]), Err(WireError::Length { .. })));
+}
+
+#[test]
+fn a_promise_of_many_bytes_allocates_only_what_arrives() {
+    let state = vec![7; 100];
+    let seal = Seal {
+        epoch: EpochId(1),
+        generation: Generation(1),
+        handover: false,
+        pages: vec![],
+        state,
+    };
+    let mut bytes = bytes_of(&[Message::Seal(seal)]);
+    bytes[8..12].copy_from_slice(&(60u32 << 20).to_le_bytes());
+    let mut reader = FrameReader::new(&bytes[..], Some(SESSION));
+    let mut payload = Vec::new();
+    assert!(matches!(reader.read(&mut payload), Err(WireError::Truncated)));
+    assert!(payload.capacity() <= 1 << 20, "{}", payload.capacity());
+}
+
+#[test]
+fn an_abort_is_cut_at_a_character() {
+    let long = "ä".repeat(ABORT_BYTES_MAX);
+    let (read, _) = read_all(&bytes_of(&[Message::Abort(long)]));
+    let [Message::Abort(cut)] = &read[..] else { panic!("{read:?}") };
+    assert!(cut.len() <= ABORT_BYTES_MAX && cut.chars().all(|c| c == 'ä'));
+}

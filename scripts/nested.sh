@@ -1,0 +1,203 @@
+#!/bin/bash
+set -euo pipefail
+. "$(dirname "$0")/lib/common.sh"
+
+BED=$ROOT/tests/bed
+DEFAULT_SUITES=(smoke reference boot linux)
+
+usage() {
+    cat <<END
+Usage: scripts/nested.sh [OPTION...] [SUITE...]
+
+Runs suites in the nested bed: QEMU emulates a machine with AMD virtualization (no /dev/kvm is
+needed here), a Debian kernel in it (L1) offers KVM and Soft-RoCE, and our VMMs in it run a stock
+Debian guest (L2). The bed is built from Debian packages once and cached in
+$(cache_dir bed).
+
+Suites (default: ${DEFAULT_SUITES[*]}):
+$(for file in "$BED"/suites/*.sh; do
+        printf '  %-12s%s\n' "$(basename "$file" .sh)" "$(sed -n '1s/^# //p' "$file")"
+    done)
+
+Options:
+  --binaries DIR    use cloud-hypervisor and ch-remote of DIR (default: build in release mode)
+  --kvm-tests PATH  test programs for the suite "kvm": a folder of them, or a file that lists them
+                    as PROGRAM<tab>WORKING-FOLDER; see docs/nested-bed.md. Adds "kvm" to the suites
+  --set NAME=VALUE  a setting of a suite (LINUX_ROUNDS=2, say); they stand at the top of its file
+  --timeout S       hard limit for the whole run in L1 (default: 3600)
+  --memory MIB      L1's memory (default: 3072)
+  --keep            keep all logs, those of cases that passed too
+  --build-only      build or find the bed, print its folder, run nothing
+  --help            this text
+
+Exit status: 0 all passed, 1 something failed, 2 wrong usage, 3 the bed itself failed.
+Logs of a run that failed: target/nested/
+END
+}
+
+SUITES=() BINARIES='' KVM_TESTS='' SETTINGS=() TIMEOUT=3600 MEMORY=3072 KEEP='' BUILD_ONLY=''
+
+parse() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --help | -h) usage && exit 0 ;;
+            --keep) KEEP=1 ;;
+            --build-only) BUILD_ONLY=1 ;;
+            --binaries | --kvm-tests | --set | --timeout | --memory)
+                [ $# -ge 2 ] || usage_error "$1 needs a value"
+                option "$1" "$2" && shift
+                ;;
+            -*) usage_error "Unknown option $1" ;;
+            *)
+                [ -f "$BED/suites/$1.sh" ] || usage_error "There is no suite '$1'"
+                SUITES+=("$1")
+                ;;
+        esac
+        shift
+    done
+    [ ${#SUITES[@]} -gt 0 ] || SUITES=("${DEFAULT_SUITES[@]}")
+    if [ -n "$KVM_TESTS" ] && [[ " ${SUITES[*]} " != *" kvm "* ]]; then SUITES+=(kvm); fi
+    if [ -z "$KVM_TESTS" ] && [[ " ${SUITES[*]} " == *" kvm "* ]]; then
+        usage_error "The suite kvm needs --kvm-tests"
+    fi
+}
+
+option() {
+    case $1 in
+        --binaries) BINARIES=$(realpath -e "$2") || usage_error "There is no $2" ;;
+        --kvm-tests) KVM_TESTS=$(realpath -e "$2") || usage_error "There is no $2" ;;
+        --timeout) [[ $2 =~ ^[1-9][0-9]*$ ]] && TIMEOUT=$2 || usage_error "$1 wants seconds" ;;
+        --memory) [[ $2 =~ ^[1-9][0-9]*$ ]] && MEMORY=$2 || usage_error "$1 wants MiB" ;;
+        --set)
+            [[ $2 =~ ^[A-Z][A-Z0-9_]*=.*$ ]] || usage_error "$1 wants NAME=VALUE"
+            SETTINGS+=("$2")
+            ;;
+    esac
+}
+
+build_binaries() {
+    [ -n "$BINARIES" ] && return
+    log "Building the release binaries"
+    quietly "cargo build --release -p cloud-hypervisor" "$SCRATCH/cargo.log" \
+        cargo build --release -p cloud-hypervisor --manifest-path "$ROOT/Cargo.toml"
+    BINARIES=${CARGO_TARGET_DIR:-$ROOT/target}/release
+}
+
+# libraries_of PROGRAM: what ldd finds for it, with the bed's libraries in reach.
+libraries_of() {
+    LD_LIBRARY_PATH=$BED_DIR/root/usr/lib/x86_64-linux-gnu:$BED_DIR/root/lib/x86_64-linux-gnu \
+        ldd "$1" 2>/dev/null | tr -s ' \t' '\n' | grep '^/' | sort -u
+}
+
+# add_program FILE [NAME]: into the share, with the libraries that it needs.
+add_program() {
+    local library
+    cp -L "$1" "$SHARE/bin/${2:-$(basename "$1")}"
+    add_libraries "$1"
+}
+
+add_libraries() {
+    local library
+    for library in $(libraries_of "$1"); do
+        [ -e "$SHARE/lib/$(basename "$library")" ] || cp -L "$library" "$SHARE/lib/"
+    done
+}
+
+list_kvm_tests() {
+    local program
+    if [ -d "$KVM_TESTS" ] && [ ! -f "$KVM_TESTS/list" ]; then
+        for program in "$KVM_TESTS"/*; do
+            [ -f "$program" ] && [ -x "$program" ] && printf '%s\t%s\n' "$program" "$ROOT"
+        done >"$SHARE/kvm-tests.list"
+    else
+        [ -d "$KVM_TESTS" ] && KVM_TESTS=$KVM_TESTS/list
+        grep -vE '^(#|$)' "$KVM_TESTS" >"$SHARE/kvm-tests.list" || true
+    fi
+    [ -s "$SHARE/kvm-tests.list" ] || die "$KVM_TESTS names no test program"
+    mkdir "$SHARE/kvm"
+    # Programs are copied: the source tree's folder is shared, but a build folder may be elsewhere.
+    local folder copy number=0
+    while IFS=$'\t' read -r program folder; do
+        [ -x "$program" ] || die "$KVM_TESTS names $program, which is no program"
+        number=$((number + 1))
+        copy=kvm/$number/$(basename "$program")
+        mkdir "$SHARE/kvm/$number"
+        ln "$program" "$SHARE/$copy" 2>/dev/null || cp "$program" "$SHARE/$copy"
+        add_libraries "$program"
+        printf '/h/%s\t%s\n' "$copy" "${folder:-$ROOT}"
+    done <"$SHARE/kvm-tests.list" >"$SHARE/kvm-tests.new"
+    mv "$SHARE/kvm-tests.new" "$SHARE/kvm-tests.list"
+    echo "$ROOT" >"$SHARE/workspace"
+}
+
+fill_share() {
+    local lib=$BED_DIR/root/usr/lib/x86_64-linux-gnu program
+    mkdir -p "$SHARE/bin" "$SHARE/lib/libibverbs" "$SHARE/etc/libibverbs.d" "$OUT"
+    for program in cloud-hypervisor ch-remote; do
+        [ -x "$BINARIES/$program" ] || die "There is no $program in $BINARIES"
+        add_program "$BINARIES/$program"
+    done
+    add_program "$(ls -d "$BED_DIR"/root/{usr/,}bin/ip 2>/dev/null | head -n 1)"
+    add_program "$(ls -d "$BED_DIR"/root/{usr/,}{s,}bin/rdma 2>/dev/null | head -n 1)"
+    add_program "$lib"/libibverbs/librxe-rdmav*.so
+    mv "$SHARE"/bin/librxe-rdmav*.so "$SHARE/lib/libibverbs/"
+    cp -L "$lib"/libibverbs.so.1 "$lib"/librdmacm.so.1 "$SHARE/lib/"
+    cp "$BED_DIR/root/etc/libibverbs.d/rxe.driver" "$SHARE/etc/libibverbs.d/"
+    add_qemu
+    cp -r "$BED/l1" "$BED/suites" "$SHARE/"
+    [ ! -f "$ROOT/target/guest/understudy-guest" ] ||
+        cp "$ROOT/target/guest/understudy-guest" "$SHARE/"
+    printf '%s\n' "${SUITES[@]}" >"$SHARE/suites.list"
+    {
+        [ -z "$KEEP" ] || echo "KEEP=1"
+        for setting in "${SETTINGS[@]}"; do
+            printf "%s='%s'\n" "${setting%%=*}" "${setting#*=}"
+        done
+    } >"$SHARE/settings"
+    [ -z "$KVM_TESTS" ] || list_kvm_tests
+}
+
+# The reference suite runs the bed's own QEMU in L1, from the bed's folder: only what it takes from
+# this system (the C library) has to come along.
+add_qemu() {
+    local library
+    cp "$BED/qemu" "$SHARE/bin/qemu"
+    for library in $(libraries_of "$BED_DIR/root/usr/bin/qemu-system-x86_64"); do
+        case $library in
+            "$BED_DIR"/*) ;;
+            *) [ -e "$SHARE/lib/$(basename "$library")" ] || cp -L "$library" "$SHARE/lib/" ;;
+        esac
+    done
+}
+
+keep_logs() {
+    local place=$ROOT/target/nested
+    rm -rf -- "$place" && mkdir -p "$(dirname "$place")" && cp -r "$OUT" "$place"
+    note "logs: $place"
+}
+
+main() {
+    parse "$@"
+    scratch_dir SCRATCH
+    SHARE=$SCRATCH/share OUT=$SCRATCH/out
+    need_packages python3
+    BED_DIR=$("$BED/build.sh" 9>&1 >&2)
+    if [ -n "$BUILD_ONLY" ]; then
+        echo "$BED_DIR"
+        exit 0
+    fi
+    build_binaries
+    fill_share
+    log "Booting L1 (${SUITES[*]})"
+    local status=0 shares=(--share "h=$SHARE" --share "bed=$BED_DIR" --share "out=$OUT")
+    [ -z "$KVM_TESTS" ] || shares+=(--share "w=$ROOT")
+    python3 "$BED/run_l1.py" --bed "$BED_DIR" "${shares[@]}" --logs "$OUT" \
+        --timeout "$TIMEOUT" --memory "$MEMORY" "${SUITES[@]}" &
+    RUNNER=$!
+    on_exit stop_process "$RUNNER"
+    wait "$RUNNER" || status=$?
+    if [ "$status" -ne 0 ] || [ -n "$KEEP" ]; then keep_logs; fi
+    exit "$status"
+}
+
+main "$@"

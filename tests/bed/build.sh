@@ -1,0 +1,177 @@
+#!/bin/bash
+# Builds the nested bed's fixed parts from Debian packages, or finds them in the cache.
+#
+# What enters: the system's own APT configuration (for the mirror, the proxy, the keyring).
+# What leaves: one line on file descriptor 9, the folder that holds
+#     root/              QEMU and its libraries, seabios, iproute2, the RDMA userland (unpacked)
+#     l1/vmlinux l1.img  the full Debian kernel and the initramfs of L1
+#     l2/vmlinux l2/bzImage l2.img   the Debian cloud kernel and the initramfs of L2
+#     packages.txt       what it was made of
+# What always holds: the folder's name is the recipe's hash, and it is complete: it is built beside
+# its place and renamed into it, under a lock. The system's packages and sources stay as they are.
+set -euo pipefail
+. "$(dirname "$0")/../../scripts/lib/common.sh"
+
+BED=$ROOT/tests/bed
+RELEASE=bookworm
+KERNEL_SERIES='6\.12'
+# Versions of the closure come from the archive's resolver, started on an empty system.
+FROM_BACKPORTS=(qemu-system-x86 seabios ipxe-qemu)
+FROM_RELEASE=(busybox-static iproute2 ibverbs-providers)
+L1_MODULES=kvm-amd,rdma_rxe,rdma_ucm,ib_uverbs,crc32_generic,tun,veth,dummy,bridge
+L1_MODULES+=,9p,9pnet_virtio,virtio_pci,virtio_net,virtio_console
+L2_MODULES=virtio_blk,failover,net_failover,virtio_net
+KEEP_OLD_DAYS=7
+
+recipe_hash() {
+    cat "$BED/build.sh" "$BED/make_initramfs.py" "$BED/extract_vmlinux.py" \
+        "$BED/l1-init" "$BED/l2-init" | sha256sum | cut -c 1-16
+}
+
+# The mirror that this system uses for Debian, of whatever release; a caller may name another.
+debian_mirror() {
+    local uri
+    if [ -n "${UNDERSTUDY_DEBIAN_MIRROR:-}" ]; then
+        echo "${UNDERSTUDY_DEBIAN_MIRROR%/}"
+        return
+    fi
+    # Third-party sources have no "main" that carries a Debian code name.
+    uri=$(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' \
+        'Created-By: Packages' | awk '$1 ~ /^(bookworm|trixie|forky|sid|stable|oldstable|testing)$/ &&
+            $2 == "main" { print $3; exit }')
+    [ -n "$uri" ] || die "APT's sources name no Debian mirror; set UNDERSTUDY_DEBIAN_MIRROR"
+    echo "${uri%/}"
+}
+
+# A private APT: its own sources, lists, state and cache, and a system that has no package.
+private_apt() {
+    local apt=$1 mirror=$2 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    [ -r "$keyring" ] || need_packages debian-archive-keyring
+    mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
+    : >"$apt/status"
+    printf "deb [signed-by=$keyring] $mirror %s main\n" \
+        "$RELEASE" "$RELEASE-backports" >"$apt/sources.list"
+    cat >"$apt/apt.conf" <<END
+Dir::Etc::sourcelist "$apt/sources.list";
+Dir::Etc::sourceparts "-";
+Dir::Etc::preferencesparts "-";
+Dir::Etc::preferences "-";
+Dir::State "$apt";
+Dir::State::lists "$apt/lists";
+Dir::State::status "$apt/status";
+Dir::Cache "$apt/cache";
+APT::Architecture "amd64";
+APT::Install-Recommends "false";
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+Acquire::Retries "2";
+Acquire::http::Timeout "60";
+Debug::NoLocking "true";
+END
+    # `-c` is read last, after the system's own configuration: its proxies stay, and ours wins.
+    APT_GET=(apt-get -c "$apt/apt.conf")
+    APT_CACHE=(apt-cache -c "$apt/apt.conf")
+}
+
+# kernel_package FLAVOUR: the newest signed kernel of the series ("amd64", "cloud-amd64").
+kernel_package() {
+    "${APT_CACHE[@]}" pkgnames linux-image- | grep -E "^linux-image-$KERNEL_SERIES\.[^-]*-$1\$" |
+        sort -V | tail -n 1
+}
+
+fetch_packages() {
+    local apt=$1 kernel
+    retry 3 quietly "fetching the package lists" "$apt/log" "${APT_GET[@]}" update \
+        -o APT::Update::Error-Mode=any || die "Cannot fetch the package lists from the mirror"
+    for flavour in amd64 cloud-amd64; do
+        kernel=$(kernel_package "$flavour")
+        [ -n "$kernel" ] || die "The mirror has no $flavour kernel of the series $KERNEL_SERIES"
+        echo "$kernel" >"$apt/kernel-$flavour"
+    done
+    retry 3 quietly "fetching QEMU" "$apt/log" "${APT_GET[@]}" install -y --download-only \
+        -t "$RELEASE-backports" "${FROM_BACKPORTS[@]}" || die "Cannot fetch QEMU"
+    retry 3 quietly "fetching the userland" "$apt/log" "${APT_GET[@]}" install -y --download-only \
+        "${FROM_RELEASE[@]}" || die "Cannot fetch ${FROM_RELEASE[*]}"
+    (cd "$apt/cache" && retry 3 quietly "fetching the kernels" "$apt/log" "${APT_GET[@]}" download \
+        "$(cat "$apt/kernel-amd64")" "$(cat "$apt/kernel-cloud-amd64")") ||
+        die "Cannot fetch the kernels"
+}
+
+unpack() {
+    local apt=$1 out=$2 deb name
+    note "unpacking"
+    mkdir -p "$out/root"
+    for deb in "$apt"/cache/archives/*.deb; do
+        name=$(basename "$deb")
+        case $name in
+            # QEMU runs with the host's C library: two of them in one process do not go together.
+            libc6_* | libgcc-s1_*) continue ;;
+        esac
+        dpkg -x "$deb" "$out/root" || die "Cannot unpack $name"
+        echo "${name%.deb}" >>"$out/packages.txt"
+    done
+    for flavour in amd64 cloud-amd64; do
+        deb=$(echo "$apt/cache/$(cat "$apt/kernel-$flavour")"_*.deb)
+        dpkg -x "$deb" "$apt/$flavour" || die "Cannot unpack $(basename "$deb")"
+        # Debian 13 and merged systems keep modules in /usr/lib.
+        [ -d "$apt/$flavour/lib" ] || ln -s usr/lib "$apt/$flavour/lib"
+        echo "$(basename "${deb%.deb}")" >>"$out/packages.txt"
+    done
+}
+
+make_images() {
+    local apt=$1 out=$2
+    note "making the kernels' ELF images and the initramfs"
+    mkdir -p "$out/l1" "$out/l2"
+    python3 "$BED/extract_vmlinux.py" "$apt"/amd64/boot/vmlinuz-* "$out/l1/vmlinux"
+    python3 "$BED/extract_vmlinux.py" "$apt"/cloud-amd64/boot/vmlinuz-* "$out/l2/vmlinux"
+    cp "$apt"/cloud-amd64/boot/vmlinuz-* "$out/l2/bzImage"
+    python3 "$BED/make_initramfs.py" "$out/l1/l1.img" --busybox "$out/root/bin/busybox" \
+        --init "$BED/l1-init" --kernel-root "$apt/amd64" --modules "$L1_MODULES"
+    python3 "$BED/make_initramfs.py" "$out/l2/l2.img" --busybox "$out/root/bin/busybox" \
+        --init "$BED/l2-init" --kernel-root "$apt/cloud-amd64" --modules "$L2_MODULES"
+    "$BED/qemu" "$out" --version >"$apt/log" 2>&1 ||
+        { cat "$apt/log" >&2 && die "The fetched QEMU does not run on this system"; }
+    head -n 1 "$apt/log" >>"$out/packages.txt"
+}
+
+drop_old() {
+    local cache=$1 keep=$2 old
+    # Beds of other recipes that nobody used for long, and what an interrupted build left.
+    find "$cache" -mindepth 1 -maxdepth 1 -type d ! -name "$keep" -mtime "+$KEEP_OLD_DAYS" |
+        while read -r old; do rm -rf -- "$old"; done
+    find "$cache" -mindepth 1 -maxdepth 1 -type d -name '.building.*' |
+        while read -r old; do rm -rf -- "$old"; done
+}
+
+main() {
+    local cache hash place work started=$SECONDS
+    [ "$(dpkg --print-architecture)" = amd64 ] || die "The bed needs an amd64 system"
+    cache=$(cache_dir bed)
+    hash=$(recipe_hash)
+    place=$cache/$hash
+    if [ ! -d "$place" ]; then
+        mkdir -p "$cache"
+        exec 8>"$cache/.lock"
+        flock -n 8 || { note "waiting for another build of the bed" && flock 8; }
+        if [ ! -d "$place" ]; then
+            log "Building the nested bed (about 175 MB to fetch, once)"
+            need_packages python3 zstd
+            drop_old "$cache" "$hash"
+            work=$(mktemp -d "$cache/.building.XXXXXX")
+            on_exit rm -rf -- "$work"
+            private_apt "$work/apt" "$(debian_mirror)"
+            fetch_packages "$work/apt"
+            unpack "$work/apt" "$work/bed"
+            make_images "$work/apt" "$work/bed"
+            sync -f "$work/bed"
+            mv -T "$work/bed" "$place"
+            note "built in $((SECONDS - started)) s, $(du -sh "$place" | cut -f 1)"
+        fi
+        exec 8>&-
+    fi
+    touch "$place"
+    echo "$place" >&9
+}
+
+main

@@ -1,0 +1,282 @@
+//! The kernel command line: `key=value` words, separated by blanks. A word that is not known is
+//! an error, so that a misspelt test does not test something else.
+
+use core::fmt;
+
+use crate::machine::VCPUS_MAX;
+use crate::order::Pattern;
+
+/// What the guest does; several at once are possible.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Workloads {
+    pub count: bool,
+    pub verify: bool,
+    pub dirty: bool,
+    pub compute: bool,
+}
+
+/// How a processor waits that has nothing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Halted, woken by the local APIC's timer.
+    Halt,
+    /// In a loop that reads the clock.
+    Spin,
+}
+
+/// How the guest ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    PowerOff,
+    Reset,
+    TripleFault,
+}
+
+/// The whole command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub workloads: Workloads,
+    /// None: as many as the MADT lists.
+    pub vcpus: Option<u32>,
+    /// Report lines after which the guest ends; 0: never.
+    pub ticks: u64,
+    pub tick_ms: u64,
+    pub seed: u64,
+    /// None: ask CPUID.
+    pub tsc_khz: Option<u64>,
+    pub wait: Wait,
+    pub end: End,
+    /// None: all free memory.
+    pub verify_mib: Option<u64>,
+    /// Pages per second and processor; 0: as many as possible.
+    pub verify_rate: u64,
+    /// Pages per second of the whole machine; 0: as many as possible.
+    pub dirty_pages: u64,
+    pub dirty_order: Pattern,
+    /// None: all free memory, or 64 MiB where `verify` runs too.
+    pub dirty_mib: Option<u64>,
+    pub hot_pages: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            workloads: Workloads::default(),
+            vcpus: None,
+            ticks: 0,
+            tick_ms: 100,
+            seed: 1,
+            tsc_khz: None,
+            wait: Wait::Halt,
+            end: End::PowerOff,
+            verify_mib: None,
+            verify_rate: 2000,
+            dirty_pages: 0,
+            dirty_order: Pattern::Sequential,
+            dirty_mib: None,
+            hot_pages: 256,
+        }
+    }
+}
+
+/// A word that says nothing sensible.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CmdlineError<'a> {
+    NotKeyValue(&'a str),
+    UnknownKey(&'a str),
+    BadValue { key: &'a str, value: &'a str },
+}
+
+impl fmt::Display for CmdlineError<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotKeyValue(word) => write!(formatter, "'{word}' is not key=value"),
+            Self::UnknownKey(key) => write!(formatter, "Unknown key '{key}'"),
+            Self::BadValue { key, value } => write!(formatter, "Bad value '{value}' of '{key}'"),
+        }
+    }
+}
+
+impl core::error::Error for CmdlineError<'_> {}
+
+/// Longest wait between two report lines: an hour.
+const TICK_MS_MAX: u64 = 3_600_000;
+/// 64 TiB; what is more than free memory is cut down to it.
+const MIB_MAX: u64 = 1 << 26;
+
+impl Config {
+    pub fn parse(line: &str) -> Result<Self, CmdlineError<'_>> {
+        let mut config = Self::default();
+        for word in line.split_ascii_whitespace() {
+            let (key, value) = word.split_once('=').ok_or(CmdlineError::NotKeyValue(word))?;
+            config.set(key, value)?;
+        }
+        if let Pattern::Hot { hot } = &mut config.dirty_order {
+            *hot = config.hot_pages;
+        }
+        Ok(config)
+    }
+
+    fn set<'a>(&mut self, key: &'a str, value: &'a str) -> Result<(), CmdlineError<'a>> {
+        let bad = CmdlineError::BadValue { key, value };
+        let number = |least: u64, most: u64| {
+            let number = value.parse::<u64>().map_err(|_| bad)?;
+            (least..=most).contains(&number).then_some(number).ok_or(bad)
+        };
+        match key {
+            "workload" => self.workloads = Workloads::parse(value).ok_or(bad)?,
+            "vcpus" => {
+                let vcpus = number(1, u64::from(VCPUS_MAX))?;
+                self.vcpus = Some(u32::try_from(vcpus).map_err(|_| bad)?);
+            }
+            "ticks" => self.ticks = number(0, u64::MAX)?,
+            "tick_ms" => self.tick_ms = number(1, TICK_MS_MAX)?,
+            "seed" => self.seed = number(0, u64::MAX)?,
+            "tsc_khz" => self.tsc_khz = Some(number(1000, 100_000_000)?),
+            "wait" => {
+                self.wait = match value {
+                    "halt" => Wait::Halt,
+                    "spin" => Wait::Spin,
+                    _ => return Err(bad),
+                }
+            }
+            "end" => {
+                self.end = match value {
+                    "off" => End::PowerOff,
+                    "reset" => End::Reset,
+                    "triple" => End::TripleFault,
+                    _ => return Err(bad),
+                }
+            }
+            "verify_mib" => self.verify_mib = Some(number(1, MIB_MAX)?),
+            "verify_rate" => self.verify_rate = number(0, u64::from(u32::MAX))?,
+            "dirty_pages" => self.dirty_pages = number(0, u64::from(u32::MAX))?,
+            "dirty_order" => {
+                self.dirty_order = match value {
+                    "seq" => Pattern::Sequential,
+                    "random" => Pattern::Random,
+                    "hot" => Pattern::Hot { hot: 0 },
+                    _ => return Err(bad),
+                }
+            }
+            "dirty_mib" => self.dirty_mib = Some(number(1, MIB_MAX)?),
+            "hot_pages" => self.hot_pages = number(1, u64::from(u32::MAX))?,
+            _ => return Err(CmdlineError::UnknownKey(key)),
+        }
+        Ok(())
+    }
+}
+
+impl Workloads {
+    fn parse(value: &str) -> Option<Self> {
+        let mut workloads = Self::default();
+        for name in value.split('+') {
+            match name {
+                "count" => workloads.count = true,
+                "verify" => workloads.verify = true,
+                "dirty" => workloads.dirty = true,
+                "compute" => workloads.compute = true,
+                "idle" if value == "idle" => {}
+                _ => return None,
+            }
+        }
+        Some(workloads)
+    }
+
+    /// Whether any processor but the first has something to do.
+    #[must_use]
+    pub fn need_all_vcpus(self) -> bool {
+        self.verify || self.dirty || self.compute
+    }
+
+    #[must_use]
+    pub fn is_idle(self) -> bool {
+        self == Self::default()
+    }
+}
+
+impl fmt::Display for Workloads {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = [
+            (self.count, "count"),
+            (self.verify, "verify"),
+            (self.dirty, "dirty"),
+            (self.compute, "compute"),
+            (self.is_idle(), "idle"),
+        ];
+        let mut separator = "";
+        for (_, name) in all.iter().filter(|(chosen, _)| *chosen) {
+            write!(formatter, "{separator}{name}")?;
+            separator = "+";
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_line_is_idle() {
+        let config = Config::parse("  ").unwrap();
+        assert_eq!(config, Config::default());
+        assert_eq!(config.workloads.to_string(), "idle");
+    }
+
+    #[test]
+    fn all_keys() {
+        let config = Config::parse(
+            "workload=verify+dirty vcpus=4 ticks=10 tick_ms=50 seed=9 tsc_khz=2000000 wait=spin \
+             end=reset verify_mib=64 verify_rate=0 dirty_pages=500 dirty_order=hot dirty_mib=8 \
+             hot_pages=32",
+        )
+        .unwrap();
+        let expected = Config {
+            workloads: Workloads { verify: true, dirty: true, ..Workloads::default() },
+            vcpus: Some(4),
+            ticks: 10,
+            tick_ms: 50,
+            seed: 9,
+            tsc_khz: Some(2_000_000),
+            wait: Wait::Spin,
+            end: End::Reset,
+            verify_mib: Some(64),
+            verify_rate: 0,
+            dirty_pages: 500,
+            dirty_order: Pattern::Hot { hot: 32 },
+            dirty_mib: Some(8),
+            hot_pages: 32,
+        };
+        assert_eq!(config, expected);
+        assert_eq!(config.workloads.to_string(), "verify+dirty");
+    }
+
+    #[test]
+    fn a_hot_set_may_be_sized_before_it_is_chosen() {
+        let config = Config::parse("hot_pages=7 dirty_order=hot").unwrap();
+        assert_eq!(config.dirty_order, Pattern::Hot { hot: 7 });
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let cases = [
+            ("quiet", "'quiet' is not key=value"),
+            ("workloads=count", "Unknown key 'workloads'"),
+            ("workload=sleep", "Bad value 'sleep' of 'workload'"),
+            ("workload=count+idle", "Bad value 'count+idle' of 'workload'"),
+            ("workload=", "Bad value '' of 'workload'"),
+            ("vcpus=0", "Bad value '0' of 'vcpus'"),
+            ("vcpus=255", "Bad value '255' of 'vcpus'"),
+            ("ticks=-1", "Bad value '-1' of 'ticks'"),
+            ("ticks=99999999999999999999", "Bad value '99999999999999999999' of 'ticks'"),
+            ("tick_ms=0", "Bad value '0' of 'tick_ms'"),
+            ("dirty_order=hottest", "Bad value 'hottest' of 'dirty_order'"),
+            ("wait=", "Bad value '' of 'wait'"),
+            ("end=now", "Bad value 'now' of 'end'"),
+        ];
+        for (line, message) in cases {
+            assert_eq!(Config::parse(line).unwrap_err().to_string(), message);
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! A primary, its backup and their arbiter, on this host.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use api::replication::{ReplicationInfo, ReplicationState};
+
+use crate::process::Vmm;
+use crate::serial::Serial;
+
+/// How a pair is set up.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub vcpus: u32,
+    /// As `--memory size=` takes it.
+    pub memory: String,
+    pub kernel: PathBuf,
+    pub initramfs: Option<PathBuf>,
+    pub command_line: String,
+    /// Appended to `--replicate`, each with its leading comma.
+    pub replicate_options: String,
+    /// Appended to `--receive-replica`, each with its leading comma.
+    pub receive_options: String,
+    pub arbiter: bool,
+}
+
+impl Setup {
+    /// The test guest under a workload that verifies its memory.
+    #[must_use]
+    pub fn verify(vcpus: u32, memory: &str) -> Self {
+        Self {
+            vcpus,
+            memory: memory.to_owned(),
+            kernel: guest_image::PATH.into(),
+            initramfs: None,
+            command_line: format!("workload=verify vcpus={vcpus} tick_ms=20"),
+            replicate_options: String::new(),
+            receive_options: String::new(),
+            arbiter: true,
+        }
+    }
+}
+
+/// Two VMMs of which the first runs the guest.
+pub struct Pair {
+    pub primary: Vmm,
+    pub backup: Vmm,
+    pub primary_serial: Serial,
+    pub backup_serial: Serial,
+    pub arbiter: PathBuf,
+}
+
+/// A TCP port of the loopback that was free a moment ago.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// Starts a backup that listens on `url` with its serial port on a socket.
+pub fn start_backup(folder: &Path, name: &str, url: &str, setup: &Setup) -> Result<Vmm> {
+    let arbiter = arbiter_option(folder, setup);
+    Vmm::start(
+        folder,
+        name,
+        &[
+            "--receive-replica".to_owned(),
+            format!("receiver_url={url}{arbiter}{}", setup.receive_options),
+            "--serial".to_owned(),
+            format!("socket={}", folder.join(format!("{name}.serial")).display()),
+            "--console".to_owned(),
+            "off".to_owned(),
+        ],
+    )
+}
+
+/// Starts a VM, protected by a backup at `url` where one is given.
+pub fn start_primary(folder: &Path, name: &str, url: Option<&str>, setup: &Setup) -> Result<Vmm> {
+    let mut arguments = vec![
+        "--kernel".to_owned(),
+        setup.kernel.display().to_string(),
+        "--cmdline".to_owned(),
+        setup.command_line.clone(),
+        "--cpus".to_owned(),
+        format!("boot={}", setup.vcpus),
+        "--memory".to_owned(),
+        format!("size={}", setup.memory),
+        "--serial".to_owned(),
+        format!("socket={}", folder.join(format!("{name}.serial")).display()),
+        "--console".to_owned(),
+        "off".to_owned(),
+    ];
+    if let Some(initramfs) = &setup.initramfs {
+        arguments.extend(["--initramfs".to_owned(), initramfs.display().to_string()]);
+    }
+    if let Some(url) = url {
+        let arbiter = arbiter_option(folder, setup);
+        let options = &setup.replicate_options;
+        arguments
+            .extend(["--replicate".to_owned(), format!("destination_url={url}{arbiter}{options}")]);
+    }
+    Vmm::start(folder, name, &arguments)
+}
+
+fn arbiter_option(folder: &Path, setup: &Setup) -> String {
+    if setup.arbiter {
+        format!(",arbiter=file:{}", folder.join("arbiter").display())
+    } else {
+        String::new()
+    }
+}
+
+impl Pair {
+    /// Starts both in `folder`; the first sync is under way when this returns.
+    pub fn start(folder: &Path, setup: &Setup) -> Result<Self> {
+        Self::start_at(folder, setup, &format!("tcp:127.0.0.1:{}", free_port()?))
+    }
+
+    /// As [`Pair::start`], with a backup that listens on `url`.
+    pub fn start_at(folder: &Path, setup: &Setup, url: &str) -> Result<Self> {
+        let limit = Duration::from_secs(10);
+        let arbiter = folder.join("arbiter");
+        std::fs::create_dir(&arbiter).context("Cannot create the arbiter's directory")?;
+        let backup = start_backup(folder, "backup", url, setup)?;
+        let primary = start_primary(folder, "primary", Some(url), setup)?;
+        let primary_serial = Serial::connect(&folder.join("primary.serial"), limit)?;
+        // The backup's serial port is there once the machine is built.
+        let backup_serial = Serial::connect(&folder.join("backup.serial"), limit)?;
+        Ok(Self { primary, backup, primary_serial, backup_serial, arbiter })
+    }
+
+    /// Waits until every committed epoch is on both sides.
+    pub fn wait_protected(&mut self, limit: Duration) -> Result<ReplicationInfo> {
+        self.primary.wait_state(ReplicationState::Protected, limit)
+    }
+}

@@ -1,0 +1,183 @@
+//! One kill round: sync, run protected, SIGKILL the primary, take over, the guest's verdict.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use api::replication::{ReplicationInfo, ReplicationState, Role};
+
+use crate::now_us;
+use crate::pair::{Pair, Setup};
+
+/// Longest wait for anything in a round; a machine under load is slow, a broken one for ever.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// What a round showed. Times are microseconds since the kill.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub sync_us: u64,
+    pub protected_us: u64,
+    pub detected_us: u64,
+    pub owned_us: u64,
+    pub resumed_us: u64,
+    pub first_output_us: u64,
+    /// The primary's last words before the kill.
+    pub primary: ReplicationInfo,
+    pub backup: ReplicationInfo,
+    pub verdict: String,
+    pub last_tick_primary: Option<u64>,
+    pub first_tick_backup: Option<u64>,
+}
+
+/// Told while a round runs.
+pub trait Watcher {
+    fn syncing(&mut self, _info: &ReplicationInfo) {}
+    fn protected(&mut self, _info: &ReplicationInfo) {}
+    fn killed(&mut self) {}
+}
+
+impl Watcher for () {}
+
+/// Runs a round with the test guest's `verify` workload, or with any payload whose output goes on.
+pub fn run(
+    folder: &Path,
+    setup: &Setup,
+    protected_for: Duration,
+    watcher: &mut dyn Watcher,
+) -> Result<Outcome> {
+    let mut pair = Pair::start(folder, setup)?;
+    let start = Instant::now();
+    let synced = pair.primary.wait("the first sync", LIMIT, |vmm| {
+        let info = vmm.replication().ok()?;
+        watcher.syncing(&info);
+        (info.state == ReplicationState::Protected).then_some(())
+    });
+    synced.with_context(|| format!("The backup says:\n{}", pair.backup.log()))?;
+    let sync_us = micros(start.elapsed());
+    let is_guest_ours = setup.initramfs.is_none();
+    if is_guest_ours {
+        // From here on every page has a content that can be torn or lost.
+        pair.primary_serial
+            .wait_line("'verify filled'", 0, LIMIT, |line| line.starts_with("verify filled"))?;
+    }
+    let until = Instant::now() + protected_for;
+    let mut primary = pair.primary.replication()?;
+    while let Some(left) = until.checked_duration_since(Instant::now()) {
+        std::thread::sleep(left.min(Duration::from_millis(50)));
+        primary = pair.primary.replication()?;
+        watcher.protected(&primary);
+    }
+    ensure!(primary.role == Role::Primary, "the primary says it is {:?}", primary.role);
+    let killed_us = now_us();
+    pair.primary.kill()?;
+    watcher.killed();
+    let protected_us = micros(start.elapsed()) - sync_us;
+    let last_tick_primary = last_tick(&pair.primary_serial.lines());
+    let backup = pair
+        .backup
+        .wait_state(ReplicationState::TakenOver, LIMIT)
+        .context("The backup did not take over")?;
+    pair.backup_serial.wait_line("any output", 0, LIMIT, |_| true)?;
+    let first_output = pair.backup_serial.first_byte_us().context("no output")?;
+    let times = backup.takeover.context("The backup does not say when it took over")?;
+    let since = |time_us: u64| time_us.saturating_sub(killed_us);
+    check_arbiter(&pair.arbiter)?;
+    let (verdict, first_tick_backup) =
+        if is_guest_ours { finish_guest(&mut pair)? } else { (linux_goes_on(&pair)?, None) };
+    check_ticks(last_tick_primary, first_tick_backup)?;
+    Ok(Outcome {
+        sync_us,
+        protected_us,
+        detected_us: since(times.detected_us),
+        owned_us: since(times.owned_us),
+        resumed_us: since(times.resumed_us),
+        first_output_us: since(first_output),
+        primary,
+        backup,
+        verdict,
+        last_tick_primary,
+        first_tick_backup,
+    })
+}
+
+/// Lets the guest check all of its memory once more and power off.
+fn finish_guest(pair: &mut Pair) -> Result<(String, Option<u64>)> {
+    // It must first go on by itself.
+    let (at, _, _) =
+        pair.backup_serial.wait_line("'verify'", 0, LIMIT, |line| line.starts_with("verify "))?;
+    pair.backup_serial
+        .wait_line("'verify' again", at + 1, LIMIT, |line| line.starts_with("verify "))?;
+    pair.backup_serial.send(b"q")?;
+    let (_, _, verdict) = pair
+        .backup_serial
+        .wait_line("the verdict", 0, LIMIT, |line| line.starts_with("VERDICT"))?;
+    let lines = pair.backup_serial.lines();
+    if let Some(failed) = lines.iter().find(|line| line.contains("FAILED")) {
+        bail!("The guest found its memory damaged: {failed}");
+    }
+    ensure!(verdict.starts_with("VERDICT ok"), "The guest says: {verdict}");
+    let status = pair.backup.wait_exit(LIMIT)?;
+    ensure!(status.success(), "The backup ended with {status}:\n{}", pair.backup.log());
+    Ok((verdict, first_tick(&lines)))
+}
+
+/// A user's own Linux: its console must go on, without an oops.
+fn linux_goes_on(pair: &Pair) -> Result<String> {
+    std::thread::sleep(Duration::from_secs(5));
+    let lines = pair.backup_serial.lines();
+    for bad in ["Oops", "BUG:", "Kernel panic", "soft lockup"] {
+        if let Some(line) = lines.iter().find(|line| line.contains(bad)) {
+            bail!("The guest's kernel complains: {line}");
+        }
+    }
+    Ok(format!("the console went on for {} lines", lines.len()))
+}
+
+/// Exactly one record after the first: the backup's, alone.
+fn check_arbiter(folder: &Path) -> Result<()> {
+    let mut records: Vec<String> = std::fs::read_dir(folder)?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    records.retain(|name| name.starts_with("gen-"));
+    ensure!(records.len() == 2, "the arbiter has {} records: {records:?}", records.len());
+    Ok(())
+}
+
+/// Committed output is never taken back and never skipped. A piece of it may come twice: a
+/// primary that dies between the release and the next seal cannot say how much it had written.
+fn check_ticks(last: Option<u64>, first: Option<u64>) -> Result<()> {
+    if let (Some(last), Some(first)) = (last, first) {
+        ensure!(first <= last + 1, "ticks {} to {} were lost", last + 1, first - 1);
+    }
+    Ok(())
+}
+
+fn tick(line: &str) -> Option<u64> {
+    let (_, value) = line.rsplit_once("tick=")?;
+    value.split_whitespace().next()?.parse().ok()
+}
+
+fn first_tick(lines: &[String]) -> Option<u64> {
+    lines.iter().find_map(|line| tick(line))
+}
+
+fn last_tick(lines: &[String]) -> Option<u64> {
+    lines.iter().rev().find_map(|line| tick(line))
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gap_in_the_ticks_is_seen() {
+        assert!(check_ticks(Some(7), Some(8)).is_ok());
+        assert!(check_ticks(Some(7), Some(5)).is_ok());
+        assert!(check_ticks(Some(7), Some(9)).is_err());
+        assert_eq!(tick("verify ok pages=3 failures=0 tick=12"), Some(12));
+    }
+}

@@ -1,0 +1,273 @@
+//! The control loop: one thread owns the VM's life, everybody else sends it messages.
+//!
+//! ```text
+//!   HTTP connections --Call--------+
+//!   vCPU threads ------MachineEvent+--> Controller --> Machine, replication handles, events
+//!   replication -------Notice------+
+//!   signals -----------Notice------+
+//! ```
+//!
+//! Always holds: at most one VM exists; what may take long without changing the VM's life
+//! (a snapshot, a fail-over, ending a replication) runs beside the loop and answers its client
+//! itself, so a ping is always served.
+
+mod lifecycle;
+mod protection;
+mod report;
+mod signals;
+
+use std::sync::Arc;
+
+use api::config::VmConfig;
+use crossbeam_channel::{Receiver, Sender, select, unbounded};
+use hypervisor::{Hypervisor, OpenError};
+use replication::primary::PrimaryHandle;
+use replication::{Event, HostIdentity};
+use thiserror::Error;
+
+use crate::cpu::MachineEvent;
+use crate::event::EventMonitor;
+use crate::http::{self, HttpError, HttpServer};
+use crate::machine::Machine;
+use crate::options::Options;
+use crate::request::{Call, Failure, FailureKind, Reply, Request};
+use protection::Protection;
+
+pub use lifecycle::check_config;
+pub use signals::block as block_signals;
+
+/// The VMM could not start, or ended with an error.
+#[derive(Debug, Error)]
+pub enum Error {
+    #[error("Cannot use KVM")]
+    Kvm(#[source] OpenError),
+    #[error("Cannot block signals")]
+    Signals(#[source] nix::errno::Errno),
+    #[error("Cannot start a thread")]
+    Thread(#[source] std::io::Error),
+    #[error("Cannot serve the API")]
+    Http(#[source] HttpError),
+    #[error("{what}")]
+    Request { what: &'static str, source: Chain },
+    #[error("{0}")]
+    Ended(String),
+}
+
+/// A failure's chain of messages as an error with sources.
+#[derive(Debug, Error)]
+#[error("{message}")]
+pub struct Chain {
+    message: String,
+    source: Option<Box<Chain>>,
+}
+
+impl Chain {
+    fn new(failure: &Failure) -> Self {
+        let mut messages = failure.chain.iter().rev().cloned();
+        let mut chain = Self { message: messages.next().unwrap_or_default(), source: None };
+        for message in messages {
+            chain = Self { message, source: Some(Box::new(chain)) };
+        }
+        chain
+    }
+}
+
+/// What other threads tell the control loop.
+pub enum Notice {
+    /// SIGTERM or SIGINT.
+    Terminate,
+    /// A replica was built after a primary's description.
+    ReplicaBuilt(Arc<Machine>),
+    /// A replica runs: it is this VMM's VM from now on.
+    TookOver(Arc<Machine>),
+    /// The backup accepted the VM, or did not; a client waits for the answer.
+    Protected { handle: Result<Arc<PrimaryHandle>, Failure>, reply: Sender<Answer> },
+    /// Replication says what happened.
+    Replication(Event),
+}
+
+/// How the process ends.
+enum Ending {
+    Clean,
+    Failed(String),
+}
+
+/// Answers that handlers give.
+type Answer = Result<Reply, Failure>;
+
+struct Controller {
+    hypervisor: Arc<Hypervisor>,
+    monitor: EventMonitor,
+    no_shutdown: bool,
+    /// Clients can reach this process, so it outlives its VM.
+    has_api: bool,
+    config: Option<VmConfig>,
+    machine: Option<Arc<Machine>>,
+    /// The guest shut itself down and `--no-shutdown` keeps the process.
+    guest_is_down: bool,
+    protection: Protection,
+    /// The names that this process and its VM go under in the arbiter's records. They outlive a
+    /// protection, so that the VM's owner is recognised when it protects it again.
+    identity: HostIdentity,
+    events: Sender<MachineEvent>,
+    notices: Sender<Notice>,
+    ending: Option<Ending>,
+}
+
+/// Runs the VMM until its VM or its client ends it.
+pub fn run(options: Options) -> Result<(), Error> {
+    let (calls, call_queue) = unbounded();
+    let (events, event_queue) = unbounded();
+    let (notices, notice_queue) = unbounded();
+    block_signals()?;
+    signals::watch(notices.clone())?;
+    let hypervisor = Arc::new(Hypervisor::open().map_err(Error::Kvm)?);
+    let has_api = options.api_socket.is_some();
+    let server = options.api_socket.map(|socket| http::serve(socket, calls)).transpose();
+    let server = server.map_err(Error::Http)?;
+    let mut controller = Controller {
+        hypervisor,
+        monitor: options.event_monitor,
+        no_shutdown: options.no_shutdown,
+        has_api,
+        config: None,
+        machine: None,
+        guest_is_down: false,
+        protection: Protection::None,
+        identity: HostIdentity::random(),
+        events,
+        notices,
+        ending: None,
+    };
+    controller.monitor.emit("vmm", "starting", None);
+    let mut first = Vec::new();
+    if let Some(config) = options.config {
+        first.push(("Cannot create the VM", Request::VmCreate(Box::new(config))));
+        first.push(("Cannot boot the VM", Request::VmBoot));
+    }
+    if let Some(restore) = options.restore {
+        first.push(("Cannot restore the VM", Request::VmRestore(restore)));
+    }
+    if let Some(replicate) = options.replicate {
+        first.push(("Cannot protect the VM", Request::VmReplicate(Box::new(replicate))));
+    }
+    if let Some(receive) = options.receive_replica {
+        first.push(("Cannot be a backup", Request::VmReceiveReplica(Box::new(receive))));
+    }
+    controller.start(first, &notice_queue)?;
+    controller.work(&call_queue, &event_queue, &notice_queue);
+    controller.finish(server)
+}
+
+impl Controller {
+    /// Does what the command line asks before any client is heard.
+    fn start(
+        &mut self,
+        requests: Vec<(&'static str, Request)>,
+        notices: &Receiver<Notice>,
+    ) -> Result<(), Error> {
+        for (what, request) in requests {
+            let (reply, answer) = crossbeam_channel::bounded(1);
+            self.serve(Call { request, fds: Vec::new(), reply });
+            let answer = loop {
+                select! {
+                    recv(answer) -> answer => break answer,
+                    recv(notices) -> notice => if let Ok(notice) = notice { self.notice(notice) },
+                }
+            };
+            if let Ok(Err(failure)) = answer {
+                self.take_down();
+                return Err(Error::Request { what, source: Chain::new(&failure) });
+            }
+        }
+        Ok(())
+    }
+
+    fn work(
+        &mut self,
+        calls: &Receiver<Call>,
+        events: &Receiver<MachineEvent>,
+        notices: &Receiver<Notice>,
+    ) {
+        // Without an API the sender is gone and the channel would be ready for ever.
+        let never = crossbeam_channel::never();
+        let calls = if self.has_api { calls } else { &never };
+        while self.ending.is_none() {
+            select! {
+                recv(calls) -> call => if let Ok(call) = call { self.serve(call) },
+                recv(events) -> event => if let Ok(event) = event { self.machine_event(event) },
+                recv(notices) -> notice => if let Ok(notice) = notice { self.notice(notice) },
+            }
+        }
+    }
+
+    fn finish(mut self, server: Option<HttpServer>) -> Result<(), Error> {
+        self.take_down();
+        self.monitor.emit("vmm", "shutdown", None);
+        drop(server);
+        match self.ending {
+            Some(Ending::Failed(what)) => Err(Error::Ended(what)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Answers a client, or leaves that to a thread that it starts.
+    fn serve(&mut self, call: Call) {
+        let Call { request, fds, reply } = call;
+        // No request of this build takes descriptors; dropping closes them.
+        drop(fds);
+        let answer = match request {
+            Request::VmmPing => report::ping(),
+            Request::VmmShutdown => {
+                self.ending = Some(Ending::Clean);
+                Ok(Reply::Empty)
+            }
+            Request::VmCreate(config) => self.create(*config),
+            Request::VmDelete => self.delete(),
+            Request::VmBoot => self.boot(),
+            Request::VmPause => self.pause(),
+            Request::VmResume => self.resume(),
+            Request::VmShutdown => self.shutdown(),
+            Request::VmReboot => self.reboot(),
+            Request::VmPowerButton => self.power_button(),
+            Request::VmInfo => self.info(),
+            Request::VmCounters => self.counters(),
+            Request::VmSnapshot(config) => return self.snapshot(config, reply),
+            Request::VmRestore(config) => self.restore(&config),
+            Request::VmReplicate(data) => return self.replicate(*data, reply),
+            Request::VmReceiveReplica(data) => self.receive_replica(*data),
+            Request::VmStopReplication => return self.stop_replication(reply),
+            Request::VmFailover(data) => return self.failover(data.force, reply),
+            Request::VmReplicationInfo => self.replication_info(),
+            Request::VmSendMigration(_) | Request::VmReceiveMigration(_) => Err(Failure::new(
+                FailureKind::Internal,
+                "Live migration is not a part of this version: use vm.replicate and vm.failover",
+            )),
+        };
+        // A client that went away has no use for its answer.
+        let _ = reply.send(answer);
+    }
+
+    /// Runs `work` beside the loop; it ends with an answer to the client.
+    fn beside(name: &str, reply: Sender<Answer>, work: impl FnOnce() -> Answer + Send + 'static) {
+        let fallback = reply.clone();
+        let started = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || drop(reply.send(work())));
+        if let Err(error) = started {
+            let failure = Failure::new(FailureKind::Internal, "Cannot start a thread");
+            let chain = [failure.chain, vec![error.to_string()]].concat();
+            let _ = fallback.send(Err(Failure { chain, ..failure }));
+        }
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Terminate => self.ending = Some(Ending::Clean),
+            Notice::ReplicaBuilt(machine) => self.protection.waits_in(machine),
+            Notice::TookOver(machine) => self.adopt(machine),
+            Notice::Protected { handle, reply } => self.protected(handle, &reply),
+            Notice::Replication(event) => self.replication_event(event),
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! Which devices a machine has, where they sit, and their state as a whole.
+//!
+//! | Device | Ports | Interrupt |
+//! |---|---|---|
+//! | i8042 (reset only) | 0x60-0x64 | - |
+//! | CMOS clock | 0x70-0x71 | - |
+//! | progress port | 0x80 | - |
+//! | COM1 | 0x3f8-0x3ff | 4 |
+//! | ACPI power management | 0x600-0x60f | 5 |
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
+use api::response::VmCounters;
+use crossbeam_channel::Sender;
+use devices::acpi::pm::{EVENT_GSI, PM_BASE, PM_LEN, PmDevice, PmState, PowerCallback, PowerEvent};
+use devices::acpi::tables::{self, AcpiConfig, AcpiError};
+use devices::bus::{Bus, BusError};
+use devices::counters::Counters;
+use devices::irq::IrqLine;
+use devices::legacy::cmos::{CMOS_BASE, CMOS_LEN, Cmos, CmosState};
+use devices::legacy::debug_port::{DEBUG_PORT_BASE, DEBUG_PORT_LEN, DebugPort};
+use devices::legacy::i8042::{I8042, I8042_BASE, I8042_LEN, I8042State};
+use devices::serial::{
+    BackendError, SERIAL_BASE, SERIAL_GSI, SERIAL_LEN, Serial, SerialMode, SerialPort, SerialState,
+    SerialStateError,
+};
+use hypervisor::{Vm, VmError};
+use replication::ram::Mapping;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::boot::{ACPI_END, ACPI_START};
+use crate::cpu::MachineEvent;
+
+/// The devices could not be set up, saved or loaded.
+#[derive(Debug, Error)]
+pub enum DeviceError {
+    #[error("Cannot open the serial port")]
+    Serial(#[source] BackendError),
+    #[error("A serial port of mode {0:?} needs a path")]
+    SerialPath(ConsoleOutputMode),
+    #[error("Cannot make an interrupt line")]
+    Irq(#[source] io::Error),
+    #[error("Cannot connect an interrupt line to KVM")]
+    Irqfd(#[source] VmError),
+    #[error("Two devices want the same addresses")]
+    Bus(#[from] BusError),
+    #[error("Cannot describe the machine by ACPI")]
+    Acpi(#[from] AcpiError),
+    #[error("Cannot write the ACPI tables to guest memory")]
+    AcpiWrite(#[source] GuestMemoryError),
+    #[error("The serial port refused its state")]
+    SerialState(#[source] SerialStateError),
+    #[error("The state is of a machine that differs in its serial port")]
+    SerialPresence,
+    #[error("The power-management device refused its state")]
+    PmState(#[source] io::Error),
+    #[error("Cannot press the power button")]
+    PowerButton(#[source] io::Error),
+}
+
+/// State of all devices.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DevicesState {
+    pub serial: Option<SerialState>,
+    pub pm: PmState,
+    pub cmos: CmosState,
+    pub i8042: I8042State,
+}
+
+impl DevicesState {
+    /// Whether a machine could load this; nothing of it is trusted before.
+    pub fn validate(&self) -> Result<(), DeviceError> {
+        self.serial.as_ref().map_or(Ok(()), SerialState::validate).map_err(DeviceError::SerialState)
+    }
+}
+
+/// The address spaces that vCPU exits go to.
+pub struct Buses {
+    pub port: Bus,
+    pub mmio: Bus,
+}
+
+/// The devices of one machine.
+pub struct Devices {
+    buses: Arc<Buses>,
+    serial: Option<SerialPort>,
+    pm: Arc<PmDevice>,
+    cmos: Arc<Cmos>,
+    i8042: Arc<I8042>,
+    /// What a reset goes back to.
+    power_on: DevicesState,
+}
+
+impl Devices {
+    /// Makes the devices, connects their interrupts and puts them on their buses.
+    pub fn new(
+        config: &VmConfig,
+        vm: &Vm,
+        events: &Sender<MachineEvent>,
+    ) -> Result<Self, DeviceError> {
+        let line = |gsi| {
+            let line = IrqLine::new().map_err(DeviceError::Irq)?;
+            vm.register_irqfd(line.event(), gsi).map_err(DeviceError::Irqfd)?;
+            Ok::<_, DeviceError>(line)
+        };
+        let serial = match serial_mode(&config.serial)? {
+            Some(mode) => {
+                Some(SerialPort::open(&mode, line(SERIAL_GSI)?).map_err(DeviceError::Serial)?)
+            }
+            None => None,
+        };
+        let on_power = power_callback(events.clone());
+        let pm = Arc::new(PmDevice::new(line(EVENT_GSI)?, Arc::clone(&on_power)));
+        let cmos = Arc::new(Cmos::new());
+        let i8042 = Arc::new(I8042::new(on_power));
+        let buses = Arc::new(Buses { port: Bus::pio(), mmio: Bus::mmio() });
+        let port = &buses.port;
+        if let Some(serial) = &serial {
+            port.insert(SERIAL_BASE, SERIAL_LEN, Arc::clone(serial.device()) as _)?;
+        }
+        port.insert(PM_BASE.into(), PM_LEN.into(), Arc::clone(&pm) as _)?;
+        port.insert(CMOS_BASE, CMOS_LEN, Arc::clone(&cmos) as _)?;
+        port.insert(I8042_BASE, I8042_LEN, Arc::clone(&i8042) as _)?;
+        port.insert(DEBUG_PORT_BASE, DEBUG_PORT_LEN, Arc::new(DebugPort::default()))?;
+        let power_on = save(serial.as_ref(), &pm, &cmos, &i8042);
+        Ok(Self { buses, serial, pm, cmos, i8042, power_on })
+    }
+
+    #[must_use]
+    pub fn buses(&self) -> &Arc<Buses> {
+        &self.buses
+    }
+
+    /// The pty of the serial port, where it has one.
+    #[must_use]
+    pub fn serial_pty(&self) -> Option<PathBuf> {
+        self.serial.as_ref()?.pty_path().map(Into::into)
+    }
+
+    /// Writes the ACPI tables and returns where they start.
+    pub fn write_acpi_tables(
+        &self,
+        config: &VmConfig,
+        memory: &Mapping,
+    ) -> Result<u64, DeviceError> {
+        let built = tables::build(&AcpiConfig {
+            vcpus: config.cpus.boot_vcpus,
+            max_vcpus: config.cpus.boot_vcpus,
+            serial: self.serial.is_some(),
+            base: ACPI_START,
+            limit: ACPI_END,
+        })?;
+        for (address, bytes) in &built.blobs {
+            memory.write_slice(bytes, GuestAddress(*address)).map_err(DeviceError::AcpiWrite)?;
+        }
+        Ok(built.rsdp)
+    }
+
+    /// No state changes from outside until [`Devices::unpark`].
+    pub fn park(&self) {
+        if let Some(serial) = self.serial() {
+            serial.park();
+        }
+    }
+
+    /// Input flows again.
+    pub fn unpark(&self) {
+        if let Some(serial) = self.serial() {
+            serial.unpark();
+        }
+    }
+
+    #[must_use]
+    pub fn save(&self) -> DevicesState {
+        save(self.serial.as_ref(), &self.pm, &self.cmos, &self.i8042)
+    }
+
+    pub fn restore(&self, state: &DevicesState) -> Result<(), DeviceError> {
+        match (self.serial(), &state.serial) {
+            (Some(serial), Some(state)) => {
+                serial.restore(state).map_err(DeviceError::SerialState)?;
+            }
+            (None, None) => {}
+            _ => return Err(DeviceError::SerialPresence),
+        }
+        self.pm.restore(&state.pm).map_err(DeviceError::PmState)?;
+        self.cmos.restore(&state.cmos);
+        self.i8042.restore(&state.i8042);
+        Ok(())
+    }
+
+    /// Back to power-on.
+    pub fn reset(&self) -> Result<(), DeviceError> {
+        self.restore(&self.power_on)
+    }
+
+    pub fn power_button(&self) -> Result<(), DeviceError> {
+        self.pm.power_button().map_err(DeviceError::PowerButton)
+    }
+
+    /// From now on output waits for the commit of its epoch.
+    pub fn hold_output(&self) {
+        self.each_gate(devices::output_gate::OutputGate::hold);
+    }
+
+    pub fn seal_output(&self, epoch: u64) {
+        self.each_gate(|gate| gate.seal(epoch));
+    }
+
+    pub fn commit_output(&self, epoch: u64) {
+        self.each_gate(|gate| gate.commit(epoch));
+    }
+
+    /// Nothing is held any more.
+    pub fn pass_output(&self) {
+        self.each_gate(devices::output_gate::OutputGate::pass);
+    }
+
+    /// What is held is dropped, and whatever comes after it.
+    pub fn silence(&self) {
+        self.each_gate(devices::output_gate::OutputGate::discard);
+    }
+
+    #[must_use]
+    pub fn output_held_bytes(&self) -> u64 {
+        self.serial().map_or(0, |serial| serial.gate().held_bytes() as u64)
+    }
+
+    /// Calls `waker` whenever output begins to wait for a seal.
+    pub fn set_output_waker(&self, waker: &Arc<dyn Fn() + Send + Sync>) {
+        self.each_gate(|gate| gate.set_waker(Arc::clone(waker)));
+    }
+
+    /// Output waits for a seal.
+    #[must_use]
+    pub fn output_waiting(&self) -> bool {
+        self.serial().is_some_and(|serial| serial.gate().open_bytes() > 0)
+    }
+
+    #[must_use]
+    pub fn counters(&self) -> VmCounters {
+        let named = |counters: Vec<(&'static str, u64)>| {
+            counters
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect::<BTreeMap<_, _>>()
+        };
+        self.serial.iter().map(|serial| ("__serial".to_owned(), named(serial.counters()))).collect()
+    }
+
+    fn serial(&self) -> Option<&Arc<Serial>> {
+        self.serial.as_ref().map(SerialPort::device)
+    }
+
+    fn each_gate(&self, act: impl Fn(&devices::output_gate::OutputGate)) {
+        if let Some(serial) = self.serial() {
+            act(serial.gate());
+        }
+    }
+}
+
+fn save(serial: Option<&SerialPort>, pm: &PmDevice, cmos: &Cmos, i8042: &I8042) -> DevicesState {
+    DevicesState {
+        serial: serial.map(|serial| serial.device().save()),
+        pm: pm.save(),
+        cmos: cmos.save(),
+        i8042: i8042.save(),
+    }
+}
+
+fn power_callback(events: Sender<MachineEvent>) -> PowerCallback {
+    Arc::new(move |event| {
+        let event = match event {
+            PowerEvent::Off => MachineEvent::PowerOff,
+            PowerEvent::Reset => MachineEvent::Reset,
+        };
+        // A closed channel means that the VMM is on its way out.
+        let _ = events.send(event);
+    })
+}
+
+fn serial_mode(config: &ConsoleConfig) -> Result<Option<SerialMode>, DeviceError> {
+    let path = |path: &Option<PathBuf>| path.clone().ok_or(DeviceError::SerialPath(config.mode));
+    Ok(match config.mode {
+        ConsoleOutputMode::Off => None,
+        ConsoleOutputMode::Null => Some(SerialMode::Null),
+        ConsoleOutputMode::Tty => Some(SerialMode::Tty),
+        ConsoleOutputMode::Pty => Some(SerialMode::Pty),
+        ConsoleOutputMode::File => Some(SerialMode::File(path(&config.file)?)),
+        ConsoleOutputMode::Socket => Some(SerialMode::Socket(path(&config.socket)?)),
+    })
+}

@@ -1,0 +1,12 @@
+//! Binds the machine to replication: as a [`Guest`](replication::guest::Guest) that is protected,
+//! and as a [`Replica`](replication::guest::Replica) that waits for its take-over.
+//!
+//! The engine's threads call in here; what the control loop must learn comes out as
+//! [`Notice`](crate::control::Notice)s.
+
+mod codec;
+mod protected;
+mod replica;
+
+pub use protected::ProtectedVm;
+pub use replica::{Overrides, ReplicaVms};

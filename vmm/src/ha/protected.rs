@@ -1,0 +1,99 @@
+//! A machine as replication protects it.
+
+use std::sync::Arc;
+
+use replication::guest::{Guest, GuestError, Waker};
+use replication::ids::EpochId;
+use replication::ram::{PageSet, Ram};
+
+use super::codec::Captured;
+use crate::machine::Machine;
+
+/// The running machine of the control loop, handed to the engine.
+pub struct ProtectedVm {
+    machine: Arc<Machine>,
+    hold_console: bool,
+}
+
+impl ProtectedVm {
+    /// `hold_console`: serial output waits for the commit of its epoch.
+    #[must_use]
+    pub fn new(machine: Arc<Machine>, hold_console: bool) -> Self {
+        Self { machine, hold_console }
+    }
+}
+
+impl Guest for ProtectedVm {
+    type State = Captured;
+
+    fn ram(&self) -> Ram {
+        self.machine.memory().ram().clone()
+    }
+
+    fn describe(&mut self) -> Result<Vec<u8>, GuestError> {
+        Ok(serde_json::to_vec(self.machine.config())?)
+    }
+
+    fn start_tracking(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.set_tracking(true)?)
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.set_tracking(false)?)
+    }
+
+    fn quiesce(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.quiesce()?)
+    }
+
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        Ok(self.machine.harvest(dirty)?)
+    }
+
+    fn capture(&mut self) -> Result<Captured, GuestError> {
+        Ok(Captured { machine: self.machine.capture()?, paused: self.machine.is_paused() })
+    }
+
+    fn hold_output(&mut self) {
+        if self.hold_console {
+            self.machine.devices().hold_output();
+        }
+    }
+
+    fn seal_output(&mut self, epoch: EpochId) {
+        self.machine.devices().seal_output(epoch.0);
+    }
+
+    fn release(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.release()?)
+    }
+
+    fn commit_output(&mut self, epoch: EpochId) {
+        self.machine.devices().commit_output(epoch.0);
+    }
+
+    fn pass_output(&mut self) {
+        self.machine.devices().pass_output();
+    }
+
+    fn output_held_bytes(&self) -> u64 {
+        self.machine.devices().output_held_bytes()
+    }
+
+    fn output_waiting(&self) -> bool {
+        self.machine.devices().output_waiting()
+    }
+
+    fn set_output_waker(&mut self, waker: Waker) {
+        let wake: Arc<dyn Fn() + Send + Sync> = Arc::new(move || waker.wake());
+        self.machine.devices().set_output_waker(&wake);
+    }
+
+    fn suspend(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.pause()?)
+    }
+
+    fn destroy(&mut self) {
+        self.machine.destroy();
+    }
+}

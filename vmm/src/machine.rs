@@ -1,0 +1,414 @@
+//! One virtual machine: memory, KVM VM, devices, vCPU threads, and who may stop them.
+//!
+//! Three parties stop the vCPUs, independently of each other: a person (`vm.pause`), the
+//! replication engine (an epoch's pause), and whoever changes the machine as a whole (a reset, a
+//! snapshot, a restore). The vCPUs run when nobody holds them:
+//!
+//! ```text
+//!            pause/resume (user)      quiesce/release (epoch)     exclusive (reset, restore)
+//! Life {     user_paused: bool,       quiesced: bool,             exclusive: bool }
+//!            may overlap with both    excludes exclusive          excludes quiesced
+//! ```
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+
+use api::config::{CpusConfig, VmConfig};
+use crossbeam_channel::Sender;
+use hypervisor::{
+    Hypervisor, StateError, Topology, Vcpu, VcpuError, VcpuState, Vm, VmError, VmState,
+};
+use replication::ids::PAGE_SIZE;
+use replication::ram::PageSet;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::boot::{self, BootError, Entry};
+use crate::cpu::{CpuError, MachineEvent, Vcpus};
+use crate::device_manager::{DeviceError, Devices, DevicesState};
+use crate::memory::{Memory, MemoryError};
+
+/// The machine could not be built, changed or stopped.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    #[error("Cannot set up guest memory")]
+    Memory(#[from] MemoryError),
+    #[error("KVM refused the machine")]
+    Vm(#[from] VmError),
+    #[error("KVM refused vCPU {id}")]
+    Vcpu { id: u32, source: VcpuError },
+    #[error("The vCPU threads failed")]
+    Cpu(#[from] CpuError),
+    #[error("Cannot set up the devices")]
+    Device(#[from] DeviceError),
+    #[error("Cannot load the payload")]
+    Boot(#[from] BootError),
+    #[error(
+        "The topology does not fit {asked} vCPUs with consecutive APIC ids: all but its \
+             outermost factor must be powers of two"
+    )]
+    Topology { asked: u32 },
+    #[error("The state of vCPU {id} is not usable")]
+    VcpuState { id: usize, source: StateError },
+    #[error("The state of the VM is not usable")]
+    VmState(#[source] StateError),
+    #[error("{asked} vCPUs are more than the {max} that KVM allows here")]
+    TooManyVcpus { asked: u32, max: u32 },
+    #[error("The machine was destroyed")]
+    Destroyed,
+}
+
+/// All machine state but memory, as snapshots and epochs carry it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    pub vcpus: Vec<VcpuState>,
+    pub vm: VmState,
+    pub devices: DevicesState,
+}
+
+struct PowerOn {
+    vcpus: Vec<VcpuState>,
+    vm: VmState,
+}
+
+impl MachineState {
+    /// Whether a machine could load this; nothing of it is trusted before.
+    pub fn validate(&self) -> Result<(), MachineError> {
+        for (id, vcpu) in self.vcpus.iter().enumerate() {
+            vcpu.validate().map_err(|source| MachineError::VcpuState { id, source })?;
+        }
+        self.vm.validate().map_err(MachineError::VmState)?;
+        Ok(self.devices.validate()?)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Life {
+    user_paused: bool,
+    quiesced: bool,
+    exclusive: bool,
+    /// The vCPUs have a state to run from.
+    started: bool,
+    destroyed: bool,
+}
+
+/// A machine whose vCPU threads exist.
+pub struct Machine {
+    // Dropped in this order: threads that touch memory and devices end before those go.
+    vcpus: Vcpus,
+    devices: Devices,
+    vm: Arc<Vm>,
+    memory: Memory,
+    config: VmConfig,
+    /// What a reset goes back to.
+    power_on: PowerOn,
+    life: Mutex<Life>,
+    changed: Condvar,
+    /// Bitmap words of the largest slot, so that a harvest allocates nothing.
+    words: Mutex<Vec<u64>>,
+    /// The vCPU states that the last quiesce found.
+    captured: Mutex<Option<Vec<VcpuState>>>,
+}
+
+impl Machine {
+    /// Builds the machine with parked vCPUs that have nothing to run yet.
+    pub fn build(
+        hypervisor: &Arc<Hypervisor>,
+        config: VmConfig,
+        events: &Sender<MachineEvent>,
+    ) -> Result<Self, MachineError> {
+        let asked = config.cpus.boot_vcpus;
+        let max = hypervisor.capabilities().max_vcpus;
+        if asked > max {
+            return Err(MachineError::TooManyVcpus { asked, max });
+        }
+        let memory = Memory::new(&config.memory)?;
+        let vm = Arc::new(hypervisor.create_vm()?);
+        vm.create_irqchip()?;
+        for slot in memory.slots() {
+            // SAFETY: `memory` is dropped after `vm` and the vCPUs, so the range stays mapped for
+            // as long as the slot exists.
+            unsafe {
+                vm.set_memory(slot.id, slot.guest_address, slot.size, slot.host_address, false)?;
+            }
+        }
+        let devices = Devices::new(&config, &vm, events)?;
+        let cpuid = hypervisor.supported_cpuid()?;
+        let topology = topology(&config.cpus)?;
+        let mut vcpus = Vec::new();
+        for id in 0..asked {
+            let mut vcpu = vm.create_vcpu(id)?;
+            vcpu.configure_cpuid(&cpuid, topology)
+                .and_then(|()| vcpu.setup_lapic_lints())
+                .map_err(|source| MachineError::Vcpu { id, source })?;
+            vcpus.push(vcpu);
+        }
+        let vcpus = Vcpus::start(vcpus, devices.buses(), events)?;
+        let power_on = PowerOn { vcpus: vcpus.park_and_save()?, vm: vm.save_state()? };
+        let largest = memory.slots().iter().map(|slot| slot.size).max().unwrap_or(0);
+        let words = usize::try_from((largest / PAGE_SIZE as u64).div_ceil(64)).unwrap_or(0);
+        Ok(Self {
+            vcpus,
+            devices,
+            vm,
+            memory,
+            config,
+            power_on,
+            life: Mutex::new(Life::default()),
+            changed: Condvar::new(),
+            words: Mutex::new(vec![0; words]),
+            captured: Mutex::new(None),
+        })
+    }
+
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    #[must_use]
+    pub fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().expect("no holder of the lock panics")
+    }
+
+    /// Loads the payload and lets the guest run.
+    pub fn boot(&self) -> Result<(), MachineError> {
+        self.exclusively(|| {
+            self.load_payload()?;
+            self.life().started = true;
+            Ok(())
+        })
+    }
+
+    /// Puts the machine back to power-on, in place: memory stays the same mapping, so whoever
+    /// replicates it sees a machine that rewrote all of its memory.
+    pub fn reset(&self) -> Result<(), MachineError> {
+        self.exclusively(|| {
+            self.memory.reset()?;
+            self.devices.reset()?;
+            self.load_payload()
+        })
+    }
+
+    fn load_payload(&self) -> Result<(), MachineError> {
+        let rsdp = self.devices.write_acpi_tables(&self.config, self.memory.mapping())?;
+        let entry = boot::load(self.memory.mapping(), &self.config.payload, rsdp)?;
+        self.vm.restore_state(&self.power_on.vm)?;
+        self.vcpus.load(self.power_on.vcpus.clone())?;
+        self.vcpus.each(move |id, vcpu| if id == 0 { enter(vcpu, entry) } else { Ok(()) })?;
+        Ok(())
+    }
+
+    /// Stops the guest for a person.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let mut life = self.life();
+        self.alive(&life)?;
+        life.user_paused = true;
+        // Held across the park: an epoch's release must not slip in between.
+        self.vcpus.park()?;
+        Ok(())
+    }
+
+    /// Ends a person's pause.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        let mut life = self.life();
+        self.alive(&life)?;
+        if life.user_paused && life.started && !life.quiesced && !life.exclusive {
+            self.tell_pause()?;
+        }
+        life.user_paused = false;
+        self.run_if_free(&life);
+        Ok(())
+    }
+
+    /// Tells the guest that it stood still, so that its watchdogs do not take a long pause for a
+    /// lockup. Not for an epoch's pause, which no watchdog sees.
+    fn tell_pause(&self) -> Result<(), MachineError> {
+        Ok(self.vcpus.each(|_, vcpu| {
+            vcpu.signal_guest_paused();
+            Ok(())
+        })?)
+    }
+
+    /// Whether a person paused the machine.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.life().user_paused
+    }
+
+    /// Stops the guest for an epoch and reads the vCPUs, each on its own thread.
+    pub fn quiesce(&self) -> Result<(), MachineError> {
+        let life = self.life();
+        let mut life =
+            self.changed.wait_while(life, |life| life.exclusive).expect("no holder panics");
+        self.alive(&life)?;
+        life.quiesced = true;
+        self.devices.park();
+        match self.vcpus.park_and_save() {
+            Ok(states) => *self.captured.lock().expect("no holder panics") = Some(states),
+            Err(error) => {
+                life.quiesced = false;
+                self.devices.unpark();
+                drop(life);
+                self.changed.notify_all();
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends an epoch's pause.
+    pub fn release(&self) -> Result<(), MachineError> {
+        let mut life = self.life();
+        life.quiesced = false;
+        self.devices.unpark();
+        self.run_if_free(&life);
+        drop(life);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// The state at the last quiesce. Only between quiesce and release.
+    pub fn capture(&self) -> Result<MachineState, MachineError> {
+        let vcpus = self.captured.lock().expect("no holder panics").take();
+        let vcpus = match vcpus {
+            Some(vcpus) => vcpus,
+            None => self.vcpus.park_and_save()?,
+        };
+        Ok(MachineState { vcpus, vm: self.vm.save_state()?, devices: self.devices.save() })
+    }
+
+    /// The state of a machine that a person paused; `with` runs before anybody may change it.
+    pub fn with_state<T>(&self, with: impl FnOnce(&MachineState) -> T) -> Result<T, MachineError> {
+        self.exclusively(|| {
+            let vcpus = self.vcpus.park_and_save()?;
+            let vm = self.vm.save_state()?;
+            Ok(with(&MachineState { vcpus, vm, devices: self.devices.save() }))
+        })
+    }
+
+    /// Loads a state into a machine that did not run yet; it stays paused.
+    pub fn restore(&self, state: MachineState) -> Result<(), MachineError> {
+        self.life().user_paused = true;
+        self.exclusively(|| {
+            self.devices.restore(&state.devices)?;
+            // Before the vCPUs: their kvmclock MSRs refer to the VM's clock.
+            self.vm.restore_state(&state.vm)?;
+            self.vcpus.load(state.vcpus)?;
+            self.tell_pause()?;
+            self.life().started = true;
+            Ok(())
+        })
+    }
+
+    /// Ends the guest for good: the threads stay parked and nothing more leaves the machine.
+    pub fn destroy(&self) {
+        let mut life = self.life();
+        life.destroyed = true;
+        if let Err(error) = self.vcpus.park() {
+            tracing::error!(%error, "a vCPU could not be parked");
+        }
+        drop(life);
+        self.devices.silence();
+        self.changed.notify_all();
+    }
+
+    /// Turns KVM's dirty log on or off. With it on, all pages count as dirty at first.
+    pub fn set_tracking(&self, on: bool) -> Result<(), MachineError> {
+        for slot in self.memory.slots() {
+            // SAFETY: as in `build`: the same ranges, with other flags.
+            unsafe {
+                self.vm.set_memory(
+                    slot.id,
+                    slot.guest_address,
+                    slot.size,
+                    slot.host_address,
+                    on,
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the pages written since the last harvest, by the guest or by the VMM.
+    pub fn harvest(&self, dirty: &mut PageSet) -> Result<(), MachineError> {
+        let mut words = self.words.lock().expect("no holder panics");
+        for (slot, region) in self.memory.slots().iter().zip(self.memory.ram().regions()) {
+            let count = usize::try_from(region.pages.div_ceil(64)).unwrap_or(0);
+            let words = &mut words[..count];
+            self.vm.harvest_dirty_log(slot.id, words)?;
+            dirty.insert_bitmap(region.first, words);
+        }
+        self.memory.harvest_own_writes(dirty);
+        Ok(())
+    }
+
+    fn alive(&self, life: &Life) -> Result<(), MachineError> {
+        if life.destroyed { Err(MachineError::Destroyed) } else { Ok(()) }
+    }
+
+    fn run_if_free(&self, life: &Life) {
+        let held = life.user_paused || life.quiesced || life.exclusive || life.destroyed;
+        if life.started && !held {
+            self.vcpus.release();
+        }
+    }
+
+    /// Runs `work` with the vCPUs parked and no epoch in its pause.
+    fn exclusively<T>(
+        &self,
+        work: impl FnOnce() -> Result<T, MachineError>,
+    ) -> Result<T, MachineError> {
+        let life = self.life();
+        let busy = |life: &mut Life| life.quiesced || life.exclusive;
+        let mut life = self.changed.wait_while(life, busy).expect("no holder panics");
+        self.alive(&life)?;
+        life.exclusive = true;
+        self.devices.park();
+        let parked = self.vcpus.park();
+        drop(life);
+        let result = parked.map_err(MachineError::from).and_then(|()| work());
+        let mut life = self.life();
+        life.exclusive = false;
+        self.devices.unpark();
+        self.run_if_free(&life);
+        drop(life);
+        self.changed.notify_all();
+        result
+    }
+}
+
+/// What the guest sees as sockets, dies, cores and threads. APIC ids are consecutive: the ACPI
+/// tables say so.
+fn topology(cpus: &CpusConfig) -> Result<Topology, MachineError> {
+    let asked = cpus.boot_vcpus;
+    let flat = Topology::flat(u16::try_from(asked).unwrap_or(u16::MAX));
+    let Some(wanted) = cpus.topology else { return Ok(flat) };
+    let topology = Topology {
+        threads_per_core: wanted.threads_per_core,
+        cores_per_die: wanted.cores_per_die,
+        dies_per_package: wanted.dies_per_package,
+        packages: wanted.packages,
+    };
+    if topology.vcpus() < asked.into() || (0..asked).any(|id| topology.apic_id(id) != id) {
+        return Err(MachineError::Topology { asked });
+    }
+    Ok(topology)
+}
+
+fn enter(vcpu: &mut Vcpu, entry: Entry) -> Result<(), VcpuError> {
+    match entry {
+        Entry::Pvh { entry, start_info } => vcpu.setup_pvh(entry, start_info),
+        Entry::Linux64 { entry, boot_params, gdt, page_tables } => {
+            vcpu.setup_linux64(entry, boot_params, gdt, page_tables)
+        }
+    }
+}
