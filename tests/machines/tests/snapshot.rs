@@ -25,6 +25,9 @@ fn restore_body(path: &Path) -> String {
     json!({"source_url": url(path), "resume": true}).to_string()
 }
 
+/// What is done to a configuration.
+type Change = fn(&mut Value);
+
 /// The tick of a `verify` line.
 fn tick(line: &str) -> Result<u64> {
     let (_, tick) = line.rsplit_once("tick=").with_context(|| format!("no tick: {line}"))?;
@@ -321,7 +324,7 @@ fn a_configuration_that_does_not_fit_the_state_is_refused() -> Result<()> {
     let mut vmm = scene::idle(folder.path(), "second")?;
     let file = path.join("config.json");
     let good = fs::read(&file)?;
-    let changes: [(&str, fn(&mut Value)); 5] = [
+    let changes: [(&str, Change); 5] = [
         ("fewer vCPUs", |config| config["cpus"] = json!({"boot_vcpus": 1, "max_vcpus": 1})),
         ("more vCPUs", |config| config["cpus"] = json!({"boot_vcpus": 4, "max_vcpus": 4})),
         ("more memory", |config| config["memory"]["size"] = json!(2 * MEMORY)),
