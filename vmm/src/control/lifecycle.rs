@@ -6,6 +6,7 @@ use api::config::{RestoreConfig, SnapshotConfig, VmConfig};
 use crossbeam_channel::Sender;
 use replication::HostIdentity;
 
+use super::ending::After;
 use super::protection::Protection;
 use super::{Answer, Controller, Ending};
 use crate::cpu::MachineEvent;
@@ -19,6 +20,10 @@ pub(super) fn no_vm() -> Failure {
 
 fn wrong_state(message: &str) -> Failure {
     Failure::new(FailureKind::Internal, message)
+}
+
+fn not_running() -> Failure {
+    wrong_state("The VM is not running")
 }
 
 fn internal(error: &dyn std::error::Error) -> Failure {
@@ -77,7 +82,7 @@ impl Controller {
     pub(super) fn running(&self) -> Result<&Arc<Machine>, Failure> {
         match &self.machine {
             Some(machine) if !self.guest_is_down => Ok(machine),
-            _ if self.config.is_some() => Err(wrong_state("The VM is not running")),
+            _ if self.config.is_some() => Err(not_running()),
             _ => Err(no_vm()),
         }
     }
@@ -120,25 +125,12 @@ impl Controller {
         Ok(Reply::Empty)
     }
 
-    pub(super) fn shutdown(&mut self) -> Answer {
-        if self.machine.is_none() {
-            self.config.as_ref().ok_or_else(no_vm)?;
-            return Err(wrong_state("The VM is not running"));
-        }
-        self.take_down();
-        self.monitor.emit("vm", "shutdown", None);
-        Ok(Reply::Empty)
-    }
-
-    pub(super) fn delete(&mut self) -> Answer {
+    pub(super) fn shutdown(&mut self, reply: Sender<Answer>) {
         if self.machine.is_some() {
-            self.take_down();
-            self.monitor.emit("vm", "shutdown", None);
+            return self.begin_end(After::Shutdown(reply));
         }
-        if self.config.take().is_some() {
-            self.monitor.emit("vm", "deleted", None);
-        }
-        Ok(Reply::Empty)
+        let failure = if self.config.is_some() { not_running() } else { no_vm() };
+        let _ = reply.send(Err(failure));
     }
 
     pub(super) fn snapshot(&mut self, config: SnapshotConfig, reply: Sender<Answer>) {
@@ -179,15 +171,8 @@ impl Controller {
         Ok(Reply::Empty)
     }
 
-    /// Ends the VM, its protection first: the backup must learn that this is no failure.
-    pub(super) fn take_down(&mut self) {
-        self.end_protection();
-        self.machine = None;
-        self.guest_is_down = false;
-    }
-
     pub(super) fn machine_event(&mut self, event: MachineEvent) {
-        if self.machine.is_none() || self.guest_is_down {
+        if self.machine.is_none() || self.guest_is_down || self.winding_down {
             // Of a VM that a client ended in the meantime.
             return;
         }
@@ -204,8 +189,7 @@ impl Controller {
             }
             MachineEvent::Failed(what) => {
                 tracing::error!("{what}");
-                self.end_protection();
-                self.ending = Some(Ending::Failed(what));
+                self.begin_end(After::Failed(what));
             }
         }
     }
@@ -217,13 +201,7 @@ impl Controller {
                 tracing::error!(%error, "the vCPUs could not be parked");
             }
         }
-        self.end_protection();
-        self.monitor.emit("vm", "shutdown", None);
-        if self.no_shutdown {
-            self.guest_is_down = true;
-        } else {
-            self.ending = Some(Ending::Clean);
-        }
+        self.begin_end(After::PowerOff);
     }
 }
 

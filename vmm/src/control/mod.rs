@@ -11,6 +11,7 @@
 //! (a snapshot, a fail-over, ending a replication) runs beside the loop and answers its client
 //! itself, so a ping is always served.
 
+mod ending;
 mod lifecycle;
 mod protection;
 mod report;
@@ -31,6 +32,7 @@ use crate::http::{self, HttpError, HttpServer};
 use crate::machine::Machine;
 use crate::options::Options;
 use crate::request::{Call, Failure, FailureKind, Reply, Request};
+use ending::After;
 use protection::Protection;
 
 pub use lifecycle::check_config;
@@ -81,7 +83,13 @@ pub enum Notice {
     /// A replica runs: it is this VMM's VM from now on.
     TookOver(Arc<Machine>),
     /// The backup accepted the VM, or did not; a client waits for the answer.
-    Protected { handle: Result<Arc<PrimaryHandle>, Failure>, reply: Sender<Answer> },
+    Protected {
+        machine: Arc<Machine>,
+        handle: Result<Arc<PrimaryHandle>, Failure>,
+        reply: Sender<Answer>,
+    },
+    /// The protection of a VM that is to end has ended.
+    ProtectionEnded(After),
     /// Replication says what happened.
     Replication(Event),
 }
@@ -105,6 +113,8 @@ struct Controller {
     machine: Option<Arc<Machine>>,
     /// The guest shut itself down and `--no-shutdown` keeps the process.
     guest_is_down: bool,
+    /// The VM is being ended: its protection ends beside the loop.
+    winding_down: bool,
     protection: Protection,
     /// The names that this process and its VM go under in the arbiter's records. They outlive a
     /// protection, so that the VM's owner is recognised when it protects it again.
@@ -133,6 +143,7 @@ pub fn run(options: Options) -> Result<(), Error> {
         config: None,
         machine: None,
         guest_is_down: false,
+        winding_down: false,
         protection: Protection::None,
         identity: HostIdentity::random(),
         events,
@@ -216,6 +227,10 @@ impl Controller {
         let Call { request, fds, reply } = call;
         // No request of this build takes descriptors; dropping closes them.
         drop(fds);
+        if let Err(failure) = self.refuse_while_ending(&request) {
+            let _ = reply.send(Err(failure));
+            return;
+        }
         let answer = match request {
             Request::VmmPing => report::ping(),
             Request::VmmShutdown => {
@@ -223,11 +238,11 @@ impl Controller {
                 Ok(Reply::Empty)
             }
             Request::VmCreate(config) => self.create(*config),
-            Request::VmDelete => self.delete(),
+            Request::VmDelete => return self.begin_end(After::Delete(reply)),
             Request::VmBoot => self.boot(),
             Request::VmPause => self.pause(),
             Request::VmResume => self.resume(),
-            Request::VmShutdown => self.shutdown(),
+            Request::VmShutdown => return self.shutdown(reply),
             Request::VmReboot => self.reboot(),
             Request::VmPowerButton => self.power_button(),
             Request::VmInfo => self.info(),
@@ -266,7 +281,10 @@ impl Controller {
             Notice::Terminate => self.ending = Some(Ending::Clean),
             Notice::ReplicaBuilt(machine) => self.protection.waits_in(machine),
             Notice::TookOver(machine) => self.adopt(machine),
-            Notice::Protected { handle, reply } => self.protected(handle, &reply),
+            Notice::Protected { machine, handle, reply } => {
+                self.protected(&machine, handle, reply);
+            }
+            Notice::ProtectionEnded(after) => self.ended(after),
             Notice::Replication(event) => self.replication_event(event),
         }
     }

@@ -25,8 +25,10 @@ use crate::request::{Failure, FailureKind, Reply};
 /// The one replication that this VMM takes part in.
 pub(super) enum Protection {
     None,
-    /// A backup was called and has not answered yet.
-    Connecting,
+    /// A backup was called for this machine and has not answered yet.
+    Connecting {
+        machine: Arc<Machine>,
+    },
     Primary {
         handle: Arc<PrimaryHandle>,
     },
@@ -40,7 +42,7 @@ impl Protection {
     pub(super) fn info(&self) -> Option<ReplicationInfo> {
         match self {
             Self::None => None,
-            Self::Connecting => Some(ReplicationInfo {
+            Self::Connecting { .. } => Some(ReplicationInfo {
                 role: Role::Primary,
                 state: ReplicationState::Disconnected,
                 ..ReplicationInfo::default()
@@ -68,8 +70,12 @@ impl Protection {
     pub(super) fn is_over(&self) -> bool {
         match self {
             Self::None => true,
-            Self::Connecting => false,
-            Self::Primary { handle } => handle.is_finished(),
+            Self::Connecting { .. } => false,
+            // Its engine may still be closing: whoever comes next waits for that, see `protect`.
+            Self::Primary { handle } => matches!(
+                handle.info().state,
+                ReplicationState::Degraded | ReplicationState::Lost | ReplicationState::Stopped
+            ),
             Self::Backup { handle, .. } => handle.is_finished(),
         }
     }
@@ -102,6 +108,13 @@ fn no_replication() -> Failure {
     Failure::new(FailureKind::NotFound, "This VMM takes part in no replication")
 }
 
+/// Says that a protection did not end as it should.
+pub(super) fn no_order(ended: Result<(), ReplicationError>) {
+    if let Err(error) = ended {
+        tracing::warn!("replication did not end in order: {}", error.chain());
+    }
+}
+
 fn connecting() -> Failure {
     conflict("The backup was called and has not answered yet: try again")
 }
@@ -110,34 +123,44 @@ impl Controller {
     /// Connects to the backup beside the loop: an unreachable one may take its time-out.
     pub(super) fn replicate(&mut self, data: ReplicateData, reply: Sender<Answer>) {
         match self.protected_vm(&data) {
-            Ok(guest) => self.protect(guest, data, reply),
+            Ok(machine) => self.protect(machine, data, reply),
             Err(failure) => drop(reply.send(Err(failure))),
         }
     }
 
-    fn protected_vm(&self, data: &ReplicateData) -> Result<ProtectedVm, Failure> {
+    fn protected_vm(&self, data: &ReplicateData) -> Result<Arc<Machine>, Failure> {
         Failure::from_complaints("The replication options are not usable", &data.validate())?;
         let machine = Arc::clone(self.running()?);
         if !self.protection.is_over() {
             return Err(conflict("The VM is already replicated: vm.stop-replication ends that"));
         }
-        let hold_console = data.console_output == ConsoleOutput::Hold;
-        Ok(ProtectedVm::new(machine, hold_console))
+        Ok(machine)
     }
 
-    fn protect(&mut self, guest: ProtectedVm, data: ReplicateData, reply: Sender<Answer>) {
+    fn protect(&mut self, machine: Arc<Machine>, data: ReplicateData, reply: Sender<Answer>) {
+        let hold_console = data.console_output == ConsoleOutput::Hold;
+        let guest = ProtectedVm::new(Arc::clone(&machine), hold_console);
+        let called_for = Arc::clone(&machine);
+        let before = match std::mem::replace(&mut self.protection, Protection::None) {
+            Protection::Primary { handle } => Some(handle),
+            _ => None,
+        };
         let identity = self.identity;
         let observer = Arc::new(Forward(self.notices.clone()));
         let notices = self.notices.clone();
         let lost = reply.clone();
         let started = std::thread::Builder::new().name("repl-connect".into()).spawn(move || {
+            if let Some(before) = before {
+                // The engine that is over turns the tracking off as its last act.
+                before.join();
+            }
             let result = primary::protect(guest, data, identity, observer);
             let handle = result.map(Arc::new).map_err(|error| failure(&error));
             // A closed channel means that the VMM is on its way out.
-            let _ = notices.send(Notice::Protected { handle, reply });
+            let _ = notices.send(Notice::Protected { machine: called_for, handle, reply });
         });
         match started {
-            Ok(_) => self.protection = Protection::Connecting,
+            Ok(_) => self.protection = Protection::Connecting { machine },
             Err(error) => {
                 let failure = Failure::from_error(FailureKind::Internal, &error);
                 let _ = lost.send(Err(failure));
@@ -148,22 +171,31 @@ impl Controller {
     /// The backup accepted the VM, or did not.
     pub(super) fn protected(
         &mut self,
+        machine: &Arc<Machine>,
         handle: Result<Arc<PrimaryHandle>, Failure>,
-        reply: &Sender<Answer>,
+        reply: Sender<Answer>,
     ) {
+        let called_for_it = matches!(
+            &self.protection,
+            Protection::Connecting { machine: waits } if Arc::ptr_eq(waits, machine)
+        );
         let answer = match handle {
-            Ok(handle) if self.machine.is_some() => {
+            Ok(handle) if called_for_it => {
                 self.protection = Protection::Primary { handle };
                 Ok(Reply::Empty)
             }
-            // The VM was ended in the meantime.
+            // The VM was ended in the meantime, and another one may have come after.
             Ok(handle) => {
-                self.protection = Protection::Primary { handle };
-                self.end_protection();
-                Err(conflict("The VM was ended before it was protected"))
+                let stop = move || {
+                    no_order(handle.stop());
+                    Err(conflict("The VM was ended before it was protected"))
+                };
+                return Self::beside("stop-replica", reply, stop);
             }
             Err(failure) => {
-                self.protection = Protection::None;
+                if called_for_it {
+                    self.protection = Protection::None;
+                }
                 Err(failure)
             }
         };
@@ -197,7 +229,7 @@ impl Controller {
         };
         match &self.protection {
             Protection::None => drop(reply.send(Err(no_replication()))),
-            Protection::Connecting => drop(reply.send(Err(connecting()))),
+            Protection::Connecting { .. } => drop(reply.send(Err(connecting()))),
             // The VM runs on without protection, as it does already.
             ended if ended.is_over() => {
                 self.protection = Protection::None;
@@ -217,7 +249,7 @@ impl Controller {
     pub(super) fn failover(&mut self, force: bool, reply: Sender<Answer>) {
         match &self.protection {
             Protection::None => drop(reply.send(Err(no_replication()))),
-            Protection::Connecting => drop(reply.send(Err(connecting()))),
+            Protection::Connecting { .. } => drop(reply.send(Err(connecting()))),
             Protection::Primary { handle } => {
                 let handle = Arc::clone(handle);
                 Self::beside("failover", reply, move || {
@@ -235,21 +267,6 @@ impl Controller {
 
     pub(super) fn replication_info(&self) -> Answer {
         super::report::json(&self.protection.info().unwrap_or_default())
-    }
-
-    /// Ends replication in order, and waits for it: the peer learns that this is no failure.
-    pub(super) fn end_protection(&mut self) {
-        let ended = match &self.protection {
-            // Whoever connects finds the VM gone, and ends.
-            Protection::None | Protection::Connecting => return,
-            _ if self.protection.is_over() => Ok(()),
-            Protection::Primary { handle } => handle.stop(),
-            Protection::Backup { handle, .. } => handle.stop(),
-        };
-        if let Err(error) = ended {
-            tracing::warn!("replication did not end in order: {}", error.chain());
-        }
-        self.protection = Protection::None;
     }
 
     /// A replica runs: it is this VMM's VM.
