@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
 use api::response::VmCounters;
@@ -71,6 +71,8 @@ pub struct DevicesState {
     pub pm: PmState,
     pub cmos: CmosState,
     pub i8042: I8042State,
+    /// What the guest asked for and the VMM has not done yet.
+    pub wish: Option<PowerEvent>,
 }
 
 impl DevicesState {
@@ -93,6 +95,7 @@ pub struct Devices {
     pm: Arc<PmDevice>,
     cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
+    wishes: Arc<Wishes>,
     /// What a reset goes back to.
     power_on: DevicesState,
 }
@@ -115,7 +118,8 @@ impl Devices {
             }
             None => None,
         };
-        let on_power = power_callback(events.clone());
+        let wishes = Arc::new(Wishes { asked: Mutex::new(None), events: events.clone() });
+        let on_power = power_callback(&wishes);
         let pm = Arc::new(PmDevice::new(line(EVENT_GSI)?, Arc::clone(&on_power)));
         let cmos = Arc::new(Cmos::new());
         let i8042 = Arc::new(I8042::new(on_power));
@@ -129,7 +133,7 @@ impl Devices {
         port.insert(I8042_BASE, I8042_LEN, Arc::clone(&i8042) as _)?;
         port.insert(DEBUG_PORT_BASE, DEBUG_PORT_LEN, Arc::new(DebugPort::default()))?;
         let power_on = save(serial.as_ref(), &pm, &cmos, &i8042);
-        Ok(Self { buses, serial, pm, cmos, i8042, power_on })
+        Ok(Self { buses, serial, pm, cmos, i8042, wishes, power_on })
     }
 
     #[must_use]
@@ -178,7 +182,8 @@ impl Devices {
 
     #[must_use]
     pub fn save(&self) -> DevicesState {
-        save(self.serial.as_ref(), &self.pm, &self.cmos, &self.i8042)
+        let wish = self.wishes.asked();
+        DevicesState { wish, ..save(self.serial.as_ref(), &self.pm, &self.cmos, &self.i8042) }
     }
 
     pub fn restore(&self, state: &DevicesState) -> Result<(), DeviceError> {
@@ -192,11 +197,15 @@ impl Devices {
         self.pm.restore(&state.pm).map_err(DeviceError::PmState)?;
         self.cmos.restore(&state.cmos);
         self.i8042.restore(&state.i8042);
+        if let Some(wish) = state.wish {
+            self.wishes.ask(wish);
+        }
         Ok(())
     }
 
     /// Back to power-on.
     pub fn reset(&self) -> Result<(), DeviceError> {
+        self.wishes.forget();
         self.restore(&self.power_on)
     }
 
@@ -225,6 +234,13 @@ impl Devices {
     /// What is held is dropped, and whatever comes after it.
     pub fn silence(&self) {
         self.each_gate(devices::output_gate::OutputGate::discard);
+    }
+
+    /// Nothing is written after this: what was released is out, or nobody takes it.
+    pub fn finish(&self) {
+        if let Some(serial) = &self.serial {
+            serial.finish();
+        }
     }
 
     #[must_use]
@@ -271,18 +287,49 @@ fn save(serial: Option<&SerialPort>, pm: &PmDevice, cmos: &Cmos, i8042: &I8042) 
         pm: pm.save(),
         cmos: cmos.save(),
         i8042: i8042.save(),
+        wish: None,
     }
 }
 
-fn power_callback(events: Sender<MachineEvent>) -> PowerCallback {
-    Arc::new(move |event| {
-        let event = match event {
-            PowerEvent::Off => MachineEvent::PowerOff,
-            PowerEvent::Reset => MachineEvent::Reset,
-        };
-        // A closed channel means that the VMM is on its way out.
-        let _ = events.send(event);
-    })
+/// What the guest asks of its machine as a whole. One wish is told until a reset has fulfilled it,
+/// so a guest may write its registers as often as it likes without filling the queue. It is part
+/// of the state: a host that dies between the wish and its fulfilment must not leave a guest that
+/// waits for ever.
+struct Wishes {
+    asked: Mutex<Option<PowerEvent>>,
+    events: Sender<MachineEvent>,
+}
+
+impl Wishes {
+    fn ask(&self, wish: PowerEvent) {
+        let mut asked = self.lock();
+        if asked.is_none() {
+            *asked = Some(wish);
+            let event = match wish {
+                PowerEvent::Off => MachineEvent::PowerOff,
+                PowerEvent::Reset => MachineEvent::Reset,
+            };
+            // A closed channel means that the VMM is on its way out.
+            let _ = self.events.send(event);
+        }
+    }
+
+    fn asked(&self) -> Option<PowerEvent> {
+        *self.lock()
+    }
+
+    fn forget(&self) {
+        *self.lock() = None;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<PowerEvent>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn power_callback(wishes: &Arc<Wishes>) -> PowerCallback {
+    let wishes = Arc::clone(wishes);
+    Arc::new(move |wish| wishes.ask(wish))
 }
 
 fn serial_mode(config: &ConsoleConfig) -> Result<Option<SerialMode>, DeviceError> {

@@ -13,7 +13,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use api::config::{CpusConfig, VmConfig};
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, unbounded};
 use hypervisor::{
     Hypervisor, StateError, Topology, Vcpu, VcpuError, VcpuState, Vm, VmError, VmState,
 };
@@ -22,7 +22,7 @@ use replication::ram::PageSet;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::boot::{self, BootError, Entry};
+use crate::boot::{BootError, Entry, Payload};
 use crate::cpu::{CpuError, MachineEvent, Vcpus};
 use crate::device_manager::{DeviceError, Devices, DevicesState};
 use crate::memory::{Memory, MemoryError};
@@ -99,6 +99,9 @@ pub struct Machine {
     vm: Arc<Vm>,
     memory: Memory,
     config: VmConfig,
+    /// What the guest did to the machine as a whole. Of this machine alone, so that nothing of an
+    /// old one reaches a new one.
+    events: Receiver<MachineEvent>,
     /// What a reset goes back to.
     power_on: PowerOn,
     life: Mutex<Life>,
@@ -111,11 +114,7 @@ pub struct Machine {
 
 impl Machine {
     /// Builds the machine with parked vCPUs that have nothing to run yet.
-    pub fn build(
-        hypervisor: &Arc<Hypervisor>,
-        config: VmConfig,
-        events: &Sender<MachineEvent>,
-    ) -> Result<Self, MachineError> {
+    pub fn build(hypervisor: &Arc<Hypervisor>, config: VmConfig) -> Result<Self, MachineError> {
         let asked = config.cpus.boot_vcpus;
         let max = hypervisor.capabilities().max_vcpus;
         if asked > max {
@@ -131,7 +130,9 @@ impl Machine {
                 vm.set_memory(slot.id, slot.guest_address, slot.size, slot.host_address, false)?;
             }
         }
-        let devices = Devices::new(&config, &vm, events)?;
+        // Bounded by its senders: one power event between two resets, and one of each vCPU.
+        let (sender, events) = unbounded();
+        let devices = Devices::new(&config, &vm, &sender)?;
         let cpuid = hypervisor.supported_cpuid()?;
         let topology = topology(&config.cpus)?;
         let mut vcpus = Vec::new();
@@ -142,7 +143,7 @@ impl Machine {
                 .map_err(|source| MachineError::Vcpu { id, source })?;
             vcpus.push(vcpu);
         }
-        let vcpus = Vcpus::start(vcpus, devices.buses(), events)?;
+        let vcpus = Vcpus::start(vcpus, devices.buses(), &sender)?;
         let power_on = PowerOn { vcpus: vcpus.park_and_save()?, vm: vm.save_state()? };
         let largest = memory.slots().iter().map(|slot| slot.size).max().unwrap_or(0);
         let words = usize::try_from((largest / PAGE_SIZE as u64).div_ceil(64)).unwrap_or(0);
@@ -152,6 +153,7 @@ impl Machine {
             vm,
             memory,
             config,
+            events,
             power_on,
             life: Mutex::new(Life::default()),
             changed: Condvar::new(),
@@ -163,6 +165,12 @@ impl Machine {
     #[must_use]
     pub fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// What the guest did to the machine as a whole.
+    #[must_use]
+    pub fn events(&self) -> &Receiver<MachineEvent> {
+        &self.events
     }
 
     #[must_use]
@@ -182,7 +190,7 @@ impl Machine {
     /// Loads the payload and lets the guest run.
     pub fn boot(&self) -> Result<(), MachineError> {
         self.exclusively(|| {
-            self.load_payload()?;
+            self.load_payload(Payload::open(&self.config.payload)?)?;
             self.life().started = true;
             Ok(())
         })
@@ -190,17 +198,32 @@ impl Machine {
 
     /// Puts the machine back to power-on, in place: memory stays the same mapping, so whoever
     /// replicates it sees a machine that rewrote all of its memory.
+    ///
+    /// # Errors
+    /// A payload that is not there any more leaves the machine as it is. After any other error it
+    /// has nothing to run.
     pub fn reset(&self) -> Result<(), MachineError> {
         self.exclusively(|| {
+            let payload = Payload::open(&self.config.payload)?;
+            // Should the rest fail, registers must not run over memory that is gone.
+            self.life().started = false;
             self.memory.reset()?;
             self.devices.reset()?;
-            self.load_payload()
+            self.load_payload(payload)?;
+            self.forget_wishes();
+            self.life().started = true;
+            Ok(())
         })
     }
 
-    fn load_payload(&self) -> Result<(), MachineError> {
+    /// Drops what the guest asked for before its reset. A vCPU that failed has a state again, too.
+    fn forget_wishes(&self) {
+        while self.events.try_recv().is_ok() {}
+    }
+
+    fn load_payload(&self, payload: Payload) -> Result<(), MachineError> {
         let rsdp = self.devices.write_acpi_tables(&self.config, self.memory.mapping())?;
-        let entry = boot::load(self.memory.mapping(), &self.config.payload, rsdp)?;
+        let entry = payload.load(self.memory.mapping(), rsdp)?;
         self.vm.restore_state(&self.power_on.vm)?;
         self.vcpus.load(self.power_on.vcpus.clone())?;
         self.vcpus.each(move |id, vcpu| if id == 0 { enter(vcpu, entry) } else { Ok(()) })?;
@@ -247,8 +270,8 @@ impl Machine {
     /// Stops the guest for an epoch and reads the vCPUs, each on its own thread.
     pub fn quiesce(&self) -> Result<(), MachineError> {
         let life = self.life();
-        let mut life =
-            self.changed.wait_while(life, |life| life.exclusive).expect("no holder panics");
+        let busy = |life: &mut Life| life.exclusive && !life.destroyed;
+        let mut life = self.changed.wait_while(life, busy).expect("no holder panics");
         self.alive(&life)?;
         life.quiesced = true;
         self.devices.park();
@@ -299,10 +322,12 @@ impl Machine {
     pub fn restore(&self, state: MachineState) -> Result<(), MachineError> {
         self.life().user_paused = true;
         self.exclusively(|| {
-            self.devices.restore(&state.devices)?;
             // Before the vCPUs: their kvmclock MSRs refer to the VM's clock.
             self.vm.restore_state(&state.vm)?;
             self.vcpus.load(state.vcpus)?;
+            // Last: devices raise again what may have been under way to an interrupt controller,
+            // and loading those would undo it.
+            self.devices.restore(&state.devices)?;
             self.tell_pause()?;
             self.life().started = true;
             Ok(())
@@ -368,7 +393,7 @@ impl Machine {
         work: impl FnOnce() -> Result<T, MachineError>,
     ) -> Result<T, MachineError> {
         let life = self.life();
-        let busy = |life: &mut Life| life.quiesced || life.exclusive;
+        let busy = |life: &mut Life| (life.quiesced || life.exclusive) && !life.destroyed;
         let mut life = self.changed.wait_while(life, busy).expect("no holder panics");
         self.alive(&life)?;
         life.exclusive = true;

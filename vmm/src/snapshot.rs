@@ -1,20 +1,21 @@
 //! Snapshots: a directory with `config.json`, `state.json` and `memory-ranges`.
 //!
 //! Enters: a machine that a person paused. Leaves: a directory that is whole or not there at all:
-//! it is written beside its destination, fsynced and renamed. `memory-ranges` holds guest memory
-//! in the order of its addresses, the hole below 4 GiB left out, zero pages as holes of the file.
+//! it is written beside its destination, or in a hidden folder of one that the client made, fsynced
+//! and renamed. `memory-ranges` holds guest memory in the order of its addresses, the hole below
+//! 4 GiB left out, zero pages as holes of the file.
 //! `state.json` carries a CRC-32 over all non-zero pages and their numbers and another over the
 //! machine's state, so a damaged file is refused instead of being run. `config.json` carries none:
 //! whoever restores elsewhere may name other paths there.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::config::VmConfig;
-use crossbeam_channel::Sender;
+use api::invalid::Invalid;
 use hypervisor::Hypervisor;
 use nix::unistd::{Whence, lseek};
 use replication::ids::{PAGE_SIZE, PageIndex};
@@ -22,7 +23,6 @@ use replication::ram::Ram;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::cpu::MachineEvent;
 use crate::machine::{Machine, MachineError, MachineState};
 use crate::memory::Memory;
 use crate::progress::Progress;
@@ -53,6 +53,8 @@ pub enum SnapshotError {
     MemorySize { path: PathBuf, found: u64, expected: u64 },
     #[error("{} is damaged: CRC-32 {found:#010x} instead of {expected:#010x}", path.display())]
     Damaged { path: PathBuf, found: u32, expected: u32 },
+    #[error("The snapshot's configuration is not usable: {0}")]
+    Config(String),
     #[error("Cannot use the machine")]
     Machine(#[from] MachineError),
 }
@@ -89,14 +91,20 @@ pub fn directory(url: &str) -> Result<PathBuf, SnapshotError> {
 /// Writes a paused machine to `url`.
 pub fn save(machine: &Machine, url: &str) -> Result<(), SnapshotError> {
     let target = directory(url)?;
-    // An empty directory may be given, as clients create it beforehand; rename replaces it.
+    // An empty directory may be given, as clients create it beforehand.
     if fs::read_dir(&target).is_ok_and(|mut entries| entries.next().is_some()) || target.is_file() {
         return Err(SnapshotError::InUse(target));
     }
-    let beside = sibling(&target);
-    let result = fs::create_dir(&beside)
-        .map_err(|source| SnapshotError::Write { path: beside.clone(), source })
-        .and_then(|()| machine.with_state(|state| save_into(&beside, machine, state))?)
+    let beside = beside(&target);
+    // Guest memory is for whoever may read this VMM's files, and for nobody else.
+    fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&beside)
+        .map_err(|source| SnapshotError::Write { path: beside.clone(), source })?;
+    let result = machine
+        .with_state(|state| save_into(&beside, machine, state))
+        .map_err(SnapshotError::from)
+        .and_then(|saved| saved)
         .and_then(|()| publish(&beside, &target));
     if result.is_err() {
         // What is left of a snapshot that failed has no reader.
@@ -110,10 +118,16 @@ pub fn restore(
     hypervisor: &Arc<Hypervisor>,
     url: &str,
     prefault: bool,
-    events: &Sender<MachineEvent>,
 ) -> Result<Machine, SnapshotError> {
     let from = directory(url)?;
     let mut config: VmConfig = read_json(&from.join("config.json"))?;
+    // People edit it, to name other paths on another host.
+    let mut complaints = config.validate();
+    complaints.extend(config.unsupported());
+    if !complaints.is_empty() {
+        let lines: Vec<_> = complaints.iter().map(Invalid::line).collect();
+        return Err(SnapshotError::Config(lines.join("; ")));
+    }
     let state = read_state(from.join("state.json"))?;
     let path = from.join("memory-ranges");
     let read = |source| SnapshotError::Read { path: path.clone(), source };
@@ -123,7 +137,7 @@ pub fn restore(
         return Err(SnapshotError::MemorySize { path, found, expected: config.memory.size });
     }
     config.memory.prefault |= prefault;
-    let machine = Machine::build(hypervisor, config, events)?;
+    let machine = Machine::build(hypervisor, config)?;
     let crc32 = read_memory(machine.memory().ram(), &memory).map_err(read)?;
     if crc32 != state.memory_crc32 {
         let expected = state.memory_crc32;
@@ -140,7 +154,7 @@ fn save_into(
 ) -> Result<(), SnapshotError> {
     let path = directory.join("memory-ranges");
     let write = |source| SnapshotError::Write { path: path.clone(), source };
-    let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(write)?;
+    let file = create(&path).map_err(write)?;
     file.set_len(machine.memory().size()).map_err(write)?;
     let memory_crc32 = write_memory(machine.memory(), &file).map_err(write)?;
     file.sync_all().map_err(write)?;
@@ -175,17 +189,29 @@ fn crc32_of(machine: &MachineState) -> serde_json::Result<u32> {
     Ok(crc32fast::hash(&serde_json::to_vec(machine)?))
 }
 
-/// Makes the finished directory durable under its final name.
+/// Makes the finished directory durable under its final name. A directory that the client made,
+/// a mount point maybe, keeps its owner and mode: the files move into it, the one last without
+/// which the others are no snapshot.
 fn publish(beside: &Path, target: &Path) -> Result<(), SnapshotError> {
+    let rename = |from: &Path, to: &Path| {
+        fs::rename(from, to).map_err(|source| SnapshotError::Write { path: to.to_owned(), source })
+    };
     let sync = |path: &Path| {
         File::open(path)
             .and_then(|directory| directory.sync_all())
             .map_err(|source| SnapshotError::Write { path: path.to_owned(), source })
     };
     sync(beside)?;
-    fs::rename(beside, target)
-        .map_err(|source| SnapshotError::Write { path: target.to_owned(), source })?;
-    sync(parent(target))
+    if beside.parent() != Some(target) {
+        rename(beside, target)?;
+        return sync(parent(target));
+    }
+    for name in ["memory-ranges", "config.json", "state.json"] {
+        rename(&beside.join(name), &target.join(name))?;
+    }
+    fs::remove_dir(beside)
+        .map_err(|source| SnapshotError::Write { path: beside.to_owned(), source })?;
+    sync(target)
 }
 
 fn parent(path: &Path) -> &Path {
@@ -195,18 +221,27 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-fn sibling(target: &Path) -> PathBuf {
+/// Where the files are written: within a directory that is there, else beside one that is not.
+fn beside(target: &Path) -> PathBuf {
+    let unique = uuid::Uuid::new_v4().simple();
+    if target.is_dir() {
+        return target.join(format!(".partial-{unique}"));
+    }
     let name = target.file_name().unwrap_or_default().to_string_lossy();
-    parent(target).join(format!(".{name}.partial-{}", std::process::id()))
+    parent(target).join(format!(".{name}.partial-{unique}"))
 }
 
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), SnapshotError> {
     let write = |source| SnapshotError::Write { path: path.to_owned(), source };
     let text = serde_json::to_vec_pretty(value)
         .map_err(|source| SnapshotError::Parse { path: path.to_owned(), source })?;
-    let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(write)?;
+    let file = create(path).map_err(write)?;
     file.write_all_at(&text, 0).map_err(write)?;
     file.sync_all().map_err(write)
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
 
 fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, SnapshotError> {

@@ -51,7 +51,7 @@ const SLEEP_STATUS: u64 = 2;
 const EVENT: u64 = 8;
 
 /// What a guest asks of its machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PowerEvent {
     /// Power off.
     Off,

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use nix::sys::eventfd::EventFd;
@@ -13,14 +13,14 @@ use crate::counters::{Counter, Counters};
 use crate::irq::IrqLine;
 use crate::output_gate::OutputGate;
 
-/// Dropping it writes what was released (held output stays unwritten), ends the threads and
+/// Finishing or dropping it writes what was released (held output stays unwritten), ends the threads and
 /// undoes what opening did: raw mode, the socket's path.
 #[derive(Debug)]
 pub struct SerialPort {
     device: Arc<Serial>,
     backend: Backend,
     stop: Arc<EventFd>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
     write_errors: Arc<Counter>,
 }
 
@@ -42,7 +42,7 @@ impl SerialPort {
             device: Arc::clone(&device),
             backend,
             stop: Arc::clone(&stop),
-            threads: Vec::new(),
+            threads: Mutex::default(),
             write_errors: Arc::default(),
         };
         if let Some(sink) = sink {
@@ -77,23 +77,30 @@ impl SerialPort {
             .name(name.to_owned())
             .spawn(body)
             .map_err(|source| BackendError::Start { what: name, source })?;
-        self.threads.push(thread);
+        self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).push(thread);
         Ok(())
     }
 }
 
-impl Drop for SerialPort {
-    fn drop(&mut self) {
+impl SerialPort {
+    /// Writes what was released and ends the threads. A second call finds nothing to do.
+    pub fn finish(&self) {
         self.device.gate().close();
         if let Err(error) = self.stop.write(1) {
             tracing::warn!("The serial port's threads cannot be stopped: {error}");
             return;
         }
-        for thread in self.threads.drain(..) {
+        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             if thread.join().is_err() {
                 tracing::warn!("A thread of the serial port panicked");
             }
         }
+    }
+}
+
+impl Drop for SerialPort {
+    fn drop(&mut self) {
+        self.finish();
     }
 }
 

@@ -1,15 +1,12 @@
 //! bzImage: the 64-bit boot protocol, which enters the compressed kernel's own head.
 
-use std::fs::File;
-use std::path::Path;
-
 use hypervisor::boot::{gdt, identity_page_tables};
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::{BzImage, Error as LoaderError, KernelLoader};
 use replication::ram::Mapping;
 use vm_memory::GuestAddress;
 
-use super::{BootError, Entry, KERNEL_START};
+use super::{BootError, Entry, KERNEL_START, Payload};
 
 const GDT: u64 = 0x500;
 const ZERO_PAGE: u64 = 0x7000;
@@ -25,36 +22,35 @@ const PROTOCOL_2_12: u16 = 0x020c;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-pub(super) fn load(
-    memory: &Mapping,
-    kernel: &mut File,
-    path: &Path,
-    initramfs: Option<&Path>,
-    command_line: &str,
-    rsdp: u64,
-) -> Result<Entry, BootError> {
-    let loaded = BzImage::load(memory, None, kernel, Some(GuestAddress(KERNEL_START))).map_err(
-        |source| match source {
+pub(super) fn load(memory: &Mapping, payload: &mut Payload, rsdp: u64) -> Result<Entry, BootError> {
+    let Payload { kernel, initramfs, command_line, .. } = payload;
+    let path = &kernel.path;
+    let start = Some(GuestAddress(KERNEL_START));
+    let loaded =
+        BzImage::load(memory, None, &mut kernel.file, start).map_err(|source| match source {
             LoaderError::Bzimage(linux_loader::loader::bzimage::Error::InvalidBzImage) => {
-                BootError::NotAKernel(path.into())
+                BootError::NotAKernel(path.clone())
             }
-            source => BootError::Kernel { path: path.into(), source },
-        },
-    )?;
-    let mut header = loaded.setup_header.ok_or_else(|| BootError::NotAKernel(path.into()))?;
+            source => BootError::Kernel { path: path.clone(), source },
+        })?;
+    let mut header = loaded.setup_header.ok_or_else(|| BootError::NotAKernel(path.clone()))?;
     if header.version < PROTOCOL_2_12 || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(BootError::No64BitEntry(path.into()));
+        return Err(BootError::No64BitEntry(path.clone()));
+    }
+    let unpacked_end = unpacked_end(&header, loaded.kernel_load.0);
+    let low_end = super::low_ram_end(memory);
+    if unpacked_end > low_end {
+        let (path, needed) = (path.clone(), unpacked_end);
+        return Err(BootError::Unpacked { path, needed, end: low_end });
     }
     let command_line_max = usize::try_from(header.cmdline_size).unwrap_or(usize::MAX);
     let command_line =
         super::put_command_line(memory, command_line, command_line_max.saturating_add(1))?;
     header.type_of_loader = LOADER_UNDEFINED;
     header.cmd_line_ptr = below_4g(command_line);
-    if let Some(path) = initramfs {
-        // The kernel unpacks itself over [load address, + init_size): stay above.
-        let floor = loaded.kernel_load.0 + u64::from(header.init_size);
+    if let Some(part) = initramfs {
         let end = u64::from(header.initrd_addr_max) + 1;
-        let placed = super::put_initramfs(memory, path, floor, end)?;
+        let placed = super::put_initramfs(memory, part, unpacked_end, end)?;
         header.ramdisk_image = below_4g(placed.address);
         header.ramdisk_size = below_4g(placed.size);
     }
@@ -72,6 +68,16 @@ pub(super) fn load(
     super::put_bytes(memory, "page tables", &identity_page_tables(PAGE_TABLES), PAGE_TABLES)?;
     let entry = loaded.kernel_load.0 + ENTRY_64;
     Ok(Entry::Linux64 { entry, boot_params: ZERO_PAGE, gdt: GDT, page_tables: PAGE_TABLES })
+}
+
+/// Where the kernel's own work area ends. A relocatable kernel moves up to its preferred address if
+/// it was loaded below, aligns that, and unpacks itself over `init_size` bytes from there (boot
+/// protocol, `pref_address` and `init_size`).
+fn unpacked_end(header: &setup_header, loaded_at: u64) -> u64 {
+    let alignment = u64::from(header.kernel_alignment).max(1);
+    let start = loaded_at.max(header.pref_address);
+    let start = start.checked_next_multiple_of(alignment).unwrap_or(u64::MAX);
+    start.saturating_add(header.init_size.into())
 }
 
 /// Everything that is placed here lies below the 32-bit hole.

@@ -66,6 +66,11 @@ pub enum BootError {
     Kernel { path: PathBuf, source: linux_loader::loader::Error },
     #[error("Initramfs {} of {size} bytes does not fit below {end:#x}", path.display())]
     InitramfsSize { path: PathBuf, size: u64, end: u64 },
+    #[error(
+        "Kernel {} unpacks itself up to {needed:#x}, beyond the end of low memory at {end:#x}",
+        path.display()
+    )]
+    Unpacked { path: PathBuf, needed: u64, end: u64 },
     #[error("The command line has {length} bytes, more than the {max} that fit")]
     CommandLine { length: usize, max: usize },
     #[error("Cannot write {what} to guest memory")]
@@ -98,28 +103,70 @@ struct MapEntry {
     usable: bool,
 }
 
-/// Loads kernel, initramfs and command line; `rsdp` is where the ACPI tables start.
-pub fn load(memory: &Mapping, payload: &PayloadConfig, rsdp: u64) -> Result<Entry, BootError> {
-    let path = payload.kernel.as_deref().ok_or(BootError::NoKernel)?;
-    let read = |source| BootError::Read { what: "kernel", path: path.into(), source };
-    let mut kernel = File::open(path).map_err(read)?;
-    let mut head = [0; ELF_HEAD_BYTES];
-    let is_elf = match kernel.read_exact(&mut head) {
-        Ok(()) => head.starts_with(b"\x7fELF"),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+/// A file of the payload, open.
+#[derive(Debug)]
+struct Part {
+    path: PathBuf,
+    file: File,
+}
+
+impl Part {
+    fn open(what: &'static str, path: &Path) -> Result<Self, BootError> {
+        let file = File::open(path).map_err(|source| BootError::Read {
+            what,
+            path: path.into(),
+            source,
+        })?;
+        Ok(Self { path: path.into(), file })
+    }
+}
+
+/// A payload whose files are there: what can be known before memory is touched.
+#[derive(Debug)]
+pub struct Payload {
+    kernel: Part,
+    is_elf: bool,
+    initramfs: Option<Part>,
+    command_line: String,
+}
+
+impl Payload {
+    /// Opens the files and looks at the kernel's head.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or a kernel that is none.
+    pub fn open(config: &PayloadConfig) -> Result<Self, BootError> {
+        let path = config.kernel.as_deref().ok_or(BootError::NoKernel)?;
+        let read = |source| BootError::Read { what: "kernel", path: path.into(), source };
+        let mut kernel = Part::open("kernel", path)?;
+        let mut head = [0; ELF_HEAD_BYTES];
+        let is_elf = match kernel.file.read_exact(&mut head) {
+            Ok(()) => head.starts_with(b"\x7fELF"),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(BootError::NotAKernel(path.into()));
+            }
+            Err(error) => return Err(read(error)),
+        };
+        // The loader takes any ELF image for one of this kind.
+        if is_elf && (head[4..6] != ELF_64_LITTLE || head[18..20] != ELF_X86_64) {
             return Err(BootError::NotAKernel(path.into()));
         }
-        Err(error) => return Err(read(error)),
-    };
-    // The loader takes any ELF image for one of this kind.
-    if is_elf && (head[4..6] != ELF_64_LITTLE || head[18..20] != ELF_X86_64) {
-        return Err(BootError::NotAKernel(path.into()));
+        kernel.file.seek(SeekFrom::Start(0)).map_err(read)?;
+        let initramfs = config.initramfs.as_deref();
+        let initramfs = initramfs.map(|path| Part::open("initramfs", path)).transpose()?;
+        let command_line = config.cmdline.clone().unwrap_or_default();
+        Ok(Self { kernel, is_elf, initramfs, command_line })
     }
-    kernel.seek(SeekFrom::Start(0)).map_err(read)?;
-    put_bytes(memory, "the reset vector", &RESET_STUB, RESET_VECTOR)?;
-    let command_line = payload.cmdline.as_deref().unwrap_or_default();
-    let load = if is_elf { pvh::load } else { linux::load };
-    load(memory, &mut kernel, path, payload.initramfs.as_deref(), command_line, rsdp)
+
+    /// Loads kernel, initramfs and command line; `rsdp` is where the ACPI tables start.
+    ///
+    /// # Errors
+    /// What does not fit, or is no kernel after all. Memory is in no usable state then.
+    pub fn load(mut self, memory: &Mapping, rsdp: u64) -> Result<Entry, BootError> {
+        put_bytes(memory, "the reset vector", &RESET_STUB, RESET_VECTOR)?;
+        let load = if self.is_elf { pvh::load } else { linux::load };
+        load(memory, &mut self, rsdp)
+    }
 }
 
 fn put<T: vm_memory::ByteValued>(
@@ -150,19 +197,24 @@ fn put_command_line(memory: &Mapping, text: &str, max: usize) -> Result<u64, Boo
 }
 
 /// Places an initramfs as high as `end` and the low RAM allow, above `floor`.
-fn put_initramfs(memory: &Mapping, path: &Path, floor: u64, end: u64) -> Result<Placed, BootError> {
-    let read = |source| BootError::Read { what: "initramfs", path: path.into(), source };
-    let mut file = File::open(path).map_err(read)?;
+fn put_initramfs(
+    memory: &Mapping,
+    part: &mut Part,
+    floor: u64,
+    end: u64,
+) -> Result<Placed, BootError> {
+    let Part { path, file } = part;
+    let read = |source| BootError::Read { what: "initramfs", path: path.clone(), source };
     let size = file.metadata().map_err(read)?.len();
     let end = end.min(low_ram_end(memory));
-    let too_large = || BootError::InitramfsSize { path: path.into(), size, end };
+    let too_large = || BootError::InitramfsSize { path: path.clone(), size, end };
     let address = end.checked_sub(size).ok_or_else(too_large)? & !(INITRAMFS_ALIGNMENT - 1);
     if address < floor {
         return Err(too_large());
     }
     let length = usize::try_from(size).map_err(|_| too_large())?;
     memory
-        .read_exact_volatile_from(GuestAddress(address), &mut file, length)
+        .read_exact_volatile_from(GuestAddress(address), file, length)
         .map_err(|source| BootError::Write { what: "the initramfs", source })?;
     Ok(Placed { address, size })
 }

@@ -1,8 +1,5 @@
 //! PVH: an ELF image whose note names a 32-bit entry point.
 
-use std::fs::File;
-use std::path::Path;
-
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::PvhBootCapability;
@@ -13,7 +10,7 @@ use linux_loader::loader::{Elf, KernelLoader};
 use replication::ram::Mapping;
 use vm_memory::GuestAddress;
 
-use super::{BootError, COMMAND_LINE_MAX, Entry, KERNEL_START};
+use super::{BootError, COMMAND_LINE_MAX, Entry, KERNEL_START, Payload};
 
 const START_INFO: u64 = 0x6000;
 const MODULE_LIST: u64 = 0x6100;
@@ -24,18 +21,12 @@ const START_INFO_MAGIC: u32 = 0x336e_c578;
 const TYPE_RAM: u32 = 1;
 const TYPE_RESERVED: u32 = 2;
 
-pub(super) fn load(
-    memory: &Mapping,
-    kernel: &mut File,
-    path: &Path,
-    initramfs: Option<&Path>,
-    command_line: &str,
-    rsdp: u64,
-) -> Result<Entry, BootError> {
-    let loaded = Elf::load(memory, None, kernel, Some(GuestAddress(KERNEL_START)))
-        .map_err(|source| BootError::Kernel { path: path.into(), source })?;
+pub(super) fn load(memory: &Mapping, payload: &mut Payload, rsdp: u64) -> Result<Entry, BootError> {
+    let Payload { kernel, initramfs, command_line, .. } = payload;
+    let loaded = Elf::load(memory, None, &mut kernel.file, Some(GuestAddress(KERNEL_START)))
+        .map_err(|source| BootError::Kernel { path: kernel.path.clone(), source })?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-        return Err(BootError::NoPvhEntry(path.into()));
+        return Err(BootError::NoPvhEntry(kernel.path.clone()));
     };
     let mut start_info = hvm_start_info {
         magic: START_INFO_MAGIC,
@@ -56,8 +47,8 @@ pub(super) fn load(
         .collect();
     start_info.memmap_entries = u32::try_from(map.len()).unwrap_or(u32::MAX);
     let mut modules = Vec::new();
-    if let Some(path) = initramfs {
-        let placed = super::put_initramfs(memory, path, loaded.kernel_end, u64::MAX)?;
+    if let Some(part) = initramfs {
+        let placed = super::put_initramfs(memory, part, loaded.kernel_end, u64::MAX)?;
         modules.push(hvm_modlist_entry {
             paddr: placed.address,
             size: placed.size,

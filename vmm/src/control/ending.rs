@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::Sender;
 
-use super::protection::{Protection, no_order};
+use super::protection::{Protection, no_order, stop_primary};
 use super::{Answer, Controller, Ending, Notice};
 use crate::request::{Failure, FailureKind, Reply, Request};
 
@@ -38,7 +38,7 @@ impl Controller {
             Protection::None | Protection::Connecting { .. } => return self.ended(after),
             Protection::Primary { handle, .. } => {
                 let handle = Arc::clone(handle);
-                Box::new(move || no_order(handle.stop()))
+                Box::new(move || stop_primary(&handle))
             }
             Protection::Backup { handle, .. } => {
                 let handle = Arc::clone(handle);
@@ -94,7 +94,7 @@ impl Controller {
         match &self.protection {
             Protection::None | Protection::Connecting { .. } => {}
             _ if self.protection.is_over() => {}
-            Protection::Primary { handle, .. } => no_order(handle.stop()),
+            Protection::Primary { handle, .. } => stop_primary(handle),
             Protection::Backup { handle, .. } => no_order(handle.stop()),
         }
         self.protection = Protection::None;
@@ -117,6 +117,8 @@ impl Controller {
     fn destroy(&mut self) -> bool {
         let Some(machine) = self.machine.take() else { return false };
         machine.destroy();
+        // Not left to the last holder of the machine, which may be cut off by the process' end.
+        machine.devices().finish();
         true
     }
 

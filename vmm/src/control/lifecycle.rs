@@ -1,6 +1,7 @@
 //! The VM's life: create, boot, pause, resume, reboot, shutdown, delete, snapshot, restore.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use api::config::{RestoreConfig, SnapshotConfig, VmConfig};
 use crossbeam_channel::Sender;
@@ -8,7 +9,7 @@ use replication::HostIdentity;
 
 use super::ending::After;
 use super::protection::Protection;
-use super::{Answer, Controller, Ending};
+use super::{Answer, Controller, Ending, Notice};
 use crate::cpu::MachineEvent;
 use crate::machine::{Machine, MachineError};
 use crate::request::{Failure, FailureKind, Reply};
@@ -20,6 +21,10 @@ pub(super) fn no_vm() -> Failure {
 
 fn wrong_state(message: &str) -> Failure {
     Failure::new(FailureKind::Internal, message)
+}
+
+fn snapshot_under_way() -> Failure {
+    wrong_state("A snapshot is being written: try again when it is done")
 }
 
 fn not_running() -> Failure {
@@ -70,7 +75,7 @@ impl Controller {
         self.machine = None;
         self.guest_is_down = false;
         self.monitor.emit("vm", "booting", None);
-        let machine = Machine::build(&self.hypervisor, config, &self.events)
+        let machine = Machine::build(&self.hypervisor, config)
             .and_then(|machine| machine.boot().map(|()| machine))
             .map_err(|error| Failure::from_error(boot_failure_kind(&error), &error))?;
         self.machine = Some(Arc::new(machine));
@@ -109,15 +114,62 @@ impl Controller {
         Ok(Reply::Empty)
     }
 
-    pub(super) fn reboot(&mut self) -> Answer {
-        let machine = Arc::clone(self.running()?);
-        self.monitor.emit("vm", "rebooting", None);
-        machine.reset().map_err(|error| internal(&error))?;
-        if machine.is_paused() {
-            machine.resume().map_err(|error| internal(&error))?;
+    /// A client's reset also ends a person's pause.
+    pub(super) fn reboot(&mut self, reply: Sender<Answer>) {
+        let machine = match self.running() {
+            Ok(_) if self.resetting => Err(wrong_state("The VM is being reset already")),
+            Ok(_) if self.snapshots.load(Ordering::Acquire) => Err(snapshot_under_way()),
+            Ok(machine) => Ok(Arc::clone(machine)),
+            Err(failure) => Err(failure),
+        };
+        match machine {
+            Ok(machine) => self.reset(machine, true, Some(reply)),
+            Err(failure) => drop(reply.send(Err(failure))),
         }
-        self.monitor.emit("vm", "rebooted", None);
-        Ok(Reply::Empty)
+    }
+
+    /// Beside the loop: it may have to wait for an epoch to be acknowledged.
+    fn reset(&mut self, machine: Arc<Machine>, resume: bool, reply: Option<Sender<Answer>>) {
+        self.monitor.emit("vm", "rebooting", None);
+        let notices = self.notices.clone();
+        let work = move |reply: Option<Sender<Answer>>| {
+            let again = |machine: &Machine| match resume && machine.is_paused() {
+                true => machine.resume(),
+                false => Ok(()),
+            };
+            let result = machine.reset().and_then(|()| again(&machine));
+            // A machine that was destroyed meanwhile belongs to nobody.
+            let result = match result {
+                Err(MachineError::Destroyed) if reply.is_none() => Ok(()),
+                result => result.map_err(|error| internal(&error)),
+            };
+            // A closed channel means that the VMM is on its way out.
+            let _ = notices.send(Notice::Reset { result, reply });
+        };
+        self.resetting = true;
+        let started = std::thread::Builder::new().name("reset".into());
+        if let Err(error) = started.spawn(move || work(reply)) {
+            self.resetting = false;
+            self.ending = Some(Ending::Failed(format!("Cannot start a thread: {error}")));
+        }
+    }
+
+    pub(super) fn was_reset(&mut self, result: Result<(), Failure>, reply: Option<Sender<Answer>>) {
+        self.resetting = false;
+        match (result, reply) {
+            (Ok(()), reply) => {
+                self.monitor.emit("vm", "rebooted", None);
+                if let Some(reply) = reply {
+                    let _ = reply.send(Ok(Reply::Empty));
+                }
+            }
+            (Err(failure), Some(reply)) => drop(reply.send(Err(failure))),
+            // The guest waits for a reset that cannot be.
+            (Err(failure), None) => {
+                let what = format!("The guest cannot be reset: {}", failure.chain.join(": "));
+                self.begin_end(After::Failed(what));
+            }
+        }
     }
 
     pub(super) fn power_button(&mut self) -> Answer {
@@ -135,21 +187,24 @@ impl Controller {
 
     pub(super) fn snapshot(&mut self, config: SnapshotConfig, reply: Sender<Answer>) {
         let machine = match self.running() {
-            Ok(machine) if machine.is_paused() => Arc::clone(machine),
-            Ok(_) => {
-                let _ = reply.send(Err(wrong_state("A snapshot needs a paused VM")));
-                return;
-            }
-            Err(failure) => {
-                let _ = reply.send(Err(failure));
-                return;
-            }
+            Ok(machine) if machine.is_paused() => Ok(Arc::clone(machine)),
+            Ok(_) => Err(wrong_state("A snapshot needs a paused VM")),
+            Err(failure) => Err(failure),
         };
-        let monitor = self.monitor.clone();
+        let machine = match machine {
+            Ok(_) if self.snapshots.swap(true, Ordering::AcqRel) => Err(snapshot_under_way()),
+            machine => machine,
+        };
+        let machine = match machine {
+            Ok(machine) => machine,
+            Err(failure) => return drop(reply.send(Err(failure))),
+        };
+        let (monitor, under_way) = (self.monitor.clone(), Arc::clone(&self.snapshots));
         Self::beside("snapshot", reply, move || {
             monitor.emit("vm", "snapshotting", None);
-            snapshot::save(&machine, &config.destination_url)
-                .map_err(|error| Failure::from_error(snapshot_failure_kind(&error), &error))?;
+            let saved = snapshot::save(&machine, &config.destination_url);
+            under_way.store(false, Ordering::Release);
+            saved.map_err(|error| Failure::from_error(snapshot_failure_kind(&error), &error))?;
             monitor.emit("vm", "snapshotted", None);
             Ok(Reply::Empty)
         });
@@ -158,9 +213,8 @@ impl Controller {
     pub(super) fn restore(&mut self, config: &RestoreConfig) -> Answer {
         self.room_for_a_vm()?;
         self.monitor.emit("vm", "restoring", None);
-        let machine =
-            snapshot::restore(&self.hypervisor, &config.source_url, config.prefault, &self.events)
-                .map_err(|error| Failure::from_error(snapshot_failure_kind(&error), &error))?;
+        let machine = snapshot::restore(&self.hypervisor, &config.source_url, config.prefault)
+            .map_err(|error| Failure::from_error(snapshot_failure_kind(&error), &error))?;
         if config.resume {
             machine.resume().map_err(|error| internal(&error))?;
         }
@@ -183,8 +237,8 @@ impl Controller {
             }
             MachineEvent::Reset => {
                 tracing::info!("the guest asked for a reset");
-                if let Err(failure) = self.reboot() {
-                    self.ending = Some(Ending::Failed(failure.chain.join(": ")));
+                if let (false, Some(machine)) = (self.resetting, &self.machine) {
+                    self.reset(Arc::clone(machine), false, None);
                 }
             }
             MachineEvent::Failed(what) => {
@@ -215,7 +269,7 @@ fn boot_failure_kind(error: &MachineError) -> FailureKind {
 
 fn snapshot_failure_kind(error: &SnapshotError) -> FailureKind {
     match error {
-        SnapshotError::Url(_) => FailureKind::BadRequest,
+        SnapshotError::Url(_) | SnapshotError::Config(_) => FailureKind::BadRequest,
         _ => FailureKind::Internal,
     }
 }

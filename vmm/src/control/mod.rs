@@ -18,6 +18,7 @@ mod report;
 mod signals;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use api::config::VmConfig;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
@@ -26,7 +27,6 @@ use replication::primary::PrimaryHandle;
 use replication::{Event, HostIdentity};
 use thiserror::Error;
 
-use crate::cpu::MachineEvent;
 use crate::event::EventMonitor;
 use crate::http::{self, HttpError, HttpServer};
 use crate::machine::Machine;
@@ -90,8 +90,10 @@ pub enum Notice {
     },
     /// The protection of a VM that is to end has ended.
     ProtectionEnded(After),
-    /// Replication says what happened.
-    Replication(Event),
+    /// The replication with this number says what happened.
+    Replication { protection: u64, event: Event },
+    /// A reset has ended; a client may wait for the answer.
+    Reset { result: Result<(), Failure>, reply: Option<Sender<Answer>> },
 }
 
 /// How the process ends.
@@ -115,11 +117,16 @@ struct Controller {
     guest_is_down: bool,
     /// The VM is being ended: its protection ends beside the loop.
     winding_down: bool,
+    /// A reset is under way beside the loop.
+    resetting: bool,
+    /// A snapshot is being written beside the loop.
+    snapshots: Arc<AtomicBool>,
     protection: Protection,
+    /// Number of the last protection: events of an earlier one change nothing.
+    protections: u64,
     /// The names that this process and its VM go under in the arbiter's records. They outlive a
     /// protection, so that the VM's owner is recognised when it protects it again.
     identity: HostIdentity,
-    events: Sender<MachineEvent>,
     notices: Sender<Notice>,
     ending: Option<Ending>,
 }
@@ -127,7 +134,6 @@ struct Controller {
 /// Runs the VMM until its VM or its client ends it.
 pub fn run(options: Options) -> Result<(), Error> {
     let (calls, call_queue) = unbounded();
-    let (events, event_queue) = unbounded();
     let (notices, notice_queue) = unbounded();
     block_signals()?;
     signals::watch(notices.clone())?;
@@ -144,9 +150,11 @@ pub fn run(options: Options) -> Result<(), Error> {
         machine: None,
         guest_is_down: false,
         winding_down: false,
+        resetting: false,
+        snapshots: Arc::default(),
         protection: Protection::None,
+        protections: 0,
         identity: HostIdentity::random(),
-        events,
         notices,
         ending: None,
     };
@@ -166,8 +174,8 @@ pub fn run(options: Options) -> Result<(), Error> {
         first.push(("Cannot be a backup", Request::VmReceiveReplica(Box::new(receive))));
     }
     controller.start(first, &notice_queue)?;
-    controller.work(&call_queue, &event_queue, &notice_queue);
-    controller.finish(server)
+    controller.work(&call_queue, &notice_queue);
+    controller.finish(call_queue, server)
 }
 
 impl Controller {
@@ -194,16 +202,13 @@ impl Controller {
         Ok(())
     }
 
-    fn work(
-        &mut self,
-        calls: &Receiver<Call>,
-        events: &Receiver<MachineEvent>,
-        notices: &Receiver<Notice>,
-    ) {
+    fn work(&mut self, calls: &Receiver<Call>, notices: &Receiver<Notice>) {
         // Without an API the sender is gone and the channel would be ready for ever.
-        let never = crossbeam_channel::never();
-        let calls = if self.has_api { calls } else { &never };
+        let (no_calls, no_events) = (crossbeam_channel::never(), crossbeam_channel::never());
+        let calls = if self.has_api { calls } else { &no_calls };
         while self.ending.is_none() {
+            let machine = self.machine.clone();
+            let events = machine.as_ref().map_or(&no_events, |machine| machine.events());
             select! {
                 recv(calls) -> call => if let Ok(call) = call { self.serve(call) },
                 recv(events) -> event => if let Ok(event) = event { self.machine_event(event) },
@@ -212,9 +217,11 @@ impl Controller {
         }
     }
 
-    fn finish(mut self, server: Option<HttpServer>) -> Result<(), Error> {
+    fn finish(mut self, calls: Receiver<Call>, server: Option<HttpServer>) -> Result<(), Error> {
         self.take_down();
         self.monitor.emit("vmm", "shutdown", None);
+        // Whoever still waits in the queue learns that nobody will serve it.
+        drop(calls);
         drop(server);
         match self.ending {
             Some(Ending::Failed(what)) => Err(Error::Ended(what)),
@@ -243,7 +250,7 @@ impl Controller {
             Request::VmPause => self.pause(),
             Request::VmResume => self.resume(),
             Request::VmShutdown => return self.shutdown(reply),
-            Request::VmReboot => self.reboot(),
+            Request::VmReboot => return self.reboot(reply),
             Request::VmPowerButton => self.power_button(),
             Request::VmInfo => self.info(),
             Request::VmCounters => self.counters(),
@@ -285,7 +292,10 @@ impl Controller {
                 self.protected(&machine, handle, reply);
             }
             Notice::ProtectionEnded(after) => self.ended(after),
-            Notice::Replication(event) => self.replication_event(event),
+            Notice::Replication { protection, event } => {
+                self.replication_event(protection, event);
+            }
+            Notice::Reset { result, reply } => self.was_reset(result, reply),
         }
     }
 }

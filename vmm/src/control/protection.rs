@@ -82,12 +82,16 @@ impl Protection {
 }
 
 /// Passes replication's events to the control loop.
-struct Forward(Sender<Notice>);
+struct Forward {
+    notices: Sender<Notice>,
+    protection: u64,
+}
 
 impl Observer for Forward {
     fn event(&self, event: Event) {
         // A closed channel means that the VMM is on its way out.
-        let _ = self.0.send(Notice::Replication(event));
+        let protection = self.protection;
+        let _ = self.notices.send(Notice::Replication { protection, event });
     }
 }
 
@@ -106,6 +110,15 @@ fn conflict(message: &str) -> Failure {
 
 fn no_replication() -> Failure {
     Failure::new(FailureKind::NotFound, "This VMM takes part in no replication")
+}
+
+/// Ends a protection in order, its last words to the backup included.
+pub(super) fn stop_primary(handle: &PrimaryHandle) {
+    let stopped = handle.stop();
+    if stopped.is_ok() {
+        handle.join();
+    }
+    no_order(stopped);
 }
 
 /// Says that a protection did not end as it should.
@@ -146,7 +159,7 @@ impl Controller {
             _ => None,
         };
         let identity = self.identity;
-        let observer = Arc::new(Forward(self.notices.clone()));
+        let observer = self.observer();
         let notices = self.notices.clone();
         let lost = reply.clone();
         let started = std::thread::Builder::new().name("repl-connect".into()).spawn(move || {
@@ -166,6 +179,12 @@ impl Controller {
                 let _ = lost.send(Err(failure));
             }
         }
+    }
+
+    /// For a protection that begins.
+    fn observer(&mut self) -> Arc<Forward> {
+        self.protections += 1;
+        Arc::new(Forward { notices: self.notices.clone(), protection: self.protections })
     }
 
     /// The backup accepted the VM, or did not.
@@ -211,13 +230,9 @@ impl Controller {
             return Err(conflict("This VMM is a backup already: vm.stop-replication ends that"));
         }
         let overrides = Overrides { serial: data.serial.clone(), console: data.console.clone() };
-        let builder = ReplicaVms::new(
-            Arc::clone(&self.hypervisor),
-            overrides,
-            self.events.clone(),
-            self.notices.clone(),
-        );
-        let observer = Arc::new(Forward(self.notices.clone()));
+        let builder =
+            ReplicaVms::new(Arc::clone(&self.hypervisor), overrides, self.notices.clone());
+        let observer = self.observer();
         let handle = backup::receive(builder, data, observer).map_err(|error| failure(&error))?;
         self.protection = Protection::Backup { handle: Arc::new(handle), replica: None };
         Ok(Reply::Empty)
@@ -282,13 +297,17 @@ impl Controller {
         self.monitor.emit("vm", "resumed", None);
     }
 
-    pub(super) fn replication_event(&mut self, event: Event) {
+    pub(super) fn replication_event(&mut self, protection: u64, event: Event) {
         let (name, properties) = describe(&event);
         match &properties {
             Some(properties) => tracing::info!("{name}: {properties}"),
             None => tracing::info!("{name}"),
         }
         self.monitor.emit("vm", name, properties);
+        if protection != self.protections {
+            // Of a VM that this process does not have any more.
+            return;
+        }
         match event {
             Event::OwnershipLost { owner } => self.ownership_lost(&owner),
             Event::FailoverFinished if matches!(self.protection, Protection::Primary { .. }) => {

@@ -13,13 +13,15 @@ use crate::machine::Machine;
 pub struct ProtectedVm {
     machine: Arc<Machine>,
     hold_console: bool,
+    /// Whether the last capture said that a person had paused the VM.
+    captured_paused: bool,
 }
 
 impl ProtectedVm {
     /// `hold_console`: serial output waits for the commit of its epoch.
     #[must_use]
     pub fn new(machine: Arc<Machine>, hold_console: bool) -> Self {
-        Self { machine, hold_console }
+        Self { machine, hold_console, captured_paused: false }
     }
 }
 
@@ -51,7 +53,9 @@ impl Guest for ProtectedVm {
     }
 
     fn capture(&mut self) -> Result<Captured, GuestError> {
-        Ok(Captured { machine: self.machine.capture()?, paused: self.machine.is_paused() })
+        let paused = self.machine.is_paused();
+        self.captured_paused = paused;
+        Ok(Captured { machine: self.machine.capture()?, paused })
     }
 
     fn hold_output(&mut self) {
@@ -81,7 +85,8 @@ impl Guest for ProtectedVm {
     }
 
     fn output_waiting(&self) -> bool {
-        self.machine.devices().output_waiting()
+        // A pause writes no page: without this the backup would not hear of it.
+        self.captured_paused != self.machine.is_paused() || self.machine.devices().output_waiting()
     }
 
     fn set_output_waker(&mut self, waker: Waker) {

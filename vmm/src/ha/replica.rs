@@ -11,7 +11,6 @@ use thiserror::Error;
 
 use super::codec::{self, Captured};
 use crate::control::Notice;
-use crate::cpu::MachineEvent;
 use crate::machine::Machine;
 use crate::memory::Memory;
 
@@ -37,19 +36,13 @@ pub struct Overrides {
 pub struct ReplicaVms {
     hypervisor: Arc<Hypervisor>,
     overrides: Overrides,
-    events: Sender<MachineEvent>,
     notices: Sender<Notice>,
 }
 
 impl ReplicaVms {
     #[must_use]
-    pub fn new(
-        hypervisor: Arc<Hypervisor>,
-        overrides: Overrides,
-        events: Sender<MachineEvent>,
-        notices: Sender<Notice>,
-    ) -> Self {
-        Self { hypervisor, overrides, events, notices }
+    pub fn new(hypervisor: Arc<Hypervisor>, overrides: Overrides, notices: Sender<Notice>) -> Self {
+        Self { hypervisor, overrides, notices }
     }
 }
 
@@ -68,7 +61,7 @@ impl ReplicaBuilder for ReplicaVms {
         crate::control::check_config(&config)
             .map_err(|failure| ReplicaError::Unusable(failure.chain.join(": ")))?;
         Memory::check_fits(&config.memory)?;
-        let machine = Arc::new(Machine::build(&self.hypervisor, config, &self.events)?);
+        let machine = Arc::new(Machine::build(&self.hypervisor, config)?);
         // A closed channel means that the VMM is on its way out.
         let _ = self.notices.send(Notice::ReplicaBuilt(Arc::clone(&machine)));
         Ok(ReplicaVm { machine, notices: self.notices.clone() })
