@@ -269,7 +269,7 @@ fn quote(value: &str) -> String {
 }
 
 /// `raw` without its quotes; two quotes within quotes become one.
-fn unquote(raw: &str) -> String {
+pub(crate) fn unquote(raw: &str) -> String {
     let mut text = String::with_capacity(raw.len());
     let mut quoted = false;
     let mut chars = raw.chars().peekable();
@@ -287,7 +287,7 @@ fn unquote(raw: &str) -> String {
 }
 
 /// Splits at the commas that stand neither in quotes nor in brackets.
-fn split(text: &str) -> Result<Vec<&str>, OptionError> {
+pub(crate) fn split(text: &str) -> Result<Vec<&str>, OptionError> {
     let mut pieces = Vec::new();
     let mut start = 0;
     let mut depth = 0_usize;

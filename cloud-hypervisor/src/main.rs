@@ -23,7 +23,17 @@ fn main() -> ExitCode {
     if let Err(error) = cli.check() {
         error.exit();
     }
-    match run(cli) {
+    std::panic::set_hook(Box::new({
+        let report = std::panic::take_hook();
+        move |panic| {
+            vmm::restore_terminal();
+            report(panic);
+        }
+    }));
+    let outcome = run(cli);
+    // Whoever still holds the machine is cut off now: no destructor does this then.
+    vmm::restore_terminal();
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error);

@@ -31,6 +31,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::counters::{Counter, Counters};
 
@@ -73,6 +74,8 @@ pub struct OutputGate {
     inner: Mutex<Inner>,
     /// Something was released, or the gate was closed.
     readable: Condvar,
+    /// Something that was released has left, or never will.
+    left: Condvar,
     /// Written under the lock, read without it at every look at the line status.
     throttled: AtomicBool,
     /// Output leads nowhere (mode Null): nothing is kept or held.
@@ -110,6 +113,7 @@ impl OutputGate {
                 space_waker: None,
             }),
             readable: Condvar::new(),
+            left: Condvar::new(),
             throttled: AtomicBool::new(false),
             null,
             accepted: Counter::default(),
@@ -285,20 +289,37 @@ impl OutputGate {
     pub fn set_stalled(&self) {
         let mut inner = self.lock();
         inner.stalled = true;
+        self.left.notify_all();
         self.release(&mut inner, &[]);
         self.after_change(inner);
+    }
+
+    /// Waits until all that was released has been written; false if a backend that takes nothing,
+    /// or `limit`, came first. A state captured after it carries nothing that is written here too.
+    #[must_use]
+    pub fn settle(&self, limit: Duration) -> bool {
+        let inner = self.lock();
+        let (inner, _) = self
+            .left
+            .wait_timeout_while(inner, limit, |inner| {
+                !inner.released.is_empty() && !inner.stalled && !inner.closed
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        inner.released.is_empty()
     }
 
     /// No more output: the writer ends when it has written what is released.
     pub fn close(&self) {
         self.lock().closed = true;
         self.readable.notify_all();
+        self.left.notify_all();
     }
 
     fn remove_released(&self, len: usize) {
         let mut inner = self.lock();
         let len = len.min(inner.released.len());
         inner.released.drain(..len);
+        self.left.notify_all();
         self.after_change(inner);
     }
 
@@ -550,6 +571,28 @@ mod tests {
         assert!(gate.next_chunk(&mut Vec::new()));
         gate.write(&[b'y'; STALLED_BYTES_MAX]);
         assert_eq!(released(&gate).len(), 2 * STALLED_BYTES_MAX);
+    }
+
+    #[test]
+    fn settling_waits_for_the_writer_and_for_no_longer_than_it_may() {
+        let gate = Arc::new(OutputGate::new());
+        let short = Duration::from_millis(20);
+        assert!(gate.settle(short), "nothing to wait for");
+        gate.write(b"words");
+        assert!(!gate.settle(short), "nobody writes");
+        let writer = thread::spawn({
+            let gate = Arc::clone(&gate);
+            move || {
+                thread::sleep(Duration::from_millis(50));
+                gate.consume(2);
+                gate.consume(3);
+            }
+        });
+        assert!(gate.settle(Duration::from_secs(60)));
+        writer.join().unwrap();
+        gate.write(b"more");
+        gate.set_stalled();
+        assert!(!gate.settle(Duration::from_secs(60)), "a stalled backend is not waited for");
     }
 
     #[test]

@@ -210,6 +210,46 @@ fn a_socket_serves_one_client_after_the_other() {
 }
 
 #[test]
+fn a_socket_client_gets_the_last_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("port");
+    let words = [b'w'; 3000];
+    for round in 0..100 {
+        let port = open(&SerialMode::Socket(path.clone()));
+        let mut client = UnixStream::connect(&path).unwrap();
+        // The client is there when it has been heard.
+        client.write_all(b"?").unwrap();
+        receive(&port, 1);
+        port.device().gate().hold();
+        print(&port, &words);
+        port.device().gate().seal(1);
+        port.device().gate().commit(1);
+        drop(port);
+        let mut heard = Vec::new();
+        client.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard.len(), words.len(), "round {round}");
+    }
+}
+
+#[test]
+fn a_fifo_without_a_reader_holds_up_neither_guest_nor_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let port = open(&SerialMode::File(path.clone()));
+    // More than a pipe holds: the newest are kept.
+    print(&port, &vec![b'x'; 2 * THROTTLE_BYTES]);
+    let mut reader = OpenOptions::new().read(true).open(&path).unwrap();
+    print(&port, b"!");
+    let mut buffer = [0; 4096];
+    while !buffer.contains(&b'!') {
+        assert!(reader.read(&mut buffer).unwrap() > 0);
+    }
+    print(&port, &vec![b'x'; 2 * THROTTLE_BYTES]);
+    drop(port);
+}
+
+#[test]
 fn a_socket_client_that_does_not_read_holds_up_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("serial.sock");

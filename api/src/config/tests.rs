@@ -135,7 +135,7 @@ fn every_contradiction_is_found_and_named() {
     assert_eq!(found(cpus(3, 2)), ["cpus.boot_vcpus must be cpus.max_vcpus (2) at most, not 3"]);
     assert_eq!(found(cpus(1, 255)), ["cpus.max_vcpus must be 254 at most, not 255"]);
     let memory = |size: u64| json!({ "memory": { "size": size } });
-    assert_eq!(found(memory(0)), ["memory.size must be 1048576 to 70368744177664 bytes, not 0"]);
+    assert_eq!(found(memory(0)), ["memory.size must be 4194304 to 70368744177664 bytes, not 0"]);
     assert_eq!(
         found(memory((512 << 20) + 1)),
         ["memory.size must be a multiple of 4096 bytes, not 536870913"]
@@ -144,7 +144,7 @@ fn every_contradiction_is_found_and_named() {
     let cases = [
         (
             json!({ "memory": { "size": 1 << 30, "hugepages": true, "hugepage_size": 3 << 20 } }),
-            "memory.hugepage_size must be a power of two from 4096 on, not 3145728",
+            "memory.hugepage_size must be a power of two from 2 MiB to 1 GiB, not 3145728",
         ),
         (
             json!({ "memory": { "size": 1 << 30, "hugepage_size": 2 << 20 } }),

@@ -73,6 +73,8 @@ impl VmConfig {
         refuse(memory.hotplugged_size.unwrap_or(0) > 0, "memory.hotplugged_size", "");
         refuse(given(&self.numa), "numa", "");
         refuse(given(&self.pci_segments), "pci_segments", "");
+        let firmware = self.payload.firmware.is_some();
+        refuse(firmware, "payload.firmware", "there is no firmware boot, name a payload.kernel");
         refuse(self.payload.igvm.is_some(), "payload.igvm", "");
         refuse(self.payload.host_data.is_some(), "payload.host_data", "");
         // The guest sees nothing of it, but whoever asks for a sandbox must not go without.

@@ -11,7 +11,7 @@ use crate::invalid::Invalid;
 /// vCPUs of a VM: what an 8-bit APIC id can name, less the broadcast address.
 pub const VCPUS_MAX: u32 = 254;
 /// Bytes of memory below which nothing boots.
-pub const MEMORY_SIZE_MIN: u64 = 1 << 20;
+pub const MEMORY_SIZE_MIN: u64 = 4 << 20;
 /// Bytes of memory above which a size is certainly a mistake: 64 TiB, the reach of 46 physical
 /// address bits.
 pub const MEMORY_SIZE_MAX: u64 = 1 << 46;
@@ -19,6 +19,8 @@ pub const MEMORY_SIZE_MAX: u64 = 1 << 46;
 const PAGE_SIZE: u64 = 4096;
 /// Bytes of a huge page where no size is named.
 const HUGEPAGE_SIZE_DEFAULT: u64 = 2 << 20;
+/// Bytes of the huge pages that x86-64 has.
+const HUGEPAGE_SIZES: std::ops::RangeInclusive<u64> = 2 << 20..=1 << 30;
 /// Bytes of a kernel command line, and of any other text that a guest is given.
 const CMDLINE_BYTES_MAX: usize = 64 << 10;
 /// Devices of one kind.
@@ -206,8 +208,8 @@ fn memory(config: &MemoryConfig, found: &mut Vec<Invalid>) {
             let because = "memory.hugepage_size is given";
             found.push(Invalid::missing("memory.hugepages", because));
         }
-        Some(size) if !size.is_power_of_two() || size < PAGE_SIZE => {
-            let wanted = format!("a power of two from {PAGE_SIZE} on");
+        Some(size) if !size.is_power_of_two() || !HUGEPAGE_SIZES.contains(&size) => {
+            let wanted = "a power of two from 2 MiB to 1 GiB";
             found.push(Invalid::value("memory.hugepage_size", wanted, size));
         }
         Some(size) => unit = size,

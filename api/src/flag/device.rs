@@ -4,7 +4,7 @@ use crate::config::{
     ConsoleConfig, ConsoleOutputMode, DiskConfig, NetConfig, QueueAffinity, RateLimiterConfig,
     RngConfig, TokenBucket, VhostMode,
 };
-use crate::option::{OptionError, Pairs, bad};
+use crate::option::{OptionError, Pairs, bad, split, unquote};
 
 use super::machine::cpu_list;
 
@@ -27,12 +27,14 @@ pub fn console(text: &str) -> Result<ConsoleConfig, OptionError> {
     let mut config = None;
     let mut iommu = false;
     // Words without a value are allowed here, so the pairs' own syntax does not do.
-    for piece in text.split(',') {
+    for piece in split(text)? {
         let refuse = || OptionError::BadWord { wanted: CONSOLE_WORDS, value: text.to_owned() };
         let found = match piece.split_once('=') {
             None => word(piece),
-            Some(("file", path)) if !path.is_empty() => Some(ConsoleConfig::to_file(path)),
-            Some(("socket", path)) if !path.is_empty() => Some(ConsoleConfig::on_socket(path)),
+            Some(("file", path)) if !path.is_empty() => Some(ConsoleConfig::to_file(unquote(path))),
+            Some(("socket", path)) if !path.is_empty() => {
+                Some(ConsoleConfig::on_socket(unquote(path)))
+            }
             Some(("iommu", toggle)) => {
                 iommu = match toggle {
                     "on" | "true" => true,

@@ -131,10 +131,7 @@ impl Backend {
             SerialMode::Tty => open_tty().map_err(BackendError::Tty),
             SerialMode::Pty => open_pty().map_err(BackendError::Pty),
             SerialMode::File(path) => {
-                let file = OpenOptions::new()
-                    .create(true)
-                    .append(true)
-                    .open(path)
+                let file = open_file(path)
                     .map_err(|source| BackendError::File { path: path.clone(), source })?;
                 Ok(Self { sink: Some(Sink::Stream(file)), ..Self::default() })
             }
@@ -145,6 +142,19 @@ impl Backend {
     pub(super) fn pty_path(&self) -> Option<&Path> {
         self.pty.as_ref().map(|(_, path)| path.as_path())
     }
+}
+
+/// A regular file, which every write waits for the disk at most; or a FIFO, a terminal, which
+/// may have no reader: neither opening nor writing it waits for one.
+fn open_file(path: &Path) -> io::Result<File> {
+    let is_fifo = fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
+    OpenOptions::new()
+        .create(!is_fifo)
+        .append(true)
+        // A FIFO that is open for writing alone needs a reader first.
+        .read(is_fifo)
+        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .open(path)
 }
 
 fn open_tty() -> io::Result<Backend> {

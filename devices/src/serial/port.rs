@@ -19,8 +19,8 @@ use crate::output_gate::OutputGate;
 pub struct SerialPort {
     device: Arc<Serial>,
     backend: Backend,
-    stop: Arc<EventFd>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// In the order in which they end, each with what tells it to.
+    threads: Mutex<Vec<(Arc<EventFd>, JoinHandle<()>)>>,
     write_errors: Arc<Counter>,
 }
 
@@ -34,24 +34,22 @@ impl SerialPort {
             None => OutputGate::null(),
         };
         let device = Serial::new(irq, Arc::new(gate)).map_err(started("device"))?;
-        let stop = Arc::new(new_event().map_err(io::Error::from).map_err(started("stop event"))?);
         let source = backend.source.take();
         let sink = backend.sink.take();
         // From here on a failure drops the port, which ends what was started.
         let mut port = Self {
             device: Arc::clone(&device),
             backend,
-            stop: Arc::clone(&stop),
             threads: Mutex::default(),
             write_errors: Arc::default(),
         };
         if let Some(sink) = sink {
-            let (gate, stop) = (Arc::clone(device.gate()), Arc::clone(&stop));
+            let gate = Arc::clone(device.gate());
             let errors = Arc::clone(&port.write_errors);
-            port.spawn("serial-out", move || output::run(&gate, &sink, &stop, &errors))?;
+            port.spawn("serial-out", move |stop| output::run(&gate, &sink, stop, &errors))?;
         }
         if let Some(source) = source {
-            port.spawn("serial-in", move || input::run(&device, source, &stop))?;
+            port.spawn("serial-in", move |stop| input::run(&device, source, stop))?;
         }
         Ok(port)
     }
@@ -71,27 +69,29 @@ impl SerialPort {
     fn spawn(
         &mut self,
         name: &'static str,
-        body: impl FnOnce() + Send + 'static,
+        body: impl FnOnce(&EventFd) + Send + 'static,
     ) -> Result<(), BackendError> {
+        let failed = |source| BackendError::Start { what: name, source };
+        let stop = Arc::new(new_event().map_err(io::Error::from).map_err(failed)?);
+        let seen = Arc::clone(&stop);
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(body)
-            .map_err(|source| BackendError::Start { what: name, source })?;
-        self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).push(thread);
+            .spawn(move || body(&seen))
+            .map_err(failed)?;
+        self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).push((stop, thread));
         Ok(())
     }
-}
 
-impl SerialPort {
     /// Writes what was released and ends the threads. A second call finds nothing to do.
     pub fn finish(&self) {
         self.device.gate().close();
-        if let Err(error) = self.stop.write(1) {
-            tracing::warn!("The serial port's threads cannot be stopped: {error}");
-            return;
-        }
-        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            if thread.join().is_err() {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        // One after the other: a socket's client belongs to the input thread, which closes it at
+        // its end, and the last words must have reached it by then.
+        for (stop, thread) in threads.drain(..) {
+            if let Err(error) = stop.write(1) {
+                tracing::warn!("A thread of the serial port cannot be stopped: {error}");
+            } else if thread.join().is_err() {
                 tracing::warn!("A thread of the serial port panicked");
             }
         }

@@ -219,11 +219,20 @@ fn no_shutdown_keeps_the_process() -> Result<()> {
 fn signals_end_it_gracefully() -> Result<()> {
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let folder = tempfile::tempdir()?;
-        let (mut vmm, serial) = scene::running(folder.path(), "vmm", COUNT)?;
+        let events = folder.path().join("events");
+        let monitor = format!("path={}", events.display());
+        let mut vmm = Vmm::start(folder.path(), "vmm", &["--event-monitor", &monitor])?;
+        let serial = scene::boot(&vmm, folder.path(), &scene::config(folder.path(), COUNT))?;
         serial.wait_more("tick ", 1, LIMIT)?;
         vmm.signal(signal)?;
         assert_eq!(vmm.wait_exit(LIMIT)?.code(), Some(0), "{}", vmm.log());
         assert!(!vmm.socket().exists(), "the API socket is left over");
+        let told = std::fs::read_to_string(&events)?;
+        for event in ["\"shutdown\"", "\"deleted\""] {
+            assert!(told.contains(event), "no {event} in {told}");
+        }
+        let last = told.rsplit("\n\n").find(|event| !event.trim().is_empty());
+        assert!(last.is_some_and(|event| event.contains("\"vmm\"")), "{told}");
     }
     Ok(())
 }
@@ -401,6 +410,42 @@ fn serial_on_a_socket_outlives_its_clients() -> Result<()> {
     serial.wait_more("tick ", 2, LIMIT)?;
     serial.send(b"q")?;
     serial.wait_line("the end", 0, LIMIT, |line| line.starts_with("stopped"))?;
+    assert_eq!(vmm.wait_exit(LIMIT)?.code(), Some(0), "{}", vmm.log());
+    Ok(())
+}
+
+#[test]
+fn a_fifo_without_a_reader_holds_nobody_up() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU)?;
+    let mut vmm = scene::idle(folder.path(), "vmm")?;
+    let config = three_ticks(folder.path(), &json!({"mode": "File", "file": path}));
+    vmm.put_expect("vm.create", Some(&config.to_string()), 204)?;
+    vmm.put_expect("vm.boot", None, 204)?;
+    assert_eq!(vmm.wait_exit(LIMIT)?.code(), Some(0), "{}", vmm.log());
+    Ok(())
+}
+
+#[test]
+fn a_reset_needs_the_kernel_and_leaves_the_guest_alone_without_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let kernel = folder.path().join("kernel");
+    std::fs::copy(guest_image::PATH, &kernel)?;
+    let mut vmm = scene::idle(folder.path(), "vmm")?;
+    let mut config = scene::config(folder.path(), COUNT);
+    config["payload"]["kernel"] = json!(kernel);
+    let serial = scene::boot(&vmm, folder.path(), &config)?;
+    serial.wait_more("tick ", 2, LIMIT)?;
+    std::fs::remove_file(&kernel)?;
+    let text = vmm.put_expect("vm.reboot", None, 500)?;
+    ensure!(text.contains("kernel"), "{text}");
+    serial.wait_more("tick ", 2, LIMIT)?;
+    std::fs::copy(guest_image::PATH, &kernel)?;
+    let mark = serial.mark();
+    vmm.put_expect("vm.reboot", None, 204)?;
+    serial.wait_after(mark, "understudy-guest", 1, LIMIT)?;
+    vmm.signal(libc::SIGTERM)?;
     assert_eq!(vmm.wait_exit(LIMIT)?.code(), Some(0), "{}", vmm.log());
     Ok(())
 }

@@ -341,3 +341,69 @@ fn a_configuration_that_does_not_fit_the_state_is_refused() -> Result<()> {
     vmm.put_expect("vm.restore", Some(&restore_body(&path)), 204)?;
     goes_on(&mut vmm, folder.path(), &last)
 }
+
+#[test]
+fn two_snapshots_at_once_do_not_harm_each_other() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (vmm, _serial) = scene::running(folder.path(), "first", "workload=verify tick_ms=20")?;
+    vmm.put_expect("vm.pause", None, 204)?;
+    let path = folder.path().join("snapshot");
+    let body = save_body(&path);
+    let answers = std::thread::scope(|scope| {
+        let calls: Vec<_> =
+            (0..4).map(|_| scope.spawn(|| vmm.put("vm.snapshot", Some(&body)))).collect();
+        let joined = calls.into_iter().map(|call| call.join().expect("no client panics"));
+        joined.collect::<Result<Vec<_>>>()
+    })?;
+    let done = answers.iter().filter(|answer| answer.status == 204).count();
+    ensure!(done == 1, "{answers:?}");
+    let names: Vec<_> = fs::read_dir(folder.path())?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    ensure!(!names.iter().any(|name| name.contains("partial")), "{names:?}");
+    drop(vmm);
+    let second = scene::idle(folder.path(), "second")?;
+    second.put_expect("vm.restore", Some(&restore_body(&path)), 204)?;
+    Ok(())
+}
+
+#[test]
+fn a_directory_of_the_client_s_keeps_its_mode() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir()?;
+    let (vmm, _serial) = scene::running(folder.path(), "first", "workload=verify tick_ms=20")?;
+    vmm.put_expect("vm.pause", None, 204)?;
+    let (given, made) = (folder.path().join("given"), folder.path().join("made"));
+    fs::create_dir(&given)?;
+    fs::set_permissions(&given, fs::Permissions::from_mode(0o750))?;
+    let before = fs::metadata(&given)?.ino();
+    for path in [&given, &made] {
+        vmm.put_expect("vm.snapshot", Some(&save_body(path)), 204)?;
+        let mut names: Vec<_> = fs::read_dir(path)?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<Result<_>>()?;
+        names.sort();
+        assert_eq!(names, ["config.json", "memory-ranges", "state.json"]);
+        for name in FILES {
+            assert_eq!(fs::metadata(path.join(name))?.mode() & 0o777, 0o600, "{name}");
+        }
+    }
+    let after = fs::metadata(&given)?;
+    assert_eq!((after.ino(), after.mode() & 0o777), (before, 0o750));
+    assert_eq!(fs::metadata(&made)?.mode() & 0o777, 0o700);
+    Ok(())
+}
+
+#[test]
+fn a_configuration_that_cannot_be_honoured_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (path, _) = saved(folder.path(), 1)?;
+    let vmm = scene::idle(folder.path(), "second")?;
+    let file = path.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&file)?)?;
+    config["vsock"] = json!({"cid": 3, "socket": "/tmp/none"});
+    fs::write(&file, config.to_string())?;
+    let text = vmm.put_expect("vm.restore", Some(&restore_body(&path)), 400)?;
+    ensure!(text.contains("vsock"), "{text}");
+    Ok(())
+}

@@ -262,7 +262,9 @@ impl Controller {
 /// A payload that does not exist or is none is the client's mistake.
 fn boot_failure_kind(error: &MachineError) -> FailureKind {
     match error {
-        MachineError::Boot(_) | MachineError::TooManyVcpus { .. } => FailureKind::BadRequest,
+        MachineError::Boot(_)
+        | MachineError::TooManyVcpus { .. }
+        | MachineError::Topology { .. } => FailureKind::BadRequest,
         _ => FailureKind::Internal,
     }
 }
