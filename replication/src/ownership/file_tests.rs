@@ -45,7 +45,8 @@ fn a_record_that_is_gone_or_older_is_no_answer() {
 #[test]
 fn the_last_generation_is_damage() {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join(format!("gen-{}", u64::MAX)), "").unwrap();
+    let record = serde_json::to_vec(&solo(u64::MAX, host(), VmId(Uuid::new_v4()))).unwrap();
+    fs::write(dir.path().join(format!("gen-{}", u64::MAX)), record).unwrap();
     let arbiter = FileArbiter::new(dir.path().to_owned());
     assert!(matches!(arbiter.read(), Err(ArbiterError::Damaged { .. })));
 }

@@ -198,7 +198,7 @@ fn one_that_accepts_and_never_welcomes_is_given_up() {
             other => panic!("{other:?}"),
         },
     };
-    assert!(error.contains("silent"), "{error}");
+    assert!(error.contains("silent for 1000 ms"), "{error}");
     assert!(machine.is_running() && !machine.is_tracking());
     drop(connection);
 }

@@ -176,6 +176,30 @@ mod tests {
         }
     }
 
+    /// Needs /dev/kvm, as all that builds a machine does.
+    #[test]
+    fn a_replica_that_was_let_go_leaves_its_place_to_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let serial = ConsoleConfig {
+            mode: ConsoleOutputMode::Socket,
+            socket: Some(dir.path().join("serial")),
+            ..VmConfig::default().serial
+        };
+        let mut config = VmConfig { serial, ..VmConfig::default() };
+        config.memory.size = 64 << 20;
+        config.payload.kernel = Some("/dev/null".into());
+        let description = serde_json::to_vec(&config).unwrap();
+        let hypervisor = Arc::new(Hypervisor::open().unwrap());
+        let (events, _event_queue) = crossbeam_channel::unbounded();
+        // Nobody reads the notices: what they carry lives for as long as this test.
+        let (notices, _notice_queue) = crossbeam_channel::unbounded();
+        let mut builder = ReplicaVms::new(hypervisor, Overrides::default(), events, notices);
+        let first = builder.build(&description).unwrap();
+        assert!(builder.build(&description).is_err(), "the socket is in use");
+        drop(first);
+        drop(builder.build(&description).unwrap());
+    }
+
     #[test]
     fn a_state_without_the_vm_s_serial_port_is_refused_before_its_epoch_is_acknowledged() {
         use ConsoleOutputMode::{Null, Off};
