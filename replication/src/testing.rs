@@ -372,8 +372,8 @@ pub struct ReplicaLog {
     pub built: AtomicU64,
     /// Replicas that exist.
     pub alive: AtomicU64,
-    /// Held by a test, no machine state is parsed.
-    pub parsing: Mutex<()>,
+    /// Held by a test, no machine state is parsed and no replica goes.
+    pub busy: Mutex<()>,
 }
 
 /// Builds replicas of [`MemoryGuest`]s.
@@ -424,6 +424,7 @@ pub struct MemoryReplica {
 
 impl Drop for MemoryReplica {
     fn drop(&mut self) {
+        drop(lock(&self.log.busy));
         self.log.alive.fetch_sub(1, Ordering::AcqRel);
     }
 }
@@ -447,7 +448,7 @@ impl Replica for MemoryReplica {
     }
 
     fn parse(&mut self, state: &[u8]) -> Result<u32, GuestError> {
-        drop(lock(&self.log.parsing));
+        drop(lock(&self.log.busy));
         let sum = state.strip_prefix(b"sum:").and_then(|sum| sum.try_into().ok());
         let Some(sum) = sum.filter(|_| !self.refuse) else {
             return Err("The machine state is not of this kind".into());

@@ -32,7 +32,7 @@ fn busy<'a>(script: &mut Script, lock: &'a std::sync::Mutex<()>) -> std::sync::M
 fn seals_cannot_pile_up_behind_a_busy_backup() {
     let mut script = Script::greeted(Backup::start(None), offer());
     let log = std::sync::Arc::clone(&script.backup.log);
-    let guard = busy(&mut script, &log.parsing);
+    let guard = busy(&mut script, &log.busy);
     let stream = script.writer.get_ref();
     stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
     let seal = Message::Seal(Seal {
@@ -53,7 +53,7 @@ fn seals_cannot_pile_up_behind_a_busy_backup() {
 fn parts_cannot_pile_up_behind_a_busy_backup() {
     let mut script = Script::greeted(Backup::start(None), offer());
     let log = std::sync::Arc::clone(&script.backup.log);
-    let guard = busy(&mut script, &log.parsing);
+    let guard = busy(&mut script, &log.busy);
     script.end(2);
     script.end(3);
     // Long enough for both to be read while the first epoch is held up.

@@ -274,3 +274,19 @@ fn a_primary_that_is_lost_during_the_first_copy_leaves_nothing() {
     let next = Script::again(backup, SessionId(44), (Uuid::new_v4(), Uuid::new_v4()), offer());
     assert_eq!(next.backup.wrong(), Vec::<String>::new());
 }
+
+#[test]
+fn a_backup_is_shown_as_free_once_it_is() {
+    let script = Script::greeted(Backup::start(None), offer());
+    let Script { backup, writer, reader, data, .. } = script;
+    let log = std::sync::Arc::clone(&backup.log);
+    let guard = log.busy.lock().unwrap();
+    drop((writer, reader, data));
+    let state = api::replication::ReplicationState::Disconnected;
+    super::until(|| backup.handle.info(), |info| info.last_error.is_some());
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert_ne!(backup.handle.info().state, state, "the replica is still there");
+    drop(guard);
+    super::until(|| backup.handle.info(), |info| info.state == state);
+    assert_eq!(log.alive.load(std::sync::atomic::Ordering::Acquire), 0);
+}
