@@ -6,6 +6,7 @@
 //! whether its image is the primary's at that seal, byte by byte.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -75,8 +76,10 @@ impl Port {
     }
 }
 
+/// Called by a [`Machine`].
+pub type Hook = Box<dyn Fn() + Send>;
+
 /// The guest of a test.
-#[derive(Debug)]
 pub struct Machine {
     ram: Ram,
     gate: Mutex<Gate>,
@@ -85,6 +88,13 @@ pub struct Machine {
     waker: Mutex<Option<Waker>>,
     all_dirty: AtomicBool,
     tracking: AtomicBool,
+    before_pass: Mutex<Option<Hook>>,
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine").field("gate", &self.gate).finish_non_exhaustive()
+    }
 }
 
 impl Machine {
@@ -99,7 +109,13 @@ impl Machine {
             waker: Mutex::default(),
             all_dirty: AtomicBool::new(false),
             tracking: AtomicBool::new(false),
+            before_pass: Mutex::default(),
         })
+    }
+
+    /// Calls `hook` before all output passes.
+    pub fn before_pass(&self, hook: Hook) {
+        *lock(&self.before_pass) = Some(hook);
     }
 
     /// Its memory.
@@ -310,6 +326,9 @@ impl Guest for MemoryGuest {
     }
 
     fn pass_output(&mut self) {
+        if let Some(hook) = &*lock(&self.0.before_pass) {
+            hook();
+        }
         let mut port = lock(&self.0.port);
         port.holding = false;
         while let Some((_, worker, value)) = port.held.pop_front() {
@@ -351,6 +370,10 @@ pub struct ReplicaLog {
     pub compared: AtomicU64,
     /// Replicas that were built.
     pub built: AtomicU64,
+    /// Replicas that exist.
+    pub alive: AtomicU64,
+    /// Held by a test, no machine state is parsed and no replica goes.
+    pub busy: Mutex<()>,
 }
 
 /// Builds replicas of [`MemoryGuest`]s.
@@ -380,6 +403,9 @@ impl ReplicaBuilder for MemoryBuilder {
             return Err(format!("This host has no memory for {pages} pages").into());
         }
         self.log.built.fetch_add(1, Ordering::AcqRel);
+        if self.log.alive.fetch_add(1, Ordering::AcqRel) > 0 {
+            lock(&self.log.wrong).push("a replica was built beside another".to_owned());
+        }
         let log = Arc::clone(&self.log);
         let (refuse, lenient) = (self.refuse_states, self.lenient);
         Ok(MemoryReplica { ram: memory(&layout), last: None, refuse, lenient, log })
@@ -394,6 +420,13 @@ pub struct MemoryReplica {
     refuse: bool,
     lenient: bool,
     log: Arc<ReplicaLog>,
+}
+
+impl Drop for MemoryReplica {
+    fn drop(&mut self) {
+        drop(lock(&self.log.busy));
+        self.log.alive.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl MemoryReplica {
@@ -415,6 +448,7 @@ impl Replica for MemoryReplica {
     }
 
     fn parse(&mut self, state: &[u8]) -> Result<u32, GuestError> {
+        drop(lock(&self.log.busy));
         let sum = state.strip_prefix(b"sum:").and_then(|sum| sum.try_into().ok());
         let Some(sum) = sum.filter(|_| !self.refuse) else {
             return Err("The machine state is not of this kind".into());

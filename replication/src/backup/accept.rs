@@ -1,7 +1,8 @@
 //! The listening side: greets whoever connects, and leaves all decisions to the engine.
 //!
 //! Each greeting has a thread of its own and a time limit, so a peer that connects and says
-//! nothing holds nobody up; their number is bounded.
+//! nothing holds nobody up. The number of greetings and of arrivals that the engine has not dealt
+//! with is bounded, and a stranger's first bytes are read only if they can be a greeting.
 
 use std::io;
 use std::sync::Arc;
@@ -13,10 +14,28 @@ use crate::engine::control::Greeted;
 use crate::engine::spawn;
 use crate::error::{Error, chain};
 use crate::transport::{Listener, Stream};
-use crate::wire::{FrameReader, FrameWriter, Hello, Message, Offer, SessionId, WireError};
+use crate::wire::{FrameReader, FrameWriter, Hello, Kind, Message, Offer, SessionId, WireError};
 
-/// Most connections whose greeting is awaited at once.
+/// Most connections whose greeting is awaited, or that wait for the engine, at once.
 const GREETINGS_MAX: usize = 160;
+
+/// One of [`GREETINGS_MAX`]; free again when this is dropped.
+pub(super) struct Place(Option<Arc<AtomicUsize>>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>) -> Option<Self> {
+        let place = Self(Some(Arc::clone(taken)));
+        (taken.fetch_add(1, Ordering::AcqRel) < GREETINGS_MAX).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(taken) = &self.0 {
+            taken.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
 
 /// What the acceptor tells the engine.
 pub(super) enum Arrival {
@@ -43,7 +62,7 @@ pub(super) enum Arrival {
 pub(super) fn start(
     listener: Listener,
     patience: Duration,
-    deliver: impl Fn(Arrival) -> bool + Clone + Send + 'static,
+    deliver: impl Fn(Arrival, Place) -> bool + Clone + Send + 'static,
 ) -> Result<JoinHandle<()>, Error> {
     let greetings = Arc::new(AtomicUsize::new(0));
     spawn("repl-accept", None, move || {
@@ -54,7 +73,7 @@ pub(super) fn start(
                 }
                 Ok(None) => return,
                 Err(error) => {
-                    deliver(Arrival::Broken(chain(&error)));
+                    deliver(Arrival::Broken(chain(&error)), Place(None));
                     return;
                 }
             }
@@ -67,23 +86,19 @@ fn greet_aside(
     peer: String,
     patience: Duration,
     greetings: &Arc<AtomicUsize>,
-    deliver: impl Fn(Arrival) -> bool + Send + 'static,
+    deliver: impl Fn(Arrival, Place) -> bool + Send + 'static,
 ) {
-    if greetings.fetch_add(1, Ordering::AcqRel) >= GREETINGS_MAX {
-        greetings.fetch_sub(1, Ordering::AcqRel);
-        let error = "Too many connections wait for their greeting".to_owned();
-        deliver(Arrival::Stray { peer, error });
+    let Some(place) = Place::take(greetings) else {
+        // Said here: an engine that is too busy for arrivals would only gather these as well.
+        tracing::warn!("a connection from {peer} was closed: too many wait for their greeting");
         return;
-    }
-    let waiting = Arc::clone(greetings);
+    };
     let body = move || {
         let arrival = greet(stream, peer.clone(), patience)
             .unwrap_or_else(|error| Arrival::Stray { peer, error: chain(&error) });
-        waiting.fetch_sub(1, Ordering::AcqRel);
-        deliver(arrival);
+        deliver(arrival, place);
     };
     if let Err(error) = spawn("repl-hello", None, body) {
-        greetings.fetch_sub(1, Ordering::AcqRel);
         tracing::warn!("{}", error.chain());
     }
 }
@@ -140,7 +155,7 @@ fn receive_greeting(
     reader: &mut FrameReader<Box<dyn Stream>>,
 ) -> Result<(Hello, Option<Offer>), WireError> {
     let mut payload = Vec::new();
-    let hello = match Message::receive(reader, &mut payload)? {
+    let hello = match Message::receive_only(Kind::Hello, "a greeting", reader, &mut payload)? {
         Message::Hello(hello) => hello,
         other => {
             return Err(WireError::Unexpected { found: other.kind(), expected: "a greeting" });
@@ -149,7 +164,7 @@ fn receive_greeting(
     if hello.connection != 0 {
         return Ok((hello, None));
     }
-    match Message::receive(reader, &mut payload)? {
+    match Message::receive_only(Kind::Offer, "an offer", reader, &mut payload)? {
         Message::Offer(offer) => Ok((hello, Some(offer))),
         other => Err(WireError::Unexpected { found: other.kind(), expected: "an offer" }),
     }

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use api::replication::{ReceiveReplicaData, TakeoverTimes};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
-use super::accept::Arrival;
+use super::accept::{Arrival, Place};
 use super::commit::{CommitError, Epoch, Gather};
-use super::receive::{DataConnection, ReceiveError, Shared};
+use super::receive::{DataConnection, OnItsWay, ReceiveError, Shared};
 use super::staging::{Budget, Part};
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
-use crate::engine::control::{Control, Greeted, Pace};
+use crate::engine::control::{Control, Credit, Greeted, Pace};
 use crate::engine::heard::Heard;
 use crate::engine::spawn;
 use crate::engine::status::Status;
@@ -21,7 +21,7 @@ use crate::guest::{Replica, ReplicaBuilder};
 use crate::ids::{Generation, PAGE_SIZE};
 use crate::observer::{Event as Told, Observer};
 use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing, VmId};
-use crate::primary::layout;
+use crate::primary::{layout, validate_paces};
 use crate::protocol::backup::{Backup, Event, State};
 use crate::transport::Stream;
 use crate::wire::{FrameReader, FrameWriter, Hello, Message, Offer, SessionId, Welcome, WireError};
@@ -38,10 +38,12 @@ pub(super) enum Ask {
 /// Everything that reaches the engine. Sessions are numbered so that what an old one still says
 /// is told apart.
 pub(super) enum Input {
-    Arrival(Arrival),
-    Message(u64, Message),
+    /// The place goes back to the acceptor once the arrival was dealt with.
+    Arrival(Arrival, Place),
+    /// The credit goes back to the reader once the message was dealt with.
+    Message(u64, Message, Credit),
     Lost(u64, WireError),
-    Part(u64, usize, Part),
+    Part(u64, usize, Part, OnItsWay),
     DataLost(u64, ReceiveError),
     /// The primary's bell rang: its process died.
     Bell(u64),
@@ -150,12 +152,15 @@ impl<B: ReplicaBuilder> Engine<B> {
 
     fn deadline(&self) -> Instant {
         let far = Instant::now() + Duration::from_secs(3600);
-        let silence = self.session.as_ref().map(|s| s.shared.heard.deadline(s.timeout));
+        let session = self.session.as_ref().filter(|_| self.is_receiving());
+        let silence = session.map(|s| s.shared.heard.deadline(s.timeout));
         silence.unwrap_or(far).min(self.retry_at.unwrap_or(far))
     }
 
     fn timers(&mut self) {
-        if let Some(session) = &self.session
+        // While the arbiter is asked, or the VM starts, nothing depends on the peer's life.
+        if self.is_receiving()
+            && let Some(session) = &self.session
             && session.shared.heard.is_silent(session.timeout, session.timeout / 2)
         {
             let silent_ms = u64::try_from(session.timeout.as_millis()).unwrap_or(u64::MAX);
@@ -178,16 +183,16 @@ impl<B: ReplicaBuilder> Engine<B> {
 
     fn input(&mut self, input: Input) {
         match input {
-            Input::Arrival(arrival) => self.arrival(arrival),
-            Input::Message(number, message) if self.is_current(number) => self.message(message),
+            Input::Arrival(arrival, _place) => self.arrival(arrival),
+            Input::Message(number, message, _credit) if self.is_current(number) => {
+                self.message(message);
+            }
             Input::Lost(number, error) if self.is_current(number) => self.lost(error),
-            Input::Part(number, index, part) if self.is_current(number) && self.is_receiving() => {
-                let due = self.machine.expected();
-                let whole = match &mut self.session {
-                    Some(session) => session.gather.part(index, part, due),
-                    None => return,
-                };
-                self.gathered(whole);
+            Input::Part(number, index, part, taken) => {
+                drop(taken);
+                if self.is_current(number) && self.is_receiving() {
+                    self.part(index, part);
+                }
             }
             Input::DataLost(number, error) if self.is_current(number) => {
                 if !error.is_loss() {
@@ -199,11 +204,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             Input::Bell(number) if self.is_current(number) => {
                 self.step(Event::Lost("The primary's process ended".to_owned()));
             }
-            Input::Message(..)
-            | Input::Lost(..)
-            | Input::Part(..)
-            | Input::DataLost(..)
-            | Input::Bell(_) => {}
+            Input::Message(..) | Input::Lost(..) | Input::DataLost(..) | Input::Bell(_) => {}
             Input::Arbiter(report) => self.arbiter(&report),
             Input::Ask(ask, answer) => self.asked(ask, answer),
         }
@@ -242,6 +243,9 @@ impl<B: ReplicaBuilder> Engine<B> {
         if offer.page_bytes as usize != PAGE_SIZE {
             return Some(format!("Pages of {} bytes are not supported", offer.page_bytes));
         }
+        if let Err(error) = validate_paces(offer.heartbeat_ms.into(), offer.timeout_ms.into()) {
+            return Some(error.to_string());
+        }
         if offer.arbiter != self.asker.exists() {
             let (here, there) = if offer.arbiter { ("no", "an") } else { ("an", "no") };
             return Some(format!("This side has {here} arbiter, the primary has {there} arbiter"));
@@ -267,16 +271,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         let heard = Heard::new();
         self.sessions += 1;
         let number = self.sessions;
-        let deliver = self.inputs.clone();
-        let control =
-            Control::start(Greeted { reader, writer }, pace, heard.clone(), move |word| {
-                let input = match word {
-                    Ok(message) => Input::Message(number, message),
-                    Err(error) => Input::Lost(number, error),
-                };
-                deliver.send(input).is_ok()
-            });
-        let control = match control {
+        let control = match self.listen(Greeted { reader, writer }, pace, &heard) {
             Ok(control) => control,
             Err(error) => return self.step(Event::Lost(error.chain())),
         };
@@ -288,13 +283,6 @@ impl<B: ReplicaBuilder> Engine<B> {
                 drop(control.finish());
                 return self.step(Event::Lost(error.chain()));
             }
-        };
-        let shared = Shared {
-            ram,
-            budget: Budget::new(self.options.staging_size),
-            round: Arc::new(AtomicU64::new(0)),
-            heard: heard.clone(),
-            counters: Arc::clone(&self.status.counters),
         };
         control.send(Message::Welcome(Welcome {
             host: self.identity().host.0,
@@ -312,13 +300,36 @@ impl<B: ReplicaBuilder> Engine<B> {
             control,
             data: (0..connections).map(|_| None).collect(),
             bell: None,
-            shared,
+            shared: self.share(ram, heard),
             gather: Gather::new(connections),
             timeout,
             last_word: false,
         });
-        self.status.lock().info.peer = Some(peer);
-        self.status.lock().info.last_error = None;
+        let mut gathered = self.status.lock();
+        gathered.info.peer = Some(peer);
+        gathered.info.last_error = None;
+    }
+
+    /// Starts the threads of the present session's control connection.
+    fn listen(&self, greeted: Greeted, pace: Pace, heard: &Heard) -> Result<Control, Error> {
+        let (number, deliver) = (self.sessions, self.inputs.clone());
+        Control::start(greeted, pace, heard.clone(), move |word, credit| {
+            let input = match word {
+                Ok(message) => Input::Message(number, message, credit),
+                Err(error) => Input::Lost(number, error),
+            };
+            deliver.send(input).is_ok()
+        })
+    }
+
+    fn share(&self, ram: crate::ram::Ram, heard: Heard) -> Shared {
+        Shared {
+            ram,
+            budget: Budget::new(self.options.staging_size),
+            round: Arc::new(AtomicU64::new(0)),
+            heard,
+            counters: Arc::clone(&self.status.counters),
+        }
     }
 
     fn build(&mut self, offer: &Offer) -> Result<crate::ram::Ram, Error> {
@@ -358,7 +369,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         let (number, deliver) = (session.number, self.inputs.clone());
         let started = DataConnection::start(index, reader, session.shared.clone(), move |part| {
             let input = match part {
-                Ok(part) => Input::Part(number, index, part),
+                Ok((part, taken)) => Input::Part(number, index, part, taken),
                 Err(error) => Input::DataLost(number, error),
             };
             deliver.send(input).is_ok()
@@ -430,7 +441,10 @@ impl<B: ReplicaBuilder> Engine<B> {
     /// The primary says that the record says PAIR: seen from here too, or the two sides look at
     /// different arbiters and both could win.
     fn paired(&mut self, generation: Generation) {
-        if self.asker.exists() {
+        if self.machine.state() != State::Syncing || self.pairing.is_some() {
+            // Not read: a claim may be under way, and is not to be forgotten for this.
+            self.step(Event::Bad("The primary paired out of turn".to_owned()));
+        } else if self.asker.exists() {
             self.pairing = Some(generation);
             self.asker.read();
         } else {
@@ -453,6 +467,13 @@ impl<B: ReplicaBuilder> Engine<B> {
         if let Some(epoch) = self.early.take() {
             self.verify(epoch);
         }
+    }
+
+    fn part(&mut self, index: usize, part: Part) {
+        let due = self.machine.expected();
+        let Some(session) = &mut self.session else { return };
+        let whole = session.gather.part(index, part, due);
+        self.gathered(whole);
     }
 
     fn gathered(&mut self, whole: Result<Option<Epoch>, CommitError>) {
@@ -501,9 +522,11 @@ impl<B: ReplicaBuilder> Engine<B> {
         match self.asker.report(report) {
             Next::Record(record) => self.record(record),
             Next::ReadFailed => {
-                self.pairing = None;
-                let error = report.error.clone().unwrap_or_default();
-                self.step(Event::Bad(error));
+                // A session that has ended asks no more.
+                if self.pairing.take().is_some() {
+                    let error = report.error.clone().unwrap_or_default();
+                    self.step(Event::Bad(error));
+                }
             }
             next => self.claim_went(next),
         }

@@ -7,6 +7,7 @@
 //!  repl-ctl       what the primary says
 //!  repl-beat      what it is told, heartbeats in between
 //!  repl-arbiter   asks the arbiter
+//!  repl-bell      waits for the end of the primary's process
 //! ```
 //!
 //! Always holds: the image is written by an epoch only when that epoch is whole, checked and
@@ -93,9 +94,10 @@ pub fn receive_at<B: ReplicaBuilder>(
     let timeout = Duration::from_millis(options.timeout_ms);
     let (inputs, queue) = unbounded();
     let deliver = inputs.clone();
-    let acceptor = accept::start(listener, timeout.max(Duration::from_secs(1)), move |arrival| {
-        deliver.send(Input::Arrival(arrival)).is_ok()
-    })?;
+    let acceptor =
+        accept::start(listener, timeout.max(Duration::from_secs(1)), move |arrival, place| {
+            deliver.send(Input::Arrival(arrival, place)).is_ok()
+        })?;
     let identity = Arc::new(Mutex::new(identity));
     let engine = Engine::new(
         builder,

@@ -1,7 +1,7 @@
 //! The receiver threads, one for each data connection: frames in, staged parts out.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -33,6 +33,8 @@ pub(super) enum ReceiveError {
     Mixed { current: EpochId, found: EpochId },
     #[error("Pages of a first copy arrived after a committed epoch")]
     LateCopy,
+    #[error("Epoch {0} ended before the one before it was acknowledged")]
+    Ahead(EpochId),
     #[error("The end of epoch {0} does not match what arrived")]
     Mismatch(EpochId),
     #[error("Cannot write to the image")]
@@ -58,6 +60,19 @@ pub(super) struct Shared {
     pub(super) counters: Arc<Counters>,
 }
 
+/// A part on its way to the engine, which drops this when it takes the part: one is as much as a
+/// primary may send ahead, since it waits for acknowledgements.
+pub(super) struct OnItsWay(Arc<AtomicBool>);
+
+impl Drop for OnItsWay {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+/// What a receiver delivers.
+pub(super) type Delivery = Result<(Part, OnItsWay), ReceiveError>;
+
 /// A data connection whose thread runs.
 pub(super) struct DataConnection {
     /// Parts that were applied go back to be filled again.
@@ -72,7 +87,7 @@ impl DataConnection {
         index: usize,
         reader: FrameReader<Box<dyn Stream>>,
         shared: Shared,
-        deliver: impl FnMut(Result<Part, ReceiveError>) -> bool + Send + 'static,
+        deliver: impl FnMut(Delivery) -> bool + Send + 'static,
     ) -> Result<Self, Error> {
         let io = |error| Error::Wire(WireError::Io(error));
         let closer = reader.get_ref().duplicate().map_err(io)?;
@@ -110,13 +125,18 @@ struct Receiving {
 }
 
 impl Receiving {
-    fn run(mut self, mut deliver: impl FnMut(Result<Part, ReceiveError>) -> bool) {
+    fn run(mut self, mut deliver: impl FnMut(Delivery) -> bool) {
+        let under_way = Arc::new(AtomicBool::new(false));
         let mut scratch = vec![0; RAW_PAGES_MAX * PAGE_SIZE];
         loop {
             match self.frame(&mut scratch) {
                 Ok(None) => {}
                 Ok(Some(part)) => {
-                    if !deliver(Ok(part)) {
+                    if under_way.swap(true, Ordering::AcqRel) {
+                        deliver(Err(ReceiveError::Ahead(part.epoch)));
+                        return;
+                    }
+                    if !deliver(Ok((part, OnItsWay(Arc::clone(&under_way))))) {
                         return;
                     }
                 }

@@ -4,7 +4,8 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::spawn;
 use crate::error::{Error, chain};
-use crate::ownership::{Arbiter, Record};
+use crate::ids::Generation;
+use crate::ownership::{Arbiter, ArbiterError, Record};
 use crate::protocol::ownership::{Action, Claim, Event, Verdict};
 
 /// What the thread reports: the claim's number, what happened, and the error if a call failed.
@@ -71,7 +72,7 @@ impl Asker {
     pub(crate) fn read(&mut self) -> Next {
         self.number += 1;
         self.claim = None;
-        self.carry_out(Action::Read)
+        self.carry_out(Action::Read { expected: Generation(0) })
     }
 
     /// Goes on after a report.
@@ -108,7 +109,7 @@ impl Asker {
                 self.claim = None;
                 Next::Decided(verdict)
             }
-            Action::Read | Action::Swap { .. } => {
+            Action::Read { .. } | Action::Swap { .. } => {
                 let calls = self.calls.as_ref().expect("claims are begun with an arbiter only");
                 // The thread lives as long as this sender.
                 let _ = calls.send((self.number, action));
@@ -118,6 +119,12 @@ impl Asker {
     }
 }
 
+fn read(arbiter: &dyn Arbiter, expected: Generation) -> Result<Option<Record>, ArbiterError> {
+    let record = arbiter.read()?;
+    let found = record.map_or(Generation(0), |record| record.generation);
+    if found < expected { Err(ArbiterError::Vanished(expected)) } else { Ok(record) }
+}
+
 fn work(
     arbiter: &dyn Arbiter,
     queue: &Receiver<(u64, Action)>,
@@ -125,7 +132,7 @@ fn work(
 ) {
     for (claim, action) in queue {
         let answer = match action {
-            Action::Read => arbiter.read().map(Event::Read),
+            Action::Read { expected } => read(arbiter, expected).map(Event::Read),
             Action::Swap { expected, next } => {
                 arbiter.compare_and_swap(expected, &next).map(Event::Swapped)
             }

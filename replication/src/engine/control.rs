@@ -1,7 +1,9 @@
 //! The threads of a control connection. Nothing bulky travels there except machine state, so
 //! acknowledgements and heartbeats never wait behind pages.
 //!
-//! The writer proves with heartbeats that the process lives, whatever its engine is busy with.
+//! The writer proves with heartbeats that the process lives, whatever its engine is busy with. The
+//! reader waits while the engine has not dealt with what it read before: a peer cannot fill this
+//! side's memory, and one that keeps to the protocol is never slowed.
 
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -14,6 +16,21 @@ use crate::error::Error;
 use crate::transport::Stream;
 use crate::wire::{FrameReader, FrameWriter, Message, WireError};
 
+/// Messages read ahead of the engine. One epoch is in flight, so a seal and the few words around
+/// it are all that a peer may have sent.
+const AHEAD_MAX: usize = 4;
+
+/// A place in the engine's queue; free again when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Credit(Sender<()>);
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        // A reader that is gone needs no place, and there is room for all places.
+        let _ = self.0.try_send(());
+    }
+}
+
 /// A stream that was greeted, with the places of both directions kept.
 pub(crate) struct Greeted {
     pub(crate) reader: FrameReader<Box<dyn Stream>>,
@@ -25,6 +42,8 @@ pub(crate) struct Greeted {
 pub(crate) struct Control {
     outgoing: Sender<Message>,
     closer: Closer,
+    /// Disconnected once the writer has ended.
+    written: Receiver<()>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -46,12 +65,13 @@ pub(crate) struct Pace {
 
 impl Control {
     /// Starts reader and writer. `deliver` gets every message but heartbeats, then the error that
-    /// ended the stream; it returns `false` when nobody listens any more.
+    /// ended the stream; it returns `false` when nobody listens any more. The credit is dropped
+    /// when the message was dealt with.
     pub(crate) fn start(
         greeted: Greeted,
         pace: Pace,
         heard: Heard,
-        deliver: impl FnMut(Result<Message, WireError>) -> bool + Send + 'static,
+        deliver: impl FnMut(Result<Message, WireError>, Credit) -> bool + Send + 'static,
     ) -> Result<Self, Error> {
         let setup = |error| Error::Wire(WireError::Io(error));
         let Greeted { reader, writer } = greeted;
@@ -60,14 +80,18 @@ impl Control {
         writer.get_ref().set_write_timeout(Some(pace.linger)).map_err(setup)?;
         let (outgoing, queue) = unbounded();
         let (ends, ended) = bounded(0);
+        let (writes, written) = bounded(0);
         let threads = vec![
             spawn("repl-ctl", None, move || {
                 read(listening(reader, heard), deliver);
                 drop::<Sender<()>>(ends);
             })?,
-            spawn("repl-beat", None, move || write(writer, &queue, &ended, pace))?,
+            spawn("repl-beat", None, move || {
+                write(writer, &queue, &ended, pace);
+                drop::<Sender<()>>(writes);
+            })?,
         ];
-        Ok(Self { outgoing, closer, threads })
+        Ok(Self { outgoing, closer, written, threads })
     }
 
     /// Queues a message; lost if the connection is.
@@ -81,6 +105,17 @@ impl Control {
         self.threads
     }
 
+    /// As [`Control::finish`], and waits until the peer has read all and closed in turn, for
+    /// `limit` at most.
+    pub(crate) fn finish_within(self, limit: Duration) {
+        let Self { outgoing, closer, written, threads } = self;
+        drop(outgoing);
+        // Nothing is ever sent: the wait ends with the writer, or the patience.
+        let _ = written.recv_timeout(limit);
+        closer.0.close();
+        drop(threads);
+    }
+
     /// Ends both directions at once.
     pub(crate) fn close(self) -> Vec<JoinHandle<()>> {
         self.closer.0.close();
@@ -90,15 +125,20 @@ impl Control {
 
 fn read(
     mut reader: FrameReader<Listening<Box<dyn Stream>>>,
-    mut deliver: impl FnMut(Result<Message, WireError>) -> bool,
+    mut deliver: impl FnMut(Result<Message, WireError>, Credit) -> bool,
 ) {
     let mut payload = Vec::new();
+    let (free, places) = bounded(AHEAD_MAX);
+    (0..AHEAD_MAX).for_each(|_| free.send(()).expect("this end holds both"));
     loop {
         let message = Message::receive(&mut reader, &mut payload);
         let ended = message.is_err();
         let wanted = match message {
             Ok(Message::Heartbeat) => true,
-            other => deliver(other),
+            other => {
+                places.recv().expect("this end holds both");
+                deliver(other, Credit(free.clone()))
+            }
         };
         if ended {
             return;

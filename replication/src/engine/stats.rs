@@ -28,6 +28,12 @@ impl Window {
         }
     }
 
+    /// Values that are remembered.
+    #[cfg(test)]
+    pub(crate) fn count(&self) -> u64 {
+        self.values.len() as u64
+    }
+
     pub(crate) fn add_time(&mut self, time: Duration) {
         self.add(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
     }

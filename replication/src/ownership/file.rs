@@ -41,7 +41,8 @@ impl FileArbiter {
             let Some(number) = name.to_str().and_then(|name| name.strip_prefix("gen-")) else {
                 continue;
             };
-            let number = number.parse().map_err(|_| ArbiterError::Damaged {
+            let number = number.parse().ok().filter(|number| *number < u64::MAX);
+            let number = number.ok_or_else(|| ArbiterError::Damaged {
                 path: self.dir.join(&name),
                 reason: "the name holds no generation".to_owned(),
             })?;
@@ -73,6 +74,13 @@ impl FileArbiter {
         file.write_all(&text)?;
         file.sync_all()
     }
+
+    /// Won only when the record would survive a crash of this host.
+    fn settled(&self, generation: Generation) -> Result<Outcome, ArbiterError> {
+        let failed = |error| ArbiterError::Write(self.path(generation), error);
+        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+        Ok(Outcome::Won)
+    }
 }
 
 impl Arbiter for FileArbiter {
@@ -87,7 +95,15 @@ impl Arbiter for FileArbiter {
     ) -> Result<Outcome, ArbiterError> {
         assert_eq!(next.generation, expected.next(), "a swap raises the generation by one");
         let standing = self.read()?;
-        if standing.map_or(Generation(0), |record| record.generation) != expected {
+        let found = standing.map_or(Generation(0), |record| record.generation);
+        if found < expected {
+            // An empty mount point, or a listing from before: records are never deleted.
+            return Err(ArbiterError::Vanished(expected));
+        }
+        if standing == Some(*next) {
+            return self.settled(next.generation);
+        }
+        if found > expected {
             return Ok(Outcome::Lost(standing));
         }
         let path = self.path(next.generation);
@@ -103,14 +119,13 @@ impl Arbiter for FileArbiter {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 let standing = self.load(next.generation)?;
                 if standing != *next {
-                    return Ok(Outcome::Lost(self.read()?));
+                    // The winner itself: what a second listing says may be older.
+                    return Ok(Outcome::Lost(Some(standing)));
                 }
             }
             Err(error) => return Err(failed(error)),
         }
-        // Won only when it would survive a crash of this host.
-        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
-        Ok(Outcome::Won)
+        self.settled(next.generation)
     }
 }
 

@@ -25,9 +25,30 @@ fn a_swap_needs_the_generation_that_stands() {
     let second = solo(2, host(), vm);
     assert_eq!(arbiter.compare_and_swap(Generation(1), &second).unwrap(), Outcome::Won);
     assert_eq!(arbiter.read().unwrap(), Some(second));
-    let ahead = solo(4, host(), vm);
-    let lost = arbiter.compare_and_swap(Generation(3), &ahead).unwrap();
-    assert_eq!(lost, Outcome::Lost(Some(second)));
+    // Once more, after an answer that got lost.
+    assert_eq!(arbiter.compare_and_swap(Generation(1), &second).unwrap(), Outcome::Won);
+}
+
+#[test]
+fn a_record_that_is_gone_or_older_is_no_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let arbiter = FileArbiter::new(dir.path().to_owned());
+    let vm = VmId(Uuid::new_v4());
+    let ahead = solo(3, host(), vm);
+    let vanished = |error| matches!(error, ArbiterError::Vanished(Generation(2)));
+    assert!(vanished(arbiter.compare_and_swap(Generation(2), &ahead).unwrap_err()));
+    arbiter.compare_and_swap(Generation(0), &solo(1, host(), vm)).unwrap();
+    assert!(vanished(arbiter.compare_and_swap(Generation(2), &ahead).unwrap_err()));
+    assert!(!dir.path().join("gen-3").exists());
+}
+
+#[test]
+fn the_last_generation_is_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let record = serde_json::to_vec(&solo(u64::MAX, host(), VmId(Uuid::new_v4()))).unwrap();
+    fs::write(dir.path().join(format!("gen-{}", u64::MAX)), record).unwrap();
+    let arbiter = FileArbiter::new(dir.path().to_owned());
+    assert!(matches!(arbiter.read(), Err(ArbiterError::Damaged { .. })));
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub enum ArbiterError {
     Damaged { path: PathBuf, reason: String },
     #[error("Cannot write the ownership record {0}")]
     Write(PathBuf, #[source] io::Error),
-    #[error("The arbiter holds no record where generation {0} was")]
+    #[error("The arbiter holds no record where generation {0} was: is its storage mounted?")]
     Vanished(Generation),
 }
 
@@ -41,7 +41,7 @@ pub enum ArbiterError {
 pub enum Outcome {
     /// The record is the caller's.
     Won,
-    /// The record that stands instead; `None` if there is none where one was expected.
+    /// The record that stands instead, of a later generation.
     Lost(Option<Record>),
 }
 
@@ -54,10 +54,12 @@ pub trait Arbiter: Send {
     fn read(&self) -> Result<Option<Record>, ArbiterError>;
 
     /// Puts `next` in place of the record of generation `expected` (0: of none).
-    /// `next.generation` must be `expected + 1`.
+    /// `next.generation` must be `expected + 1`. If `next` stands already, this makes sure that it
+    /// survives a crash, and is won.
     ///
     /// # Errors
-    /// [`ArbiterError`]: the outcome is unknown, read again.
+    /// [`ArbiterError`]: the outcome is unknown, read again. [`ArbiterError::Vanished`] if an older
+    /// record stands than `expected`, or none: generations never go back.
     fn compare_and_swap(
         &self,
         expected: Generation,

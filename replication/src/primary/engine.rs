@@ -4,16 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use api::replication::{Degrade, ReplicateData};
+use api::replication::{Cow, Degrade, ReplicateData};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::options::Checked;
 use super::seal::{Pause, Sealer};
 use super::send::{Job, Senders, Sent, Source};
-use super::session;
+use super::session::{self, Session};
 use crate::capture::epoch::Cadence;
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
-use crate::engine::control::{Control, Pace};
+use crate::engine::control::{Control, Credit, Greeted, Pace};
 use crate::engine::heard::Heard;
 use crate::engine::status::Status;
 use crate::error::Error;
@@ -46,7 +46,8 @@ pub(super) enum Ask {
 
 /// Everything that reaches the engine.
 pub(super) enum Input {
-    Message(Message),
+    /// The credit goes back to the reader once the message was dealt with.
+    Message(Message, Credit),
     /// The control connection ended.
     Lost(WireError),
     Sent(Sent),
@@ -127,41 +128,28 @@ impl<G: Guest> Engine<G> {
         let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
         let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
         let session = session::open(&mut guest, &address, &options, identity)?;
-        let staging = session.welcome.staging_bytes;
+        let Session { control, data, backup, welcome } = session;
         let millis = Duration::from_millis;
-        let cadence = Cadence::new(millis(options.epoch_min_ms), millis(options.epoch_ms), staging);
+        let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
+        let cadence = Cadence::new(shortest, longest, welcome.staging_bytes);
         let heard = Heard::new();
         let deliver = inputs.clone();
         let asker =
             Asker::start(arbiter, move |report| deliver.send(Input::Arbiter(report)).is_ok())?;
-        let pace =
-            Pace { heartbeat: millis(options.heartbeat_ms), linger: millis(options.timeout_ms) };
-        let deliver = inputs.clone();
-        let control = Control::start(session.control, pace, heard.clone(), move |message| {
-            let input = message.map_or_else(Input::Lost, Input::Message);
-            deliver.send(input).is_ok()
-        })?;
+        let control = Self::listen(control, &options, &heard, inputs.clone())?;
         let ram = guest.ram();
         let deliver = inputs.clone();
-        let senders = Senders::start(session.data, &ram, &status.counters, move |sent| {
+        let senders = Senders::start(data, &ram, &status.counters, move |sent| {
             deliver.send(Input::Sent(sent)).is_ok()
         })?;
-        let output = Arc::new(AtomicBool::new(false));
-        let waiting = Arc::clone(&output);
-        let wakes = inputs.clone();
-        guest.set_output_waker(Waker::new(move || {
-            if !waiting.swap(true, Ordering::AcqRel) {
-                // An engine that has ended holds nothing.
-                let _ = wakes.send(Input::Output);
-            }
-        }));
+        let output = Self::wake_by(&mut guest, inputs.clone());
         Ok(Self {
             sealer: Sealer::new(ram, options.cow, cadence.staging_pages()),
             machine: Primary::new(asker.exists(), generation),
             guest,
             options,
             identity,
-            backup: session.backup,
+            backup,
             observer,
             status,
             queue,
@@ -188,6 +176,37 @@ impl<G: Guest> Engine<G> {
             stop_answer: vec![],
             failover_answer: vec![],
         })
+    }
+
+    fn listen(
+        greeted: Greeted,
+        options: &ReplicateData,
+        heard: &Heard,
+        inputs: Sender<Input>,
+    ) -> Result<Control, Error> {
+        let millis = Duration::from_millis;
+        let pace =
+            Pace { heartbeat: millis(options.heartbeat_ms), linger: millis(options.timeout_ms) };
+        Control::start(greeted, pace, heard.clone(), move |word, credit| {
+            let input = match word {
+                Ok(message) => Input::Message(message, credit),
+                Err(error) => Input::Lost(error),
+            };
+            inputs.send(input).is_ok()
+        })
+    }
+
+    /// The flag that waiting output raises, once for each seal.
+    fn wake_by(guest: &mut G, inputs: Sender<Input>) -> Arc<AtomicBool> {
+        let output = Arc::new(AtomicBool::new(false));
+        let waiting = Arc::clone(&output);
+        guest.set_output_waker(Waker::new(move || {
+            if !waiting.swap(true, Ordering::AcqRel) {
+                // An engine that has ended holds nothing.
+                let _ = inputs.send(Input::Output);
+            }
+        }));
+        output
     }
 
     /// Works until the protection ends one way or another.
@@ -267,7 +286,7 @@ impl<G: Guest> Engine<G> {
 
     fn input(&mut self, input: Input) {
         match input {
-            Input::Message(message) => self.message(message),
+            Input::Message(message, _credit) => self.message(message),
             Input::Lost(error) => self.lost(error),
             Input::Sent(Ok(number)) if number == self.job => {
                 self.unsent -= 1;
@@ -310,7 +329,7 @@ impl<G: Guest> Engine<G> {
                 let reason = Error::PeerAborted(reason).chain();
                 self.step(Event::PeerLost(reason));
             }
-            Message::ResyncReady if self.work == Work::Nothing => self.copy(0),
+            Message::ResyncReady => self.step(Event::ResyncReady),
             Message::StopDone => {}
             Message::HandedOver(generation) => self.step(Event::HandedOver(generation)),
             other => {
@@ -335,7 +354,11 @@ impl<G: Guest> Engine<G> {
                 self.too_large = 0;
             }
         }
-        if self.work == Work::Epochs && (self.handover || self.sealer.stands()) {
+        // With cow=off the guest stands until the senders say that all is out, which an
+        // acknowledgement may overtake: there is nothing to seal then.
+        let sending = self.options.cow == Cow::Off && self.unsent > 0;
+        let waits = self.sealer.stands() && !sending;
+        if self.work == Work::Epochs && (self.handover || waits) {
             self.seal();
         }
     }

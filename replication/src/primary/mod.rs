@@ -184,6 +184,12 @@ impl PrimaryHandle {
         }
     }
 
+    /// Pauses that were measured so far, up to the window's size.
+    #[cfg(test)]
+    pub(crate) fn pauses(&self) -> u64 {
+        self.status.lock().pause_us.count()
+    }
+
     /// Whether the engine has ended: the VM is unprotected, or gone.
     #[must_use]
     pub fn is_finished(&self) -> bool {

@@ -8,6 +8,7 @@
 //!   bell:    Hello(n + 1)     ->   (its end says that the primary's process died)
 //! ```
 
+use std::io;
 use std::time::Duration;
 
 use api::replication::ReplicateData;
@@ -25,8 +26,9 @@ use crate::wire::{
     WireRegion,
 };
 
-/// A backup builds the machine before it answers: memory of hundreds of GiB takes its time.
-const WELCOME_WAIT: Duration = Duration::from_secs(60);
+/// Shortest wait for a sign of the backup. While it builds the machine, and memory of hundreds of
+/// GiB takes its time, its heart beats, so the wait is for one beat.
+const SIGN_WAIT_MIN: Duration = Duration::from_secs(1);
 
 /// What was agreed, and the connections.
 pub(super) struct Session {
@@ -60,7 +62,8 @@ pub(super) fn open(
         Message::Hello(Hello { vm: vm.0, host: host.0, connection, connections })
     };
     let io = |error| Error::Wire(WireError::Io(error));
-    stream.set_read_timeout(Some(WELCOME_WAIT)).map_err(io)?;
+    let patience = timeout.max(SIGN_WAIT_MIN);
+    stream.set_read_timeout(Some(patience)).map_err(io)?;
     let reader = FrameReader::new(stream.duplicate().map_err(io)?, Some(session));
     let mut control = Greeted { reader, writer: FrameWriter::new(stream, session) };
     // A backup that refuses may close before it has read all: its reason is worth more than the
@@ -75,6 +78,10 @@ pub(super) fn open(
             let found = other.kind();
             return Err(Error::Wire(WireError::Unexpected { found, expected: "a welcome" }));
         }
+        Err(WireError::Io(error)) if is_late(&error) => {
+            let silent_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+            return Err(Error::Silent { silent_ms });
+        }
         Err(error) => return Err(Error::Wire(written.err().unwrap_or(error))),
     };
     written.map_err(Error::Wire)?;
@@ -88,6 +95,10 @@ pub(super) fn open(
     let bell = hello(options.connections + 1);
     super::bell::start(address.clone(), session, bell, timeout);
     Ok(Session { control, data, backup: HostId(welcome.host), welcome })
+}
+
+fn is_late(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
 /// The first message that is no heartbeat: a backup that builds the machine proves its life.

@@ -187,6 +187,10 @@ impl Backup {
         if self.state != State::Syncing || self.generation.is_some_and(|old| old >= generation) {
             return self.bad("The primary paired out of turn".to_owned());
         }
+        if generation.0 == u64::MAX {
+            // A take-over needs a generation after it.
+            return self.bad("The primary paired under the last generation".to_owned());
+        }
         self.generation = Some(generation);
         vec![]
     }

@@ -1,4 +1,7 @@
+use uuid::Uuid;
+
 use super::*;
+use crate::ownership::{HostId, Record, Standing, VmId};
 
 const G1: Generation = Generation(1);
 
@@ -32,8 +35,11 @@ fn nothing_is_acknowledged_after_a_claim() {
 fn a_lost_claim_discards_and_listens() {
     let mut backup = replica(true);
     backup.step(Event::Lost("cut".into()));
-    let lost = backup.step(Event::Verdict(Verdict::Lost(None)));
-    let report = Action::Report(Report::Lost(Verdict::Lost(None)));
+    let vm = VmId(Uuid::from_u128(8));
+    let standing = Standing::Solo { owner: HostId(Uuid::from_u128(7)) };
+    let theirs = Verdict::Lost(Record { generation: Generation(2), vm, standing });
+    let lost = backup.step(Event::Verdict(theirs));
+    let report = Action::Report(Report::Lost(theirs));
     assert_eq!(lost, [Action::Close, Action::Discard, report]);
     assert_eq!(backup.state(), State::Idle);
 }
@@ -77,4 +83,14 @@ fn after_a_copy_anew_has_begun_there_is_nothing_to_start_from() {
     assert_eq!(told, [Action::DropStaging, Action::TellResyncReady]);
     let lost = backup.step(Event::Lost("cut".into()));
     assert!(lost.contains(&Action::Discard) && !lost.contains(&Action::Start));
+}
+
+#[test]
+fn the_last_generation_is_refused() {
+    let mut backup = Backup::new(false);
+    backup.step(Event::Accepted);
+    let actions = backup.step(Event::Paired(Generation(u64::MAX)));
+    let Action::TellAbort(reason) = &actions[0] else { panic!("{actions:?}") };
+    assert!(reason.contains("last generation"), "{reason}");
+    assert_eq!(backup.state(), State::Idle);
 }

@@ -3,17 +3,19 @@
 //! ```text
 //!            swap done: won, or our own record stands
 //!  Swapping ------------------------------------------> owned
-//!    |  ^  \--- another record stands -----------------> lost
+//!    |  ^  \--- a later record stands -----------------> lost
 //!    |  |
-//!    |  | read done: the expected generation stands
+//!    |  | read done: the expected generation stands, or our own record
 //!    v  |
-//!  Waiting --(timer)--> Reading --- our record stands --> owned
-//!    ^                    |  \----- another ------------> lost
-//!    +---- failed --------+
+//!  Waiting --(timer)--> Reading --- another later record --> lost
+//!    ^                    |
+//!    +-- failed, older ---+
 //! ```
 //!
 //! Always holds: a failed call says nothing about its outcome, so it is followed by a read, and no
-//! verdict is given without an answer.
+//! verdict is given without an answer. Generations never go back: no record where one stood, or an
+//! older one, is storage that vanished or a stale listing, so it is no answer either. A read says
+//! nothing about durability, so our own record is swapped once more before it counts.
 
 use crate::ids::Generation;
 use crate::ownership::{Outcome, Record};
@@ -36,9 +38,17 @@ pub enum Event {
 /// What to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    Read,
-    Swap { expected: Generation, next: Record },
-    Wait { ms: u64 },
+    /// Read the record; one older than `expected`, or none, is a failure.
+    Read {
+        expected: Generation,
+    },
+    Swap {
+        expected: Generation,
+        next: Record,
+    },
+    Wait {
+        ms: u64,
+    },
     Decide(Verdict),
 }
 
@@ -47,8 +57,8 @@ pub enum Action {
 pub enum Verdict {
     /// The record is ours, with this generation.
     Owned(Generation),
-    /// This record stands instead; `None` if the arbiter has none at all.
-    Lost(Option<Record>),
+    /// This record stands instead.
+    Lost(Record),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,21 +91,28 @@ impl Claim {
         match (self.state, event) {
             (State::Swapping, Event::Swapped(Outcome::Won)) => Some(self.owned()),
             (State::Swapping, Event::Swapped(Outcome::Lost(standing))) => {
-                Some(self.judge(standing))
+                Some(self.refused(standing))
             }
-            (State::Reading, Event::Read(standing)) => Some(self.judge(standing)),
-            (State::Swapping | State::Reading, Event::Failed) => {
-                self.state = State::Waiting;
-                let ms = self.retry_ms;
-                self.retry_ms = (ms * 2).min(RETRY_MS_LAST);
-                Some(Action::Wait { ms })
-            }
+            (State::Reading, Event::Read(standing)) => Some(self.found(standing)),
+            (State::Swapping | State::Reading, Event::Failed) => Some(self.wait()),
             (State::Waiting, Event::Timer) => {
                 self.state = State::Reading;
-                Some(Action::Read)
+                Some(Action::Read { expected: self.expected })
             }
             _ => None,
         }
+    }
+
+    fn wait(&mut self) -> Action {
+        self.state = State::Waiting;
+        let ms = self.retry_ms;
+        self.retry_ms = (ms * 2).min(RETRY_MS_LAST);
+        Action::Wait { ms }
+    }
+
+    fn swap(&mut self) -> Action {
+        self.state = State::Swapping;
+        Action::Swap { expected: self.expected, next: self.next }
     }
 
     fn owned(&mut self) -> Action {
@@ -103,22 +120,28 @@ impl Claim {
         Action::Decide(Verdict::Owned(self.next.generation))
     }
 
-    fn judge(&mut self, standing: Option<Record>) -> Action {
+    /// A swap that did not take place says what stands.
+    fn refused(&mut self, standing: Option<Record>) -> Action {
         match standing {
             Some(record) if record == self.next => self.owned(),
-            Some(record) if record.generation == self.expected => {
-                self.state = State::Swapping;
-                Action::Swap { expected: self.expected, next: self.next }
-            }
-            None if self.expected == Generation(0) => {
-                self.state = State::Swapping;
-                Action::Swap { expected: self.expected, next: self.next }
-            }
-            other => {
-                self.state = State::Decided;
-                Action::Decide(Verdict::Lost(other))
-            }
+            Some(record) if record.generation > self.expected => self.lost(record),
+            // No reason to refuse the swap: whoever says so looked at something stale.
+            _ => self.wait(),
         }
+    }
+
+    fn found(&mut self, standing: Option<Record>) -> Action {
+        let generation = standing.map_or(Generation(0), |record| record.generation);
+        match standing {
+            Some(record) if record != self.next && generation > self.expected => self.lost(record),
+            _ if generation < self.expected => self.wait(),
+            _ => self.swap(),
+        }
+    }
+
+    fn lost(&mut self, record: Record) -> Action {
+        self.state = State::Decided;
+        Action::Decide(Verdict::Lost(record))
     }
 }
 

@@ -8,6 +8,8 @@ fn record(generation: u64, owner: u128) -> Record {
     Record { generation: Generation(generation), vm: VmId(Uuid::from_u128(1)), standing }
 }
 
+const READ: Action = Action::Read { expected: Generation(1) };
+
 #[test]
 fn an_unknown_outcome_is_read_again_before_anything_is_decided() {
     let ours = record(2, 5);
@@ -16,21 +18,48 @@ fn an_unknown_outcome_is_read_again_before_anything_is_decided() {
     assert_eq!(first, swap);
     assert_eq!(claim.step(Event::Failed), Some(Action::Wait { ms: 100 }));
     assert_eq!(claim.step(Event::Swapped(Outcome::Won)), None);
-    assert_eq!(claim.step(Event::Timer), Some(Action::Read));
+    assert_eq!(claim.step(Event::Timer), Some(READ));
     assert_eq!(claim.step(Event::Failed), Some(Action::Wait { ms: 200 }));
-    assert_eq!(claim.step(Event::Timer), Some(Action::Read));
+    assert_eq!(claim.step(Event::Timer), Some(READ));
     // It had not taken effect: try again. Then it had.
     let mut again = claim.clone();
-    assert_eq!(again.step(Event::Read(Some(record(1, 9)))), Some(swap));
+    assert_eq!(again.step(Event::Read(Some(record(1, 9)))), Some(swap.clone()));
+    // A read does not say whether it would survive a crash: the swap does.
+    assert_eq!(claim.step(Event::Read(Some(ours))), Some(swap));
     let owned = Action::Decide(Verdict::Owned(Generation(2)));
-    assert_eq!(claim.step(Event::Read(Some(ours))), Some(owned));
+    assert_eq!(claim.step(Event::Swapped(Outcome::Won)), Some(owned));
 }
 
 #[test]
 fn another_record_is_a_loss() {
     let other = record(2, 6);
     let (mut claim, _) = Claim::new(Generation(1), record(2, 5));
-    let lost = Action::Decide(Verdict::Lost(Some(other)));
+    let lost = Action::Decide(Verdict::Lost(other));
     assert_eq!(claim.step(Event::Swapped(Outcome::Lost(Some(other)))), Some(lost));
     assert_eq!(claim.step(Event::Timer), None);
+}
+
+#[test]
+fn generations_never_go_back() {
+    for stale in [None, Some(record(1, 9))] {
+        let (mut claim, _) = Claim::new(Generation(2), record(3, 5));
+        let refused = claim.step(Event::Swapped(Outcome::Lost(stale)));
+        assert_eq!(refused, Some(Action::Wait { ms: 100 }), "{stale:?}");
+        let read = Action::Read { expected: Generation(2) };
+        assert_eq!(claim.step(Event::Timer), Some(read));
+        assert_eq!(claim.step(Event::Read(stale)), Some(Action::Wait { ms: 200 }));
+        claim.step(Event::Timer);
+        let swap = Action::Swap { expected: Generation(2), next: record(3, 5) };
+        assert_eq!(claim.step(Event::Read(Some(record(2, 6)))), Some(swap));
+    }
+}
+
+#[test]
+fn a_swap_refused_without_a_reason_waits() {
+    let stale = [(1, Some(record(1, 9))), (0, None)];
+    for (expected, standing) in stale {
+        let (mut claim, _) = Claim::new(Generation(expected), record(expected + 1, 5));
+        let refused = claim.step(Event::Swapped(Outcome::Lost(standing)));
+        assert_eq!(refused, Some(Action::Wait { ms: 100 }));
+    }
 }

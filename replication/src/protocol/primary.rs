@@ -3,20 +3,22 @@
 //! ```text
 //!               synced         owned (PAIR)            ack, ack, ...
 //!   Syncing ------------> Pairing ----------> Protected ----+
-//!     ^  | peer lost, stop   | peer lost, stop   |    ^-----+
-//!     |  v                   v                   | peer lost | stop | too large | failover
+//!     ^  | peer lost, stop   | peer lost, stop,  |    ^-----+
+//!     |  v                   v lost              | peer lost | stop | too large | failover
 //!     |  Failed / Stopped   Failed / Stopped     v                              v
-//!     |                                       Claiming                     HandingOver
-//!     |       owned, to copy anew                | |  peer lost                 |
-//!     +------------------------------------------+ |  <-------------------------+ handed over
-//!                       owned |          lost      |                            |
-//!                             v                    v                            v
-//!                      Alone / Stopped            Gone <------------------------+
+//!     |                                       Claiming <---- peer lost ---- HandingOver
+//!     |       owned, to copy anew                | |                         |       |
+//!     +------------------------------------------+ |    peer lost, sealed,   |       | handed
+//!                       owned |          lost      |    no arbiter           v       | over
+//!                             v                    v                     Undecided   |
+//!                      Alone / Stopped            Gone <-- handed over ------|-------+
+//!                                 ^----------------------- stop -------------+
 //! ```
 //!
 //! Output is free in Syncing and Pairing, held in all states between, and free again in Alone and
-//! Stopped. HandingOver without an arbiter that loses its peer is Undecided: the backup may run
-//! the VM, and only a person knows.
+//! Stopped. HandingOver without an arbiter that loses its peer after the last epoch was sealed is
+//! Undecided: the backup may run the VM, and only a person knows, unless the backup's word was
+//! only late.
 
 use crate::ids::{EpochId, Generation};
 use crate::protocol::ownership::Verdict;
@@ -81,6 +83,8 @@ pub enum Event {
     FailoverAsked,
     /// The backup runs the VM.
     HandedOver(Generation),
+    /// The backup is ready for a copy anew.
+    ResyncReady,
 }
 
 /// What the engine does, in this order.
@@ -96,8 +100,10 @@ pub enum Action {
     },
     TellPaired(Generation),
     TellStop,
-    /// Tell the backup that its replica is worthless, and copy anew.
-    CopyAnew,
+    /// Tell the backup that its replica is worthless; the copy begins when it is ready.
+    TellResync,
+    /// Copy all of memory while the guest runs.
+    Copy,
     /// Hold output from here on.
     Hold,
     /// Seal epochs as the cadence says, beginning now.
@@ -145,6 +151,10 @@ pub struct Primary {
     protected: bool,
     /// Whether the VM was protected before the present copy.
     resync: bool,
+    /// Whether the backup was told of a copy anew and has not said that it is ready.
+    awaits_ready: bool,
+    /// Whether the last epoch of a switch-over was sealed: the backup may have it and start.
+    handed: bool,
     reason: String,
 }
 
@@ -160,6 +170,8 @@ impl Primary {
             committed: EpochId(0),
             protected: false,
             resync: false,
+            awaits_ready: false,
+            handed: false,
             reason: String::new(),
         }
     }
@@ -205,6 +217,7 @@ impl Primary {
             Event::StopAsked => self.stop_asked(),
             Event::FailoverAsked => self.failover_asked(),
             Event::HandedOver(generation) => self.handed_over(generation),
+            Event::ResyncReady => self.resync_ready(),
         }
     }
 
@@ -221,9 +234,15 @@ impl Primary {
                 self.go(State::Protected);
                 vec![Action::Hold, Action::TellPaired(generation), Action::BeginEpochs]
             }
-            (State::Pairing, Verdict::Lost(_)) => {
-                self.go(State::Gone);
-                vec![Action::Close, Action::Destroy, Action::Report(Report::Lost(verdict))]
+            // Nobody else can run this VM: nothing of it was ever committed anywhere, or this side
+            // owned it alone until now. The record is of another VM, or of an older attempt.
+            (State::Pairing, Verdict::Lost(record)) => {
+                self.go(State::Failed);
+                let reason = format!(
+                    "The arbiter's directory holds another record ({record}): use an empty \
+                     directory for each VM"
+                );
+                vec![Action::TellStop, Action::Report(Report::Failed(reason))]
             }
             (State::Claiming(purpose), Verdict::Owned(generation)) => {
                 self.generation = generation;
@@ -261,8 +280,9 @@ impl Primary {
                 self.go(State::Syncing);
                 self.protected = false;
                 self.resync = true;
+                self.awaits_ready = true;
                 let report = Action::Report(Report::Degraded(reason));
-                vec![Action::Pass, Action::Release, Action::CopyAnew, report]
+                vec![Action::Pass, Action::Release, Action::TellResync, report]
             }
         }
     }
@@ -271,6 +291,7 @@ impl Primary {
         assert!(matches!(self.state, State::Protected | State::HandingOver));
         assert_eq!(self.in_flight, None, "one epoch is in flight");
         self.in_flight = Some(epoch);
+        self.handed = self.state == State::HandingOver;
         vec![]
     }
 
@@ -305,16 +326,15 @@ impl Primary {
                 vec![Action::Close, Action::Report(Report::Failed(reason))]
             }
             State::Protected => self.claim(Purpose::PeerLost, reason),
-            State::HandingOver if self.arbiter => {
+            State::HandingOver if self.handed && !self.arbiter => self.undecided(reason),
+            State::HandingOver => {
                 let report = Action::Report(Report::FailoverFailed(reason.clone()));
                 let mut actions = self.claim(Purpose::PeerLost, reason);
                 actions.push(report);
                 actions
             }
-            State::HandingOver => {
-                self.go(State::Undecided);
-                vec![Action::Close, Action::Report(Report::Undecided(reason))]
-            }
+            // The claim goes on without anybody to tell how it ends.
+            State::Claiming(Purpose::Stop) => vec![Action::Close],
             State::Claiming(Purpose::Resync | Purpose::GiveUp) => {
                 // There is nobody left to copy to.
                 self.reason = reason;
@@ -323,6 +343,12 @@ impl Primary {
             }
             _ => vec![],
         }
+    }
+
+    /// The backup may have the last epoch, and nobody can be asked whether it started.
+    fn undecided(&mut self, reason: String) -> Vec<Action> {
+        self.go(State::Undecided);
+        vec![Action::EndEpochs, Action::Close, Action::Report(Report::Undecided(reason))]
     }
 
     fn claim(&mut self, purpose: Purpose, reason: String) -> Vec<Action> {
@@ -349,6 +375,7 @@ impl Primary {
                 self.go(State::Failed);
                 vec![Action::TellStop, Action::Release, Action::Report(Report::Failed(reason))]
             }
+            State::HandingOver if self.handed && !self.arbiter => self.undecided(reason),
             State::Protected | State::HandingOver => self.claim(Purpose::GiveUp, reason),
             _ => vec![],
         }
@@ -388,17 +415,28 @@ impl Primary {
     }
 
     fn handed_over(&mut self, generation: Generation) -> Vec<Action> {
+        // Only what was asked for is believed.
+        let asked = self.handed
+            && self.in_flight.is_none()
+            && generation.0.checked_sub(1) == Some(self.generation.0);
         match self.state {
-            // Only what was asked for is believed; an arbiter's word counts in Claiming.
-            State::HandingOver if self.in_flight.is_none() && generation > self.generation => {
+            State::HandingOver | State::Undecided if asked => {
                 self.generation = generation;
                 self.go(State::Gone);
                 let report = Action::Report(Report::FailoverFinished);
                 vec![Action::Destroy, Action::Close, report]
             }
+            // An arbiter's word counts in Claiming.
             State::Claiming(_) | State::Undecided => vec![],
             _ => self.peer_lost("The backup claims to run the VM, unasked".to_owned()),
         }
+    }
+
+    fn resync_ready(&mut self) -> Vec<Action> {
+        if self.state == State::Syncing && std::mem::take(&mut self.awaits_ready) {
+            return vec![Action::Copy];
+        }
+        self.peer_lost("The backup is ready for a copy that it was not told of".to_owned())
     }
 
     fn go(&mut self, next: State) {
@@ -415,7 +453,7 @@ pub fn is_transition_valid(from: State, to: State) -> bool {
     };
     match from {
         Syncing => matches!(to, Pairing | Failed | Stopped),
-        Pairing => matches!(to, Protected | Failed | Stopped | Gone),
+        Pairing => matches!(to, Protected | Failed | Stopped),
         Protected => matches!(to, Claiming(_) | HandingOver),
         HandingOver => matches!(to, Claiming(_) | Gone | Undecided),
         Claiming(Purpose::Resync) => matches!(to, Claiming(_) | Syncing | Gone),
@@ -424,7 +462,8 @@ pub fn is_transition_valid(from: State, to: State) -> bool {
         }
         Claiming(Purpose::PeerLost) => matches!(to, Claiming(Purpose::Stop) | Alone | Gone),
         Claiming(Purpose::Stop) => matches!(to, Stopped | Gone),
-        Undecided | Alone => matches!(to, Stopped),
+        Undecided => matches!(to, Stopped | Gone),
+        Alone => matches!(to, Stopped),
         Gone | Stopped | Failed => false,
     }
 }

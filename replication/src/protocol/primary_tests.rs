@@ -10,7 +10,7 @@ fn theirs() -> Verdict {
     let owner = HostId(Uuid::from_u128(7));
     let vm = VmId(Uuid::from_u128(8));
     let generation = Generation(2);
-    Verdict::Lost(Some(Record { generation, vm, standing: Standing::Solo { owner } }))
+    Verdict::Lost(Record { generation, vm, standing: Standing::Solo { owner } })
 }
 
 fn ack(epoch: u64) -> Event {
@@ -103,16 +103,98 @@ fn a_switch_over_destroys_only_on_the_backup_s_word() {
     assert_eq!(over, [Action::Destroy, Action::Close, report]);
 }
 
-#[test]
-fn a_switch_over_without_arbiter_that_is_cut_is_for_a_person() {
-    let mut primary = Primary::new(false, Generation(0));
+fn handing_over(arbiter: bool) -> Primary {
+    let mut primary = Primary::new(arbiter, Generation(0));
     primary.step(Event::Synced);
     primary.step(Event::Verdict(Verdict::Owned(G1)));
     primary.step(Event::Sealed(E1));
     primary.step(ack(1));
     primary.step(Event::FailoverAsked);
-    let cut = primary.step(Event::PeerLost("cut".into()));
-    assert_eq!(cut, [Action::Close, Action::Report(Report::Undecided("cut".into()))]);
-    let stop = primary.step(Event::StopAsked);
-    assert_eq!(stop, [Action::Pass, Action::Release, Action::Report(Report::Stopped)]);
+    primary
+}
+
+#[test]
+fn a_switch_over_without_arbiter_that_is_cut_is_for_a_person() {
+    for reason in [Event::PeerLost("cut".into()), Event::GiveUp("cut".into())] {
+        let mut primary = handing_over(false);
+        primary.step(Event::Sealed(EpochId(2)));
+        let cut = primary.step(reason);
+        let report = Action::Report(Report::Undecided("cut".into()));
+        assert_eq!(cut, [Action::EndEpochs, Action::Close, report]);
+        let stop = primary.step(Event::StopAsked);
+        assert_eq!(stop, [Action::Pass, Action::Release, Action::Report(Report::Stopped)]);
+    }
+}
+
+#[test]
+fn a_switch_over_whose_last_epoch_was_not_sealed_stays_here() {
+    for arbiter in [true, false] {
+        let mut primary = handing_over(arbiter);
+        let cut = primary.step(Event::PeerLost("cut".into()));
+        let failed = Action::Report(Report::FailoverFailed("cut".into()));
+        let claim = Action::Claim { expected: G1 };
+        assert_eq!(cut, [Action::EndEpochs, Action::Close, claim, failed]);
+        primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+        assert_eq!(primary.state(), State::Alone);
+    }
+}
+
+#[test]
+fn a_late_word_of_a_switch_over_decides() {
+    let mut primary = handing_over(false);
+    primary.step(Event::Sealed(EpochId(2)));
+    primary.step(Event::PeerLost("silent".into()));
+    assert_eq!(primary.step(Event::HandedOver(Generation(2))), [], "not acknowledged");
+    primary.step(ack(2));
+    assert_eq!(primary.step(Event::HandedOver(Generation(3))), [], "not asked for");
+    let over = primary.step(Event::HandedOver(Generation(2)));
+    let report = Action::Report(Report::FailoverFinished);
+    assert_eq!(over, [Action::Destroy, Action::Close, report]);
+    assert_eq!(primary.state(), State::Gone);
+}
+
+#[test]
+fn a_record_of_another_stops_no_vm_that_was_never_protected() {
+    let mut primary = Primary::new(true, Generation(0));
+    primary.step(Event::Synced);
+    let actions = primary.step(Event::Verdict(theirs()));
+    let [Action::TellStop, Action::Report(Report::Failed(reason))] = &actions[..] else {
+        panic!("{actions:?}");
+    };
+    let Verdict::Lost(record) = theirs() else { panic!() };
+    assert!(reason.contains(&record.to_string()), "{reason}");
+    assert_eq!(primary.state(), State::Failed);
+}
+
+#[test]
+fn a_peer_that_is_lost_during_a_stop_is_let_go() {
+    let mut primary = protected();
+    primary.step(Event::StopAsked);
+    assert_eq!(primary.step(Event::PeerLost("silent".into())), [Action::Close]);
+    primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+    assert_eq!(primary.state(), State::Stopped);
+}
+
+#[test]
+fn a_copy_anew_begins_once_and_only_when_told() {
+    let mut primary = Primary::new(true, Generation(0));
+    let lost = |actions: &[Action]| matches!(actions.last(), Some(Action::Report(_)));
+    assert!(lost(&primary.step(Event::ResyncReady)));
+    for state in [State::Pairing, State::Protected] {
+        let mut primary = if state == State::Pairing {
+            let mut primary = Primary::new(true, Generation(0));
+            primary.step(Event::Synced);
+            primary
+        } else {
+            protected()
+        };
+        assert_eq!(primary.state(), state);
+        let actions = primary.step(Event::ResyncReady);
+        assert!(actions.contains(&Action::Close) && !actions.contains(&Action::Copy));
+    }
+    let mut primary = protected();
+    primary.step(Event::TooLarge("big".into()));
+    primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+    assert_eq!(primary.step(Event::ResyncReady), [Action::Copy]);
+    assert!(lost(&primary.step(Event::ResyncReady)), "a second time");
 }

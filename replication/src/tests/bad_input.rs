@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind};
 use crate::observer::Event;
 use crate::ownership::HostIdentity;
 use crate::testing::{Machine, MemoryBuilder, memory};
-use crate::wire::{FrameWriter, Hello, Message, SessionId};
+use crate::wire::{FrameWriter, HEADER_BYTES, Hello, Kind, Message, SessionId};
 
 /// A backup without arbiter goes on after `attack`, having told one error that contains `text`.
 fn one_error(text: &str, attack: impl FnOnce(&Backup)) {
@@ -53,6 +53,25 @@ fn strangers_get_nothing() {
     one_error("does not speak this protocol", |backup| send(backup, &[b'G'; 64]));
     one_error("ended inside a frame", |backup| send(backup, &greeting(1)[..40]));
     one_error("closed the connection", |backup| send(backup, &greeting(1)));
+}
+
+#[test]
+fn only_the_header_of_what_is_no_greeting_is_read() {
+    one_error("kind Seal arrived where a greeting was due", |backup| {
+        let mut bytes = Vec::new();
+        let mut writer = FrameWriter::new(&mut bytes, SessionId(1));
+        writer.write(Kind::Seal, &[&[0; 1 << 20]]).unwrap();
+        send(backup, &bytes[..HEADER_BYTES]);
+    });
+    one_error("kind Seal arrived where an offer was due", |backup| {
+        let mut bytes = greeting(1);
+        let mut seal = Vec::new();
+        let mut writer = FrameWriter::new(&mut seal, SessionId(1));
+        writer.write(Kind::Heartbeat, &[]).unwrap();
+        writer.write(Kind::Seal, &[&[0; 1 << 20]]).unwrap();
+        bytes.extend(&seal[HEADER_BYTES..2 * HEADER_BYTES]);
+        send(backup, &bytes);
+    });
 }
 
 #[test]

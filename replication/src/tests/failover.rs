@@ -176,6 +176,27 @@ fn output_stays_held_while_nobody_can_say_who_owns() {
 }
 
 #[test]
+fn an_arbiter_whose_records_are_gone_decides_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = Backup::start(Some(dir.path()));
+    let machine = small_machine();
+    let primary = Primary::start(&machine, &backup.url(), Some(dir.path())).unwrap();
+    primary.events.wait(is_synced).unwrap();
+    // The directory is still there, as an empty mount point would be.
+    let (record, aside) = (dir.path().join("gen-1"), dir.path().join("aside"));
+    std::fs::rename(&record, &aside).unwrap();
+    backup.handle.stop().unwrap();
+    let undecided = primary.events.wait(|e| matches!(e, Event::Undecided { .. }));
+    let Some(Event::Undecided { error }) = undecided else { panic!("{undecided:?}") };
+    assert!(error.contains("no record where generation 1 was"), "{error}");
+    assert!(!machine.is_destroyed() && machine.is_holding());
+    std::fs::rename(&aside, &record).unwrap();
+    primary.events.wait(|e| matches!(e, Event::Degraded { .. })).unwrap();
+    primary.handle.join();
+    assert!(machine.is_running() && !machine.is_holding());
+}
+
+#[test]
 fn after_a_take_over_the_vm_can_be_protected_again() {
     let dir = tempfile::tempdir().unwrap();
     let first = Backup::start(Some(dir.path()));

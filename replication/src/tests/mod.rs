@@ -1,7 +1,10 @@
 //! Both sides together: real threads, real sockets, memory as the guest.
 
 mod bad_input;
+mod bounds;
 mod failover;
+mod fake_backup;
+mod orphan;
 mod pair;
 mod scripted;
 mod steady;
@@ -100,4 +103,19 @@ pub(crate) fn until(
         assert!(Instant::now() < deadline, "still {now:?}");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Processor time that the threads of a name have taken, in ticks of 10 ms.
+pub(crate) fn cpu_ticks(thread: &str) -> u64 {
+    let mut ticks = 0;
+    for task in std::fs::read_dir("/proc/self/task").unwrap() {
+        let Ok(stat) = std::fs::read_to_string(task.unwrap().path().join("stat")) else { continue };
+        // proc_pid_stat(5): the name in parentheses, then field 3 on; 14 and 15 are the times.
+        let (head, rest) = stat.rsplit_once(')').unwrap();
+        if head.split_once('(').unwrap().1 == thread {
+            let times = rest.split_whitespace().skip(11).take(2);
+            ticks += times.map(|time| time.parse::<u64>().unwrap()).sum::<u64>();
+        }
+    }
+    ticks
 }

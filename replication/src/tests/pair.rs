@@ -124,6 +124,13 @@ impl Proxy {
         format!("tcp:127.0.0.1:{}", self.port)
     }
 
+    /// Cuts connection `number`, in both directions.
+    pub(crate) fn cut_one(&self, number: usize) {
+        for stream in self.streams.lock().unwrap().iter().skip(2 * number).take(2) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Cuts every connection, in both directions, at once.
     pub(crate) fn cut(&self) {
         self.cut.store(true, Ordering::Release);

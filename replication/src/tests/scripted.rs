@@ -1,6 +1,7 @@
 //! A primary that keeps to the frames and breaks the protocol: what it sends is well formed, and
 //! must neither be acknowledged nor reach the image.
 
+use std::io::Read;
 use std::net::TcpStream;
 
 use uuid::Uuid;
@@ -17,40 +18,78 @@ const SESSION: SessionId = SessionId(42);
 const PAGES: u64 = 600;
 const G1: Generation = Generation(1);
 
-struct Script {
-    backup: Backup,
-    writer: FrameWriter<TcpStream>,
+pub(super) struct Script {
+    pub(super) backup: Backup,
+    pub(super) vm: Uuid,
+    pub(super) host: Uuid,
+    pub(super) writer: FrameWriter<TcpStream>,
     reader: FrameReader<TcpStream>,
     data: FrameWriter<TcpStream>,
     sum: ConnectionPart,
 }
 
+/// What a primary says first.
+pub(super) fn offer() -> Offer {
+    let description = [0u64.to_le_bytes(), PAGES.to_le_bytes()].concat();
+    let regions = vec![WireRegion { start: 0, pages: PAGES }];
+    let (heartbeat_ms, timeout_ms, page_bytes) = (200, 5000, 4096);
+    Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter: false, regions, description }
+}
+
+pub(super) fn connect(backup: &Backup) -> TcpStream {
+    TcpStream::connect(("127.0.0.1", backup.port())).unwrap()
+}
+
+/// Greets as `vm` in a session of its own; returns what the backup says.
+pub(super) fn greet(
+    backup: &Backup,
+    session: SessionId,
+    (vm, host): (Uuid, Uuid),
+    offer: Offer,
+) -> (FrameWriter<TcpStream>, FrameReader<TcpStream>, Message) {
+    let control = connect(backup);
+    let mut reader = FrameReader::new(control.try_clone().unwrap(), Some(session));
+    let mut writer = FrameWriter::new(control, session);
+    let hello = Hello { vm, host, connection: 0, connections: 1 };
+    Message::Hello(hello).send(&mut writer).unwrap();
+    Message::Offer(offer).send(&mut writer).unwrap();
+    let word = next(&mut reader);
+    (writer, reader, word)
+}
+
 impl Script {
     /// Welcomed, with one data connection, and paired.
     fn start() -> Self {
-        let backup = Backup::start(None);
-        let connect = || TcpStream::connect(("127.0.0.1", backup.port())).unwrap();
-        let control = connect();
-        let mut reader = FrameReader::new(control.try_clone().unwrap(), Some(SESSION));
-        let mut writer = FrameWriter::new(control, SESSION);
-        let (vm, host) = (Uuid::new_v4(), Uuid::new_v4());
-        let hello = |connection| Message::Hello(Hello { vm, host, connection, connections: 1 });
-        hello(0).send(&mut writer).unwrap();
-        let description = [0u64.to_le_bytes(), PAGES.to_le_bytes()].concat();
-        let regions = vec![WireRegion { start: 0, pages: PAGES }];
-        let (heartbeat_ms, timeout_ms, page_bytes) = (200, 5000, 4096);
-        let arbiter = false;
-        let offer = Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, regions, description };
-        Message::Offer(offer).send(&mut writer).unwrap();
-        let welcome = next(&mut reader);
-        assert!(matches!(welcome, Message::Welcome(_)), "{welcome:?}");
-        let mut data = FrameWriter::new(connect(), SESSION);
-        hello(1).send(&mut data).unwrap();
-        Message::Paired(G1).send(&mut writer).unwrap();
-        Self { backup, writer, reader, data, sum: ConnectionPart::default() }
+        let mut script = Self::greeted(Backup::start(None), offer());
+        script.say(&Message::Paired(G1));
+        script
     }
 
-    fn pages(&mut self, epoch: u64, pages: std::ops::Range<u64>) {
+    /// Welcomed, with one data connection.
+    pub(super) fn greeted(backup: Backup, offer: Offer) -> Self {
+        Self::again(backup, SESSION, (Uuid::new_v4(), Uuid::new_v4()), offer)
+    }
+
+    pub(super) fn again(
+        backup: Backup,
+        session: SessionId,
+        (vm, host): (Uuid, Uuid),
+        offer: Offer,
+    ) -> Self {
+        let (writer, reader, welcome) = greet(&backup, session, (vm, host), offer);
+        assert!(matches!(welcome, Message::Welcome(_)), "{welcome:?}");
+        let mut data = FrameWriter::new(connect(&backup), session);
+        let hello = Hello { vm, host, connection: 1, connections: 1 };
+        Message::Hello(hello).send(&mut data).unwrap();
+        let sum = ConnectionPart::default();
+        Self { backup, vm, host, writer, reader, data, sum }
+    }
+
+    pub(super) fn say(&mut self, message: &Message) {
+        message.send(&mut self.writer).unwrap();
+    }
+
+    pub(super) fn pages(&mut self, epoch: u64, pages: std::ops::Range<u64>) {
         let mut runs = Runs::default();
         let count = pages.end - pages.start;
         pages.for_each(|page| assert!(runs.push(PageIndex(page), false)));
@@ -62,13 +101,13 @@ impl Script {
         }
     }
 
-    fn end(&mut self, epoch: u64) {
+    pub(super) fn end(&mut self, epoch: u64) {
         let part = std::mem::take(&mut self.sum);
         let end = End { epoch: EpochId(epoch), part };
         self.data.write(Kind::End, &[&end.encode()]).unwrap();
     }
 
-    fn seal(&mut self, epoch: u64, generation: u64, pages: u64) {
+    pub(super) fn seal(&mut self, epoch: u64, generation: u64, pages: u64) {
         let seal = Seal {
             epoch: EpochId(epoch),
             generation: Generation(generation),
@@ -80,7 +119,7 @@ impl Script {
     }
 
     /// The backup's next words are an abort that contains `text`; one error was told.
-    fn aborted(mut self, text: &str) {
+    pub(super) fn aborted(mut self, text: &str) {
         let word = next(&mut self.reader);
         let Message::Abort(reason) = &word else { panic!("{word:?}") };
         assert!(reason.contains(text), "{reason}");
@@ -91,7 +130,7 @@ impl Script {
         assert!(self.backup.log.started.lock().unwrap().is_none());
     }
 
-    fn acked(&mut self, epoch: u64) {
+    pub(super) fn acked(&mut self, epoch: u64) {
         let word = next(&mut self.reader);
         assert_eq!(word, Message::Ack { epoch: EpochId(epoch), generation: G1 });
     }
@@ -175,4 +214,79 @@ fn two_epochs_at_once_are_refused() {
     script.pages(1, 0..1);
     script.pages(2, 0..1);
     script.aborted("before the end of epoch 1");
+}
+
+#[test]
+fn the_last_generation_is_refused() {
+    let mut script = Script::greeted(Backup::start(None), offer());
+    script.say(&Message::Paired(Generation(u64::MAX)));
+    script.aborted("last generation");
+}
+
+#[test]
+fn paces_that_nobody_could_keep_are_refused() {
+    let backup = Backup::start(None);
+    for (heartbeat_ms, timeout_ms) in [(0, 5000), (200, u32::MAX), (200, 200)] {
+        let names = (Uuid::new_v4(), Uuid::new_v4());
+        let offer = Offer { heartbeat_ms, timeout_ms, ..offer() };
+        let (_, _, word) = greet(&backup, SESSION, names, offer);
+        let Message::Abort(reason) = word else { panic!("{word:?}") };
+        assert!(reason.contains("_ms' is invalid"), "{reason}");
+    }
+    assert_eq!(backup.log.built.load(std::sync::atomic::Ordering::Acquire), 0);
+}
+
+#[test]
+fn a_greeting_for_the_same_vm_does_not_end_its_session() {
+    let mut script = Script::start();
+    script.end(1);
+    script.seal(1, 1, 0);
+    script.acked(1);
+    let other = SessionId(43);
+    for host in [script.host, Uuid::new_v4()] {
+        let (_, _, word) = greet(&script.backup, other, (script.vm, host), offer());
+        let Message::Abort(reason) = word else { panic!("{word:?}") };
+        assert!(reason.contains("another primary"), "{reason}");
+    }
+    // Nor does a data connection or a bell of a session that is not this one.
+    for connection in [1, 2] {
+        let mut data = FrameWriter::new(connect(&script.backup), other);
+        let (vm, host) = (script.vm, script.host);
+        let hello = Hello { vm, host, connection, connections: 1 };
+        Message::Hello(hello).send(&mut data).unwrap();
+        assert_eq!(data.get_ref().read(&mut [0; 1]).unwrap_or(0), 0, "it was closed");
+    }
+    script.end(2);
+    script.seal(2, 1, 0);
+    script.acked(2);
+}
+
+#[test]
+fn a_primary_that_is_lost_during_the_first_copy_leaves_nothing() {
+    let mut script = Script::greeted(Backup::start(None), offer());
+    script.pages(0, 0..10);
+    let Script { backup, writer, reader, data, .. } = script;
+    drop((writer, reader, data));
+    backup.events.wait(|event| matches!(event, Event::ReceiveFailed { .. })).unwrap();
+    let state = api::replication::ReplicationState::Disconnected;
+    super::until(|| backup.handle.info(), |info| info.state == state);
+    assert!(backup.handle.failover(true).is_err());
+    let next = Script::again(backup, SessionId(44), (Uuid::new_v4(), Uuid::new_v4()), offer());
+    assert_eq!(next.backup.wrong(), Vec::<String>::new());
+}
+
+#[test]
+fn a_backup_is_shown_as_free_once_it_is() {
+    let script = Script::greeted(Backup::start(None), offer());
+    let Script { backup, writer, reader, data, .. } = script;
+    let log = std::sync::Arc::clone(&backup.log);
+    let guard = log.busy.lock().unwrap();
+    drop((writer, reader, data));
+    let state = api::replication::ReplicationState::Disconnected;
+    super::until(|| backup.handle.info(), |info| info.last_error.is_some());
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert_ne!(backup.handle.info().state, state, "the replica is still there");
+    drop(guard);
+    super::until(|| backup.handle.info(), |info| info.state == state);
+    assert_eq!(log.alive.load(std::sync::atomic::Ordering::Acquire), 0);
 }

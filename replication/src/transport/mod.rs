@@ -16,6 +16,10 @@ use thiserror::Error;
 
 pub use api::endpoint::Endpoint as Address;
 
+/// First pause of a listener on a host that lacks descriptors or memory; doubles up to the last.
+const PAUSE_MS_FIRST: u16 = 20;
+const PAUSE_MS_LAST: u16 = 2000;
+
 /// Why a connection could not be made or accepted.
 #[derive(Debug, Error)]
 pub enum TransportError {
@@ -116,12 +120,14 @@ impl Listener {
         &self.address
     }
 
-    /// Waits for the next stream and the name of its peer; `None` once the waker is gone.
+    /// Waits for the next stream and the name of its peer; `None` once the waker is gone. While
+    /// the host lacks descriptors or memory, nobody is accepted, and it is tried again.
     ///
     /// # Errors
     /// [`TransportError::Accept`].
     pub fn accept(&self) -> Result<Option<Accepted>, TransportError> {
         let failed = |error| TransportError::Accept(self.address.to_string(), error);
+        let mut pause_ms = PAUSE_MS_FIRST;
         loop {
             let mut fds = [
                 PollFd::new(self.inner.fd(), PollFlags::POLLIN),
@@ -138,10 +144,32 @@ impl Listener {
             match self.inner.accept() {
                 Ok(accepted) => return Ok(Some(accepted)),
                 Err(error) if is_passing(&error) => {}
+                Err(error) if is_scarcity(&error) => {
+                    tracing::warn!("nobody is accepted on {} for now: {error}", self.address);
+                    self.pause(pause_ms).map_err(failed)?;
+                    pause_ms = (pause_ms * 2).min(PAUSE_MS_LAST);
+                }
                 Err(error) => return Err(failed(error)),
             }
         }
     }
+}
+
+impl Listener {
+    /// Lets time pass, or the waker go.
+    fn pause(&self, ms: u16) -> io::Result<()> {
+        let mut wake = [PollFd::new(self.wake.as_fd(), PollFlags::POLLIN | PollFlags::POLLHUP)];
+        match poll(&mut wake, PollTimeout::from(ms)) {
+            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Errors of accept that say what the host lacks at the moment; the connection waits.
+fn is_scarcity(error: &io::Error) -> bool {
+    let lacks = [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS];
+    error.raw_os_error().is_some_and(|code| lacks.contains(&code))
 }
 
 /// Errors of accept that concern one connection, not the listener.
@@ -169,5 +197,52 @@ pub fn connect(address: &Address, timeout: Duration) -> Result<Box<dyn Stream>, 
         Address::Tcp { host, port } => tcp::connect(host, *port, timeout),
         Address::Unix(path) => unix::connect(path),
         Address::Rdma { .. } => Err(TransportError::Unsupported(address.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// Readable at once, and out of descriptors twice.
+    struct Scarce(PipeReader, AtomicUsize);
+
+    impl Accept for Scarce {
+        fn accept(&self) -> io::Result<Accepted> {
+            match self.1.fetch_add(1, Ordering::AcqRel) {
+                0 => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+                1 => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
+                _ => Ok((memory::pair()?.0, "somebody".to_owned())),
+            }
+        }
+
+        fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+            self.0.as_fd()
+        }
+    }
+
+    fn scarce() -> (Listener, ListenerWaker, PipeWriter) {
+        let (ready, mut write) = io::pipe().unwrap();
+        write.write_all(b"x").unwrap();
+        let (wake, end) = io::pipe().unwrap();
+        let inner = Box::new(Scarce(ready, AtomicUsize::new(0)));
+        let address = Address::Tcp { host: "localhost".to_owned(), port: 1 };
+        (Listener { inner, address, wake }, ListenerWaker { _end: end }, write)
+    }
+
+    #[test]
+    fn a_lack_of_descriptors_passes() {
+        let (listener, _waker, _write) = scarce();
+        let (_, peer) = listener.accept().unwrap().unwrap();
+        assert_eq!(peer, "somebody");
+    }
+
+    #[test]
+    fn a_listener_that_lacks_descriptors_can_be_woken() {
+        let (listener, waker, _write) = scarce();
+        drop(waker);
+        assert!(listener.accept().unwrap().is_none());
     }
 }

@@ -162,6 +162,26 @@ impl Message {
         Self::decode(header.kind, payload)
     }
 
+    /// Reads one frame if it is of `kind`: of any other nothing is read but the header.
+    ///
+    /// # Errors
+    /// [`WireError::Unexpected`] with `what` was due; any other [`WireError`].
+    pub fn receive_only<R: Read>(
+        kind: Kind,
+        what: &'static str,
+        from: &mut FrameReader<R>,
+        payload: &mut Vec<u8>,
+    ) -> Result<Self, WireError> {
+        let header = from.begin()?;
+        if header.kind != kind {
+            return Err(WireError::Unexpected { found: header.kind, expected: what });
+        }
+        payload.clear();
+        from.read_rest(payload)?;
+        from.finish(&header)?;
+        Self::decode(kind, payload)
+    }
+
     /// Appends the small part to `out` and returns the large one, which follows it.
     fn encode<'a>(&'a self, out: &mut Vec<u8>) -> &'a [u8] {
         let mut tail: &[u8] = &[];

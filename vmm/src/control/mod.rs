@@ -17,8 +17,8 @@ mod protection;
 mod report;
 mod signals;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Weak};
 
 use api::config::VmConfig;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
@@ -79,7 +79,7 @@ pub enum Notice {
     /// SIGTERM or SIGINT.
     Terminate,
     /// A replica was built after a primary's description.
-    ReplicaBuilt(Arc<Machine>),
+    ReplicaBuilt(Weak<Machine>),
     /// A replica runs: it is this VMM's VM from now on.
     TookOver(Arc<Machine>),
     /// The backup accepted the VM, or did not; a client waits for the answer.

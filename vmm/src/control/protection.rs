@@ -6,7 +6,7 @@
 //!    ^--- vm.stop-replication ---'     ^--- vm.stop-replication ---'
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use api::replication::{
     ConsoleOutput, ReceiveReplicaData, ReplicateData, ReplicationInfo, ReplicationState, Role,
@@ -34,7 +34,8 @@ pub(super) enum Protection {
     },
     Backup {
         handle: Arc<BackupHandle>,
-        replica: Option<Arc<Machine>>,
+        /// Owned by the backup's engine.
+        replica: Option<Weak<Machine>>,
     },
 }
 
@@ -53,14 +54,14 @@ impl Protection {
     }
 
     /// The machine that waits for its take-over.
-    pub(super) fn replica(&self) -> Option<&Arc<Machine>> {
+    pub(super) fn replica(&self) -> Option<Arc<Machine>> {
         match self {
-            Self::Backup { replica, .. } => replica.as_ref(),
+            Self::Backup { replica, .. } => replica.as_ref()?.upgrade(),
             _ => None,
         }
     }
 
-    pub(super) fn waits_in(&mut self, machine: Arc<Machine>) {
+    pub(super) fn waits_in(&mut self, machine: Weak<Machine>) {
         if let Self::Backup { replica, .. } = self {
             *replica = Some(machine);
         }

@@ -23,7 +23,7 @@ impl Controller {
     pub(super) fn info(&self) -> Answer {
         // A backup before its take-over shows what it is ready to be, as a VM that does not run.
         let waiting = self.protection.replica();
-        let config = match (&self.machine, waiting) {
+        let config = match (&self.machine, &waiting) {
             (Some(machine), _) => Some(machine.config()),
             (None, Some(replica)) => Some(replica.config()),
             (None, None) => self.config.as_ref(),

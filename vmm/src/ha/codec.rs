@@ -52,3 +52,79 @@ pub fn decode(bytes: &[u8]) -> Result<Captured, CodecError> {
     let (captured, rest) = postcard::take_from_bytes(body).map_err(CodecError::Decode)?;
     if rest.is_empty() { Ok(captured) } else { Err(CodecError::Trailing(rest.len())) }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use devices::serial::SerialState;
+    use hypervisor::VmState;
+    use replication::guest::MachineState as _;
+
+    use super::*;
+    use crate::device_manager::DevicesState;
+
+    /// Bytes of the kernel's `struct kvm_irqchip`, which begins with its number.
+    const IRQCHIP_BYTES: usize = 520;
+
+    fn vm_state() -> VmState {
+        // The clock, then each controller behind its length.
+        let mut bytes = postcard::to_allocvec(&0_u64).unwrap();
+        for id in 0..3_u8 {
+            let mut chip = vec![0; IRQCHIP_BYTES];
+            chip[0] = id;
+            bytes.extend(postcard::to_allocvec(&chip).unwrap());
+        }
+        postcard::from_bytes(&bytes).unwrap()
+    }
+
+    /// What a machine without vCPUs would capture.
+    pub fn captured(serial: bool) -> Captured {
+        let devices = DevicesState {
+            serial: serial.then(SerialState::default),
+            pm: devices::acpi::pm::PmState::default(),
+            cmos: devices::legacy::cmos::CmosState::default(),
+            i8042: devices::legacy::i8042::I8042State::default(),
+        };
+        let machine = MachineState { vcpus: vec![], vm: vm_state(), devices };
+        Captured { machine, paused: true }
+    }
+
+    fn encoded() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        captured(true).encode(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn what_was_captured_is_decoded() {
+        let decoded = decode(&encoded()).unwrap();
+        assert!(decoded.paused && decoded.machine.vcpus.is_empty());
+        assert_eq!(decoded.machine.devices, captured(true).machine.devices);
+    }
+
+    #[test]
+    fn another_version_is_refused_unread() {
+        let mut bytes = encoded();
+        bytes[0] = 7;
+        assert!(matches!(decode(&bytes), Err(CodecError::Version { found: 7 })));
+        bytes.truncate(2);
+        assert!(matches!(decode(&bytes), Err(CodecError::Version { found: 7 })));
+    }
+
+    #[test]
+    fn every_cut_is_refused() {
+        let bytes = encoded();
+        assert!(matches!(decode(&[]), Err(CodecError::Short)));
+        assert!(matches!(decode(&bytes[..1]), Err(CodecError::Short)));
+        for end in 2..bytes.len() {
+            let refused = decode(&bytes[..end]);
+            assert!(matches!(refused, Err(CodecError::Decode(_))), "{end} bytes");
+        }
+    }
+
+    #[test]
+    fn bytes_behind_the_state_are_refused() {
+        let mut bytes = encoded();
+        bytes.extend([0; 3]);
+        assert!(matches!(decode(&bytes), Err(CodecError::Trailing(3))));
+    }
+}

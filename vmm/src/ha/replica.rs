@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use api::config::{ConsoleConfig, VmConfig};
+use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
 use crossbeam_channel::Sender;
 use hypervisor::Hypervisor;
 use replication::guest::{GuestError, Replica, ReplicaBuilder};
@@ -10,6 +10,7 @@ use replication::ram::Ram;
 use thiserror::Error;
 
 use super::codec::{self, Captured};
+use crate::boot::Payload;
 use crate::control::Notice;
 use crate::machine::Machine;
 use crate::memory::Memory;
@@ -23,6 +24,13 @@ pub enum ReplicaError {
     Unusable(String),
     #[error("The machine state has {found} vCPUs, this VM {expected}")]
     Vcpus { found: usize, expected: u32 },
+    #[error("The machine state has {found} serial port, this VM {expected}")]
+    Serial { found: &'static str, expected: &'static str },
+    #[error(
+        "The primary's VM has {found} serial port and the override here asks for {expected}: the \
+             devices must be the same"
+    )]
+    SerialOverride { found: &'static str, expected: &'static str },
 }
 
 /// What this host does otherwise than the primary's configuration says.
@@ -46,24 +54,63 @@ impl ReplicaVms {
     }
 }
 
+/// The configuration of the replica.
+fn configure(description: &[u8], overrides: &Overrides) -> Result<VmConfig, ReplicaError> {
+    let mut config: VmConfig =
+        serde_json::from_slice(description).map_err(ReplicaError::Description)?;
+    let found = has_serial(&config);
+    if let Some(serial) = &overrides.serial {
+        config.serial = serial.clone();
+    }
+    if let Some(console) = &overrides.console {
+        config.console = console.clone();
+    }
+    // Another backend is another way out for the same device; another device is another machine.
+    let expected = has_serial(&config);
+    if found != expected {
+        let (found, expected) = (article(found), article(expected));
+        return Err(ReplicaError::SerialOverride { found, expected });
+    }
+    Ok(config)
+}
+
+/// Whether a machine of `config` could load `captured`.
+fn check(captured: &Captured, config: &VmConfig) -> Result<(), GuestError> {
+    let (found, expected) = (captured.machine.vcpus.len(), config.cpus.boot_vcpus);
+    if u32::try_from(found) != Ok(expected) {
+        return Err(ReplicaError::Vcpus { found, expected }.into());
+    }
+    let (found, expected) = (captured.machine.devices.serial.is_some(), has_serial(config));
+    if found != expected {
+        let (found, expected) = (article(found), article(expected));
+        return Err(ReplicaError::Serial { found, expected }.into());
+    }
+    Ok(captured.machine.validate()?)
+}
+
+fn has_serial(config: &VmConfig) -> bool {
+    config.serial.mode != ConsoleOutputMode::Off
+}
+
+fn article(is_there: bool) -> &'static str {
+    if is_there { "a" } else { "no" }
+}
+
 impl ReplicaBuilder for ReplicaVms {
     type Replica = ReplicaVm;
 
     fn build(&mut self, description: &[u8]) -> Result<ReplicaVm, GuestError> {
-        let mut config: VmConfig =
-            serde_json::from_slice(description).map_err(ReplicaError::Description)?;
-        if let Some(serial) = &self.overrides.serial {
-            config.serial = serial.clone();
-        }
-        if let Some(console) = &self.overrides.console {
-            config.console = console.clone();
-        }
+        let config = configure(description, &self.overrides)?;
         crate::control::check_config(&config)
             .map_err(|failure| ReplicaError::Unusable(failure.chain.join(": ")))?;
         Memory::check_fits(&config.memory)?;
+        // A guest that resets itself after a take-over boots from here.
+        Payload::open(&config.payload)?;
         let machine = Arc::new(Machine::build(&self.hypervisor, config)?);
-        // A closed channel means that the VMM is on its way out.
-        let _ = self.notices.send(Notice::ReplicaBuilt(Arc::clone(&machine)));
+        // Only looked at from there: the engine alone decides how long a replica lives, and its
+        // memory and sockets must be free before another is built. A closed channel means that
+        // the VMM is on its way out.
+        let _ = self.notices.send(Notice::ReplicaBuilt(Arc::downgrade(&machine)));
         Ok(ReplicaVm { machine, notices: self.notices.clone() })
     }
 }
@@ -83,12 +130,7 @@ impl Replica for ReplicaVm {
 
     fn parse(&mut self, state: &[u8]) -> Result<Captured, GuestError> {
         let captured = codec::decode(state)?;
-        let (found, expected) =
-            (captured.machine.vcpus.len(), self.machine.config().cpus.boot_vcpus);
-        if u32::try_from(found) != Ok(expected) {
-            return Err(ReplicaError::Vcpus { found, expected }.into());
-        }
-        captured.machine.validate()?;
+        check(&captured, self.machine.config())?;
         Ok(captured)
     }
 
@@ -99,5 +141,76 @@ impl Replica for ReplicaVm {
         }
         let _ = self.notices.send(Notice::TookOver(Arc::clone(&self.machine)));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ha::codec::tests::captured;
+
+    fn description(serial: ConsoleOutputMode) -> Vec<u8> {
+        let mut config = VmConfig::default();
+        config.serial.mode = serial;
+        serde_json::to_vec(&config).unwrap()
+    }
+
+    fn overriding(mode: ConsoleOutputMode) -> Overrides {
+        let serial = ConsoleConfig { mode, ..VmConfig::default().serial };
+        Overrides { serial: Some(serial), console: None }
+    }
+
+    #[test]
+    fn an_override_changes_the_backend_and_never_the_device() {
+        use ConsoleOutputMode::{Null, Off, Tty};
+        let config = configure(&description(Tty), &overriding(Null)).unwrap();
+        assert_eq!(config.serial.mode, Null);
+        assert!(configure(&description(Off), &overriding(Off)).is_ok());
+        for (there, here) in [(Tty, Off), (Off, Null)] {
+            let refused = configure(&description(there), &overriding(here));
+            assert!(matches!(refused, Err(ReplicaError::SerialOverride { .. })), "{refused:?}");
+        }
+    }
+
+    /// Needs /dev/kvm, as all that builds a machine does.
+    #[test]
+    fn a_replica_that_was_let_go_leaves_its_place_to_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let serial = ConsoleConfig {
+            mode: ConsoleOutputMode::Socket,
+            socket: Some(dir.path().join("serial")),
+            ..VmConfig::default().serial
+        };
+        let mut config = VmConfig { serial, ..VmConfig::default() };
+        config.memory.size = 64 << 20;
+        config.payload.kernel = Some("/dev/null".into());
+        let description = serde_json::to_vec(&config).unwrap();
+        let hypervisor = Arc::new(Hypervisor::open().unwrap());
+        let (events, _event_queue) = crossbeam_channel::unbounded();
+        // Nobody reads the notices: what they carry lives for as long as this test.
+        let (notices, _notice_queue) = crossbeam_channel::unbounded();
+        let mut builder = ReplicaVms::new(hypervisor, Overrides::default(), events, notices);
+        let first = builder.build(&description).unwrap();
+        assert!(builder.build(&description).is_err(), "the socket is in use");
+        drop(first);
+        drop(builder.build(&description).unwrap());
+    }
+
+    #[test]
+    fn a_state_without_the_vm_s_serial_port_is_refused_before_its_epoch_is_acknowledged() {
+        use ConsoleOutputMode::{Null, Off};
+        let mut config = VmConfig::default();
+        // No vCPU state is needed where none is expected.
+        config.cpus.boot_vcpus = 0;
+        for (mode, serial, fits) in
+            [(Null, true, true), (Off, false, true), (Null, false, false), (Off, true, false)]
+        {
+            config.serial.mode = mode;
+            let checked = check(&captured(serial), &config);
+            assert_eq!(checked.is_ok(), fits, "{mode:?} {serial} {checked:?}");
+            if let Err(error) = checked {
+                assert!(error.to_string().contains("serial port"), "{error}");
+            }
+        }
     }
 }

@@ -19,8 +19,14 @@ impl<B: ReplicaBuilder> Engine<B> {
             self.status.failed(reason);
         }
         let actions = self.machine.step(event);
-        self.show();
+        // An end is shown only once all that it says is so.
+        if !matches!(self.machine.state(), State::Idle | State::TakenOver | State::Stopped) {
+            self.show();
+        }
         for action in actions {
+            if matches!(action, Action::Report(_)) {
+                self.show();
+            }
             self.act(action);
         }
         self.show();
@@ -193,8 +199,8 @@ impl<B: ReplicaBuilder> Engine<B> {
             }
             Report::Lost(verdict) => {
                 let owner = match verdict {
-                    Verdict::Lost(Some(record)) => record.to_string(),
-                    Verdict::Lost(None) | Verdict::Owned(_) => "nobody: no record".to_owned(),
+                    Verdict::Lost(record) => record.to_string(),
+                    Verdict::Owned(generation) => format!("generation {generation}, this host"),
                 };
                 let error = format!("Another host owns the VM: {owner}");
                 self.status.failed(&error);

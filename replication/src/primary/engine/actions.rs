@@ -12,8 +12,14 @@ impl<G: Guest> Engine<G> {
     /// Lets the machine decide and carries it out.
     pub(super) fn step(&mut self, event: Event) {
         let actions = self.machine.step(event);
-        self.show();
+        // An end is shown only once all that it says is so.
+        if !self.is_over() {
+            self.show();
+        }
         for action in actions {
+            if matches!(action, Action::Report(_)) {
+                self.show();
+            }
             self.act(action);
         }
         self.show();
@@ -30,11 +36,11 @@ impl<G: Guest> Engine<G> {
             }
             Action::TellPaired(generation) => self.tell(Message::Paired(generation)),
             Action::TellStop => self.tell(Message::Stop),
-            Action::CopyAnew => {
-                self.work = Work::Nothing;
+            Action::TellResync => {
                 self.first = true;
                 self.tell(Message::Resync);
             }
+            Action::Copy => self.copy(0),
             Action::Hold => self.guest.hold_output(),
             Action::BeginEpochs => {
                 self.work = Work::Epochs;
@@ -118,8 +124,8 @@ impl<G: Guest> Engine<G> {
             }
             Report::Lost(verdict) => {
                 let owner = match verdict {
-                    Verdict::Lost(Some(record)) => record.to_string(),
-                    Verdict::Lost(None) | Verdict::Owned(_) => "nobody: no record".to_owned(),
+                    Verdict::Lost(record) => record.to_string(),
+                    Verdict::Owned(generation) => format!("generation {generation}, this host"),
                 };
                 self.status.failed(&format!("Another host owns the VM: {owner}"));
                 Told::OwnershipLost { owner }
@@ -181,8 +187,10 @@ impl<G: Guest> Engine<G> {
             self.status.failed(&line);
         }
         if let Some(control) = self.control.take() {
-            // What was queued, a stop among it, still reaches the backup.
-            drop(control.finish());
+            // What was queued, a stop among it, has reached the backup before anybody is told
+            // that this is over and lets the process end: a bell that rings without a stop before
+            // it is a death.
+            control.finish_within(self.timeout());
         }
         if let Some(senders) = self.senders.take() {
             drop(senders.close());

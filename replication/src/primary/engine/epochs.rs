@@ -115,7 +115,9 @@ impl<G: Guest> Engine<G> {
         self.tell(Message::Seal(seal));
         self.in_flight = Some(InFlight { sealed_at });
         let mut gathered = self.status.lock();
-        gathered.pause_us.add_time(stood);
+        if handover || self.options.cow != Cow::Off {
+            gathered.pause_us.add_time(stood);
+        }
         gathered.dirty_pages.add(pages);
         gathered.info.epoch_sealed = epoch.0;
         drop(gathered);
@@ -146,12 +148,8 @@ impl<G: Guest> Engine<G> {
             }
             // With cow=off the guest stood until now.
             Work::Epochs if self.options.cow == Cow::Off && !self.handover => {
-                let began = self.in_flight.as_ref().map(|in_flight| in_flight.sealed_at);
                 match self.sealer.release(&mut self.guest) {
-                    Ok(stood) if began.is_some() => {
-                        self.status.lock().pause_us.add_time(stood);
-                    }
-                    Ok(_) => {}
+                    Ok(stood) => self.status.lock().pause_us.add_time(stood),
                     Err(error) => self.step(Event::GiveUp(error.chain())),
                 }
             }
