@@ -30,7 +30,7 @@ class Judge(unittest.TestCase):
                 with open(f"{case}/{name}.serial", "w", newline="") as file:
                     file.write(text)
             script = (
-                f'run_case() {{ :; }}; CASE={case}; LINUX_COUNTS={last}; '
+                f"run_case() {{ :; }}; CASE={case}; L1={BED}/l1; LINUX_COUNTS={last}; "
                 f". {BED}/suites/linux.sh; judge"
             )
             done = subprocess.run(["busybox", "sh", "-c", script], capture_output=True, text=True)
@@ -46,27 +46,70 @@ class Judge(unittest.TestCase):
         self.assertEqual(status, 1, text)
         self.assertIn(says, text)
 
+    def cut(self, stream, seen, begun):
+        """A stream of which the primary wrote `seen` bytes, and the backup all from `begun` on."""
+        return stream[:seen], stream[begun:]
+
     def test_a_seamless_take_over_passes(self):
-        self.good(counts(1, 20), counts(21, 50), "20|21 (0 missing)")
+        self.good(counts(1, 20), counts(21, 50), "to 20 on the primary, from 21 on the backup, 0 bytes")
 
     def test_a_line_cut_by_the_kill_is_whole_again(self):
         whole = counts(1, 50)
-        for cut in range(len(counts(1, 19)) + 1, len(counts(1, 20))):
-            self.good(whole[:cut], whole[cut:], "(0 missing)")
+        for cut in range(len(counts(1, 19)), len(counts(1, 20)) + 1, 3):
+            self.good(*self.cut(whole, cut, cut), " 0 bytes twice")
 
-    def test_lost_releases_are_told(self):
-        self.good(counts(1, 20), counts(24, 50), "20|24 (3 missing)")
+    def test_whole_lines_twice(self):
+        self.good(counts(1, 20), counts(20, 50), f" {len(counts(20, 20))} bytes twice")
+        self.good(counts(1, 20), counts(5, 50), f" {len(counts(5, 20))} bytes twice")
+        self.good(counts(1, 20), counts(1, 50), f" {len(counts(1, 20))} bytes twice")
 
-    def test_too_many_missing(self):
-        self.bad(counts(1, 20), counts(200, 250), "too many are missing", last=250)
+    def test_a_piece_twice_from_and_to_mid_line(self):
+        whole, line = counts(1, 50), len(counts(1, 19))
+        for seen in (line + 1, line + 9, line + 24, line + 35, line + 36, line + 37):
+            for twice in (1, 2, 5, 17, 36, 38, 60, 77, 200, 500):
+                self.good(*self.cut(whole, seen, seen - twice), f" {twice} bytes twice")
 
-    def test_a_repeated_count(self):
-        self.bad(counts(1, 20), counts(20, 50), "count 20 came after 20")
-        self.bad(counts(1, 20), counts(5, 50), "count 5 came after 20")
+    def test_a_piece_twice_among_other_text(self):
+        other = "L2 READY cpus 2\r\n\r\n[    9.1] [drm] a\r\n"
+        whole = other + counts(1, 9) + other + counts(10, 10) + other + counts(11, 50) + other
+        middle = len(other + counts(1, 9) + other + counts(10, 10) + other)
+        for seen in (middle - 60, middle - 20, middle - 1, middle, middle + 30):
+            for twice in (0, 1, 21, 80, 120):
+                self.good(*self.cut(whole, seen, seen - twice), " bytes twice")
 
-    def test_a_skipped_count(self):
-        self.bad(counts(1, 20), counts(21, 30) + counts(32, 50), "jumped from 30 to 32")
-        self.bad(counts(1, 9) + counts(11, 20), counts(21, 50), "jumped from 9 to 11")
+    def test_no_carriage_returns(self):
+        whole = counts(1, 50).replace("\r", "")
+        self.good(*self.cut(whole, 700, 650), " 50 bytes twice")
+
+    def test_a_primary_that_showed_no_whole_count(self):
+        self.good(*self.cut(counts(1, 50), 10, 4), "to 0 on the primary, from 2 on the backup")
+
+    def test_missing_counts(self):
+        self.bad(counts(1, 20), counts(22, 50), "counts 21 to 21 are missing")
+        self.bad(counts(1, 20), counts(24, 50), "counts 21 to 23 are missing")
+        self.bad(counts(1, 20), counts(21, 30) + counts(32, 50), "counts 31 to 31 are missing")
+        self.bad(counts(1, 9) + counts(11, 20), counts(21, 50), "counts 10 to 10 are missing")
+        self.bad(counts(2, 20), counts(21, 50), "counts 1 to 1 are missing")
+
+    def test_missing_bytes(self):
+        whole = counts(1, 50)
+        line = len(counts(1, 20))
+        for lost in range(1, 41):
+            for seen in range(line, line + 41, 13):
+                status, text = self.judge(*self.cut(whole, seen, seen + lost))
+                self.assertEqual(status, 1, f"{lost} bytes lost after {seen}: {text}")
+
+    def test_a_count_within_one_file_twice(self):
+        self.bad(counts(1, 20) + counts(20, 25), counts(26, 50), "count 20 came after 20")
+        self.bad(counts(1, 20), counts(21, 30) + counts(30, 50), "count 30 came after 30")
+
+    def test_a_repetition_that_differs(self):
+        self.bad(counts(1, 20), counts(18, 50, up=100.1), "count 18 came after 20")
+        self.bad(counts(1, 20), counts(18, 18) + counts(19, 50, up=100.1), "repeats count 18, but")
+        self.bad(counts(1, 20), "other\r\n" + counts(20, 50), "repeats count 20, but")
+
+    def test_a_repetition_of_what_is_not_the_end(self):
+        self.bad(counts(1, 20), counts(5, 9) + counts(21, 50), "repeats count 5, but")
 
     def test_a_clock_that_goes_back(self):
         self.bad(counts(1, 20), counts(21, 50, up=90), "uptime went back")
@@ -77,15 +120,25 @@ class Judge(unittest.TestCase):
         self.bad(counts(1, 20), counts(21, 50, wall=1_700_000_030), "drifted")
 
     def test_a_silent_backup(self):
-        self.bad(counts(1, 20), "", "no count after the primary")
+        self.bad(counts(1, 20), "", "no count after the primary's 20")
+        self.bad(counts(1, 20), counts(19, 20), "no count after the primary's 20")
         self.bad("", "", "no count at all")
 
     def test_an_early_end(self):
         self.bad(counts(1, 20), counts(21, 49), "the last count is 49")
+        self.bad(counts(1, 20), counts(21, 50)[:-2], "torn")
 
     def test_torn_lines(self):
-        noise = "count 7 up \r\ncount x\r\n"
-        self.bad(counts(1, 20), counts(21, 30) + noise + counts(31, 50), "torn")
+        for noise in ("count 7 up \r\n", "count x\r\n", "count 30 up 106.00 wall 17000000"):
+            self.bad(counts(1, 20), counts(21, 30) + noise + counts(31, 50), "torn")
+
+    def test_bytes_that_are_no_text(self):
+        text = counts(21, 50)
+        for byte in "\0\1\377":
+            self.bad(counts(1, 20), text[:100] + byte + text[100:], "torn")
+
+    def test_a_guest_that_started_anew(self):
+        self.bad(counts(1, 12) + "Kernel Offset: dis", "set: disabled\r\n" + counts(1, 50), "")
 
 
 class Runner(unittest.TestCase):
