@@ -3,6 +3,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 
 BED=$ROOT/tests/bed
+EXIT_BED=3
 DEFAULT_SUITES=(smoke reference boot linux)
 
 usage() {
@@ -13,6 +14,8 @@ Runs suites in the nested bed: QEMU emulates a machine with AMD virtualization (
 needed here), a Debian kernel in it (L1) offers KVM and Soft-RoCE, and our VMMs in it run a stock
 Debian guest (L2). The bed is built from Debian packages once and cached in
 $(cache_dir bed).
+When the bed itself fails (L1's kernel, QEMU), L1 boots again, twice at most, for the suites that it
+did not finish; the output says so.
 
 Suites (default: ${DEFAULT_SUITES[*]}):
 $(for file in "$BED"/suites/*.sh; do
@@ -24,14 +27,15 @@ Options:
   --kvm-tests PATH  test programs for the suite "kvm": a folder of them, or a file that lists them
                     as PROGRAM<tab>WORKING-FOLDER; see docs/nested-bed.md. Adds "kvm" to the suites
   --set NAME=VALUE  a setting of a suite (LINUX_ROUNDS=2, say); they stand at the top of its file
-  --timeout S       hard limit for the whole run in L1 (default: 3600)
+  --timeout S       hard limit for the whole run, all boots of L1 (default: 3600)
   --memory MIB      L1's memory (default: 3072)
   --keep            keep all logs, those of cases that passed too
   --build-only      build or find the bed, print its folder, run nothing
   --help            this text
 
-Exit status: 0 all passed, 1 something failed, 2 wrong usage, 3 the bed itself failed.
-Logs of a run that failed: target/nested/
+Exit status: 0 all passed, 1 something failed, 2 wrong usage, 3 the bed cannot be built here, or
+itself failed each time.
+Logs of a run in which anything failed: target/nested/; those of a boot that failed in boot-N/ there
 END
 }
 
@@ -147,7 +151,6 @@ fill_share() {
     cp -r "$BED/l1" "$BED/suites" "$SHARE/"
     [ ! -f "$ROOT/target/guest/understudy-guest" ] ||
         cp "$ROOT/target/guest/understudy-guest" "$SHARE/"
-    printf '%s\n' "${SUITES[@]}" >"$SHARE/suites.list"
     {
         [ -z "$KEEP" ] || echo "KEEP=1"
         for setting in "${SETTINGS[@]}"; do
@@ -181,7 +184,7 @@ main() {
     scratch_dir SCRATCH
     SHARE=$SCRATCH/share OUT=$SCRATCH/out
     need_packages python3
-    BED_DIR=$("$BED/build.sh" 9>&1 >&2)
+    BED_DIR=$("$BED/build.sh" 9>&1 >&2) || exit "$EXIT_BED"
     if [ -n "$BUILD_ONLY" ]; then
         echo "$BED_DIR"
         exit 0
@@ -196,7 +199,7 @@ main() {
     RUNNER=$!
     on_exit stop_process "$RUNNER"
     wait "$RUNNER" || status=$?
-    if [ "$status" -ne 0 ] || [ -n "$KEEP" ]; then keep_logs; fi
+    if [ "$status" -ne 0 ] || [ -n "$KEEP" ] || [ -d "$OUT/boot-1" ]; then keep_logs; fi
     exit "$status"
 }
 

@@ -3,14 +3,17 @@
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 . "$(dirname "$0")/lib/build.sh"
+. "$(dirname "$0")/lib/results.sh"
 
 usage() {
     cat <<TXT
 usage: scripts/test.sh [--without kvm] [--without nested] [--help]
 
-Runs everything that says whether this tree works, on this machine: formatting, lints, the unit and
-property tests, the tests that need /dev/kvm, the tests with whole VMMs, and the nested bed with a
-stock Debian guest. Installs what is missing. Ends with 'N passed, N failed'.
+Runs everything that says whether this tree works, on this machine: formatting, lints, the scripts'
+syntax, the nested bed's own judgement, the unit and property tests, the tests that need /dev/kvm,
+the tests with whole VMMs, and the nested bed with a stock Debian guest. Installs what is missing.
+Says how long each step took. Ends with 'N passed, N failed, N s in all'; exits 0 only if nothing
+failed.
 
   --without kvm      leave out what needs a usable KVM (the nested bed brings its own)
   --without nested   leave out the nested bed
@@ -39,41 +42,66 @@ done
 
 # Crates whose tests open /dev/kvm.
 KVM_CRATES=(hypervisor guest-image understudy-tests)
+# The status of nested.sh that says: no verdict. And what to do about it.
+EXIT_BED=3 WAIVE_BED="to leave it out: --without nested"
+KVM_PROBLEM=''
 PASSED=0 FAILED=0
 scratch_dir SCRATCH
 
-# step NAME COMMAND...: one check that passes or fails as a whole.
-step() {
-    local name=$1
+# timed NAME COMMAND...: says what begins, and how long it took; its status is the command's.
+timed() {
+    local name=$1 started=$SECONDS status=0
     shift
     log "$name"
-    if "$@"; then PASSED=$((PASSED + 1)); else
+    "$@" || status=$?
+    note "$name: $((SECONDS - started)) s"
+    return "$status"
+}
+
+# step NAME COMMAND...: one check that passes or fails as a whole.
+step() {
+    if timed "$@"; then PASSED=$((PASSED + 1)); else
         FAILED=$((FAILED + 1))
-        warn "$name failed"
+        warn "$1 failed"
     fi
 }
 
 # cargo_tests ARGUMENT...: runs cargo's tests with nextest where it is there, and adds them up.
 cargo_tests() {
-    local out=$SCRATCH/tests.log status=0
-    if cargo nextest --version >/dev/null 2>&1; then
-        cargo nextest run --release --locked --no-fail-fast "$@" 2>&1 | tee "$out" || status=$?
-    else
-        cargo test --release --locked --no-fail-fast "$@" 2>&1 | tee "$out" || status=$?
-    fi
-    count "$out" "$status"
+    local out=$SCRATCH/tests.log status=0 runner=(cargo test) kind=libtest
+    if cargo nextest --version >/dev/null 2>&1; then runner=(cargo nextest run) kind=nextest; fi
+    "${runner[@]}" --release --locked --no-fail-fast "$@" 2>&1 | tee "$out" || status=$?
+    count "$status" $("${kind}_results" "$out")
 }
 
-# count LOG STATUS: adds up what the runner says. A runner that failed without a failed test, or
+# count STATUS PASSED FAILED: adds up what a runner says. One that failed without a failed test, or
 # without a count, is a failure of its own.
 count() {
-    local passed failed
-    passed=$(sed -nE 's/.*(Summary|test result).* ([0-9]+) passed.*/\2/p' "$1" |
-        awk '{sum += $1} END {print sum + 0}')
-    failed=$(sed -nE 's/.*(Summary|test result).* ([0-9]+) failed.*/\2/p' "$1" |
-        awk '{sum += $1} END {print sum + 0}')
-    if [ "$failed" -eq 0 ] && { [ "$2" -ne 0 ] || [ "$passed" -eq 0 ]; }; then failed=1; fi
+    local passed=${2:-0} failed=${3:-0}
+    if [ "$failed" -eq 0 ] && { [ "$1" -ne 0 ] || [ "$passed" -eq 0 ]; }; then failed=1; fi
     PASSED=$((PASSED + passed)) FAILED=$((FAILED + failed))
+}
+
+# shell_syntax: parses every shell script of the tree with the shell that runs it. What has no first
+# line of its own is sourced: by busybox in the bed, by bash elsewhere.
+shell_syntax() {
+    local file first parser status=0
+    while IFS= read -r file; do
+        read -r first <"$file" || true
+        case $first in
+        '#!'*bash) parser=(bash -n) ;;
+        '#!'*busybox*) parser=(busybox sh -n) ;;
+        '#!/bin/sh') parser=(sh -n) ;;
+        '#!'*) continue ;;
+        *) case $file in
+            tests/bed/*.sh) parser=(busybox sh -n) ;;
+            *.sh) parser=(bash -n) ;;
+            *) continue ;;
+            esac ;;
+        esac
+        "${parser[@]}" "$file" || status=1
+    done < <(find scripts tests/bed -type f | sort)
+    return "$status"
 }
 
 # kvm_test_list FILE: a line for each test program of a crate that needs KVM.
@@ -90,49 +118,59 @@ for line in sys.stdin:
     [ -s "$1" ] || die "Cannot build the KVM tests"
 }
 
+# nested ARGUMENT...: the nested bed. A bed that failed is no verdict on this tree, yet nothing that
+# may pass silently.
 nested() {
-    local out=$SCRATCH/nested.log status=0 passed failed
+    local out=$SCRATCH/nested.log status=0 found
     "$ROOT/scripts/nested.sh" --binaries "$ROOT/target/release" "$@" 2>&1 | tee "$out" || status=$?
-    passed=$(sed -nE 's/^([0-9]+) passed, ([0-9]+) failed.*/\1/p' "$out" | tail -n 1)
-    failed=$(sed -nE 's/^([0-9]+) passed, ([0-9]+) failed.*/\2/p' "$out" | tail -n 1)
-    if [ "${failed:-0}" -eq 0 ] && { [ "$status" -ne 0 ] || [ "${passed:-0}" -eq 0 ]; }; then
-        failed=1
-    fi
-    PASSED=$((PASSED + ${passed:-0})) FAILED=$((FAILED + ${failed:-0}))
+    found=$(sed -nE 's/^([0-9]+) passed, ([0-9]+) failed.*/\1 \2/p' "$out" | tail -n 1)
+    count "$status" $found
+    [ "$status" -ne "$EXIT_BED" ] || warn "no nested bed here: $(bed_problem "$out"); $WAIVE_BED"
 }
 
-usable_kvm() { [ -r /dev/kvm ] && [ -w /dev/kvm ]; }
+# bed_problem LOG: the last reason that the bed gave.
+bed_problem() {
+    local reason
+    reason=$(sed -nE 's/^((build|nested)\.sh|THE BED FAILED[^:]*): //p' "$1" | tail -n 1)
+    echo "${reason:-it gave no reason}"
+}
 
-set -o pipefail
+if [ -n "$WITH_KVM" ]; then
+    KVM_PROBLEM=$(kvm_problem)
+    if [ -n "$KVM_PROBLEM" ]; then
+        [ -n "$WITH_NESTED" ] || die "$KVM_PROBLEM; to leave out what needs it: --without kvm"
+        WAIVE_BED="to leave it and the KVM tests out: --without nested --without kvm"
+    fi
+fi
+
 cd "$ROOT"
 need_build_tools
+need_packages python3
+command -v busybox >/dev/null || need_packages busybox
 step "Formatting" cargo fmt --all --check
 step "Lints" cargo clippy --release --locked --workspace --all-targets -- -D warnings
-step "Scripts" bash -n scripts/*.sh scripts/lib/*.sh
-build_release
+step "Syntax of the scripts" shell_syntax
+step "The nested bed's own judgement" tests/bed/selftest.py
+timed "Build" build_release
 
 NESTED_ARGUMENTS=()
 if [ -z "$WITH_KVM" ]; then
     note "left out by --without kvm: tests of ${KVM_CRATES[*]}"
-    cargo_tests --workspace "${KVM_CRATES[@]/#/--exclude=}"
-elif usable_kvm; then
-    log "Tests, with this host's /dev/kvm"
-    cargo_tests --workspace
+    timed "Tests" cargo_tests --workspace "${KVM_CRATES[@]/#/--exclude=}"
+elif [ -z "$KVM_PROBLEM" ]; then
+    timed "Tests, with this host's /dev/kvm" cargo_tests --workspace
 else
-    [ -n "$WITH_NESTED" ] ||
-        die "No usable /dev/kvm and --without nested: waive the KVM tests with --without kvm"
-    log "Tests; no usable /dev/kvm here, so the KVM tests run inside the nested bed"
-    cargo_tests --workspace "${KVM_CRATES[@]/#/--exclude=}"
+    note "$KVM_PROBLEM; so the KVM tests run inside the nested bed"
+    timed "Tests without KVM" cargo_tests --workspace "${KVM_CRATES[@]/#/--exclude=}"
     kvm_test_list "$SCRATCH/kvm-tests"
     NESTED_ARGUMENTS=(--kvm-tests "$SCRATCH/kvm-tests")
 fi
 
 if [ -n "$WITH_NESTED" ]; then
-    log "The nested bed"
-    nested "${NESTED_ARGUMENTS[@]}"
+    timed "The nested bed" nested "${NESTED_ARGUMENTS[@]}"
 else
     note "left out by --without nested: the nested bed"
 fi
 
-echo "$PASSED passed, $FAILED failed"
+echo "$PASSED passed, $FAILED failed, $SECONDS s in all"
 [ "$FAILED" -eq 0 ]

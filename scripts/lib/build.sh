@@ -13,9 +13,20 @@ build_release() {
     (cd "$ROOT" && cargo build --release --workspace --locked) || die "The build failed"
 }
 
+# kvm_problem: why /dev/kvm cannot be used, nothing if it can. Permission bits do not say it (a
+# container's device rules, a security module): it is opened.
+kvm_problem() {
+    local said
+    if [ ! -c /dev/kvm ]; then
+        echo "/dev/kvm is missing: enable virtualization, load kvm_intel or kvm_amd"
+    elif ! said=$( (exec 9<>/dev/kvm) 2>&1); then
+        echo "/dev/kvm cannot be opened (${said##*: }): run as root, or join the group 'kvm'"
+    fi
+}
+
 # need_kvm: /dev/kvm that this user can open.
 need_kvm() {
-    [ -e /dev/kvm ] || die "/dev/kvm is missing: enable virtualization, load kvm_intel or kvm_amd"
-    [ -r /dev/kvm ] && [ -w /dev/kvm ] ||
-        die "/dev/kvm cannot be opened: run as root, or join the group 'kvm'"
+    local problem
+    problem=$(kvm_problem)
+    [ -z "$problem" ] || die "$problem"
 }

@@ -129,11 +129,14 @@ need_packages() {
     log "Installing packages: ${missing[*]}"
     local install=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y
         --no-install-recommends "${missing[@]}")
-    quietly "apt-get install" "$scratch/install.log" "${install[@]}" && return 0
-    retry 3 quietly "apt-get update" "$scratch/update.log" "${as_root[@]}" apt-get update ||
-        die "Cannot refresh the package lists"
-    retry 3 quietly "apt-get install" "$scratch/install.log" "${install[@]}" ||
-        die "Cannot install: ${missing[*]}"
+    if ! quietly "apt-get install" "$scratch/install.log" "${install[@]}"; then
+        retry 3 quietly "apt-get update" "$scratch/update.log" "${as_root[@]}" apt-get update ||
+            die "Cannot refresh the package lists"
+        retry 3 quietly "apt-get install" "$scratch/install.log" "${install[@]}" ||
+            die "Cannot install: ${missing[*]}"
+    fi
+    # A script that goes on with exec runs no cleanups.
+    rm -rf -- "$scratch"
 }
 
 # --- cache ---------------------------------------------------------------------------------------

@@ -1,10 +1,18 @@
 #!/usr/bin/env python3
-"""Boots L1 once under QEMU, follows what the suites in it report, and gives the verdict.
+"""Boots L1 under QEMU, follows what the suites in it report, and gives the verdict.
 
 What enters: the bed, the shared folders, a hard time limit. What leaves: every result as a line,
 a sign of life each 10 s, `N passed, N failed`, and the status: 0 all passed, 1 something failed,
-3 the bed itself failed (L1 locked up, panicked, ended early, or ran out of time).
-What always holds: a bed that failed is never reported as a pass; QEMU dies with this program.
+3 the bed itself failed (L1 locked up, panicked, ended early, or ran out of time), each time.
+What always holds: a suite's passes count only if L1 lived through all of it; what failed in an L1
+that lived stays a failure; QEMU dies with this program.
+
+When the bed failed, L1 boots again for the suites that it did not finish:
+
+    boot --> suites --> L1 off in order --> verdict (0 or 1)
+     ^         |
+     |         v  the bed failed: the suite under way starts anew, its passes are forgotten
+     +---------+--> after BOOTS boots, or with no time left: status 3
 
 The suites' lines (@run, @pass, ...; see l1/driver.sh) come through L1's second serial port, so
 that the kernel's messages on the first cannot tear them.
@@ -24,6 +32,11 @@ BED_TROUBLE = re.compile(
     r"|Kernel panic|Oops|BUG: |general protection fault|double fault|Out of memory: Killed"
 )
 BEAT_S = 10
+BOOTS = 3
+# What L1 may take to come up; to report a case whose limit is over, which it ends itself.
+READY_S, OVERDUE_S = 300, 120
+# For the rest of what L1's kernel says about its trouble.
+LAST_WORDS_S = 0.3
 EXIT_FAILED, EXIT_BED = 1, 3
 PR_SET_PDEATHSIG = 1
 COLOUR = sys.stdout.isatty()
@@ -39,6 +52,10 @@ def out(text):
 
 class BedFailed(Exception):
     """L1 or QEMU, not what is tested in it."""
+
+
+class OutOfTime(BedFailed):
+    """The whole run's limit is over: there is no time for another boot."""
 
 
 class Tail:
@@ -60,14 +77,24 @@ class Tail:
 
 
 class Report:
-    """What the suites said so far."""
+    """What the suites said so far, over all boots of L1.
+
+    A suite is finished when the next one begins, the last one when L1 has ended in order.
+    """
 
     def __init__(self, suites):
-        self.expected = list(suites)
-        self.results = {suite: 0 for suite in suites}
-        self.passed, self.failed, self.skipped = 0, [], 0
-        self.running = None
-        self.done = False
+        self.unfinished = list(suites)
+        self.reported = {suite: 0 for suite in suites}
+        # (suite, case) of each; with failures, what it said.
+        self.passed, self.skipped, self.failed = [], [], []
+        self.troubles = []
+        self.begin_boot()
+
+    def begin_boot(self):
+        self.suite = self.running = None
+        self.ready = self.done = False
+        # A case that failed in an earlier boot has failed, whatever it does in this one.
+        self.stands = {name for name, _ in self.failed}
 
     def take(self, line):
         kind, _, rest = line.partition(" ")
@@ -78,10 +105,23 @@ class Report:
             out(f"    {line}")
 
     def on_ready(self, seconds):
+        self.ready = True
         out(f"    L1 is up, its clock says {seconds} s")
 
     def on_suite(self, suite):
+        self.close_running()
+        if self.suite:
+            self.finish(self.suite)
+        self.suite = suite
         out(paint(1, f"suite {suite}"))
+
+    def finish(self, suite):
+        if suite in self.unfinished:
+            self.unfinished.remove(suite)
+
+    def finish_all(self):
+        """L1 went through its list and is off."""
+        self.unfinished = []
 
     def on_run(self, rest):
         self.close_running()
@@ -98,23 +138,29 @@ class Report:
         case, _, detail = rest.partition(" ")
         seconds = time.monotonic() - self.running[3] if self.running else 0
         self.running = None
-        self.results[suite] = self.results.get(suite, 0) + 1
-        return f"{suite} {case}", f"{seconds:5.1f} s", detail
+        self.reported[suite] = self.reported.get(suite, 0) + 1
+        name = (suite, case)
+        if name in self.stands:
+            detail += " (it failed before the bed did, and that stands)"
+        return name, f"{seconds:5.1f} s", detail
 
     def on_pass(self, rest):
         name, took, detail = self.ended(rest)
-        self.passed += 1
-        out(f"  {paint(32, 'ok')}   {took}  {name}" + (f": {detail}" if detail else ""))
+        if name not in self.stands:
+            self.passed.append(name)
+        out(f"  {paint(32, 'ok')}   {took}  {' '.join(name)}" + (f": {detail}" if detail else ""))
 
     def on_fail(self, rest):
         name, took, detail = self.ended(rest)
-        self.failed.append(f"{name}: {detail}")
-        out(f"  {paint(31, 'FAIL')} {took}  {name}: {detail}")
+        if name not in self.stands:
+            self.failed.append((name, detail))
+        out(f"  {paint(31, 'FAIL')} {took}  {' '.join(name)}: {detail}")
 
     def on_skip(self, rest):
         name, took, detail = self.ended(rest)
-        self.skipped += 1
-        out(f"  skip {took}  {name}: {detail}")
+        if name not in self.stands:
+            self.skipped.append(name)
+        out(f"  skip {took}  {' '.join(name)}: {detail}")
 
     def on_note(self, text):
         out(f"    {text}")
@@ -129,21 +175,43 @@ class Report:
         self.close_running()
         self.done = True
 
+    def bed_failed(self, reason):
+        """Forgets what the unfinished suites passed: an L1 that fails is no witness for them."""
+        self.troubles.append(str(reason))
+        forgotten = [name for name in self.passed + self.skipped if name[0] in self.unfinished]
+        self.passed = [name for name in self.passed if name not in forgotten]
+        self.skipped = [name for name in self.skipped if name not in forgotten]
+        out(paint(31, f"the bed failed in boot {len(self.troubles)}: {reason}"))
+        for suite in self.unfinished:
+            passes = sum(name[0] == suite for name in forgotten)
+            failures = sum(name[0] == suite for name, _ in self.failed)
+            if passes or failures or suite == self.suite:
+                out(f"    {suite} was not finished: results forgotten {passes}, "
+                    f"failures that stand {failures}")
+
     def beat(self):
         if not self.running:
             return "L1 works"
         suite, case, limit, since = self.running
         return f"{suite} {case}: {time.monotonic() - since:.0f} s of at most {limit} s"
 
+    def overdue(self):
+        """A case is over its limit and L1, which ends such cases, does not say so."""
+        return self.running and time.monotonic() - self.running[3] > self.running[2] + OVERDUE_S
+
     def verdict(self):
-        for suite in self.expected:
-            if self.results[suite] == 0:
-                self.failed.append(f"{suite}: reported nothing")
-        for failure in self.failed:
+        failed = [f"{' '.join(name)}: {detail}" for name, detail in self.failed]
+        failed += [f"{suite}: reported nothing" for suite, results in self.reported.items()
+                   if not results and suite not in self.unfinished]
+        for failure in failed:
             out(paint(31, f"failed: {failure}"))
-        skipped = f", {self.skipped} skipped" if self.skipped else ""
-        out(f"{self.passed} passed, {len(self.failed)} failed{skipped}")
-        return EXIT_FAILED if self.failed else 0
+        for suite in self.unfinished:
+            out(paint(31, f"not finished: {suite}"))
+        for boot, trouble in enumerate(self.troubles, 1):
+            out(f"bed failure {boot} of {len(self.troubles)}: {trouble}")
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        out(f"{len(self.passed)} passed, {len(failed)} failed{skipped}")
+        return EXIT_FAILED if failed else 0
 
 
 def die_with_parent():
@@ -167,10 +235,10 @@ def qemu_command(options, results):
 
 
 class Bed:
-    """QEMU, L1's console, and the results, until L1 is off."""
+    """One boot: QEMU, L1's console, and the results, until L1 is off."""
 
-    def __init__(self, options, report):
-        self.report, self.limit = report, options.timeout
+    def __init__(self, options, report, deadline):
+        self.report, self.deadline, self.limit = report, deadline, options.timeout
         self.console = Tail(f"{options.logs}/console.log")
         self.results = Tail(f"{options.logs}/results.log")
         self.recent = []
@@ -181,20 +249,31 @@ class Bed:
                 stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
 
     def read(self):
-        for line in self.results.lines():
+        # Results first, and the console judged first: trouble comes before what it makes fail.
+        results = self.results.lines()
+        self.read_console(results)
+        for line in results:
             self.report.take(line)
             self.spoken = time.monotonic()
+
+    def read_console(self, results):
         for line in self.console.lines():
             self.recent = (self.recent + [line])[-40:]
             if BED_TROUBLE.search(line):
+                for result in results:
+                    out(f"    came with the bed's failure and does not count: {result}")
                 raise BedFailed(f"L1's kernel says: {line.strip()}")
 
     def follow(self):
         while self.qemu.poll() is None:
             self.read()
             now = time.monotonic()
-            if now - self.started > self.limit:
-                raise BedFailed(f"not done after {self.limit} s; at that time: {self.report.beat()}")
+            if now > self.deadline:
+                raise OutOfTime(f"not done after {self.limit} s; at that time: {self.report.beat()}")
+            if self.report.overdue():
+                raise BedFailed(f"L1 stands still; {self.report.beat()}")
+            if not self.report.ready and now - self.started > READY_S:
+                raise BedFailed(f"L1 is not up after {READY_S} s")
             if now - self.spoken >= BEAT_S:
                 out(f"    ... {self.report.beat()}, {now - self.started:.0f} s in all")
                 self.spoken = now
@@ -209,6 +288,45 @@ class Bed:
         self.qemu.wait()
 
 
+def list_suites(options, suites):
+    """What the driver in L1 is to run."""
+    for share in options.share:
+        tag, _, path = share.partition("=")
+        if tag == "h":
+            with open(f"{path}/suites.list", "w", encoding="utf-8") as file:
+                file.writelines(f"{suite}\n" for suite in suites)
+
+
+def set_logs_aside(options, boot):
+    """All of a failed boot's logs go to a folder of their own."""
+    aside = f"{options.logs}/boot-{boot}"
+    os.mkdir(aside)
+    for entry in os.listdir(options.logs):
+        if not entry.startswith("boot-"):
+            os.rename(f"{options.logs}/{entry}", f"{aside}/{entry}")
+
+
+def boot(options, report, deadline):
+    """Boots L1 for what is unfinished; whether it lived, and whether there is time for another."""
+    report.begin_boot()
+    list_suites(options, report.unfinished)
+    bed = Bed(options, report, deadline)
+    try:
+        bed.follow()
+        report.finish_all()
+        return True, True
+    except BedFailed as reason:
+        time.sleep(LAST_WORDS_S)
+        bed.stop()
+        bed.recent += bed.console.lines()
+        for line in bed.recent[-30:]:
+            out(f"       | {line}")
+        report.bed_failed(reason)
+        return False, not isinstance(reason, OutOfTime)
+    finally:
+        bed.stop()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bed", required=True, help="what build.sh made")
@@ -217,27 +335,28 @@ def main():
     parser.add_argument("--logs", required=True, help="console.log and results.log go here")
     parser.add_argument("--timeout", type=int, required=True, metavar="SECONDS")
     parser.add_argument("--memory", type=int, default=3072, metavar="MIB")
+    parser.add_argument("--boots", type=int, default=BOOTS, help="at most, when the bed fails")
     parser.add_argument("suites", nargs="+")
     options = parser.parse_args()
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = Report(options.suites)
-    bed = Bed(options, report)
+    deadline = time.monotonic() + options.timeout
     try:
-        bed.follow()
-    except BedFailed as reason:
-        bed.stop()
-        bed.recent += bed.console.lines()
-        for line in bed.recent[-30:]:
-            out(f"       | {line}")
-        report.verdict()
-        out(paint(31, f"THE BED FAILED, no verdict on what it tests: {reason}"))
-        return EXIT_BED
+        for number in range(1, options.boots + 1):
+            lived, in_time = boot(options, report, deadline)
+            if lived:
+                return report.verdict()
+            if number == options.boots or not in_time:
+                break
+            set_logs_aside(options, number)
+            out(paint(1, f"booting L1 again (boot {number + 1} of at most {options.boots}) for "
+                         f"{' '.join(report.unfinished)}"))
     except KeyboardInterrupt:
         return 130
-    finally:
-        bed.stop()
-    return report.verdict()
+    report.verdict()
+    out(paint(31, f"THE BED FAILED, no verdict on what it tests: {report.troubles[-1]}"))
+    return EXIT_BED
 
 
 sys.exit(main())

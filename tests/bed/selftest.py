@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""The bed's own judgement, tested without QEMU: what it must call a failure, it does.
+"""The bed's own judgement, tested without QEMU: what it must call a failure, it does. And how
+scripts/test.sh adds up what test runners say.
 
-Takes a second and needs busybox: tests/bed/selftest.py
+Takes half a minute, most of it asleep, and needs busybox and bash: tests/bed/selftest.py
 """
 import os
 import subprocess
@@ -30,7 +31,7 @@ class Judge(unittest.TestCase):
                 with open(f"{case}/{name}.serial", "w", newline="") as file:
                     file.write(text)
             script = (
-                f'run_case() {{ :; }}; CASE={case}; LINUX_COUNTS={last}; '
+                f"run_case() {{ :; }}; CASE={case}; L1={BED}/l1; LINUX_COUNTS={last}; "
                 f". {BED}/suites/linux.sh; judge"
             )
             done = subprocess.run(["busybox", "sh", "-c", script], capture_output=True, text=True)
@@ -46,27 +47,70 @@ class Judge(unittest.TestCase):
         self.assertEqual(status, 1, text)
         self.assertIn(says, text)
 
+    def cut(self, stream, seen, begun):
+        """A stream of which the primary wrote `seen` bytes, and the backup all from `begun` on."""
+        return stream[:seen], stream[begun:]
+
     def test_a_seamless_take_over_passes(self):
-        self.good(counts(1, 20), counts(21, 50), "20|21 (0 missing)")
+        self.good(counts(1, 20), counts(21, 50), "to 20 on the primary, from 21 on the backup, 0 bytes")
 
     def test_a_line_cut_by_the_kill_is_whole_again(self):
         whole = counts(1, 50)
-        for cut in range(len(counts(1, 19)) + 1, len(counts(1, 20))):
-            self.good(whole[:cut], whole[cut:], "(0 missing)")
+        for cut in range(len(counts(1, 19)), len(counts(1, 20)) + 1, 3):
+            self.good(*self.cut(whole, cut, cut), " 0 bytes twice")
 
-    def test_lost_releases_are_told(self):
-        self.good(counts(1, 20), counts(24, 50), "20|24 (3 missing)")
+    def test_whole_lines_twice(self):
+        self.good(counts(1, 20), counts(20, 50), f" {len(counts(20, 20))} bytes twice")
+        self.good(counts(1, 20), counts(5, 50), f" {len(counts(5, 20))} bytes twice")
+        self.good(counts(1, 20), counts(1, 50), f" {len(counts(1, 20))} bytes twice")
 
-    def test_too_many_missing(self):
-        self.bad(counts(1, 20), counts(200, 250), "too many are missing", last=250)
+    def test_a_piece_twice_from_and_to_mid_line(self):
+        whole, line = counts(1, 50), len(counts(1, 19))
+        for seen in (line + 1, line + 9, line + 24, line + 35, line + 36, line + 37):
+            for twice in (1, 2, 5, 17, 36, 38, 60, 77, 200, 500):
+                self.good(*self.cut(whole, seen, seen - twice), f" {twice} bytes twice")
 
-    def test_a_repeated_count(self):
-        self.bad(counts(1, 20), counts(20, 50), "count 20 came after 20")
-        self.bad(counts(1, 20), counts(5, 50), "count 5 came after 20")
+    def test_a_piece_twice_among_other_text(self):
+        other = "L2 READY cpus 2\r\n\r\n[    9.1] [drm] a\r\n"
+        whole = other + counts(1, 9) + other + counts(10, 10) + other + counts(11, 50) + other
+        middle = len(other + counts(1, 9) + other + counts(10, 10) + other)
+        for seen in (middle - 60, middle - 20, middle - 1, middle, middle + 30):
+            for twice in (0, 1, 21, 80, 120):
+                self.good(*self.cut(whole, seen, seen - twice), " bytes twice")
 
-    def test_a_skipped_count(self):
-        self.bad(counts(1, 20), counts(21, 30) + counts(32, 50), "jumped from 30 to 32")
-        self.bad(counts(1, 9) + counts(11, 20), counts(21, 50), "jumped from 9 to 11")
+    def test_no_carriage_returns(self):
+        whole = counts(1, 50).replace("\r", "")
+        self.good(*self.cut(whole, 700, 650), " 50 bytes twice")
+
+    def test_a_primary_that_showed_no_whole_count(self):
+        self.good(*self.cut(counts(1, 50), 10, 4), "to 0 on the primary, from 2 on the backup")
+
+    def test_missing_counts(self):
+        self.bad(counts(1, 20), counts(22, 50), "counts 21 to 21 are missing")
+        self.bad(counts(1, 20), counts(24, 50), "counts 21 to 23 are missing")
+        self.bad(counts(1, 20), counts(21, 30) + counts(32, 50), "counts 31 to 31 are missing")
+        self.bad(counts(1, 9) + counts(11, 20), counts(21, 50), "counts 10 to 10 are missing")
+        self.bad(counts(2, 20), counts(21, 50), "counts 1 to 1 are missing")
+
+    def test_missing_bytes(self):
+        whole = counts(1, 50)
+        line = len(counts(1, 20))
+        for lost in range(1, 41):
+            for seen in range(line, line + 41, 13):
+                status, text = self.judge(*self.cut(whole, seen, seen + lost))
+                self.assertEqual(status, 1, f"{lost} bytes lost after {seen}: {text}")
+
+    def test_a_count_within_one_file_twice(self):
+        self.bad(counts(1, 20) + counts(20, 25), counts(26, 50), "count 20 came after 20")
+        self.bad(counts(1, 20), counts(21, 30) + counts(30, 50), "count 30 came after 30")
+
+    def test_a_repetition_that_differs(self):
+        self.bad(counts(1, 20), counts(18, 50, up=100.1), "count 18 came after 20")
+        self.bad(counts(1, 20), counts(18, 18) + counts(19, 50, up=100.1), "repeats count 18, but")
+        self.bad(counts(1, 20), "other\r\n" + counts(20, 50), "repeats count 20, but")
+
+    def test_a_repetition_of_what_is_not_the_end(self):
+        self.bad(counts(1, 20), counts(5, 9) + counts(21, 50), "repeats count 5, but")
 
     def test_a_clock_that_goes_back(self):
         self.bad(counts(1, 20), counts(21, 50, up=90), "uptime went back")
@@ -77,30 +121,52 @@ class Judge(unittest.TestCase):
         self.bad(counts(1, 20), counts(21, 50, wall=1_700_000_030), "drifted")
 
     def test_a_silent_backup(self):
-        self.bad(counts(1, 20), "", "no count after the primary")
+        self.bad(counts(1, 20), "", "no count after the primary's 20")
+        self.bad(counts(1, 20), counts(19, 20), "no count after the primary's 20")
         self.bad("", "", "no count at all")
 
     def test_an_early_end(self):
         self.bad(counts(1, 20), counts(21, 49), "the last count is 49")
+        self.bad(counts(1, 20), counts(21, 50)[:-2], "torn")
 
     def test_torn_lines(self):
-        noise = "count 7 up \r\ncount x\r\n"
-        self.bad(counts(1, 20), counts(21, 30) + noise + counts(31, 50), "torn")
+        for noise in ("count 7 up \r\n", "count x\r\n", "count 30 up 106.00 wall 17000000"):
+            self.bad(counts(1, 20), counts(21, 30) + noise + counts(31, 50), "torn")
+
+    def test_bytes_that_are_no_text(self):
+        text = counts(21, 50)
+        for byte in "\0\1\377":
+            self.bad(counts(1, 20), text[:100] + byte + text[100:], "torn")
+
+    def test_a_guest_that_started_anew(self):
+        self.bad(counts(1, 12) + "Kernel Offset: dis", "set: disabled\r\n" + counts(1, 50), "")
 
 
 class Runner(unittest.TestCase):
-    """run_l1.py, with a shell script in QEMU's place."""
+    """run_l1.py, with a shell script in QEMU's place.
 
-    def run_l1(self, script, timeout=20, suites=("one",)):
+    The script sees $r (the results), $boot (1, 2, ...) and $list (the suites that it is to run).
+    """
+
+    def run_l1(self, script, timeout=20, boots=1, suites=("one",)):
         with tempfile.TemporaryDirectory() as folder:
-            qemu = f"{folder}/qemu"
+            qemu, logs = f"{folder}/qemu", f"{folder}/logs"
+            os.mkdir(logs)
             with open(qemu, "w") as file:
-                file.write(f"#!/bin/sh\nr={folder}/results.log\n{script}\n")
+                file.write(f"""#!/bin/sh
+                    r={logs}/results.log
+                    echo >>{folder}/boots; boot=$(wc -l <{folder}/boots)
+                    list=$(tr '\\n' ' ' <{folder}/suites.list); echo "list: $list" >>$r
+                    {script}
+                    """)
             os.chmod(qemu, 0o755)
             done = subprocess.run(
                 [sys.executable, f"{BED}/run_l1.py", "--bed", folder, "--qemu", qemu,
-                 "--logs", folder, "--timeout", str(timeout), *suites],
+                 "--share", f"h={folder}", "--logs", logs, "--timeout", str(timeout),
+                 "--boots", str(boots), *suites],
                 capture_output=True, text=True)
+            self.logs = {
+                os.path.relpath(f"{at}/{name}", logs) for at, _, names in os.walk(logs) for name in names}
             return done.returncode, done.stdout + done.stderr
 
     def check(self, script, status, *says, **more):
@@ -108,37 +174,143 @@ class Runner(unittest.TestCase):
         self.assertEqual(got, status, text)
         for words in says:
             self.assertIn(words, text)
+        return text
 
     RUN = "echo @run one case 5 >>$r;"
     PASS = RUN + "echo @pass one case fine >>$r;"
+    DONE = "echo @done 0 >>$r;"
+    # What the runner reads before it is read before what comes after.
+    LATER = "sleep 1;"
+    OOPS = "echo 'BUG: TASK stack guard page was hit'; exec sleep 60;"
+
+    @staticmethod
+    def case(suite, name, kind="pass"):
+        return f"echo @run {suite} {name} 5 >>$r; echo @{kind} {suite} {name} said >>$r;"
+
+    @staticmethod
+    def suite(name):
+        return f"echo @suite {name} >>$r;"
 
     def test_a_pass(self):
-        self.check(self.PASS + "echo @done 0 >>$r", 0, "1 passed, 0 failed")
+        text = self.check(self.PASS + self.DONE, 0, "1 passed, 0 failed", boots=3)
+        self.assertNotIn("boot", text)
 
     def test_a_failure(self):
-        self.check(self.PASS + self.RUN + "echo @fail one case because >>$r; echo @done 0 >>$r",
+        self.check(self.PASS + self.RUN + "echo @fail one case because >>$r;" + self.DONE,
                    1, "1 passed, 1 failed", "because")
 
     def test_a_suite_without_results(self):
-        self.check("echo @done 0 >>$r", 1, "one: reported nothing")
+        self.check(self.DONE, 1, "one: reported nothing")
 
     def test_a_case_without_an_end(self):
-        self.check(self.PASS + self.RUN + "echo @done 0 >>$r", 1, "case: gave no result")
+        self.check(self.PASS + self.RUN + self.DONE, 1, "case: gave no result")
 
     def test_an_early_end_of_l1(self):
-        self.check(self.PASS, 3, "THE BED FAILED", "ended early")
+        self.check(self.PASS, 3, "THE BED FAILED", "ended early", "not finished: one", "0 passed")
 
     def test_trouble_in_l1(self):
         for words in ("watchdog: BUG: soft lockup - CPU#1 stuck for 22s!", "Kernel panic - not",
                       "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:", "Oops: 0000 [#1]",
                       "rcu: INFO: rcu_preempt self-detected stall on CPU"):
-            self.check(self.PASS + f"echo '{words}'; echo @done 0 >>$r", 3, "THE BED FAILED")
+            self.check(self.PASS + f"echo '{words}';" + self.DONE, 3, "THE BED FAILED")
+
+    def test_trouble_as_l1_ends(self):
+        self.check(self.PASS + self.DONE + self.LATER + self.OOPS, 3, "0 passed, 0 failed")
 
     def test_a_run_out_of_time(self):
-        self.check(self.PASS + "exec sleep 60", 3, "not done after 1 s", timeout=1)
+        text = self.check(self.PASS + "exec sleep 60", 3, "not done after 1 s", timeout=1, boots=3)
+        self.assertNotIn("again", text)
 
     def test_a_share_that_does_not_mount(self):
         self.check("echo @bedfail no share >>$r; exec sleep 60", 3, "no share")
+
+    def test_a_bed_that_fails_once(self):
+        text = self.check(
+            f"""{self.suite("one")} {self.case("one", "a")}
+            if [ $boot = 1 ]; then {self.LATER} {self.OOPS} fi
+            {self.case("one", "b")} {self.DONE}""",
+            0, "the bed failed in boot 1: L1's kernel says: BUG: TASK stack guard page",
+            "one was not finished: results forgotten 1, failures that stand 0",
+            "booting L1 again (boot 2 of at most 3) for one", "bed failure 1 of 1: L1's kernel",
+            "2 passed, 0 failed", boots=3)
+        self.assertNotIn("THE BED FAILED", text)
+        self.assertLessEqual({"boot-1/console.log", "boot-1/results.log", "console.log"}, self.logs)
+
+    def test_three_bed_failures_in_a_row(self):
+        text = self.check(self.PASS + self.LATER + self.OOPS, 3, "boot 3 of at most 3",
+                          "bed failure 3 of 3", "0 passed, 0 failed", "THE BED FAILED", boots=3)
+        self.assertNotIn("boot 4", text)
+
+    def test_only_unfinished_suites_run_again(self):
+        self.check(
+            f"""case $boot in
+            1) {self.suite("one")} {self.case("one", "a")}
+               {self.suite("two")} {self.case("two", "b")} {self.case("two", "c", "skip")}
+               {self.LATER} {self.OOPS} ;;
+            2) {self.suite("two")} {self.case("two", "b")} {self.case("two", "c")}
+               {self.suite("three")} {self.case("three", "d")} {self.DONE} ;;
+            esac""",
+            0, "list: one two three", "list: two three", "two was not finished: results forgotten 2",
+            "for two three", "4 passed, 0 failed", boots=3, suites=("one", "two", "three"))
+
+    def test_a_failure_stands_when_l1_boots_again(self):
+        for again, counted in (("pass", "1 passed, 1 failed"), ("fail", "1 passed, 1 failed")):
+            self.check(
+                f"""{self.suite("one")}
+                if [ $boot = 1 ]; then {self.case("one", "a", "fail")} {self.LATER} {self.OOPS} fi
+                {self.case("one", "a", again)} {self.case("one", "b")} {self.DONE}""",
+                1, counted, "failed: one a: said", "failures that stand 1", "and that stands", boots=3)
+
+    def test_a_failure_stands_when_the_bed_never_works(self):
+        self.check(self.suite("one") + self.case("one", "a", "fail") + self.LATER + self.OOPS,
+                   3, "failed: one a: said", "0 passed, 1 failed", "THE BED FAILED", boots=2)
+
+    def test_a_failure_of_a_finished_suite_stands(self):
+        self.check(
+            f"""if [ $boot = 1 ]; then
+                {self.suite("one")} {self.case("one", "a", "fail")} {self.suite("two")}
+                {self.LATER} {self.OOPS}
+            fi
+            {self.suite("two")} {self.case("two", "b")} {self.DONE}""",
+            1, "1 passed, 1 failed", "list: two", boots=3, suites=("one", "two"))
+
+    def test_a_failure_that_the_bed_caused_is_none(self):
+        self.check(
+            f"""{self.suite("one")}
+            if [ $boot = 1 ]; then echo 'Oops: 0000'; {self.case("one", "a", "fail")} sleep 60; fi
+            {self.case("one", "a")} {self.DONE}""",
+            0, "1 passed, 0 failed", "does not count: @fail one a", boots=3)
+
+
+class Counts(unittest.TestCase):
+    """scripts/lib/results.sh: what a test runner's log says, as test.sh adds it up."""
+
+    def count(self, runner, text):
+        with tempfile.NamedTemporaryFile("w") as log:
+            log.write(text)
+            log.flush()
+            done = subprocess.run(
+                ["bash", "-c", f". {BED}/../../scripts/lib/results.sh; {runner}_results {log.name}"],
+                capture_output=True, text=True)
+            return done.stdout.strip() + done.stderr
+
+    INNER = "    test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured\n"
+
+    def test_nextest_counts_its_summary_only(self):
+        for summary, wanted in (
+                ("9 tests run: 7 passed, 2 failed, 1 skipped", "7 2"),
+                ("9 tests run: 6 passed (1 slow, 2 flaky), 1 failed, 2 timed out, 0 skipped", "6 3"),
+                ("1 test run: 1 passed, 3 skipped", "1 0"),
+                ("4/9 tests run: 3 passed, 1 exec failed, 0 skipped", "3 1")):
+            text = f"{self.INNER}{self.INNER.strip()}\n\x1b[32m     Summary\x1b[0m [   2.1s] {summary}\n"
+            self.assertEqual(self.count("nextest", text + "        FAIL [ 0.1s] a b\n"), wanted)
+        self.assertEqual(self.count("nextest", self.INNER), "0 0")
+
+    def test_cargo_test_adds_up_its_programs(self):
+        text = ("test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured\n" + self.INNER +
+                "test result: FAILED. 4 passed; 2 failed; 0 ignored; 0 measured\n")
+        self.assertEqual(self.count("libtest", text), "7 2")
+        self.assertEqual(self.count("libtest", "error: could not compile\n"), "0 0")
 
 
 unittest.main(verbosity=1)

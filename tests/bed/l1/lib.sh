@@ -1,6 +1,7 @@
 # Helpers for the suites, sourced in L1 (busybox sh). Nothing here asserts a time under a second.
 
 OUT=/out
+L1=/h/l1
 CASES=/run/cases
 SKIPPED=77
 VMM=/h/bin/cloud-hypervisor

@@ -1,8 +1,9 @@
-//! One VMM process. It is killed, by its own id, when dropped.
+//! One VMM process. It is killed, by its own id, when dropped, and by the kernel when the thread
+//! that started it ends, however that comes about.
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -11,6 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 use api::client::{Answer, Client, Method};
 use api::replication::{ReplicationInfo, ReplicationState};
 use api::response::{VmInfo, VmState};
+
+use crate::interrupt;
 
 /// How often a condition is looked at.
 pub const POLL: Duration = Duration::from_millis(10);
@@ -46,6 +49,21 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// In a child before its exec: it dies with the thread that forked it (prctl(2),
+/// `PR_SET_PDEATHSIG`), and inherits none of the signals that our programs block.
+fn tie_to(parent: libc::pid_t) -> std::io::Result<()> {
+    // SAFETY: this option takes one number, and no memory.
+    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: getppid(2) takes nothing and cannot fail.
+    if unsafe { libc::getppid() } != parent {
+        // It ended before we asked to be told.
+        return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    interrupt::unblock()
+}
+
 impl Vmm {
     /// Starts the VMM with an API socket in `folder` and waits until it answers.
     pub fn start<S: AsRef<OsStr>>(folder: &Path, name: &str, arguments: &[S]) -> Result<Self> {
@@ -57,19 +75,25 @@ impl Vmm {
     }
 
     /// Starts the VMM and does not wait: for command lines that are meant to fail.
+    ///
+    /// The VMM lives no longer than the calling *thread*: start it on one that outlives its use.
     pub fn spawn<S: AsRef<OsStr>>(folder: &Path, name: &str, arguments: &[S]) -> Result<Self> {
         let socket = folder.join(format!("{name}.sock"));
         let log = folder.join(format!("{name}.log"));
         let output = File::create(&log).context("Cannot create the log")?;
-        let child = Command::new(binary("cloud-hypervisor")?)
+        let mut command = Command::new(binary("cloud-hypervisor")?);
+        command
             .arg("--api-socket")
             .arg(format!("path={}", socket.display()))
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
-            .stderr(output)
-            .spawn()
-            .context("Cannot start cloud-hypervisor")?;
+            .stderr(output);
+        let parent = libc::pid_t::try_from(std::process::id())?;
+        // SAFETY: between fork and exec only async-signal-safe calls are allowed: `tie_to` makes
+        // nothing but system calls, and allocates nothing.
+        unsafe { command.pre_exec(move || tie_to(parent)) };
+        let child = command.spawn().context("Cannot start cloud-hypervisor")?;
         Ok(Self { name: name.to_owned(), child, socket, log, status: None })
     }
 

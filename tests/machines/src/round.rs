@@ -82,6 +82,7 @@ pub fn run(
     let times = backup.takeover.context("The backup does not say when it took over")?;
     let since = |time_us: u64| time_us.saturating_sub(killed_us);
     check_arbiter(&pair.arbiter)?;
+    check_epochs(primary.epoch_committed, backup.epoch_committed)?;
     let (verdict, first_tick_backup) =
         if is_guest_ours { finish_guest(&mut pair)? } else { (linux_goes_on(&pair)?, None) };
     check_ticks(last_tick_primary, first_tick_backup)?;
@@ -143,6 +144,15 @@ fn check_arbiter(folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// What the primary took for committed is in the backup, which may know of later epochs.
+fn check_epochs(primary: u64, backup: u64) -> Result<()> {
+    ensure!(
+        backup >= primary,
+        "the primary says that epoch {primary} is committed, the backup went on from {backup}"
+    );
+    Ok(())
+}
+
 /// Committed output is never taken back and never skipped. A piece of it may come twice: a
 /// primary that dies between the release and the next seal cannot say how much it had written.
 fn check_ticks(last: Option<u64>, first: Option<u64>) -> Result<()> {
@@ -172,6 +182,13 @@ fn micros(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lost_epoch_is_seen() {
+        assert!(check_epochs(7, 7).is_ok());
+        assert!(check_epochs(7, 8).is_ok());
+        assert!(check_epochs(7, 6).is_err());
+    }
 
     #[test]
     fn a_gap_in_the_ticks_is_seen() {

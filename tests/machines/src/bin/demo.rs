@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use api::replication::ReplicationInfo;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use understudy_tests::interrupt;
 use understudy_tests::pair::Setup;
 use understudy_tests::round::{self, Outcome, Watcher};
 use understudy_tests::timeline;
@@ -39,7 +40,8 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = Options::parse();
+    match interrupt::watch().and_then(|()| run(&options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("\nThe demo FAILED: {error:#}");
@@ -57,7 +59,7 @@ fn run(options: &Options) -> Result<()> {
         setup.command_line.clone_from(&options.cmdline);
     }
     let seconds = options.seconds.unwrap_or_else(|| rand::random_range(2.0..6.0));
-    let folder = tempfile::tempdir().context("Cannot make a temporary directory")?;
+    let folder = interrupt::Folder::new()?;
     println!(
         "A backup and a primary on this machine: {} vCPUs, {}, TCP on loopback, file arbiter.",
         options.vcpus, options.memory

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use understudy_tests::interrupt::{self, Folder};
 use understudy_tests::pair::Setup;
 use understudy_tests::round::{self, Outcome};
 use understudy_tests::statistics::Summary;
@@ -37,7 +38,8 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = Options::parse();
+    match interrupt::watch().and_then(|()| run(&options)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -57,7 +59,7 @@ fn run(options: &Options) -> Result<bool> {
     let mut failed = 0;
     for number in 1..=options.rounds {
         let protected_for = Duration::from_millis(random.random_range(50..1500));
-        let folder = tempfile::tempdir().context("Cannot make a temporary directory")?;
+        let folder = Folder::new()?;
         match round::run(folder.path(), &setup, protected_for, &mut ()) {
             Ok(outcome) => {
                 println!("round {number}: {}", line(&outcome));
@@ -66,7 +68,7 @@ fn run(options: &Options) -> Result<bool> {
             Err(error) => {
                 failed += 1;
                 println!("round {number}: FAILED: {error:#}");
-                keep(options, folder, number)?;
+                keep(options, &folder, number)?;
             }
         }
         std::io::stdout().flush()?;
@@ -102,7 +104,7 @@ fn summary(outcomes: &[Outcome]) {
     row("first output", |outcome| outcome.first_output_us);
 }
 
-fn keep(options: &Options, folder: tempfile::TempDir, number: u32) -> Result<()> {
+fn keep(options: &Options, folder: &Folder, number: u32) -> Result<()> {
     let Some(keep) = &options.keep else { return Ok(()) };
     let target = keep.join(format!("round-{number}"));
     std::fs::create_dir_all(&target)?;
