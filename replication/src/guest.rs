@@ -63,6 +63,10 @@ pub trait Guest: Send + 'static {
     /// Tags all output that was produced since the last seal with `epoch`. Only while quiesced.
     fn seal_output(&mut self, epoch: EpochId);
 
+    /// Waits a moment for what was released to leave this host, so that the state of the last epoch
+    /// of a switch-over does not carry it too. Only while quiesced.
+    fn settle_output(&mut self) {}
+
     /// Lets the guest run on, unless a person paused the VM.
     fn release(&mut self) -> Result<(), GuestError>;
 

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
 use api::response::VmCounters;
@@ -87,6 +88,9 @@ pub struct Buses {
     pub port: Bus,
     pub mmio: Bus,
 }
+
+/// How long a switch-over may wait for the writers of output.
+const SETTLE_LIMIT: Duration = Duration::from_millis(200);
 
 /// The devices of one machine.
 pub struct Devices {
@@ -224,6 +228,15 @@ impl Devices {
 
     pub fn commit_output(&self, epoch: u64) {
         self.each_gate(|gate| gate.commit(epoch));
+    }
+
+    /// Waits for released output to be written, unless its reader does not read.
+    pub fn settle_output(&self) {
+        self.each_gate(|gate| {
+            if !gate.settle(SETTLE_LIMIT) {
+                tracing::warn!("Output was not read in time: a piece of it may come twice");
+            }
+        });
     }
 
     /// Nothing is held any more.

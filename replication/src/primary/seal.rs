@@ -94,7 +94,8 @@ impl Sealer {
         Ok(since.elapsed())
     }
 
-    /// Seals `epoch`. The guest stands still while this runs and, unless `stay`, runs after it.
+    /// Seals `epoch`. The guest stands still while this runs and, unless `stay` (the last epoch of a
+    /// switch-over), runs after it.
     pub(super) fn seal<G: Guest>(
         &mut self,
         guest: &mut G,
@@ -103,6 +104,9 @@ impl Sealer {
         quiet: impl FnOnce(),
     ) -> Result<Pause<G::State>, Error> {
         self.quiesce(guest)?;
+        if stay {
+            guest.settle_output();
+        }
         // Nothing more is sent from here on: a wish for an early seal is fulfilled.
         quiet();
         self.harvest(guest)?;

@@ -113,6 +113,9 @@ pub enum Action {
     /// Quiesce for good and seal the last epoch.
     SealHandover,
     Commit(EpochId),
+    /// The backup has the last epoch of a switch-over. Its output stays held: it leaves there, or,
+    /// should the VM stay here after all, by [`Action::Pass`].
+    Handed(EpochId),
     Pass,
     /// Let the guest run if it stands still for a seal.
     Release,
@@ -309,7 +312,9 @@ impl Primary {
         }
         self.in_flight = None;
         self.committed = epoch;
-        let mut actions = vec![Action::Commit(epoch)];
+        // What the last epoch of a switch-over said is in its machine state: the backup says it.
+        let handed = self.state == State::HandingOver && self.handed;
+        let mut actions = vec![if handed { Action::Handed(epoch) } else { Action::Commit(epoch) }];
         if !self.protected {
             self.protected = true;
             let report = if self.resync { Report::Resynced } else { Report::Synced };

@@ -97,7 +97,7 @@ fn a_switch_over_destroys_only_on_the_backup_s_word() {
     let started = Action::Report(Report::FailoverStarted);
     assert_eq!(primary.step(Event::FailoverAsked), [started, Action::SealHandover]);
     primary.step(Event::Sealed(EpochId(2)));
-    assert_eq!(primary.step(ack(2)), [Action::Commit(EpochId(2))]);
+    assert_eq!(primary.step(ack(2)), [Action::Handed(EpochId(2))]);
     let over = primary.step(Event::HandedOver(Generation(2)));
     let report = Action::Report(Report::FailoverFinished);
     assert_eq!(over, [Action::Destroy, Action::Close, report]);

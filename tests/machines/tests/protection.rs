@@ -110,8 +110,7 @@ fn a_second_vm_in_a_living_pair_s_directory_is_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut pair = scene::protected(folder.path(), &setup())?;
     let (mut stranger, url) = another_backup(folder.path(), "another")?;
-    let (second, serial) =
-        scene::running(folder.path(), "second", "workload=verify tick_ms=20")?;
+    let (second, serial) = scene::running(folder.path(), "second", "workload=verify tick_ms=20")?;
     let body = replicate_body(&pair.arbiter, &url);
     let text = second.put_expect("vm.replicate", Some(&body), 409)?;
     ensure!(text.contains("record"), "{text}");

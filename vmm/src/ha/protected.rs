@@ -64,6 +64,10 @@ impl Guest for ProtectedVm {
         }
     }
 
+    fn settle_output(&mut self) {
+        self.machine.devices().settle_output();
+    }
+
     fn seal_output(&mut self, epoch: EpochId) {
         self.machine.devices().seal_output(epoch.0);
     }
