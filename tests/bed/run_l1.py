@@ -269,7 +269,8 @@ class Bed:
             self.read()
             now = time.monotonic()
             if now > self.deadline:
-                raise OutOfTime(f"not done after {self.limit} s; at that time: {self.report.beat()}")
+                raise OutOfTime(
+                    f"not done after {self.limit} s; at that time: {self.report.beat()}")
             if self.report.overdue():
                 raise BedFailed(f"L1 stands still; {self.report.beat()}")
             if not self.report.ready and now - self.started > READY_S:

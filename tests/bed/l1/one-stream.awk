@@ -23,7 +23,7 @@ BEGIN {
     if (at) {
         twice = length(first) - at + start
         if (!overlaps(first, second, twice))
-            verdict(1, "the backup repeats count " number(landmark) ", but not all that is around it")
+            verdict(1, "the backup repeats count " number(landmark) ", but not all around it")
         judge(twice)
     } else {
         # It repeats less than that: each length that fits is one way to read the stream.
