@@ -360,6 +360,10 @@ impl Machine {
                 )?;
             }
         }
+        if on && !self.vm.capabilities().initially_set {
+            // This KVM begins with an empty log.
+            self.memory.mark_all_written();
+        }
         Ok(())
     }
 

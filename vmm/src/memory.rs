@@ -166,10 +166,15 @@ impl Memory {
         if result != 0 {
             return Err(MemoryError::Reset(io::Error::last_os_error()));
         }
+        self.mark_all_written();
+        Ok(())
+    }
+
+    /// Every page is in the next harvest.
+    pub fn mark_all_written(&self) {
         for region in self.mapping().iter() {
             region.bitmap().mark_dirty(0, region.size());
         }
-        Ok(())
     }
 
     fn advise(&self, advice: i32) -> io::Result<()> {

@@ -33,9 +33,9 @@ impl Controller {
     pub(super) fn begin_end(&mut self, after: After) {
         let notices = self.notices.clone();
         let wind_down: Box<dyn FnOnce() + Send> = match &self.protection {
-            _ if self.protection.is_over() => return self.ended(after),
             // Whoever connects finds that the VM is gone, and ends.
             Protection::None | Protection::Connecting { .. } => return self.ended(after),
+            Protection::Backup { handle, .. } if handle.is_finished() => return self.ended(after),
             Protection::Primary { handle, .. } => {
                 let handle = Arc::clone(handle);
                 Box::new(move || stop_primary(&handle))
@@ -93,7 +93,7 @@ impl Controller {
     pub(super) fn take_down(&mut self) {
         match &self.protection {
             Protection::None | Protection::Connecting { .. } => {}
-            _ if self.protection.is_over() => {}
+            Protection::Backup { handle, .. } if handle.is_finished() => {}
             Protection::Primary { handle, .. } => stop_primary(handle),
             Protection::Backup { handle, .. } => no_order(handle.stop()),
         }

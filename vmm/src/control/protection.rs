@@ -73,10 +73,7 @@ impl Protection {
             Self::None => true,
             Self::Connecting { .. } => false,
             // Its engine may still be closing: whoever comes next waits for that, see `protect`.
-            Self::Primary { handle } => matches!(
-                handle.info().state,
-                ReplicationState::Degraded | ReplicationState::Lost | ReplicationState::Stopped
-            ),
+            Self::Primary { handle } => has_ended(handle),
             Self::Backup { handle, .. } => handle.is_finished(),
         }
     }
@@ -115,11 +112,17 @@ fn no_replication() -> Failure {
 
 /// Ends a protection in order, its last words to the backup included.
 pub(super) fn stop_primary(handle: &PrimaryHandle) {
-    let stopped = handle.stop();
+    let stopped = if has_ended(handle) { Ok(()) } else { handle.stop() };
     if stopped.is_ok() {
         handle.join();
     }
     no_order(stopped);
+}
+
+/// Whether a primary's engine does nothing more for its VM. It may still be closing.
+fn has_ended(handle: &PrimaryHandle) -> bool {
+    use ReplicationState::{Degraded, Lost, Stopped};
+    matches!(handle.info().state, Degraded | Lost | Stopped)
 }
 
 /// Says that a protection did not end as it should.

@@ -83,6 +83,7 @@ pub(super) mod tests {
             pm: devices::acpi::pm::PmState::default(),
             cmos: devices::legacy::cmos::CmosState::default(),
             i8042: devices::legacy::i8042::I8042State::default(),
+            wish: None,
         };
         let machine = MachineState { vcpus: vec![], vm: vm_state(), devices };
         Captured { machine, paused: true }

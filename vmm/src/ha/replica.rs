@@ -183,13 +183,15 @@ mod tests {
         };
         let mut config = VmConfig { serial, ..VmConfig::default() };
         config.memory.size = 64 << 20;
-        config.payload.kernel = Some("/dev/null".into());
+        let kernel = dir.path().join("kernel");
+        let head = [b"\x7fELF\x02\x01".as_slice(), &[0; 12], &[62, 0]].concat();
+        std::fs::write(&kernel, head).unwrap();
+        config.payload.kernel = Some(kernel);
         let description = serde_json::to_vec(&config).unwrap();
         let hypervisor = Arc::new(Hypervisor::open().unwrap());
-        let (events, _event_queue) = crossbeam_channel::unbounded();
         // Nobody reads the notices: what they carry lives for as long as this test.
         let (notices, _notice_queue) = crossbeam_channel::unbounded();
-        let mut builder = ReplicaVms::new(hypervisor, Overrides::default(), events, notices);
+        let mut builder = ReplicaVms::new(hypervisor, Overrides::default(), notices);
         let first = builder.build(&description).unwrap();
         assert!(builder.build(&description).is_err(), "the socket is in use");
         drop(first);
