@@ -73,6 +73,12 @@ pub trait Guest: Send + 'static {
     /// Lets out whatever was tagged with `epoch` or an earlier one.
     fn commit_output(&mut self, epoch: EpochId);
 
+    /// The backup has the last epoch of a switch-over. What that epoch's machine state carries is
+    /// the backup's to say and stays held; everything else leaves here, as at a commit.
+    fn hand_over_output(&mut self, epoch: EpochId) {
+        self.commit_output(epoch);
+    }
+
     /// Lets out everything and holds nothing more: this side owns the VM alone, or replication
     /// was stopped by a person.
     fn pass_output(&mut self);

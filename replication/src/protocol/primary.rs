@@ -113,8 +113,8 @@ pub enum Action {
     /// Quiesce for good and seal the last epoch.
     SealHandover,
     Commit(EpochId),
-    /// The backup has the last epoch of a switch-over. Its output stays held: it leaves there, or,
-    /// should the VM stay here after all, by [`Action::Pass`].
+    /// The backup has the last epoch of a switch-over. Output that travelled in its state stays
+    /// held: it leaves there, or, should the VM stay here after all, by [`Action::Pass`].
     Handed(EpochId),
     Pass,
     /// Let the guest run if it stands still for a seal.

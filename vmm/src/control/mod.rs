@@ -204,11 +204,12 @@ impl Controller {
 
     fn work(&mut self, calls: &Receiver<Call>, notices: &Receiver<Notice>) {
         // Without an API the sender is gone and the channel would be ready for ever.
-        let (no_calls, no_events) = (crossbeam_channel::never(), crossbeam_channel::never());
-        let calls = if self.has_api { calls } else { &no_calls };
+        let never = crossbeam_channel::never();
+        let calls = if self.has_api { calls } else { &never };
         while self.ending.is_none() {
-            let machine = self.machine.clone();
-            let events = machine.as_ref().map_or(&no_events, |machine| machine.events());
+            // Not the machine itself: serving a call may have to let go of it.
+            let events = self.machine.as_ref().map(|machine| machine.events().clone());
+            let events = events.unwrap_or_else(crossbeam_channel::never);
             select! {
                 recv(calls) -> call => if let Ok(call) = call { self.serve(call) },
                 recv(events) -> event => if let Ok(event) = event { self.machine_event(event) },

@@ -54,7 +54,10 @@ impl<G: Guest> Engine<G> {
                     self.seal();
                 }
             }
-            Action::Handed(epoch) => self.status.lock().info.epoch_committed = epoch.0,
+            Action::Handed(epoch) => {
+                self.guest.hand_over_output(epoch);
+                self.status.lock().info.epoch_committed = epoch.0;
+            }
             Action::Commit(epoch) => {
                 self.guest.commit_output(epoch);
                 self.status.lock().info.epoch_committed = epoch.0;
