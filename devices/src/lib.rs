@@ -20,3 +20,5 @@ pub mod legacy;
 pub mod output_gate;
 /// 16550 serial port and its host side.
 pub mod serial;
+/// Virtio devices without their transport.
+pub mod virtio;
