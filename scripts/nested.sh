@@ -3,7 +3,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 
 BED=$ROOT/tests/bed
-DEFAULT_SUITES=(smoke reference boot linux)
+DEFAULT_SUITES=(smoke reference boot linux pci)
 
 usage() {
     cat <<END

@@ -7,6 +7,11 @@
 //! | progress port | 0x80 | - |
 //! | COM1 | 0x3f8-0x3ff | 4 |
 //! | ACPI power management | 0x600-0x60f | 5 |
+//! | PCI bus: [`pci`] | 0xcf8-0xcff | messages |
+
+mod host;
+pub mod pci;
+mod virtio;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
-use api::response::VmCounters;
+use api::response::{DeviceNode, VmCounters};
 use crossbeam_channel::Sender;
 use devices::acpi::pm::{EVENT_GSI, PM_BASE, PM_LEN, PmDevice, PmState, PowerCallback, PowerEvent};
 use devices::acpi::tables::{self, AcpiConfig, AcpiError};
@@ -24,6 +29,7 @@ use devices::irq::IrqLine;
 use devices::legacy::cmos::{CMOS_BASE, CMOS_LEN, Cmos, CmosState};
 use devices::legacy::debug_port::{DEBUG_PORT_BASE, DEBUG_PORT_LEN, DebugPort};
 use devices::legacy::i8042::{I8042, I8042_BASE, I8042_LEN, I8042State};
+use devices::pci::virtio::{Activity, Host, Observer};
 use devices::serial::{
     BackendError, SERIAL_BASE, SERIAL_GSI, SERIAL_LEN, Serial, SerialMode, SerialPort, SerialState,
     SerialStateError,
@@ -36,6 +42,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::boot::{ACPI_END, ACPI_START};
 use crate::cpu::MachineEvent;
+use crate::memory::Memory;
+use host::Kvm;
+use pci::{PciDevices, PciError, PciState};
 
 /// The devices could not be set up, saved or loaded.
 #[derive(Debug, Error)]
@@ -60,6 +69,8 @@ pub enum DeviceError {
     SerialPresence,
     #[error("The power-management device refused its state")]
     PmState(#[source] io::Error),
+    #[error("Cannot use the PCI bus")]
+    Pci(#[from] PciError),
     #[error("Cannot press the power button")]
     PowerButton(#[source] io::Error),
 }
@@ -71,12 +82,15 @@ pub struct DevicesState {
     pub pm: PmState,
     pub cmos: CmosState,
     pub i8042: I8042State,
+    pub pci: PciState,
 }
 
 impl DevicesState {
     /// Whether a machine could load this; nothing of it is trusted before.
     pub fn validate(&self) -> Result<(), DeviceError> {
-        self.serial.as_ref().map_or(Ok(()), SerialState::validate).map_err(DeviceError::SerialState)
+        let serial = self.serial.as_ref().map_or(Ok(()), SerialState::validate);
+        serial.map_err(DeviceError::SerialState)?;
+        Ok(self.pci.validate()?)
     }
 }
 
@@ -93,6 +107,7 @@ pub struct Devices {
     pm: Arc<PmDevice>,
     cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
+    pci: PciDevices,
     /// What a reset goes back to.
     power_on: DevicesState,
 }
@@ -101,7 +116,8 @@ impl Devices {
     /// Makes the devices, connects their interrupts and puts them on their buses.
     pub fn new(
         config: &VmConfig,
-        vm: &Vm,
+        vm: &Arc<Vm>,
+        memory: &Memory,
         events: &Sender<MachineEvent>,
     ) -> Result<Self, DeviceError> {
         let line = |gsi| {
@@ -128,8 +144,19 @@ impl Devices {
         port.insert(CMOS_BASE, CMOS_LEN, Arc::clone(&cmos) as _)?;
         port.insert(I8042_BASE, I8042_LEN, Arc::clone(&i8042) as _)?;
         port.insert(DEBUG_PORT_BASE, DEBUG_PORT_LEN, Arc::new(DebugPort::default()))?;
-        let power_on = save(serial.as_ref(), &pm, &cmos, &i8042);
-        Ok(Self { buses, serial, pm, cmos, i8042, power_on })
+        let kvm = Arc::new(Kvm(Arc::clone(vm)));
+        let host = Host {
+            memory: Arc::clone(memory.mapping()),
+            messages: Arc::clone(&kvm) as _,
+            doorbells: kvm,
+            observer: observer(events.clone()),
+        };
+        let pci = PciDevices::new(&buses, memory.end(), host)?;
+        for device in virtio::devices(config)? {
+            pci.add(device)?;
+        }
+        let power_on = save(serial.as_ref(), &pm, &cmos, &i8042, &pci);
+        Ok(Self { buses, serial, pm, cmos, i8042, pci, power_on })
     }
 
     #[must_use]
@@ -153,6 +180,7 @@ impl Devices {
             vcpus: config.cpus.boot_vcpus,
             max_vcpus: config.cpus.boot_vcpus,
             serial: self.serial.is_some(),
+            pci: Some(self.pci.acpi()),
             base: ACPI_START,
             limit: ACPI_END,
         })?;
@@ -162,8 +190,14 @@ impl Devices {
         Ok(built.rsdp)
     }
 
+    /// Takes what the host lends the devices. Before the guest runs, on the host that owns it.
+    pub fn attach(&self) -> Result<(), DeviceError> {
+        Ok(self.pci.attach()?)
+    }
+
     /// No state changes from outside until [`Devices::unpark`].
     pub fn park(&self) {
+        self.pci.park();
         if let Some(serial) = self.serial() {
             serial.park();
         }
@@ -171,6 +205,7 @@ impl Devices {
 
     /// Input flows again.
     pub fn unpark(&self) {
+        self.pci.unpark();
         if let Some(serial) = self.serial() {
             serial.unpark();
         }
@@ -178,9 +213,19 @@ impl Devices {
 
     #[must_use]
     pub fn save(&self) -> DevicesState {
-        save(self.serial.as_ref(), &self.pm, &self.cmos, &self.i8042)
+        save(self.serial.as_ref(), &self.pm, &self.cmos, &self.i8042, &self.pci)
     }
 
+    /// Whether [`Devices::restore`] would load this, as far as that can be said before.
+    pub fn check(&self, state: &DevicesState) -> Result<(), DeviceError> {
+        state.validate()?;
+        if self.serial.is_some() != state.serial.is_some() {
+            return Err(DeviceError::SerialPresence);
+        }
+        Ok(self.pci.check(&state.pci)?)
+    }
+
+    /// Loads a state. Only while parked; [`Devices::nudge`] is to follow.
     pub fn restore(&self, state: &DevicesState) -> Result<(), DeviceError> {
         match (self.serial(), &state.serial) {
             (Some(serial), Some(state)) => {
@@ -192,7 +237,18 @@ impl Devices {
         self.pm.restore(&state.pm).map_err(DeviceError::PmState)?;
         self.cmos.restore(&state.cmos);
         self.i8042.restore(&state.i8042);
-        Ok(())
+        Ok(self.pci.restore(&state.pci)?)
+    }
+
+    /// After [`Devices::restore`], when the vCPUs have their state: interrupts that may have been
+    /// under way at the capture are made up for.
+    pub fn nudge(&self) {
+        self.pci.nudge();
+    }
+
+    /// The VM goes on from a replica here: tells the world.
+    pub fn announce(&self) {
+        self.pci.announce();
     }
 
     /// Back to power-on.
@@ -225,6 +281,7 @@ impl Devices {
     /// What is held is dropped, and whatever comes after it.
     pub fn silence(&self) {
         self.each_gate(devices::output_gate::OutputGate::discard);
+        self.pci.silence();
     }
 
     #[must_use]
@@ -251,7 +308,21 @@ impl Devices {
                 .map(|(name, value)| (name.to_owned(), value))
                 .collect::<BTreeMap<_, _>>()
         };
-        self.serial.iter().map(|serial| ("__serial".to_owned(), named(serial.counters()))).collect()
+        let mut all = self.pci.counters();
+        if let Some(serial) = &self.serial {
+            all.insert("__serial".to_owned(), named(serial.counters()));
+        }
+        all
+    }
+
+    /// All devices that a client may know by their ids.
+    #[must_use]
+    pub fn tree(&self) -> BTreeMap<String, DeviceNode> {
+        let mut nodes = self.pci.tree();
+        if self.serial.is_some() {
+            nodes.push(DeviceNode { id: "__serial".into(), ..Default::default() });
+        }
+        nodes.into_iter().map(|node| (node.id.clone(), node)).collect()
     }
 
     fn serial(&self) -> Option<&Arc<Serial>> {
@@ -265,13 +336,37 @@ impl Devices {
     }
 }
 
-fn save(serial: Option<&SerialPort>, pm: &PmDevice, cmos: &Cmos, i8042: &I8042) -> DevicesState {
+fn save(
+    serial: Option<&SerialPort>,
+    pm: &PmDevice,
+    cmos: &Cmos,
+    i8042: &I8042,
+    pci: &PciDevices,
+) -> DevicesState {
     DevicesState {
         serial: serial.map(|serial| serial.device().save()),
         pm: pm.save(),
         cmos: cmos.save(),
         i8042: i8042.save(),
+        pci: pci.save(),
     }
+}
+
+/// Tells the control loop what drivers do to their devices. A guest that does nothing else must
+/// not fill the VMM's memory with it.
+fn observer(events: Sender<MachineEvent>) -> Observer {
+    const WAITING_MAX: usize = 1024;
+    Arc::new(move |id, activity| {
+        if events.len() >= WAITING_MAX {
+            return;
+        }
+        let what = match activity {
+            Activity::Activated => "activated",
+            Activity::Reset => "reset",
+        };
+        // A closed channel means that the VMM is on its way out.
+        let _ = events.send(MachineEvent::Virtio { id: id.to_owned(), what });
+    })
 }
 
 fn power_callback(events: Sender<MachineEvent>) -> PowerCallback {

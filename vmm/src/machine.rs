@@ -125,13 +125,14 @@ impl Machine {
         let vm = Arc::new(hypervisor.create_vm()?);
         vm.create_irqchip()?;
         for slot in memory.slots() {
-            // SAFETY: `memory` is dropped after `vm` and the vCPUs, so the range stays mapped for
-            // as long as the slot exists.
+            // SAFETY: `memory` is dropped after the vCPUs, so the range stays mapped for as long
+            // as anything runs in the VM. A device's thread may keep the VM alive for longer, but
+            // it only sends messages.
             unsafe {
                 vm.set_memory(slot.id, slot.guest_address, slot.size, slot.host_address, false)?;
             }
         }
-        let devices = Devices::new(&config, &vm, events)?;
+        let devices = Devices::new(&config, &vm, &memory, events)?;
         let cpuid = hypervisor.supported_cpuid()?;
         let topology = topology(&config.cpus)?;
         let mut vcpus = Vec::new();
@@ -182,6 +183,7 @@ impl Machine {
     /// Loads the payload and lets the guest run.
     pub fn boot(&self) -> Result<(), MachineError> {
         self.exclusively(|| {
+            self.devices.attach()?;
             self.load_payload()?;
             self.life().started = true;
             Ok(())
@@ -295,14 +297,24 @@ impl Machine {
         })
     }
 
-    /// Loads a state into a machine that did not run yet; it stays paused.
+    /// Whether [`Machine::restore`] would load this, as far as that can be said before.
+    pub fn check(&self, state: &MachineState) -> Result<(), MachineError> {
+        state.validate()?;
+        Ok(self.devices.check(&state.devices)?)
+    }
+
+    /// Loads a state into a machine that did not run yet; it stays paused. From here on this host
+    /// owns what the devices use.
     pub fn restore(&self, state: MachineState) -> Result<(), MachineError> {
         self.life().user_paused = true;
         self.exclusively(|| {
+            self.devices.attach()?;
             self.devices.restore(&state.devices)?;
             // Before the vCPUs: their kvmclock MSRs refer to the VM's clock.
             self.vm.restore_state(&state.vm)?;
             self.vcpus.load(state.vcpus)?;
+            // After them: their interrupt controllers take what this sends.
+            self.devices.nudge();
             self.tell_pause()?;
             self.life().started = true;
             Ok(())

@@ -20,6 +20,8 @@
 
 /// What a device implements for its transport.
 pub mod device;
+/// Random bytes.
+pub mod rng;
 /// Saved forms.
 pub mod state;
 /// Parks workers at a request boundary.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use api::config::{RestoreConfig, SnapshotConfig, VmConfig};
 use crossbeam_channel::Sender;
 use replication::HostIdentity;
+use serde_json::json;
 
 use super::protection::Protection;
 use super::{Answer, Controller, Ending};
@@ -201,6 +202,9 @@ impl Controller {
                 if let Err(failure) = self.reboot() {
                     self.ending = Some(Ending::Failed(failure.chain.join(": ")));
                 }
+            }
+            MachineEvent::Virtio { id, what } => {
+                self.monitor.emit("virtio-device", what, Some(json!({ "id": id })));
             }
             MachineEvent::Failed(what) => {
                 tracing::error!("{what}");

@@ -41,7 +41,9 @@ impl Controller {
             None => VmState::Created,
         };
         let memory_actual_size = config.memory.size;
-        json(&VmInfo { config, state, memory_actual_size, device_tree: None })
+        let machine = self.machine.as_ref().or(waiting);
+        let device_tree = machine.map(|machine| machine.devices().tree());
+        json(&VmInfo { config, state, memory_actual_size, device_tree })
     }
 
     pub(super) fn counters(&self) -> Answer {

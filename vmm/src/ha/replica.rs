@@ -95,7 +95,7 @@ impl Replica for ReplicaVm {
         if u32::try_from(found) != Ok(expected) {
             return Err(ReplicaError::Vcpus { found, expected }.into());
         }
-        captured.machine.validate()?;
+        self.machine.check(&captured.machine)?;
         Ok(captured)
     }
 
@@ -104,6 +104,7 @@ impl Replica for ReplicaVm {
         if !state.paused {
             self.machine.resume()?;
         }
+        self.machine.devices().announce();
         let _ = self.notices.send(Notice::TookOver(Arc::clone(&self.machine)));
         Ok(())
     }
