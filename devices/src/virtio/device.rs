@@ -101,12 +101,15 @@ pub enum StateError {
 /// A virtio device without its transport.
 ///
 /// The transport calls `activate` and `reset` from vCPU threads, one after the other; the VMM calls
-/// the rest from the control loop or the replication engine. No call may wait for host I/O.
+/// the rest from the control loop or the replication engine. No call may wait for host I/O. Both
+/// may come while the device is parked, and then must not wait for its `unpark`: that comes only
+/// after the vCPU that calls has stopped too.
 pub trait VirtioDevice: Send + Sync {
     /// The device's name, as in `vm.info` and `vm.counters`.
     fn id(&self) -> &str;
     fn device_type(&self) -> DeviceType;
-    /// The largest size of each queue, powers of two up to 32768.
+    /// The largest size of each queue, powers of two up to 32768. Asked once, before `attach`, as
+    /// are the features: a backup must know both before it owns anything.
     fn queue_sizes(&self) -> Vec<u16>;
     /// Feature bits on offer, without VIRTIO_F_VERSION_1, which the transport adds.
     fn features(&self) -> u64;
@@ -123,7 +126,8 @@ pub trait VirtioDevice: Send + Sync {
     /// first. On an error the device is as before.
     fn activate(&self, activation: Activation) -> Result<(), ActivateError>;
     /// Ends the work: on return nothing of the last activation touches guest memory any more. Host
-    /// I/O that is under way is left to end by itself, without effect on the guest.
+    /// I/O that is under way is left to end by itself, without effect on the guest. A device that
+    /// is idle forgets what [`VirtioDevice::restore`] left in flight.
     fn reset(&self);
     /// Stops at a request boundary: on return nothing touches guest memory, rings or state, and
     /// nobody interrupts, until [`VirtioDevice::unpark`].

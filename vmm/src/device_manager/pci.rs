@@ -164,7 +164,9 @@ impl PciDevices {
     }
 
     pub fn unpark(&self) {
-        if !self.life().silent {
+        // Held to the end: nobody silences the devices in between.
+        let life = self.life();
+        if !life.silent {
             for function in self.functions() {
                 function.device().unpark();
             }

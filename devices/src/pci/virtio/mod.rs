@@ -58,7 +58,8 @@ pub enum Activity {
 /// Told on a vCPU's thread, with the device's id: it may only signal.
 pub type Observer = Arc<dyn Fn(&str, Activity) + Send + Sync>;
 
-/// What the VMM gives a virtio function.
+/// What the VMM gives a virtio function. Device threads may keep `messages` for as long as their
+/// host I/O lasts, past the function's own life.
 #[derive(Clone)]
 pub struct Host {
     pub memory: Arc<GuestMemory>,
@@ -220,6 +221,10 @@ impl VirtioPci {
             .restore(&state.device)
             .map_err(|source| VirtioStateError::Device { id: id(), source })?;
         let status = state.common.status;
+        if status & NEEDS_RESET != 0 {
+            // It had stopped for good: what it had in flight must not reach a later activation.
+            self.device.reset();
+        }
         if status & DRIVER_OK == 0 || status & NEEDS_RESET != 0 {
             return Ok(());
         }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::common::{Common, FEATURES_OK};
+use super::common::{Common, DRIVER_OK, FEATURES_OK, VERSION_1};
 use super::interrupt::{Interrupts, NO_VECTOR};
 use super::layout::QUEUES_MAX;
 use crate::pci::config::{ConfigError, ConfigState};
@@ -68,7 +68,7 @@ pub enum VirtioStateError {
     Queue { id: String, index: usize },
     #[error("{id} has interrupt vectors in its state that it does not have")]
     Vector { id: String },
-    #[error("{id} has features in its state that it does not offer")]
+    #[error("{id} has features in its state that were never agreed on")]
     Features { id: String },
     #[error("{id} refused its state")]
     Device { id: String, source: StateError },
@@ -148,9 +148,12 @@ impl CommonState {
                 return Err(VirtioStateError::Queue { id: id(), index });
             }
         }
-        // Before FEATURES_OK a driver may have written anything.
+        // Before FEATURES_OK a driver may have written anything, and past it only what was agreed.
         let agreed = self.status & FEATURES_OK != 0;
-        if agreed && self.driver_features & !common.offered != 0 {
+        let acceptable =
+            self.driver_features & !common.offered == 0 && self.driver_features & VERSION_1 != 0;
+        let driven = self.status & DRIVER_OK != 0;
+        if agreed && !acceptable || driven && !agreed {
             return Err(VirtioStateError::Features { id: id() });
         }
         Ok(())
