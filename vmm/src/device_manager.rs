@@ -78,17 +78,23 @@ pub enum DeviceError {
 /// State of all devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevicesState {
+    pub platform: PlatformState,
+    pub pci: PciState,
+}
+
+/// State of what is not on the PCI bus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlatformState {
     pub serial: Option<SerialState>,
     pub pm: PmState,
     pub cmos: CmosState,
     pub i8042: I8042State,
-    pub pci: PciState,
 }
 
 impl DevicesState {
     /// Whether a machine could load this; nothing of it is trusted before.
     pub fn validate(&self) -> Result<(), DeviceError> {
-        let serial = self.serial.as_ref().map_or(Ok(()), SerialState::validate);
+        let serial = self.platform.serial.as_ref().map_or(Ok(()), SerialState::validate);
         serial.map_err(DeviceError::SerialState)?;
         Ok(self.pci.validate()?)
     }
@@ -109,7 +115,7 @@ pub struct Devices {
     i8042: Arc<I8042>,
     pci: PciDevices,
     /// What a reset goes back to.
-    power_on: DevicesState,
+    power_on: PlatformState,
 }
 
 impl Devices {
@@ -155,7 +161,7 @@ impl Devices {
         for device in virtio::devices(config)? {
             pci.add(device)?;
         }
-        let power_on = save(serial.as_ref(), &pm, &cmos, &i8042, &pci);
+        let power_on = save(serial.as_ref(), &pm, &cmos, &i8042);
         Ok(Self { buses, serial, pm, cmos, i8042, pci, power_on })
     }
 
@@ -213,13 +219,16 @@ impl Devices {
 
     #[must_use]
     pub fn save(&self) -> DevicesState {
-        save(self.serial.as_ref(), &self.pm, &self.cmos, &self.i8042, &self.pci)
+        DevicesState {
+            platform: save(self.serial.as_ref(), &self.pm, &self.cmos, &self.i8042),
+            pci: self.pci.save(),
+        }
     }
 
     /// Whether [`Devices::restore`] would load this, as far as that can be said before.
     pub fn check(&self, state: &DevicesState) -> Result<(), DeviceError> {
         state.validate()?;
-        if self.serial.is_some() != state.serial.is_some() {
+        if self.serial.is_some() != state.platform.serial.is_some() {
             return Err(DeviceError::SerialPresence);
         }
         Ok(self.pci.check(&state.pci)?)
@@ -227,6 +236,12 @@ impl Devices {
 
     /// Loads a state. Only while parked; [`Devices::nudge`] is to follow.
     pub fn restore(&self, state: &DevicesState) -> Result<(), DeviceError> {
+        self.restore_platform(&state.platform)?;
+        Ok(self.pci.restore(&state.pci)?)
+    }
+
+    /// All but the PCI bus.
+    fn restore_platform(&self, state: &PlatformState) -> Result<(), DeviceError> {
         match (self.serial(), &state.serial) {
             (Some(serial), Some(state)) => {
                 serial.restore(state).map_err(DeviceError::SerialState)?;
@@ -237,7 +252,7 @@ impl Devices {
         self.pm.restore(&state.pm).map_err(DeviceError::PmState)?;
         self.cmos.restore(&state.cmos);
         self.i8042.restore(&state.i8042);
-        Ok(self.pci.restore(&state.pci)?)
+        Ok(())
     }
 
     /// After [`Devices::restore`], when the vCPUs have their state: interrupts that may have been
@@ -251,9 +266,10 @@ impl Devices {
         self.pci.announce();
     }
 
-    /// Back to power-on.
+    /// Back to power-on. Only while parked.
     pub fn reset(&self) -> Result<(), DeviceError> {
-        self.restore(&self.power_on)
+        self.pci.reset();
+        self.restore_platform(&self.power_on)
     }
 
     pub fn power_button(&self) -> Result<(), DeviceError> {
@@ -336,19 +352,12 @@ impl Devices {
     }
 }
 
-fn save(
-    serial: Option<&SerialPort>,
-    pm: &PmDevice,
-    cmos: &Cmos,
-    i8042: &I8042,
-    pci: &PciDevices,
-) -> DevicesState {
-    DevicesState {
+fn save(serial: Option<&SerialPort>, pm: &PmDevice, cmos: &Cmos, i8042: &I8042) -> PlatformState {
+    PlatformState {
         serial: serial.map(|serial| serial.device().save()),
         pm: pm.save(),
         cmos: cmos.save(),
         i8042: i8042.save(),
-        pci: pci.save(),
     }
 }
 

@@ -41,6 +41,11 @@ impl HostBridge {
         self.lock().restore(state)
     }
 
+    /// Back to power-on.
+    pub fn reset(&self) {
+        *self.lock() = ConfigSpace::new(&IDENTITY);
+    }
+
     fn lock(&self) -> MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -126,8 +126,9 @@ pub trait VirtioDevice: Send + Sync {
     /// first. On an error the device is as before.
     fn activate(&self, activation: Activation) -> Result<(), ActivateError>;
     /// Ends the work: on return nothing of the last activation touches guest memory any more. Host
-    /// I/O that is under way is left to end by itself, without effect on the guest. A device that
-    /// is idle forgets what [`VirtioDevice::restore`] left in flight.
+    /// I/O that is under way is left to end by itself, without effect on the guest. Comes for idle
+    /// devices too: they forget what the driver wrote, and what [`VirtioDevice::restore`] left in
+    /// flight.
     fn reset(&self);
     /// Stops at a request boundary: on return nothing touches guest memory, rings or state, and
     /// nobody interrupts, until [`VirtioDevice::unpark`].

@@ -201,7 +201,8 @@ impl PciDevices {
         Ok(pairs.try_for_each(|(function, state)| function.check(state))?)
     }
 
-    /// Loads a state, that of power-on for a reset. Only while parked. [`PciDevices::nudge`] is to follow when the vCPUs have their state.
+    /// Loads a state. Only while parked. [`PciDevices::nudge`] is to follow when the vCPUs have
+    /// their state.
     pub fn restore(&self, state: &PciState) -> Result<(), PciError> {
         self.check(state)?;
         self.ports.restore(state.address);
@@ -225,6 +226,16 @@ impl PciDevices {
         for function in self.functions() {
             function.device().announce();
         }
+    }
+
+    /// Back to power-on. Only while parked.
+    pub fn reset(&self) {
+        self.ports.restore(0);
+        self.bridge.reset();
+        for function in self.functions() {
+            function.reset();
+        }
+        self.root.place();
     }
 
     #[must_use]

@@ -259,10 +259,10 @@ impl VirtioPci {
         *self.config() = self.power_on.clone();
     }
 
+    /// Idle devices are reset as well: a driver may have written to their configuration.
     fn stop(&self) {
-        if self.active.swap(false, Ordering::AcqRel) {
-            self.device.reset();
-        }
+        self.active.store(false, Ordering::Release);
+        self.device.reset();
     }
 
     fn set_status(&self, common: &mut Common, value: u8) {
