@@ -332,7 +332,9 @@ pub(crate) mod tests {
         #[test]
         fn garbage_changes_nothing_else(
             writes in prop::collection::vec(
-                (0u64..80, prop::collection::vec(any::<u8>(), 0..17), any::<u16>(), 0u16..5), 0..40),
+                (0u64..80, prop::collection::vec(any::<u8>(), 0..17), any::<u16>(), 0u16..5),
+                0..40,
+            ),
         ) {
             let (msix, messages) = table();
             for (offset, data, control, vector) in writes {
