@@ -18,5 +18,9 @@ pub mod irq;
 pub mod legacy;
 /// Holds output until the epoch that produced it is committed.
 pub mod output_gate;
+/// PCI: configuration, MSI-X, the virtio transport.
+pub mod pci;
 /// 16550 serial port and its host side.
 pub mod serial;
+/// Virtio devices without their transport, which is in [`pci::virtio`].
+pub mod virtio;

@@ -20,7 +20,7 @@ FROM_BACKPORTS=(qemu-system-x86 seabios ipxe-qemu)
 FROM_RELEASE=(busybox-static iproute2 ibverbs-providers)
 L1_MODULES=kvm-amd,rdma_rxe,rdma_ucm,ib_uverbs,crc32_generic,tun,veth,dummy,bridge
 L1_MODULES+=,9p,9pnet_virtio,virtio_pci,virtio_net,virtio_console
-L2_MODULES=virtio_blk,failover,net_failover,virtio_net
+L2_MODULES=virtio_blk,failover,net_failover,virtio_net,virtio_rng
 KEEP_OLD_DAYS=7
 
 recipe_hash() {

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! Always holds: `park` returns only when every thread is parked and every job is done; no state
-//! is read while an I/O exit is half served (the instruction is completed first). Only the
+//! is read while an I/O exit is half served (the instruction is completed first), nor while any
+//! vCPU is still in the guest, where it may send another one an interrupt. Only the
 //! controller writes `immediate_exit`, and it clears it only while all threads are parked.
 
 use std::collections::VecDeque;
@@ -34,6 +35,8 @@ pub enum MachineEvent {
     Reset,
     /// A vCPU cannot go on.
     Failed(String),
+    /// A driver did something to its device: the event's name.
+    Virtio { id: String, what: &'static str },
 }
 
 /// The vCPU threads failed at something.
@@ -72,6 +75,8 @@ struct Seat {
 struct Control {
     run: bool,
     exit: bool,
+    /// Threads that are in the guest or serve an exit of it.
+    running: usize,
     seats: Vec<Seat>,
 }
 
@@ -112,7 +117,7 @@ impl Vcpus {
         install_kick_handler()?;
         let seats = vcpus.iter().map(|_| Seat::new()).collect();
         let shared = Arc::new(Shared {
-            control: Mutex::new(Control { run: false, exit: false, seats }),
+            control: Mutex::new(Control { run: false, exit: false, running: 0, seats }),
             wanted: Condvar::new(),
             done: Condvar::new(),
             stop: AtomicBool::new(true),
@@ -292,7 +297,9 @@ impl Worker {
         let shared = Arc::clone(&self.shared);
         let mut control = shared.lock();
         loop {
-            while let Some(job) = control.seats[self.id].jobs.pop_front() {
+            while control.running == 0
+                && let Some(job) = control.seats[self.id].jobs.pop_front()
+            {
                 // Still counted as busy: `parked` is false until the queue was found empty.
                 control.seats[self.id].parked = false;
                 drop(control);
@@ -310,9 +317,15 @@ impl Worker {
             }
             if control.run && !self.halted {
                 control.seats[self.id].parked = false;
+                control.running += 1;
                 drop(control);
                 self.run();
                 control = shared.lock();
+                control.running -= 1;
+                if control.running == 0 {
+                    // Jobs wait for the last one.
+                    shared.wanted.notify_all();
+                }
                 continue;
             }
             control.seats[self.id].parked = true;

@@ -7,15 +7,21 @@
 //! | progress port | 0x80 | - |
 //! | COM1 | 0x3f8-0x3ff | 4 |
 //! | ACPI power management | 0x600-0x60f | 5 |
+//! | PCI bus: [`pci`] | 0xcf8-0xcff | messages |
+
+mod host;
+pub mod pci;
+mod virtio;
+mod wishes;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
-use api::response::VmCounters;
+use api::response::{DeviceNode, VmCounters};
 use crossbeam_channel::Sender;
 use devices::acpi::pm::{EVENT_GSI, PM_BASE, PM_LEN, PmDevice, PmState, PowerCallback, PowerEvent};
 use devices::acpi::tables::{self, AcpiConfig, AcpiError};
@@ -25,6 +31,7 @@ use devices::irq::IrqLine;
 use devices::legacy::cmos::{CMOS_BASE, CMOS_LEN, Cmos, CmosState};
 use devices::legacy::debug_port::{DEBUG_PORT_BASE, DEBUG_PORT_LEN, DebugPort};
 use devices::legacy::i8042::{I8042, I8042_BASE, I8042_LEN, I8042State};
+use devices::pci::virtio::{Activity, Host, Observer};
 use devices::serial::{
     BackendError, SERIAL_BASE, SERIAL_GSI, SERIAL_LEN, Serial, SerialMode, SerialPort, SerialState,
     SerialStateError,
@@ -37,6 +44,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::boot::{ACPI_END, ACPI_START};
 use crate::cpu::MachineEvent;
+use crate::memory::Memory;
+use host::Kvm;
+use pci::{PciDevices, PciError, PciState};
+use wishes::Wishes;
 
 /// The devices could not be set up, saved or loaded.
 #[derive(Debug, Error)]
@@ -61,6 +72,8 @@ pub enum DeviceError {
     SerialPresence,
     #[error("The power-management device refused its state")]
     PmState(#[source] io::Error),
+    #[error("Cannot use the PCI bus")]
+    Pci(#[from] PciError),
     #[error("Cannot press the power button")]
     PowerButton(#[source] io::Error),
 }
@@ -68,6 +81,13 @@ pub enum DeviceError {
 /// State of all devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevicesState {
+    pub platform: PlatformState,
+    pub pci: PciState,
+}
+
+/// State of what is not on the PCI bus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlatformState {
     pub serial: Option<SerialState>,
     pub pm: PmState,
     pub cmos: CmosState,
@@ -79,7 +99,9 @@ pub struct DevicesState {
 impl DevicesState {
     /// Whether a machine could load this; nothing of it is trusted before.
     pub fn validate(&self) -> Result<(), DeviceError> {
-        self.serial.as_ref().map_or(Ok(()), SerialState::validate).map_err(DeviceError::SerialState)
+        let serial = self.platform.serial.as_ref().map_or(Ok(()), SerialState::validate);
+        serial.map_err(DeviceError::SerialState)?;
+        Ok(self.pci.validate()?)
     }
 }
 
@@ -100,15 +122,17 @@ pub struct Devices {
     cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
     wishes: Arc<Wishes>,
+    pci: PciDevices,
     /// What a reset goes back to.
-    power_on: DevicesState,
+    power_on: PlatformState,
 }
 
 impl Devices {
     /// Makes the devices, connects their interrupts and puts them on their buses.
     pub fn new(
         config: &VmConfig,
-        vm: &Vm,
+        vm: &Arc<Vm>,
+        memory: &Memory,
         events: &Sender<MachineEvent>,
     ) -> Result<Self, DeviceError> {
         let line = |gsi| {
@@ -122,7 +146,7 @@ impl Devices {
             }
             None => None,
         };
-        let wishes = Arc::new(Wishes { asked: Mutex::new(None), events: events.clone() });
+        let wishes = Arc::new(Wishes::new(events.clone()));
         let on_power = power_callback(&wishes);
         let pm = Arc::new(PmDevice::new(line(EVENT_GSI)?, Arc::clone(&on_power)));
         let cmos = Arc::new(Cmos::new());
@@ -136,8 +160,19 @@ impl Devices {
         port.insert(CMOS_BASE, CMOS_LEN, Arc::clone(&cmos) as _)?;
         port.insert(I8042_BASE, I8042_LEN, Arc::clone(&i8042) as _)?;
         port.insert(DEBUG_PORT_BASE, DEBUG_PORT_LEN, Arc::new(DebugPort::default()))?;
+        let kvm = Arc::new(Kvm(Arc::clone(vm)));
+        let host = Host {
+            memory: Arc::clone(memory.mapping()),
+            messages: Arc::clone(&kvm) as _,
+            doorbells: kvm,
+            observer: observer(events.clone()),
+        };
+        let pci = PciDevices::new(&buses, memory.end(), host)?;
+        for device in virtio::devices(config)? {
+            pci.add(device)?;
+        }
         let power_on = save(serial.as_ref(), &pm, &cmos, &i8042);
-        Ok(Self { buses, serial, pm, cmos, i8042, wishes, power_on })
+        Ok(Self { buses, serial, pm, cmos, i8042, wishes, pci, power_on })
     }
 
     #[must_use]
@@ -161,6 +196,7 @@ impl Devices {
             vcpus: config.cpus.boot_vcpus,
             max_vcpus: config.cpus.boot_vcpus,
             serial: self.serial.is_some(),
+            pci: Some(self.pci.acpi()),
             base: ACPI_START,
             limit: ACPI_END,
         })?;
@@ -170,8 +206,14 @@ impl Devices {
         Ok(built.rsdp)
     }
 
+    /// Takes what the host lends the devices. Before the guest runs, on the host that owns it.
+    pub fn attach(&self) -> Result<(), DeviceError> {
+        Ok(self.pci.attach()?)
+    }
+
     /// No state changes from outside until [`Devices::unpark`].
     pub fn park(&self) {
+        self.pci.park();
         if let Some(serial) = self.serial() {
             serial.park();
         }
@@ -179,6 +221,7 @@ impl Devices {
 
     /// Input flows again.
     pub fn unpark(&self) {
+        self.pci.unpark();
         if let Some(serial) = self.serial() {
             serial.unpark();
         }
@@ -186,11 +229,32 @@ impl Devices {
 
     #[must_use]
     pub fn save(&self) -> DevicesState {
-        let wish = self.wishes.asked();
-        DevicesState { wish, ..save(self.serial.as_ref(), &self.pm, &self.cmos, &self.i8042) }
+        DevicesState {
+            platform: PlatformState {
+                wish: self.wishes.asked(),
+                ..save(self.serial.as_ref(), &self.pm, &self.cmos, &self.i8042)
+            },
+            pci: self.pci.save(),
+        }
     }
 
+    /// Whether [`Devices::restore`] would load this, as far as that can be said before.
+    pub fn check(&self, state: &DevicesState) -> Result<(), DeviceError> {
+        state.validate()?;
+        if self.serial.is_some() != state.platform.serial.is_some() {
+            return Err(DeviceError::SerialPresence);
+        }
+        Ok(self.pci.check(&state.pci)?)
+    }
+
+    /// Loads a state. Only while parked; [`Devices::nudge`] is to follow.
     pub fn restore(&self, state: &DevicesState) -> Result<(), DeviceError> {
+        self.restore_platform(&state.platform)?;
+        Ok(self.pci.restore(&state.pci)?)
+    }
+
+    /// All but the PCI bus.
+    fn restore_platform(&self, state: &PlatformState) -> Result<(), DeviceError> {
         match (self.serial(), &state.serial) {
             (Some(serial), Some(state)) => {
                 serial.restore(state).map_err(DeviceError::SerialState)?;
@@ -207,10 +271,22 @@ impl Devices {
         Ok(())
     }
 
-    /// Back to power-on.
+    /// After [`Devices::restore`], when the vCPUs have their state: interrupts that may have been
+    /// under way at the capture are made up for.
+    pub fn nudge(&self) {
+        self.pci.nudge();
+    }
+
+    /// The VM goes on from a replica here: tells the world.
+    pub fn announce(&self) {
+        self.pci.announce();
+    }
+
+    /// Back to power-on. Only while parked.
     pub fn reset(&self) -> Result<(), DeviceError> {
+        self.pci.reset();
         self.wishes.forget();
-        self.restore(&self.power_on)
+        self.restore_platform(&self.power_on)
     }
 
     pub fn power_button(&self) -> Result<(), DeviceError> {
@@ -247,6 +323,7 @@ impl Devices {
     /// What is held is dropped, and whatever comes after it.
     pub fn silence(&self) {
         self.each_gate(devices::output_gate::OutputGate::discard);
+        self.pci.silence();
     }
 
     /// Nothing is written after this: what was released is out, or nobody takes it.
@@ -280,7 +357,21 @@ impl Devices {
                 .map(|(name, value)| (name.to_owned(), value))
                 .collect::<BTreeMap<_, _>>()
         };
-        self.serial.iter().map(|serial| ("__serial".to_owned(), named(serial.counters()))).collect()
+        let mut all = self.pci.counters();
+        if let Some(serial) = &self.serial {
+            all.insert("__serial".to_owned(), named(serial.counters()));
+        }
+        all
+    }
+
+    /// All devices that a client may know by their ids.
+    #[must_use]
+    pub fn tree(&self) -> BTreeMap<String, DeviceNode> {
+        let mut nodes = self.pci.tree();
+        if self.serial.is_some() {
+            nodes.push(DeviceNode { id: "__serial".into(), ..Default::default() });
+        }
+        nodes.into_iter().map(|node| (node.id.clone(), node)).collect()
     }
 
     fn serial(&self) -> Option<&Arc<Serial>> {
@@ -294,8 +385,8 @@ impl Devices {
     }
 }
 
-fn save(serial: Option<&SerialPort>, pm: &PmDevice, cmos: &Cmos, i8042: &I8042) -> DevicesState {
-    DevicesState {
+fn save(serial: Option<&SerialPort>, pm: &PmDevice, cmos: &Cmos, i8042: &I8042) -> PlatformState {
+    PlatformState {
         serial: serial.map(|serial| serial.device().save()),
         pm: pm.save(),
         cmos: cmos.save(),
@@ -304,40 +395,21 @@ fn save(serial: Option<&SerialPort>, pm: &PmDevice, cmos: &Cmos, i8042: &I8042) 
     }
 }
 
-/// What the guest asks of its machine as a whole. One wish is told until a reset has fulfilled it,
-/// so a guest may write its registers as often as it likes without filling the queue. It is part
-/// of the state: a host that dies between the wish and its fulfilment must not leave a guest that
-/// waits for ever.
-struct Wishes {
-    asked: Mutex<Option<PowerEvent>>,
-    events: Sender<MachineEvent>,
-}
-
-impl Wishes {
-    fn ask(&self, wish: PowerEvent) {
-        let mut asked = self.lock();
-        if asked.is_none() {
-            *asked = Some(wish);
-            let event = match wish {
-                PowerEvent::Off => MachineEvent::PowerOff,
-                PowerEvent::Reset => MachineEvent::Reset,
-            };
-            // A closed channel means that the VMM is on its way out.
-            let _ = self.events.send(event);
+/// Tells the control loop what drivers do to their devices. A guest that does nothing else must
+/// not fill the VMM's memory with it.
+fn observer(events: Sender<MachineEvent>) -> Observer {
+    const WAITING_MAX: usize = 1024;
+    Arc::new(move |id, activity| {
+        if events.len() >= WAITING_MAX {
+            return;
         }
-    }
-
-    fn asked(&self) -> Option<PowerEvent> {
-        *self.lock()
-    }
-
-    fn forget(&self) {
-        *self.lock() = None;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<PowerEvent>> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+        let what = match activity {
+            Activity::Activated => "activated",
+            Activity::Reset => "reset",
+        };
+        // A closed channel means that the VMM is on its way out.
+        let _ = events.send(MachineEvent::Virtio { id: id.to_owned(), what });
+    })
 }
 
 fn power_callback(wishes: &Arc<Wishes>) -> PowerCallback {

@@ -124,15 +124,17 @@ impl Machine {
         let vm = Arc::new(hypervisor.create_vm()?);
         vm.create_irqchip()?;
         for slot in memory.slots() {
-            // SAFETY: `memory` is dropped after `vm` and the vCPUs, so the range stays mapped for
-            // as long as the slot exists.
+            // SAFETY: `memory` is dropped after the vCPUs, so the range stays mapped for as long
+            // as anything runs in the VM. A device's thread may keep the VM alive for longer, but
+            // it only sends messages.
             unsafe {
                 vm.set_memory(slot.id, slot.guest_address, slot.size, slot.host_address, false)?;
             }
         }
-        // Bounded by its senders: one power event between two resets, and one of each vCPU.
+        // Bounded by its senders: one power event between two resets, one of each vCPU, and what the
+        // devices' observer lets through.
         let (sender, events) = unbounded();
-        let devices = Devices::new(&config, &vm, &sender)?;
+        let devices = Devices::new(&config, &vm, &memory, &sender)?;
         let cpuid = hypervisor.supported_cpuid()?;
         let topology = topology(&config.cpus)?;
         let mut vcpus = Vec::new();
@@ -190,6 +192,7 @@ impl Machine {
     /// Loads the payload and lets the guest run.
     pub fn boot(&self) -> Result<(), MachineError> {
         self.exclusively(|| {
+            self.devices.attach()?;
             self.load_payload(Payload::open(&self.config.payload)?)?;
             self.life().started = true;
             Ok(())
@@ -210,15 +213,9 @@ impl Machine {
             self.memory.reset()?;
             self.devices.reset()?;
             self.load_payload(payload)?;
-            self.forget_wishes();
             self.life().started = true;
             Ok(())
         })
-    }
-
-    /// Drops what the guest asked for before its reset. A vCPU that failed has a state again, too.
-    fn forget_wishes(&self) {
-        while self.events.try_recv().is_ok() {}
     }
 
     fn load_payload(&self, payload: Payload) -> Result<(), MachineError> {
@@ -318,16 +315,25 @@ impl Machine {
         })
     }
 
-    /// Loads a state into a machine that did not run yet; it stays paused.
+    /// Whether [`Machine::restore`] would load this, as far as that can be said before.
+    pub fn check(&self, state: &MachineState) -> Result<(), MachineError> {
+        state.validate()?;
+        Ok(self.devices.check(&state.devices)?)
+    }
+
+    /// Loads a state into a machine that did not run yet; it stays paused. From here on this host
+    /// owns what the devices use.
     pub fn restore(&self, state: MachineState) -> Result<(), MachineError> {
         self.life().user_paused = true;
         self.exclusively(|| {
+            self.devices.attach()?;
             // Before the vCPUs: their kvmclock MSRs refer to the VM's clock.
             self.vm.restore_state(&state.vm)?;
             self.vcpus.load(state.vcpus)?;
             // Last: devices raise again what may have been under way to an interrupt controller,
             // and loading those would undo it.
             self.devices.restore(&state.devices)?;
+            self.devices.nudge();
             self.tell_pause()?;
             self.life().started = true;
             Ok(())

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! 0            3 GiB        4 GiB
-//! |  low RAM   |  MMIO hole  |  high RAM ...
+//! |  low RAM   |  MMIO hole  |  high RAM ...      PCI's upper window past it
 //! ```
 
 use std::fs::File;
@@ -28,6 +28,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
 
 /// First address of the hole below 4 GiB in which MMIO lives.
 pub const LOW_RAM_END: u64 = 3 << 30;
+/// First address of PCI configuration space, in the hole.
+pub const ECAM_START: u32 = 0xe000_0000;
 /// First address of the RAM above the hole.
 pub const HIGH_RAM_START: u64 = 4 << 30;
 /// Smallest memory that a payload can be loaded into.
@@ -119,6 +121,12 @@ impl Memory {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// First address past all RAM.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.slots().iter().map(|slot| slot.guest_address + slot.size).max().unwrap_or(0)
     }
 
     /// What KVM is to be told.

@@ -8,6 +8,9 @@
 //!     Device (PWRB) { _HID PNP0C0C }                                        power button
 //!     Device (GED)  { _HID ACPI0013, interrupt 5; _EVT reads the event port
 //!                     and notifies PWRB }
+//!     Device (PCI0) { _HID PNP0A08, _CID PNP0A03, bus 0; its windows; no _PRT: functions
+//!                     interrupt by messages only }                          when there is one
+//!     Device (ECAM) { _HID PNP0C02, keeps configuration space reserved }
 //!     Device (Cnnn) { _HID ACPI0007, _UID nnn }                             a vCPU each
 //! }
 //! Name (\_S5, Package () { 5, 5, 0, 0 })
@@ -15,14 +18,15 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO,
-    If, Interrupt, Local, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path,
-    ResourceTemplate, Scope, Store, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify,
+    OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 
 use super::pm;
-use super::tables::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes_of};
+use super::tables::{AcpiConfig, AcpiPci, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes_of};
+use crate::pci::access::{CONFIG_PORTS_BASE, CONFIG_PORTS_LEN, ECAM_BYTES};
 use crate::serial::SERIAL_GSI;
 
 const HEADER_BYTES: u32 = 36;
@@ -43,6 +47,10 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
     devices.extend(clock());
     devices.extend(power_button());
     devices.extend(event_device());
+    if let Some(pci) = &config.pci {
+        devices.extend(pci_bus(pci));
+        devices.extend(ecam(pci));
+    }
     for id in 0..config.vcpus {
         devices.extend(processor(id));
     }
@@ -125,6 +133,51 @@ fn event_device() -> Vec<u8> {
             &method,
         ],
     ))
+}
+
+/// PCI Firmware 3.3, 4.1 and 4.3: what the bus decodes. No function has ports, so the bus has none
+/// to give but those of its configuration, which are its own.
+fn pci_bus(pci: &AcpiPci) -> Vec<u8> {
+    let bus = AddressSpace::new_bus_number(0u16, 0u16);
+    let port = u16::try_from(CONFIG_PORTS_BASE).unwrap_or(0);
+    let ports = IO::new(port, port, 1, u8::try_from(CONFIG_PORTS_LEN).unwrap_or(0));
+    let uncached = AddressSpaceCacheable::NotCacheable;
+    let (low, high) = (pci.windows.low, pci.windows.high);
+    let low_last = low.last().unwrap_or(low.base);
+    let low =
+        AddressSpace::new_memory(uncached, true, address_32(low.base), address_32(low_last), None);
+    let uncached = AddressSpaceCacheable::NotCacheable;
+    let high_last = high.last().unwrap_or(high.base);
+    let high = AddressSpace::new_memory(uncached, true, high.base, high_last, None);
+    bytes_of(&Device::new(
+        Path::new("PCI0"),
+        vec![
+            &name("_HID", &EISAName::new("PNP0A08")),
+            &name("_CID", &EISAName::new("PNP0A03")),
+            &name("_UID", &ZERO),
+            &name("_SEG", &ZERO),
+            &name("_BBN", &ZERO),
+            &name("_CRS", &ResourceTemplate::new(vec![&bus, &ports, &low, &high])),
+        ],
+    ))
+}
+
+/// PCI Firmware 3.3, 4.1.2: configuration space is reserved by a motherboard resource.
+fn ecam(pci: &AcpiPci) -> Vec<u8> {
+    let space = Memory32Fixed::new(true, pci.ecam, address_32(ECAM_BYTES));
+    bytes_of(&Device::new(
+        Path::new("ECAM"),
+        vec![
+            &name("_HID", &EISAName::new("PNP0C02")),
+            &name("_UID", &ZERO),
+            &name("_CRS", &ResourceTemplate::new(vec![&space])),
+        ],
+    ))
+}
+
+/// What lies below 4 GiB.
+fn address_32(address: u64) -> u32 {
+    u32::try_from(address).unwrap_or(u32::MAX)
 }
 
 fn processor(id: u32) -> Vec<u8> {

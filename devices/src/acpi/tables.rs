@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  RSDP ──▶ XSDT ──▶ FADT ──▶ DSDT
-//!             └────▶ MADT
+//!             ├────▶ MADT
+//!             └────▶ MCFG     where there is a PCI bus
 //! ```
 //!
 //! ACPI 6.5 with reduced hardware: no FACS, no fixed registers, no SCI. There is no PIT, no HPET,
@@ -12,6 +13,7 @@
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -19,6 +21,7 @@ use thiserror::Error;
 
 use super::{dsdt, pm};
 use crate::legacy::cmos::CMOS_CENTURY;
+use crate::pci::root::Windows;
 
 /// Where the in-kernel IOAPIC is.
 pub const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
@@ -42,6 +45,15 @@ const APIC_ENABLED: u32 = 1;
 /// the CMOS clock is there.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 
+/// The PCI bus as the tables tell it: segment 0, bus 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AcpiPci {
+    /// Where configuration space is, [`crate::pci::access::ECAM_BYTES`] long.
+    pub ecam: u32,
+    /// Where BARs may be; the low one lies below 4 GiB.
+    pub windows: Windows,
+}
+
 /// What the tables tell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AcpiConfig {
@@ -51,6 +63,7 @@ pub struct AcpiConfig {
     pub max_vcpus: u32,
     /// COM1 exists.
     pub serial: bool,
+    pub pci: Option<AcpiPci>,
     /// Where the RSDP goes; a multiple of 16. A BIOS would use 0xe0000.
     pub base: u64,
     /// First address after the tables' room.
@@ -98,6 +111,11 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiTables, AcpiError> {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if let Some(pci) = &config.pci {
+        let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+        mcfg.add_ecam(pci.ecam.into(), 0, 0, 0);
+        xsdt.add_entry(room.place("MCFG", bytes_of(&mcfg))?);
+    }
     let xsdt = room.place("XSDT", bytes_of(&xsdt))?;
     room.blobs.insert(0, (rsdp, bytes_of(&Rsdp::new(OEM_ID, xsdt))));
     Ok(AcpiTables { rsdp, blobs: room.blobs })
@@ -206,12 +224,28 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::pci::Region;
 
     const HEADER: usize = 36;
 
     fn config(vcpus: u32) -> AcpiConfig {
-        AcpiConfig { vcpus, max_vcpus: vcpus, serial: true, base: 0xe0000, limit: 0x10_0000 }
+        AcpiConfig {
+            vcpus,
+            max_vcpus: vcpus,
+            serial: true,
+            pci: Some(PCI),
+            base: 0xe0000,
+            limit: 0x10_0000,
+        }
     }
+
+    const PCI: AcpiPci = AcpiPci {
+        ecam: 0xe000_0000,
+        windows: Windows {
+            low: Region { base: 0xc000_0000, len: 0x2000_0000 },
+            high: Region { base: 0x10_0000_0000, len: 0x4_0000_0000 },
+        },
+    };
 
     fn sum(bytes: &[u8]) -> u8 {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
@@ -234,6 +268,7 @@ mod tests {
         fadt: &'a [u8],
         madt: &'a [u8],
         dsdt: &'a [u8],
+        mcfg: Option<&'a [u8]>,
     }
 
     fn walk(tables: &AcpiTables) -> Walked<'_> {
@@ -246,15 +281,17 @@ mod tests {
         let fadt = blob(tables, u64_at(xsdt, HEADER));
         let madt = blob(tables, u64_at(xsdt, HEADER + 8));
         let dsdt = blob(tables, u64_at(fadt, 140));
-        let named: [(&[u8], &[u8; 4]); 4] =
-            [(xsdt, b"XSDT"), (fadt, b"FACP"), (madt, b"APIC"), (dsdt, b"DSDT")];
+        let mcfg = (xsdt.len() > HEADER + 16).then(|| blob(tables, u64_at(xsdt, HEADER + 16)));
+        let mut named: Vec<(&[u8], &[u8; 4])> =
+            vec![(xsdt, b"XSDT"), (fadt, b"FACP"), (madt, b"APIC"), (dsdt, b"DSDT")];
+        named.extend(mcfg.map(|mcfg| (mcfg, b"MCFG")));
         for (table, signature) in named {
             assert_eq!(&table[..4], signature);
             assert_eq!(usize::try_from(u32_at(table, 4)).unwrap(), table.len());
             assert_eq!(sum(table), 0);
         }
-        assert_eq!(xsdt.len(), HEADER + 16);
-        Walked { fadt, madt, dsdt }
+        assert_eq!(xsdt.len(), HEADER + 16 + mcfg.map_or(0, |_| 8));
+        Walked { fadt, madt, dsdt, mcfg }
     }
 
     /// (type, bytes) of the MADT's entries.
@@ -336,6 +373,23 @@ mod tests {
     }
 
     #[test]
+    fn the_pci_bus_is_told_twice_or_not_at_all() {
+        let with = build(&config(1)).unwrap();
+        let walked = walk(&with);
+        let mcfg = walked.mcfg.unwrap();
+        assert_eq!(mcfg.len(), HEADER + 8 + 16);
+        assert_eq!(u64_at(mcfg, HEADER + 8), 0xe000_0000);
+        assert_eq!(mcfg[HEADER + 16..], [0; 8], "segment 0, buses 0 to 0");
+        assert!(contains(walked.dsdt, b"PCI0") && contains(walked.dsdt, b"ECAM"));
+        // The last address of each window.
+        assert!(contains(walked.dsdt, &0xdfff_ffff_u32.to_le_bytes()));
+        assert!(contains(walked.dsdt, &0x13_ffff_ffff_u64.to_le_bytes()));
+        let without = build(&AcpiConfig { pci: None, ..config(1) }).unwrap();
+        assert!(walk(&without).mcfg.is_none());
+        assert!(!contains(walk(&without).dsdt, b"PCI0"));
+    }
+
+    #[test]
     fn impossible_configurations_are_refused() {
         let error = |config: AcpiConfig| build(&config).unwrap_err();
         assert!(matches!(error(config(0)), AcpiError::Vcpus { .. }));
@@ -361,7 +415,8 @@ mod tests {
         ) {
             let base = base & !0xf;
             let limit = base + 0x2_0000;
-            let config = AcpiConfig { vcpus, max_vcpus: vcpus + more, serial, base, limit };
+            let pci = serial.then_some(PCI);
+            let config = AcpiConfig { vcpus, max_vcpus: vcpus + more, serial, pci, base, limit };
             let tables = build(&config).unwrap();
             walk(&tables);
             prop_assert_eq!(tables.rsdp, base);

@@ -267,6 +267,35 @@ fn counters() -> Result<()> {
 }
 
 #[test]
+fn the_device_tree_names_virtio_rng_and_its_place() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (vmm, _serial) = scene::running(folder.path(), "vmm", COUNT)?;
+    let tree = vmm.info()?.device_tree.context("no device tree")?;
+    let rng = tree.get("__rng").context("no __rng")?;
+    assert_eq!(rng.pci_bdf.as_deref(), Some("0000:00:01.0"));
+    let parent = rng.parent.as_deref().context("no parent")?;
+    assert_eq!(tree.get(parent).context("the parent is not there")?.children, ["__rng"]);
+    let counters: VmCounters = serde_json::from_str(&vmm.get_expect("vm.counters", 200)?)?;
+    let rng = counters.get("__rng").context("no counters of __rng")?;
+    // The guest of this test has no driver for it.
+    assert_eq!((rng.get("activations"), rng.get("bytes")), (Some(&0), Some(&0)), "{rng:?}");
+    Ok(())
+}
+
+#[test]
+fn a_source_of_random_bytes_that_is_not_there_is_named() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let vmm = scene::idle(folder.path(), "vmm")?;
+    let mut config = scene::config(folder.path(), COUNT);
+    config["rng"] = json!({"src": "/no/such/source"});
+    vmm.put_expect("vm.create", Some(&config.to_string()), 204)?;
+    let text = vmm.put_expect("vm.boot", None, 500)?;
+    assert!(text.contains("__rng") && text.contains("/no/such/source"), "{text}");
+    assert_eq!(vmm.vm_state()?, VmState::Created);
+    Ok(())
+}
+
+#[test]
 fn events_come_in_order() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("events");

@@ -17,11 +17,12 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use api::config::PayloadConfig;
+use devices::pci::access::ECAM_BYTES;
 use replication::ram::Mapping;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
-use crate::memory::LOW_RAM_END;
+use crate::memory::{ECAM_START, LOW_RAM_END};
 
 /// Where the ACPI tables go.
 pub const ACPI_START: u64 = 0xe_0000;
@@ -236,5 +237,8 @@ fn memory_map(memory: &Mapping) -> Vec<MapEntry> {
             usable: true,
         }
     }));
+    // Kernels believe in memory-mapped configuration space only where it is reserved.
+    map.push(MapEntry { address: ECAM_START.into(), size: ECAM_BYTES, usable: false });
+    map.sort_unstable_by_key(|entry| entry.address);
     map
 }

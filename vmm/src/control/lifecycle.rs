@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use api::config::{RestoreConfig, SnapshotConfig, VmConfig};
 use crossbeam_channel::Sender;
 use replication::HostIdentity;
+use serde_json::json;
 
 use super::ending::After;
 use super::protection::Protection;
@@ -240,6 +241,9 @@ impl Controller {
                 if let (false, Some(machine)) = (self.resetting, &self.machine) {
                     self.reset(Arc::clone(machine), false, None);
                 }
+            }
+            MachineEvent::Virtio { id, what } => {
+                self.monitor.emit("virtio-device", what, Some(json!({ "id": id })));
             }
             MachineEvent::Failed(what) => {
                 tracing::error!("{what}");

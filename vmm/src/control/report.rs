@@ -23,11 +23,8 @@ impl Controller {
     pub(super) fn info(&self) -> Answer {
         // A backup before its take-over shows what it is ready to be, as a VM that does not run.
         let waiting = self.protection.replica();
-        let config = match (&self.machine, &waiting) {
-            (Some(machine), _) => Some(machine.config()),
-            (None, Some(replica)) => Some(replica.config()),
-            (None, None) => self.config.as_ref(),
-        };
+        let shown = self.machine.as_ref().or(waiting.as_ref());
+        let config = shown.map(|machine| machine.config()).or(self.config.as_ref());
         let mut config = config.cloned().ok_or_else(super::lifecycle::no_vm)?;
         // Clients read the name of the terminal from here.
         if let Some(pty) = self.machine.as_ref().and_then(|machine| machine.devices().serial_pty())
@@ -41,7 +38,8 @@ impl Controller {
             None => VmState::Created,
         };
         let memory_actual_size = config.memory.size;
-        json(&VmInfo { config, state, memory_actual_size, device_tree: None })
+        let device_tree = shown.map(|machine| machine.devices().tree());
+        json(&VmInfo { config, state, memory_actual_size, device_tree })
     }
 
     pub(super) fn counters(&self) -> Answer {

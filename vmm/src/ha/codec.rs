@@ -9,7 +9,7 @@ use thiserror::Error;
 use crate::machine::MachineState;
 
 /// The version of the layout that this build writes and reads.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// An epoch's machine state is not usable.
 #[derive(Debug, Error)]

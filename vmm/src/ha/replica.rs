@@ -80,12 +80,13 @@ fn check(captured: &Captured, config: &VmConfig) -> Result<(), GuestError> {
     if u32::try_from(found) != Ok(expected) {
         return Err(ReplicaError::Vcpus { found, expected }.into());
     }
-    let (found, expected) = (captured.machine.devices.serial.is_some(), has_serial(config));
+    let (found, expected) =
+        (captured.machine.devices.platform.serial.is_some(), has_serial(config));
     if found != expected {
         let (found, expected) = (article(found), article(expected));
         return Err(ReplicaError::Serial { found, expected }.into());
     }
-    Ok(captured.machine.validate()?)
+    Ok(())
 }
 
 fn has_serial(config: &VmConfig) -> bool {
@@ -131,6 +132,7 @@ impl Replica for ReplicaVm {
     fn parse(&mut self, state: &[u8]) -> Result<Captured, GuestError> {
         let captured = codec::decode(state)?;
         check(&captured, self.machine.config())?;
+        self.machine.check(&captured.machine)?;
         Ok(captured)
     }
 
@@ -139,6 +141,7 @@ impl Replica for ReplicaVm {
         if !state.paused {
             self.machine.resume()?;
         }
+        self.machine.devices().announce();
         let _ = self.notices.send(Notice::TookOver(Arc::clone(&self.machine)));
         Ok(())
     }

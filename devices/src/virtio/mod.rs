@@ -1,0 +1,28 @@
+//! Virtio devices (virtio 1.2), one folder or file each, and what they have in common.
+//!
+//! ```text
+//!   guest ──registers──▶ transport (crate::pci) ──activate, reset──▶ device
+//!     │                                                               │ workers
+//!     └──── rings in guest memory ◀──────── Turnstile ───────────────┘
+//! ```
+//!
+//! What always holds:
+//!
+//! - Whoever touches guest memory, a ring or a device's state holds a [`turnstile::Pass`], and
+//!   holds none while it waits for the host's disk or network. So [`device::VirtioDevice::park`]
+//!   returns after a request's worth of copying, whatever the host does.
+//! - Host I/O works on buffers of the VMM. Guest memory is read and written under a pass only,
+//!   through the one mapping, whose bitmap sees the writes.
+//! - A request that was taken from a ring and not answered is *in flight*: its head is part of the
+//!   saved state, and a restored device carries it out again.
+//! - Nothing that a guest writes panics or takes memory without a bound. A device whose rings make
+//!   no sense stops and says so by DEVICE_NEEDS_RESET; the rest goes on.
+
+/// What a device implements for its transport.
+pub mod device;
+/// Random bytes.
+pub mod rng;
+/// Saved forms.
+pub mod state;
+/// Parks workers at a request boundary.
+pub mod turnstile;

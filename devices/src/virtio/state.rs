@@ -1,0 +1,10 @@
+//! The saved form of a virtio device, without its transport. Snapshots and epochs carry the same.
+
+use serde::{Deserialize, Serialize};
+
+/// The state of one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceState {
+    /// A device that has none beside its queues.
+    Stateless,
+}
