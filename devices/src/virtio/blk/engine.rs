@@ -43,8 +43,8 @@ pub type Done = Box<dyn FnOnce(Io, io::Result<()>) + Send>;
 
 /// See the module's documentation.
 pub trait Engine: Send + Sync {
-    /// Begins an I/O, unless the engine is closed. `done` is called once, later, on a thread of the engine; it may wait there
-    /// until the device is unparked, and may submit.
+    /// Begins an I/O, unless the engine is closed. `done` is called once, later, on a thread of
+    /// the engine; it may wait there until the device is unparked, and may submit.
     fn submit(&self, io: Io, done: Done);
     /// Takes nothing more, forgets what has not begun without a call of `done`, and waits up to
     /// `patience` for what is under way. True if all of it ended.

@@ -5,6 +5,9 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// A chain's descriptors, and its answer: status and length.
+type Case = (&'static str, Vec<(u64, u32, u16)>, (u8, u32));
+
 /// A chain that was offered gets `(status, length)`.
 fn answer_of(rig: &mut Rig, head: u16, status: u64) -> (u8, u32) {
     let driver = &mut rig.drivers[0];
@@ -32,7 +35,7 @@ fn chains_that_are_wrong_are_answered() {
     // With a status byte: an error. Without one: given back with nothing written.
     let io_error = (IOERR, 1);
     let nothing = (UNTOUCHED, 0);
-    let cases: Vec<(&str, Vec<(u64, u32, u16)>, (u8, u32))> = vec![
+    let cases: Vec<Case> = vec![
         ("the header is writable", vec![(header, 16, WRITE), s], io_error),
         ("the header is short", vec![(header, 15, 0), s], io_error),
         ("only a status", vec![s], io_error),

@@ -3,8 +3,14 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
 use super::*;
 use crate::virtio::device::{ActivateError, DeviceType};
+
+/// A request's kind, sector, data out and room in, and its status.
+type Case = (&'static str, u32, u64, Vec<u8>, usize, u8);
 
 fn pattern(seed: u8, len: usize) -> Vec<u8> {
     (0..len).map(|at| seed.wrapping_add(u8::try_from(at % 251).unwrap())).collect()
@@ -32,6 +38,30 @@ fn what_is_written_is_in_the_image_and_read_again() {
     }
     assert_eq!(rig.counter("errors"), 0);
     until("an interrupt for each", || rig.irq.queues.load(Ordering::SeqCst) >= 1);
+}
+
+#[test]
+fn what_the_disk_writes_to_memory_is_seen_by_the_bitmap() {
+    let image = TestImage::new();
+    let mut rig = Rig::on(&image, 1);
+    let memory = Arc::clone(&rig.memory);
+    let bitmap = memory.find_region(GuestAddress(0)).unwrap().bitmap();
+    let driver = &mut rig.drivers[0];
+    driver.data = 0x20_0000;
+    let (room, _) = (driver.room(3 * 4096), driver.room(4096));
+    let status = driver.room(1);
+    driver.data = 0x30_0000;
+    let header = driver.header(IN, 0);
+    let head = driver.chain(&[(header, 16, 0), (room, 3 * 4096, WRITE), (status, 1, WRITE)]);
+    driver.offer(head);
+    driver.kick();
+    assert_eq!(driver.end(Sent { head, data: room, status }), (OK, 3 * 4096 + 1));
+    let used = driver.used_ring();
+    // The driver wrote to none of them.
+    for address in [room, room + 4096, room + 8192, status, used] {
+        assert!(bitmap.dirty_at(usize::try_from(address).unwrap()), "{address:x}");
+    }
+    assert!(!bitmap.dirty_at(usize::try_from(room).unwrap() + 3 * 4096));
 }
 
 #[test]
@@ -79,7 +109,7 @@ fn wrong_requests_get_errors_and_the_disk_goes_on() {
     let driver = &mut rig.drivers[0];
     let last = u64::try_from(IMAGE_BYTES / 512).unwrap() - 1;
     let sector = [0xaa; 512];
-    let wrong: Vec<(&str, u32, u64, Vec<u8>, usize, u8)> = vec![
+    let wrong: Vec<Case> = vec![
         ("past the end", OUT, last, vec![1; 1024], 0, IOERR),
         ("outside", OUT, last + 1, sector.to_vec(), 0, IOERR),
         ("overflow in sectors", OUT, u64::MAX, sector.to_vec(), 0, IOERR),

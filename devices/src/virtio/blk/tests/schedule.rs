@@ -148,7 +148,8 @@ proptest! {
                 let expected: Vec<_> = expected.map(|request| request.id).collect();
                 prop_assert_eq!(schedule.of(owner).copied().collect::<Vec<_>>(), expected);
             }
-            let waiting = |request: &&Model| request.epoch != Some(0) && request.epoch != Some(u64::MAX);
+            let settled = [Some(0), Some(u64::MAX)];
+            let waiting = |request: &&Model| !settled.contains(&request.epoch);
             prop_assert_eq!(schedule.held().requests, list.iter().filter(waiting).count());
             prop_assert_eq!(
                 schedule.open().requests,
