@@ -73,7 +73,9 @@ fn chains_that_never_end_are_answered() {
     // A loop of two, and a descriptor outside of the table.
     driver.store(base, 0, Descriptor::new(status, 1, NEXT | WRITE, 1));
     driver.store(base, 1, Descriptor::new(status, 1, NEXT | WRITE, 0));
+    // What lies behind the table looks like a descriptor, and is none.
     driver.store(base, 2, Descriptor::new(status, 1, NEXT | WRITE, SIZE));
+    driver.store(base, SIZE, Descriptor::new(status, 1, WRITE, 0));
     // Tables: one that names itself, one that loops, one of a wrong size, one in no memory, a
     // long one, and one that is followed by something.
     let table = driver.room(16 * 1024);

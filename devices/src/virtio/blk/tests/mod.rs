@@ -2,6 +2,7 @@
 //! memory, the image is a temporary file or one in memory that fails and blocks at will.
 
 mod commit;
+mod failover;
 mod hostile;
 mod parking;
 mod requests;
@@ -348,6 +349,35 @@ impl Rig {
         let DeviceState::Block(state) = self.disk.save() else { panic!("not a disk's state") };
         state
     }
+}
+
+/// A copy of a machine's memory, as a replica has it.
+fn copy(from: &GuestMemory) -> Arc<GuestMemory> {
+    let to = memory();
+    let mut bytes = vec![0; MEMORY_BYTES];
+    from.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    to.write_slice(&bytes, GuestAddress(0)).unwrap();
+    to
+}
+
+/// A machine that goes on from the state and the memory of another.
+fn replica(of: &Rig, state: &DeviceState, image: &Arc<TestImage>) -> Rig {
+    let file = file();
+    let num_queues = u16::try_from(of.drivers.len()).unwrap();
+    let mut rig = Rig::bare(BlkConfig { num_queues, ..config(&file) });
+    rig.memory = copy(&of.memory);
+    for (mine, other) in rig.drivers.iter_mut().zip(&of.drivers) {
+        mine.memory = Arc::clone(&rig.memory);
+        mine.seen = other.seen;
+        mine.available = other.available;
+        mine.data = other.data;
+        mine.next_descriptor = other.next_descriptor;
+    }
+    rig.attach(image);
+    rig.disk.park();
+    rig.disk.restore(state).unwrap();
+    rig.activate();
+    rig
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

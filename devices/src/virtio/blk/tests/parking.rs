@@ -38,35 +38,6 @@ fn parking_does_not_wait_for_the_host() {
     rig.disk.unpark();
 }
 
-/// A copy of a machine's memory, as a replica has it.
-fn copy(from: &GuestMemory) -> Arc<GuestMemory> {
-    let to = memory();
-    let mut bytes = vec![0; MEMORY_BYTES];
-    from.read_slice(&mut bytes, GuestAddress(0)).unwrap();
-    to.write_slice(&bytes, GuestAddress(0)).unwrap();
-    to
-}
-
-/// A machine that goes on from the state and the memory of another.
-fn replica(of: &Rig, state: &DeviceState, image: &Arc<TestImage>) -> Rig {
-    let file = file();
-    let num_queues = u16::try_from(of.drivers.len()).unwrap();
-    let mut rig = Rig::bare(BlkConfig { num_queues, ..config(&file) });
-    rig.memory = copy(&of.memory);
-    for (mine, other) in rig.drivers.iter_mut().zip(&of.drivers) {
-        mine.memory = Arc::clone(&rig.memory);
-        mine.seen = other.seen;
-        mine.available = other.available;
-        mine.data = other.data;
-        mine.next_descriptor = other.next_descriptor;
-    }
-    rig.attach(image);
-    rig.disk.park();
-    rig.disk.restore(state).unwrap();
-    rig.activate();
-    rig
-}
-
 #[test]
 fn requests_in_flight_are_carried_out_by_the_replica_once_each() {
     let image = TestImage::new();
@@ -254,4 +225,22 @@ fn a_disk_that_is_parked_can_go_away() {
     drop(disk);
     // Nobody uses the image any more.
     assert_eq!(Arc::strong_count(&image), 1);
+}
+
+#[test]
+fn a_disk_that_is_parked_can_be_reset() {
+    let image = TestImage::new();
+    let mut rig = Rig::on(&image, 1);
+    image.block();
+    rig.drivers[0].write(0, &[1; 512]);
+    until("the host's I/O", || image.begun().len() == 1);
+    rig.disk.park();
+    image.unblock();
+    rig.drivers[0].write(9, &[1; 512]);
+    rig.disk.reset();
+    rig.activate();
+    rig.disk.unpark();
+    // The ring was set up again, so both are there again.
+    assert_eq!(rig.drivers[0].answers(2).len(), 2);
+    assert_eq!(image.sector(9), 1);
 }
