@@ -3,6 +3,10 @@
 //! The calls mean what those of [`crate::output_gate::OutputGate`] mean; here a request is held
 //! instead of bytes. None of them blocks, waits for the host or touches guest memory, so the
 //! replication engine may call them parked or not.
+//!
+//! After a take-over the replica carries out again what its state has in flight, on an image that
+//! may contain some of it. So a read that was in flight together with a later write may find this
+//! write. No driver can tell: between requests in flight there is no order (virtio 1.2, 5.2.6).
 
 use std::time::Duration;
 

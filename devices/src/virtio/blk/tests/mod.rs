@@ -46,7 +46,7 @@ const SIZE: u16 = 32;
 const IMAGE_BYTES: usize = 4 << 20;
 const MEMORY_BYTES: usize = 16 << 20;
 /// Rings below, data above; each queue has its part.
-const QUEUE_BYTES: u64 = 4 << 20;
+const QUEUE_BYTES: u64 = 1 << 22;
 const DATA: u64 = 0x10000;
 
 /// Long enough for a loaded machine; a test that waits that long has failed.
@@ -351,10 +351,10 @@ impl Rig {
     }
 }
 
-/// A copy of a machine's memory, as a replica has it.
-fn copy(from: &GuestMemory) -> Arc<GuestMemory> {
+/// A copy of a machine's memory, as a replica has it, as far as `queues` reach.
+fn copy(from: &GuestMemory, queues: usize) -> Arc<GuestMemory> {
     let to = memory();
-    let mut bytes = vec![0; MEMORY_BYTES];
+    let mut bytes = vec![0; queues << 22];
     from.read_slice(&mut bytes, GuestAddress(0)).unwrap();
     to.write_slice(&bytes, GuestAddress(0)).unwrap();
     to
@@ -365,7 +365,7 @@ fn replica(of: &Rig, state: &DeviceState, image: &Arc<TestImage>) -> Rig {
     let file = file();
     let num_queues = u16::try_from(of.drivers.len()).unwrap();
     let mut rig = Rig::bare(BlkConfig { num_queues, ..config(&file) });
-    rig.memory = copy(&of.memory);
+    rig.memory = copy(&of.memory, of.drivers.len());
     for (mine, other) in rig.drivers.iter_mut().zip(&of.drivers) {
         mine.memory = Arc::clone(&rig.memory);
         mine.seen = other.seen;
