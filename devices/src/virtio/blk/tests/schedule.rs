@@ -46,6 +46,12 @@ struct Model {
     running: Option<Ticket>,
 }
 
+impl Model {
+    fn is_output(&self) -> bool {
+        self.access.class != Class::Read
+    }
+}
+
 fn conflict(one: &Access, other: &Access) -> bool {
     let touch = one.range.clone().any(|at| other.range.contains(&at));
     touch && [one.class, other.class].contains(&Class::Change)
@@ -59,102 +65,131 @@ fn may_start(list: &[Model]) -> Option<usize> {
     })
 }
 
+/// The schedule, and what it should be.
+struct Both {
+    schedule: Schedule<usize>,
+    list: Vec<Model>,
+    holding: bool,
+    discarded: bool,
+    epoch: u64,
+    next: usize,
+}
+
+impl Both {
+    fn new() -> Self {
+        let (schedule, list) = (Schedule::new(), Vec::new());
+        Self { schedule, list, holding: false, discarded: false, epoch: 1, next: 0 }
+    }
+
+    fn apply(&mut self, step: &Step) {
+        match *step {
+            Step::Insert(owner, class, start, len) => self.insert(owner, class, start, len),
+            Step::Start => self.start(),
+            Step::Finish(which) => self.end(which, true),
+            Step::Again(which) => self.end(which, false),
+            Step::Abandon(owner) => {
+                self.schedule.abandon(owner);
+                self.list.retain(|request| request.owner != owner || request.running.is_some());
+            }
+            Step::Hold => {
+                self.schedule.hold();
+                self.holding = !self.discarded;
+            }
+            Step::Seal => {
+                self.schedule.seal(self.epoch);
+                for request in &mut self.list {
+                    request.epoch.get_or_insert(self.epoch);
+                }
+                self.epoch += 1;
+            }
+            Step::Commit(back) => {
+                let upto = self.epoch.saturating_sub(back);
+                self.schedule.commit(upto);
+                self.tag(0, |request| request.epoch.is_some_and(|epoch| epoch <= upto));
+            }
+            Step::Pass => {
+                self.schedule.pass();
+                self.holding = false;
+                self.tag(0, |request| request.epoch != Some(u64::MAX));
+            }
+            Step::Discard => {
+                self.schedule.discard();
+                (self.discarded, self.holding) = (true, false);
+                self.tag(u64::MAX, |request| request.is_output() && request.running.is_none());
+            }
+        }
+    }
+
+    fn tag(&mut self, epoch: u64, which: impl Fn(&Model) -> bool) {
+        for request in self.list.iter_mut().filter(|request| which(request)) {
+            request.epoch = Some(epoch);
+        }
+    }
+
+    fn insert(&mut self, owner: u64, class: Class, start: u64, len: u64) {
+        let range = if class == Class::Flush { 0..0 } else { start..start + len };
+        let access = Access { class, range, data_bytes: len };
+        let id = self.next;
+        self.next += 1;
+        self.schedule.insert(owner, access.clone(), 4096, id);
+        let mut request = Model { id, owner, access, epoch: Some(0), running: None };
+        if request.is_output() && self.discarded {
+            request.epoch = Some(u64::MAX);
+        } else if request.is_output() && self.holding {
+            request.epoch = None;
+        }
+        self.list.push(request);
+    }
+
+    fn start(&mut self) {
+        let expected = may_start(&self.list);
+        let started = self.schedule.start();
+        assert_eq!(started.map(|(_, id)| id), expected.map(|at| self.list[at].id));
+        if let (Some(at), Some((ticket, _))) = (expected, started) {
+            self.list[at].running = Some(ticket);
+        }
+    }
+
+    /// The end of a running request, or of a piece of it.
+    fn end(&mut self, which: usize, whole: bool) {
+        let running = self.list.iter_mut().enumerate();
+        let mut running = running.filter(|(_, request)| request.running.is_some());
+        let Some((at, request)) = running.nth(which) else { return };
+        let ticket = request.running.take().unwrap();
+        if whole {
+            self.schedule.finish(ticket);
+            self.list.remove(at);
+            return;
+        }
+        self.schedule.again(ticket, request.id);
+        if self.discarded && request.is_output() {
+            request.epoch = Some(u64::MAX);
+        }
+    }
+
+    fn check(&self) {
+        for owner in 0..2 {
+            let expected = self.list.iter().filter(|request| request.owner == owner);
+            let expected: Vec<_> = expected.map(|request| request.id).collect();
+            assert_eq!(self.schedule.of(owner).copied().collect::<Vec<_>>(), expected);
+        }
+        let settled = [Some(0), Some(u64::MAX)];
+        let waiting = self.list.iter().filter(|request| !settled.contains(&request.epoch));
+        assert_eq!(self.schedule.held().requests, waiting.count());
+        let open = self.list.iter().filter(|request| request.epoch.is_none());
+        assert_eq!(self.schedule.open().requests, open.count());
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
     fn any_order_of_calls_keeps_the_promises(steps in prop::collection::vec(step(), 0..120)) {
-        let mut schedule = Schedule::new();
-        let mut list: Vec<Model> = Vec::new();
-        let (mut holding, mut discarded, mut epoch, mut next) = (false, false, 1, 0);
-        for step in steps {
-            match step {
-                Step::Insert(owner, class, start, len) => {
-                    let range = if class == Class::Flush { 0..0 } else { start..start + len };
-                    let access = Access { class, range, data_bytes: len };
-                    let output = class != Class::Read;
-                    let epoch = match () {
-                        () if discarded && output => Some(u64::MAX),
-                        () if holding && output => None,
-                        () => Some(0),
-                    };
-                    schedule.insert(owner, access.clone(), 4096, next);
-                    list.push(Model { id: next, owner, access, epoch, running: None });
-                    next += 1;
-                }
-                Step::Start => {
-                    let expected = may_start(&list);
-                    let started = schedule.start();
-                    prop_assert_eq!(started.map(|(_, id)| id), expected.map(|at| list[at].id));
-                    if let (Some(at), Some((ticket, _))) = (expected, started) {
-                        list[at].running = Some(ticket);
-                    }
-                }
-                Step::Finish(which) | Step::Again(which) => {
-                    let running = list.iter().filter(|request| request.running.is_some());
-                    let Some(id) = running.map(|request| request.id).nth(which) else { continue };
-                    let at = list.iter().position(|request| request.id == id).unwrap();
-                    let ticket = list[at].running.take().unwrap();
-                    if let Step::Finish(_) = step {
-                        schedule.finish(ticket);
-                        list.remove(at);
-                    } else {
-                        schedule.again(ticket, id);
-                        if discarded && list[at].access.class != Class::Read {
-                            list[at].epoch = Some(u64::MAX);
-                        }
-                    }
-                }
-                Step::Abandon(owner) => {
-                    schedule.abandon(owner);
-                    list.retain(|request| request.owner != owner || request.running.is_some());
-                }
-                Step::Hold => { schedule.hold(); holding = !discarded; }
-                Step::Seal => {
-                    schedule.seal(epoch);
-                    list.iter_mut().for_each(|request| { request.epoch.get_or_insert(epoch); });
-                    epoch += 1;
-                }
-                Step::Commit(back) => {
-                    let upto = epoch.saturating_sub(back);
-                    schedule.commit(upto);
-                    for request in &mut list {
-                        if request.epoch.is_some_and(|epoch| epoch <= upto) {
-                            request.epoch = Some(0);
-                        }
-                    }
-                }
-                Step::Pass => {
-                    schedule.pass();
-                    holding = false;
-                    for request in &mut list {
-                        if request.epoch != Some(u64::MAX) {
-                            request.epoch = Some(0);
-                        }
-                    }
-                }
-                Step::Discard => {
-                    schedule.discard();
-                    (discarded, holding) = (true, false);
-                    for request in &mut list {
-                        if request.access.class != Class::Read && request.running.is_none() {
-                            request.epoch = Some(u64::MAX);
-                        }
-                    }
-                }
-            }
-            for owner in 0..2 {
-                let expected = list.iter().filter(|request| request.owner == owner);
-                let expected: Vec<_> = expected.map(|request| request.id).collect();
-                prop_assert_eq!(schedule.of(owner).copied().collect::<Vec<_>>(), expected);
-            }
-            let settled = [Some(0), Some(u64::MAX)];
-            let waiting = |request: &&Model| !settled.contains(&request.epoch);
-            prop_assert_eq!(schedule.held().requests, list.iter().filter(waiting).count());
-            prop_assert_eq!(
-                schedule.open().requests,
-                list.iter().filter(|request| request.epoch.is_none()).count()
-            );
+        let mut both = Both::new();
+        for step in &steps {
+            both.apply(step);
+            both.check();
         }
     }
 }
