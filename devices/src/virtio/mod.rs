@@ -18,6 +18,8 @@
 //! - Nothing that a guest writes panics or takes memory without a bound. A device whose rings make
 //!   no sense stops and says so by DEVICE_NEEDS_RESET; the rest goes on.
 
+/// Disks.
+pub mod blk;
 /// What a device implements for its transport.
 pub mod device;
 /// Random bytes.

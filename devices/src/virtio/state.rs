@@ -2,9 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::blk::BlkState;
+
 /// The state of one device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceState {
     /// A device that has none beside its queues.
     Stateless,
+    /// A disk.
+    Block(BlkState),
 }

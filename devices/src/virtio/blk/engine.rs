@@ -1,0 +1,164 @@
+//! Carries out I/O on the host, beside the threads that serve the guest.
+//!
+//! [`Engine`] is the seam for another way than threads, such as a ring of the kernel.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use super::buffer::Buffer;
+use super::image::Image;
+
+/// What to do with the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    Read,
+    /// Durable before it is done, if the guest has no way to ask for a flush.
+    Write {
+        durable: bool,
+    },
+    Zero {
+        len: u64,
+        unmap: bool,
+        durable: bool,
+    },
+    Discard {
+        len: u64,
+    },
+    Flush,
+}
+
+/// One I/O, and what its buffer is after it.
+#[derive(Debug)]
+pub struct Io {
+    pub operation: Operation,
+    pub offset: u64,
+    pub buffer: Buffer,
+}
+
+/// Called with an I/O that has ended.
+pub type Done = Box<dyn FnOnce(Io, io::Result<()>) + Send>;
+
+/// See the module's documentation.
+pub trait Engine: Send + Sync {
+    /// Begins an I/O, unless the engine is closed. `done` is called once, later, on a thread of
+    /// the engine; it may wait there until the device is unparked, and may submit.
+    fn submit(&self, io: Io, done: Done);
+    /// Takes nothing more, forgets what has not begun without a call of `done`, and waits up to
+    /// `patience` for what is under way. True if all of it ended.
+    fn close(&self, patience: Duration) -> bool;
+}
+
+#[derive(Default)]
+struct Jobs {
+    list: VecDeque<(Io, Done)>,
+    closed: bool,
+    threads: usize,
+}
+
+#[derive(Default)]
+struct Shared {
+    jobs: Mutex<Jobs>,
+    /// A job, a close, or the end of a thread.
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Jobs> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An engine of plain threads.
+pub(super) struct ThreadPool {
+    shared: Arc<Shared>,
+}
+
+impl ThreadPool {
+    /// Starts a thread for each name. On an error none is left.
+    pub(super) fn start(image: &Arc<dyn Image>, names: Vec<String>) -> io::Result<Self> {
+        let pool = Self { shared: Arc::default() };
+        for name in names {
+            let (shared, image) = (Arc::clone(&pool.shared), Arc::clone(image));
+            pool.shared.lock().threads += 1;
+            let started = thread::Builder::new().name(name).spawn(move || serve(&shared, image));
+            if let Err(error) = started {
+                pool.shared.lock().threads -= 1;
+                pool.close(Duration::ZERO);
+                return Err(error);
+            }
+        }
+        Ok(pool)
+    }
+}
+
+fn serve(shared: &Shared, image: Arc<dyn Image>) {
+    loop {
+        let jobs = shared.lock();
+        let mut jobs = shared
+            .changed
+            .wait_while(jobs, |jobs| jobs.list.is_empty() && !jobs.closed)
+            .unwrap_or_else(PoisonError::into_inner);
+        if jobs.closed {
+            break;
+        }
+        let job = jobs.list.pop_front();
+        drop(jobs);
+        if let Some((mut io, done)) = job {
+            let result = perform(image.as_ref(), &mut io);
+            done(io, result);
+        }
+    }
+    // The image's lock ends with its last user, and whoever waits in `close` wants it ended.
+    drop(image);
+    shared.lock().threads -= 1;
+    shared.changed.notify_all();
+}
+
+/// Carries out one I/O.
+fn perform(image: &dyn Image, io: &mut Io) -> io::Result<()> {
+    let flush_if = |durable| if durable { image.flush() } else { Ok(()) };
+    match io.operation {
+        Operation::Read => image.read_at(io.offset, io.buffer.bytes_mut()),
+        Operation::Write { durable } => {
+            image.write_at(io.offset, io.buffer.bytes())?;
+            flush_if(durable)
+        }
+        Operation::Zero { len, unmap, durable } => {
+            image.zero(io.offset, len, unmap)?;
+            flush_if(durable)
+        }
+        Operation::Discard { len } => image.discard(io.offset, len),
+        Operation::Flush => image.flush(),
+    }
+}
+
+impl Engine for ThreadPool {
+    fn submit(&self, io: Io, done: Done) {
+        let mut jobs = self.shared.lock();
+        if jobs.closed {
+            return;
+        }
+        jobs.list.push_back((io, done));
+        drop(jobs);
+        self.shared.changed.notify_one();
+    }
+
+    fn close(&self, patience: Duration) -> bool {
+        let mut jobs = self.shared.lock();
+        jobs.closed = true;
+        let abandoned = std::mem::take(&mut jobs.list);
+        drop(jobs);
+        // Outside of the lock: a job holds what it was made from.
+        drop(abandoned);
+        self.shared.changed.notify_all();
+        let (jobs, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(self.shared.lock(), patience, |jobs| jobs.threads > 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        jobs.threads == 0
+    }
+}
