@@ -20,6 +20,8 @@
 
 /// What a device implements for its transport.
 pub mod device;
+/// Network card.
+pub mod net;
 /// Saved forms.
 pub mod state;
 /// Parks workers at a request boundary.

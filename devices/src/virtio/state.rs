@@ -7,4 +7,6 @@ use serde::{Deserialize, Serialize};
 pub enum DeviceState {
     /// A device that has none beside its queues.
     Stateless,
+    /// A network card.
+    Net(super::net::state::NetState),
 }
