@@ -376,3 +376,6 @@ impl Counters for TxGate {
         ]
     }
 }
+
+#[cfg(test)]
+mod tests;

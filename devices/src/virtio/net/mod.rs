@@ -23,7 +23,7 @@ mod control;
 /// Feature bits and configuration space.
 mod features;
 /// Frames and their header.
-mod frame;
+pub mod frame;
 /// Holds frames until their epoch is committed.
 pub mod gate;
 /// What the driver chose, applied to the tap.
