@@ -11,9 +11,6 @@ use vmm_sys_util::timerfd::TimerFd;
 /// Pauses before the repetitions, milliseconds.
 pub const PAUSES_MS: [u64; 5] = [50, 150, 250, 350, 450];
 
-/// Announcements of one [`Announcer::start`].
-pub const ANNOUNCEMENTS: usize = PAUSES_MS.len() + 1;
-
 /// The timer of a worker's announcements.
 pub struct Announcer {
     timer: TimerFd,

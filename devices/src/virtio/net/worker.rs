@@ -521,7 +521,7 @@ impl Worker {
         self.send_announcement();
     }
 
-    /// Past the gate, since it belongs to no epoch, and past what waits for the tap: it is repeated.
+    /// Past the gate, since it belongs to no epoch, and past what waits for the tap.
     fn send_announcement(&self) {
         match retrying(|| self.tap.write(&announcement(self.shared.mac()))) {
             Ok(_) => self.shared.counters.announcements.add(1),

@@ -322,7 +322,7 @@ fn shown(name: &[u8; NAME_BYTES]) -> String {
 fn configure_error(name: &[u8; NAME_BYTES], what: &'static str, source: io::Error) -> TapError {
     let hint = match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => {
-            "this needs CAP_NET_ADMIN; without it, set the tap up beforehand and leave the option out"
+            "this needs CAP_NET_ADMIN, or a tap that was set up beforehand, without this option"
         }
         Some(libc::EINVAL) => "the kernel does not accept the value",
         _ => "the kernel refuses",

@@ -129,7 +129,10 @@ fn descriptors_are_adopted_if_they_are_a_tap_s() {
         assert_ne!(error.kind(), io::ErrorKind::InvalidInput);
         let refused = |fds| adopt(fds).map(drop).unwrap_err().to_string();
         assert!(refused(vec![raw(IFF_TAP | IFF_NO_PI)]).contains("IFF_VNET_HDR"));
-        assert!(refused(vec![raw(IFF_TAP | IFF_VNET_HDR)]).contains("IFF_NO_PI"));
+        // Without IFF_NO_PI: kernels that have no packet information left report the flag anyway.
+        if ioctl::bound_to(raw(IFF_TAP | IFF_VNET_HDR).as_fd()).unwrap().1 & IFF_NO_PI == 0 {
+            assert!(refused(vec![raw(IFF_TAP | IFF_VNET_HDR)]).contains("IFF_NO_PI"));
+        }
         assert!(refused(vec![raw(0x0001 | IFF_NO_PI | IFF_VNET_HDR)]).contains("tun device"));
         assert!(refused(vec![File::open("/dev/null").unwrap().into()]).contains("not bound"));
         assert!(refused(vec![raw(good), raw(good)]).contains("2 descriptors"));

@@ -1,7 +1,7 @@
 //! Attaching, activating, saving, restoring, announcing.
 
 use super::*;
-use crate::virtio::net::announce::ANNOUNCEMENTS;
+use crate::virtio::net::announce::PAUSES_MS;
 use crate::virtio::net::features::GUEST_ANNOUNCE;
 use crate::virtio::net::frame::announcement;
 
@@ -181,7 +181,7 @@ fn after_a_take_over_the_world_is_told_and_the_guest_asked() {
         status[0]
     };
     assert_eq!(status(), 3);
-    for _ in 1..ANNOUNCEMENTS {
+    for _ in PAUSES_MS {
         assert_eq!(bench.worlds[0].receive(), expected);
     }
     assert!(start.elapsed() >= Duration::from_millis(50 + 150 + 250 + 350 + 450));
