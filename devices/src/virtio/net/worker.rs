@@ -42,6 +42,13 @@ const READ_RETRY: Duration = Duration::from_secs(1);
 /// Longest name of a thread.
 const THREAD_NAME_BYTES: usize = 15;
 
+/// What the driver is to hear at the end of a pass.
+enum Notice {
+    Queue(u16),
+    Config,
+    NeedsReset(String),
+}
+
 /// What the first pair's worker does for all.
 struct First {
     host: HostSide,
@@ -73,6 +80,7 @@ pub struct Worker {
     pending: Option<usize>,
     tx_scratch: tx::Scratch,
     rx_scratch: rx::Scratch,
+    notices: Vec<Notice>,
 }
 
 impl Worker {
@@ -108,6 +116,7 @@ impl Worker {
             pending: None,
             tx_scratch: tx::Scratch::default(),
             rx_scratch: rx::Scratch::default(),
+            notices: Vec::new(),
         };
         thread::Builder::new().name(thread_name(&shared.id, index)).spawn(move || worker.run())
     }
@@ -209,6 +218,9 @@ impl Worker {
 
     /// Does something with the pair's queues under a pass. None if the device is parked, has no
     /// queues or is broken; an error breaks it.
+    ///
+    /// The driver hears of it in the same pass, but when the queues are free again: a transport
+    /// may wait for them, to reset the device, with a lock held that its interrupts need.
     fn with_queues<R, E: std::error::Error>(
         &mut self,
         f: impl FnOnce(&mut Self, &mut ActivePair) -> Result<R, E>,
@@ -220,15 +232,33 @@ impl Worker {
         if shared.broken.load(Ordering::SeqCst) {
             return None;
         }
-        match f(self, active) {
+        let result = match f(self, active) {
             Ok(result) => Some(result),
             Err(error) => {
                 shared.broken.store(true, Ordering::SeqCst);
                 let why = chain(&error);
                 tracing::warn!("Network device {} needs a reset: {why}", shared.id);
-                active.interrupt.needs_reset(&why);
+                self.notices.push(Notice::NeedsReset(why));
                 None
             }
+        };
+        if !self.notices.is_empty() {
+            let interrupt = Arc::clone(&active.interrupt);
+            drop(slot);
+            for notice in self.notices.drain(..) {
+                match notice {
+                    Notice::Queue(index) => interrupt.queue(index),
+                    Notice::Config => interrupt.config(),
+                    Notice::NeedsReset(why) => interrupt.needs_reset(&why),
+                }
+            }
+        }
+        result
+    }
+
+    fn notify(&mut self, queue: u16, wanted: bool) {
+        if wanted {
+            self.notices.push(Notice::Queue(queue));
         }
     }
 
@@ -249,9 +279,7 @@ impl Worker {
                 &worker.shared.counters,
                 &mut worker.tx_scratch,
             )?;
-            if interrupt {
-                active.interrupt.queue(queue.index);
-            }
+            worker.notify(queue.index, interrupt);
             Ok(Some(end))
         });
         match end.flatten() {
@@ -377,9 +405,7 @@ impl Worker {
                 mergeable,
                 &mut worker.rx_scratch,
             )?;
-            if interrupt {
-                active.interrupt.queue(receive.index);
-            }
+            worker.notify(receive.index, interrupt);
             if delivery == Delivery::Done {
                 worker.shared.counters.rx_frames.add(1);
                 worker.shared.counters.rx_bytes.add_len(len - HEADER_BYTES);
@@ -435,9 +461,8 @@ impl Worker {
             }
             if let Next::Malformed { head } = next {
                 worker.shared.counters.control_errors.add(1);
-                if control::refuse(&mut queue.queue, &active.memory, head)? {
-                    active.interrupt.queue(queue.index);
-                }
+                let interrupt = control::refuse(&mut queue.queue, &active.memory, head)?;
+                worker.notify(queue.index, interrupt);
             }
             Ok((next, active.features))
         })
@@ -483,9 +508,8 @@ impl Worker {
                 &shared.counters.control_errors
             };
             count.add(1);
-            if control::answer(&mut queue.queue, &active.memory, request, done)? {
-                active.interrupt.queue(queue.index);
-            }
+            let interrupt = control::answer(&mut queue.queue, &active.memory, request, done)?;
+            worker.notify(queue.index, interrupt);
             Ok(())
         })
         .is_some()
@@ -507,7 +531,7 @@ impl Worker {
             worker.shared.announce_guest.store(false, Ordering::SeqCst);
             if active.features & (GUEST_ANNOUNCE | STATUS) == GUEST_ANNOUNCE | STATUS {
                 worker.shared.control().announce = true;
-                active.interrupt.config();
+                worker.notices.push(Notice::Config);
             }
             Ok::<_, RingError>(())
         });

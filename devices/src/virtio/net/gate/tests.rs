@@ -85,6 +85,7 @@ fn what_is_discarded_never_leaves() {
     gate.seal(1);
     push(&gate, 0, b"open");
     gate.discard();
+    gate.discard();
     push(&gate, 0, b"late");
     gate.commit(9);
     gate.pass();

@@ -50,9 +50,9 @@ fn a_chain_that_does_not_end_is_dropped() {
     let mut bench = Bench::new(1);
     let outside = QUEUE_SIZE + 5;
     let cases: [&[Descriptor]; 3] = [
-        &[(BUFFERS, 20, NEXT, 0)],
-        &[(BUFFERS, 20, NEXT, 1), (BUFFERS, 1, NEXT, 0)],
-        &[(BUFFERS, 20, NEXT, outside)],
+        &[(BUFFERS, 40, NEXT, 0)],
+        &[(BUFFERS, 40, NEXT, 1), (BUFFERS, 1, NEXT, 0)],
+        &[(BUFFERS, 40, NEXT, outside)],
     ];
     for case in cases {
         for (slot, descriptor) in (0u16..).zip(case) {
@@ -138,20 +138,54 @@ fn a_ring_that_makes_no_sense_stops_the_device_until_its_reset() {
 
 #[test]
 fn a_receive_buffer_that_is_none_stops_the_device() {
-    let chains: [&[(u64, u32, u16)]; 4] = [
+    let chains: [&[(u64, u32, u16)]; 5] = [
         &[(BUFFERS, 2048, 0)],
         &[(BUFFERS, 0, WRITE)],
         &[(u64::MAX - 100, 2048, WRITE)],
         &[(BUFFERS, 20, WRITE), (BUFFERS, 2048, 0)],
+        &[(BUFFERS, 20, WRITE), (u64::MAX - 100, 2048, WRITE)],
     ];
     for chain in chains {
         let mut bench = Bench::new(1);
+        bench.write(BUFFERS, &[0x5a; 20]);
         bench.receive[0].add(chain);
         bench.receive[0].kick();
         bench.worlds[0].send(&frame(1, 60));
         wait_for("the device gives up", || bench.heard.reset_count() == 1);
         assert_eq!(bench.receive[0].used_index(), 0);
+        assert_eq!(bench.read(BUFFERS, 20), [0x5a; 20], "nothing is written in part");
     }
+}
+
+/// A transport holds its lock while it resets the device, and takes it to interrupt.
+#[test]
+fn a_reset_does_not_wait_for_an_interrupt() {
+    struct Locked(Arc<Mutex<()>>, Arc<AtomicUsize>);
+    impl Interrupt for Locked {
+        fn queue(&self, _: u16) {
+            self.1.fetch_add(1, Ordering::SeqCst);
+            drop(self.0.lock().unwrap());
+        }
+        fn config(&self) {}
+        fn needs_reset(&self, _: &str) {}
+    }
+    let mut bench = Bench::idle(options(1));
+    let (lock, calls) = (Arc::default(), Arc::default());
+    let mut activation = bench.activation(bench.net.features() & !features::EVENT_IDX);
+    activation.interrupt = Arc::new(Locked(Arc::clone(&lock), Arc::clone(&calls)));
+    bench.net.activate(activation).unwrap();
+    let held = lock.lock().unwrap();
+    bench.send(0, &frame(1, 60));
+    wait_for("the interrupt", || calls.load(Ordering::SeqCst) == 1);
+    let net = &bench.net;
+    thread::scope(|scope| {
+        let held = held;
+        let reset = scope.spawn(|| net.reset());
+        wait_for("the reset", || reset.is_finished());
+        drop(held);
+    });
+    // Parking does: nobody interrupts any more.
+    net.park();
 }
 
 #[test]
