@@ -233,6 +233,20 @@ fn numbered(number: u64, len: usize) -> Vec<u8> {
     frame
 }
 
+fn seal(model: &mut [Vec<Modelled>], epoch: u64) {
+    for (_, _, tag) in model.iter_mut().flatten() {
+        tag.get_or_insert(epoch);
+    }
+}
+
+fn commit(model: &mut [Vec<Modelled>], upto: u64) {
+    for (_, _, tag) in model.iter_mut().flatten() {
+        if tag.is_some_and(|tag| tag <= upto) {
+            *tag = Some(0);
+        }
+    }
+}
+
 proptest! {
     /// Against a list of frames and their epochs for each lane: what leaves is what the commits
     /// allow, in order; what stays is counted to the byte; what is refused had no room.
@@ -258,19 +272,13 @@ proptest! {
                 }
                 Op::Seal => {
                     gate.seal(epoch);
-                    for (_, _, tag) in model.iter_mut().flatten() {
-                        tag.get_or_insert(epoch);
-                    }
+                    seal(&mut model, epoch);
                     epoch += 1;
                 }
                 Op::Commit(back) => {
                     let upto = epoch.saturating_sub(back);
                     gate.commit(upto);
-                    for (_, _, tag) in model.iter_mut().flatten() {
-                        if tag.is_some_and(|tag| tag <= upto) {
-                            *tag = Some(0);
-                        }
-                    }
+                    commit(&mut model, upto);
                 }
                 Op::Hold => {
                     gate.hold();
@@ -280,9 +288,8 @@ proptest! {
                     gate.pass();
                     if mode == Mode::Hold {
                         mode = Mode::Pass;
-                        for (_, _, tag) in model.iter_mut().flatten() {
-                            *tag = Some(0);
-                        }
+                        seal(&mut model, 0);
+                        commit(&mut model, u64::MAX);
                     }
                 }
                 Op::Discard => {
