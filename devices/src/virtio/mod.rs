@@ -22,6 +22,8 @@
 pub mod blk;
 /// What a device implements for its transport.
 pub mod device;
+/// Network card.
+pub mod net;
 /// Random bytes.
 pub mod rng;
 /// Saved forms.

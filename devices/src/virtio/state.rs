@@ -11,4 +11,6 @@ pub enum DeviceState {
     Stateless,
     /// A disk.
     Block(BlkState),
+    /// A network card.
+    Net(super::net::state::NetState),
 }

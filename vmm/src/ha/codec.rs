@@ -60,7 +60,10 @@ pub(super) mod tests {
     use replication::guest::MachineState as _;
 
     use super::*;
-    use crate::device_manager::DevicesState;
+    use devices::pci::config::ConfigState;
+
+    use crate::device_manager::pci::PciState;
+    use crate::device_manager::{DevicesState, PlatformState};
 
     /// Bytes of the kernel's `struct kvm_irqchip`, which begins with its number.
     const IRQCHIP_BYTES: usize = 520;
@@ -78,13 +81,19 @@ pub(super) mod tests {
 
     /// What a machine without vCPUs would capture.
     pub fn captured(serial: bool) -> Captured {
-        let devices = DevicesState {
+        let platform = PlatformState {
             serial: serial.then(SerialState::default),
             pm: devices::acpi::pm::PmState::default(),
             cmos: devices::legacy::cmos::CmosState::default(),
             i8042: devices::legacy::i8042::I8042State::default(),
             wish: None,
         };
+        let pci = PciState {
+            address: 0,
+            bridge: ConfigState { registers: vec![0; 64] },
+            functions: vec![],
+        };
+        let devices = DevicesState { platform, pci };
         let machine = MachineState { vcpus: vec![], vm: vm_state(), devices };
         Captured { machine, paused: true }
     }

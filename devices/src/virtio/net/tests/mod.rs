@@ -1,0 +1,455 @@
+//! The device with a driver of the tests on one side and a datagram socket on the other.
+
+mod control;
+mod hostile;
+mod lifecycle;
+pub(super) mod namespace;
+mod receive;
+mod transmit;
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use virtio_queue::Queue;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::features::GuestOffloads;
+use super::frame::HEADER_BYTES;
+use super::*;
+use crate::virtio::device::{GuestMemory, Interrupt};
+
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 2;
+pub(super) const INDIRECT: u16 = 4;
+
+pub(super) const QUEUE_SIZE: u16 = 16;
+/// Where buffers of the tests lie; rings lie below.
+pub(super) const BUFFERS: u64 = 0x10_0000;
+pub(super) const MEMORY_BYTES: usize = 8 << 20;
+
+pub(super) const MAC: &str = "52:54:00:12:34:56";
+
+/// Waits for what other threads do. The limit only ends a test that has failed.
+#[track_caller]
+pub(super) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(20), "never happened: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Long enough for a thread to do what it must not do.
+pub(super) fn settle() {
+    thread::sleep(Duration::from_millis(50));
+}
+
+/// The VMM's end of a tap: one of two datagram sockets.
+pub(super) struct FakeTap {
+    socket: UnixDatagram,
+    /// If not zero, writes fail so.
+    pub(super) write_errno: AtomicI32,
+    pub(super) writes: AtomicUsize,
+    pub(super) reads: AtomicUsize,
+    pub(super) offloads: Mutex<Option<GuestOffloads>>,
+    pub(super) enabled: Mutex<bool>,
+    pub(super) offloads_errno: AtomicI32,
+}
+
+impl TapQueue for FakeTap {
+    fn fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+
+    fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        self.socket.recv(frame)
+    }
+
+    fn write(&self, frame: &[u8]) -> io::Result<usize> {
+        self.writes.fetch_add(1, Ordering::SeqCst);
+        match self.write_errno.load(Ordering::SeqCst) {
+            0 => self.socket.send(frame),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    fn set_offloads(&self, offloads: GuestOffloads) -> io::Result<()> {
+        match self.offloads_errno.load(Ordering::SeqCst) {
+            0 => *self.offloads.lock().unwrap() = Some(offloads),
+            errno => return Err(io::Error::from_raw_os_error(errno)),
+        }
+        Ok(())
+    }
+
+    fn set_enabled(&self, enabled: bool) -> io::Result<()> {
+        *self.enabled.lock().unwrap() = enabled;
+        Ok(())
+    }
+}
+
+/// The world's end of a tap.
+pub(super) struct World(UnixDatagram);
+
+impl World {
+    /// Sends a frame to the guest: header and contents.
+    pub(super) fn send(&self, frame: &[u8]) {
+        assert_eq!(self.0.send(frame).unwrap(), frame.len());
+    }
+
+    /// The next frame, which must come.
+    #[track_caller]
+    pub(super) fn receive(&self) -> Vec<u8> {
+        let mut received = None;
+        wait_for("a frame on the tap", || {
+            received = self.try_receive();
+            received.is_some()
+        });
+        received.unwrap()
+    }
+
+    pub(super) fn try_receive(&self) -> Option<Vec<u8>> {
+        let mut frame = vec![0; 1 << 17];
+        match self.0.recv(&mut frame) {
+            Ok(len) => {
+                frame.truncate(len);
+                Some(frame)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+pub(super) fn fake_tap() -> (Arc<FakeTap>, World) {
+    let (ours, world) = UnixDatagram::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    world.set_nonblocking(true).unwrap();
+    let tap = FakeTap {
+        socket: ours,
+        write_errno: AtomicI32::new(0),
+        writes: AtomicUsize::new(0),
+        reads: AtomicUsize::new(0),
+        offloads: Mutex::new(None),
+        enabled: Mutex::new(true),
+        offloads_errno: AtomicI32::new(0),
+    };
+    (Arc::new(tap), World(world))
+}
+
+/// What the driver has heard.
+#[derive(Default)]
+pub(super) struct Heard {
+    pub(super) queues: Mutex<Vec<u16>>,
+    pub(super) config: AtomicUsize,
+    pub(super) resets: Mutex<Vec<String>>,
+}
+
+impl Heard {
+    pub(super) fn count(&self, queue: u16) -> usize {
+        self.queues.lock().unwrap().iter().filter(|heard| **heard == queue).count()
+    }
+
+    pub(super) fn reset_count(&self) -> usize {
+        self.resets.lock().unwrap().len()
+    }
+}
+
+impl Interrupt for Heard {
+    fn queue(&self, index: u16) {
+        self.queues.lock().unwrap().push(index);
+    }
+
+    fn config(&self) {
+        self.config.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn needs_reset(&self, why: &str) {
+        self.resets.lock().unwrap().push(why.to_owned());
+    }
+}
+
+/// The driver's side of a queue. The crate's own mock lays its rings over each other.
+pub(super) struct Ring {
+    memory: Arc<GuestMemory>,
+    pub(super) index: u16,
+    base: u64,
+    next_descriptor: u16,
+    avail: u16,
+    seen: u16,
+    doorbell: EventFd,
+}
+
+impl Ring {
+    pub(super) fn new(memory: &Arc<GuestMemory>, index: u16) -> Self {
+        let base = 0x1000 * 4 * (u64::from(index) + 1);
+        Self {
+            memory: Arc::clone(memory),
+            index,
+            base,
+            next_descriptor: 0,
+            avail: 0,
+            seen: 0,
+            doorbell: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+        }
+    }
+
+    fn avail_ring(&self) -> u64 {
+        self.base + 0x1000
+    }
+
+    fn used_ring(&self) -> u64 {
+        self.base + 0x2000
+    }
+
+    /// As the transport hands it to the device.
+    pub(super) fn active(&self) -> ActiveQueue {
+        let low = |address: u64| Some(u32::try_from(address).unwrap());
+        let mut queue = Queue::new(QUEUE_SIZE).unwrap();
+        queue.set_desc_table_address(low(self.base), None);
+        queue.set_avail_ring_address(low(self.avail_ring()), None);
+        queue.set_used_ring_address(low(self.used_ring()), None);
+        queue.set_ready(true);
+        assert!(queue.is_valid(&*self.memory));
+        let doorbell = self.doorbell.try_clone().unwrap();
+        doorbell.write(1).unwrap();
+        ActiveQueue { index: self.index, queue, doorbell }
+    }
+
+    pub(super) fn descriptor(&self, slot: u16, (address, len, flags, next): Descriptor) {
+        write_descriptor(&self.memory, self.base, slot, (address, len, flags, next));
+    }
+
+    /// Makes a chain of `(address, length, flags)` available, and its head known.
+    pub(super) fn add(&mut self, parts: &[(u64, u32, u16)]) -> u16 {
+        let head = self.next_descriptor;
+        for (place, (address, len, flags)) in parts.iter().enumerate() {
+            let slot = self.next_descriptor;
+            self.next_descriptor = (self.next_descriptor + 1) % QUEUE_SIZE;
+            let more = if place + 1 < parts.len() { NEXT } else { 0 };
+            self.descriptor(slot, (*address, *len, flags | more, self.next_descriptor));
+        }
+        self.offer(head);
+        head
+    }
+
+    pub(super) fn offer(&mut self, head: u16) {
+        let slot = u64::from(self.avail % QUEUE_SIZE);
+        self.write(self.avail_ring() + 4 + 2 * slot, head);
+        self.set_avail(self.avail.wrapping_add(1));
+    }
+
+    pub(super) fn set_avail(&mut self, index: u16) {
+        self.avail = index;
+        self.memory.store(index, GuestAddress(self.avail_ring() + 2), Ordering::Release).unwrap();
+    }
+
+    /// The driver wants to hear of the used buffer `index`, or (flags) of none.
+    pub(super) fn set_used_event(&self, index: u16) {
+        self.write(self.avail_ring() + 4 + 2 * u64::from(QUEUE_SIZE), index);
+    }
+
+    pub(super) fn set_avail_flags(&self, flags: u16) {
+        self.write(self.avail_ring(), flags);
+    }
+
+    /// Whether the device wants to hear of more, without and with event indices.
+    pub(super) fn used_flags(&self) -> u16 {
+        self.read(self.used_ring())
+    }
+
+    pub(super) fn avail_event(&self) -> u16 {
+        self.read(self.used_ring() + 4 + 8 * u64::from(QUEUE_SIZE))
+    }
+
+    pub(super) fn kick(&self) {
+        self.doorbell.write(1).unwrap();
+    }
+
+    pub(super) fn used_index(&self) -> u16 {
+        self.memory.load(GuestAddress(self.used_ring() + 2), Ordering::Acquire).unwrap()
+    }
+
+    /// Buffers that came back since the last call: heads and lengths.
+    pub(super) fn take_used(&mut self) -> Vec<(u32, u32)> {
+        let mut used = Vec::new();
+        let index = self.used_index();
+        while self.seen != index {
+            let slot = u64::from(self.seen % QUEUE_SIZE);
+            let element: [u32; 2] =
+                self.memory.read_obj(GuestAddress(self.used_ring() + 4 + 8 * slot)).unwrap();
+            used.push((element[0], element[1]));
+            self.seen = self.seen.wrapping_add(1);
+        }
+        used
+    }
+
+    #[track_caller]
+    pub(super) fn wait_used(&mut self, count: usize) -> Vec<(u32, u32)> {
+        let mut used = Vec::new();
+        wait_for("used buffers", || {
+            used.extend(self.take_used());
+            used.len() >= count
+        });
+        assert_eq!(used.len(), count);
+        used
+    }
+
+    fn write(&self, address: u64, value: u16) {
+        self.memory.write_obj(value, GuestAddress(address)).unwrap();
+    }
+
+    fn read(&self, address: u64) -> u16 {
+        self.memory.read_obj(GuestAddress(address)).unwrap()
+    }
+}
+
+/// Address, length, flags, next.
+pub(super) type Descriptor = (u64, u32, u16, u16);
+
+pub(super) fn write_descriptor(
+    memory: &GuestMemory,
+    table: u64,
+    slot: u16,
+    (address, len, flags, next): Descriptor,
+) {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&address.to_le_bytes());
+    bytes[8..12].copy_from_slice(&len.to_le_bytes());
+    bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+    bytes[14..].copy_from_slice(&next.to_le_bytes());
+    memory.write_slice(&bytes, GuestAddress(table + 16 * u64::from(slot))).unwrap();
+}
+
+pub(super) fn guest_memory() -> Arc<GuestMemory> {
+    let memory: GuestMemory =
+        GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+    Arc::new(memory)
+}
+
+pub(super) fn options(pairs: u16) -> NetOptions {
+    NetOptions {
+        id: "_net0".to_owned(),
+        tap: TapSource::Unnamed,
+        mac: MAC.parse().unwrap(),
+        mtu: None,
+        host: TapSettings::default(),
+        queue_pairs: pairs,
+        queue_size: QUEUE_SIZE,
+        offloads: Offloads { csum: true, tso: true, ufo: true },
+        limits: Limits::default(),
+    }
+}
+
+/// A device, its taps, and a driver.
+pub(super) struct Bench {
+    pub(super) net: Net,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) heard: Arc<Heard>,
+    pub(super) taps: Vec<Arc<FakeTap>>,
+    pub(super) worlds: Vec<World>,
+    pub(super) receive: Vec<Ring>,
+    pub(super) transmit: Vec<Ring>,
+    pub(super) control: Ring,
+}
+
+impl Bench {
+    /// Attached, without an active driver.
+    pub(super) fn idle(options: NetOptions) -> Self {
+        let pairs = options.queue_pairs;
+        let net = Net::new(options).unwrap();
+        let (taps, worlds): (Vec<_>, Vec<_>) = (0..pairs).map(|_| fake_tap()).unzip();
+        let queues: Vec<_> = taps.iter().map(|tap| Arc::clone(tap) as Arc<dyn TapQueue>).collect();
+        net.start(&queues).unwrap();
+        let memory = guest_memory();
+        let ring = |index| Ring::new(&memory, index);
+        Self {
+            net,
+            heard: Arc::default(),
+            taps,
+            worlds,
+            receive: (0..pairs).map(|pair| ring(2 * pair)).collect(),
+            transmit: (0..pairs).map(|pair| ring(2 * pair + 1)).collect(),
+            control: ring(2 * pairs),
+            memory,
+        }
+    }
+
+    /// Active, with all features but event indices.
+    pub(super) fn new(pairs: u16) -> Self {
+        Self::with_features(options(pairs), !features::EVENT_IDX)
+    }
+
+    pub(super) fn with_features(options: NetOptions, wanted: u64) -> Self {
+        let bench = Self::idle(options);
+        bench.activate(bench.net.features() & wanted);
+        bench
+    }
+
+    pub(super) fn activate(&self, features: u64) {
+        self.net.activate(self.activation(features)).unwrap();
+    }
+
+    pub(super) fn activation(&self, features: u64) -> Activation {
+        let mut queues: Vec<_> = self
+            .receive
+            .iter()
+            .zip(&self.transmit)
+            .flat_map(|(receive, transmit)| [receive.active(), transmit.active()])
+            .collect();
+        queues.push(self.control.active());
+        Activation {
+            memory: Arc::clone(&self.memory),
+            features,
+            queues,
+            interrupt: Arc::clone(&self.heard) as Arc<dyn Interrupt>,
+        }
+    }
+
+    pub(super) fn counter(&self, name: &str) -> u64 {
+        self.net.counters().into_iter().find(|(found, _)| *found == name).unwrap().1
+    }
+
+    pub(super) fn write(&self, address: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+
+    pub(super) fn read(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    /// The guest sends `frame` on `pair`, from a place of its own for each of 16 frames.
+    pub(super) fn send(&mut self, pair: usize, frame: &[u8]) -> u16 {
+        let slot = u64::from(self.transmit[pair].avail % QUEUE_SIZE);
+        let address = BUFFERS + (slot << 17) + (u64::try_from(pair).unwrap() << 16);
+        self.write(address, frame);
+        let len = u32::try_from(frame.len()).unwrap();
+        let head = self.transmit[pair].add(&[(address, len, 0)]);
+        self.transmit[pair].kick();
+        head
+    }
+
+    /// The guest offers a receive buffer.
+    pub(super) fn offer(&mut self, pair: usize, address: u64, len: u32) -> u16 {
+        let head = self.receive[pair].add(&[(address, len, WRITE)]);
+        self.receive[pair].kick();
+        head
+    }
+}
+
+/// A frame with a header of zeroes and `len` bytes that depend on `seed`.
+pub(super) fn frame(seed: u8, len: usize) -> Vec<u8> {
+    let mut frame = vec![0; HEADER_BYTES];
+    let pattern = (0u8..251).cycle().map(|byte| byte.wrapping_mul(3).wrapping_add(seed));
+    frame.extend(pattern.take(len));
+    frame
+}
