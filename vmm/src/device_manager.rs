@@ -11,7 +11,7 @@
 
 mod host;
 pub mod pci;
-mod virtio;
+pub mod virtio;
 mod wishes;
 
 use std::collections::BTreeMap;
@@ -36,6 +36,7 @@ use devices::serial::{
     BackendError, SERIAL_BASE, SERIAL_GSI, SERIAL_LEN, Serial, SerialMode, SerialPort, SerialState,
     SerialStateError,
 };
+use devices::virtio::net::gate::TxGate;
 use hypervisor::{Vm, VmError};
 use replication::ram::Mapping;
 use serde::{Deserialize, Serialize};
@@ -47,6 +48,7 @@ use crate::cpu::MachineEvent;
 use crate::memory::Memory;
 use host::Kvm;
 use pci::{PciDevices, PciError, PciState};
+use virtio::VirtioDevices;
 use wishes::Wishes;
 
 /// The devices could not be set up, saved or loaded.
@@ -122,6 +124,7 @@ pub struct Devices {
     cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
     wishes: Arc<Wishes>,
+    virtio: VirtioDevices,
     pci: PciDevices,
     /// What a reset goes back to.
     power_on: PlatformState,
@@ -168,11 +171,12 @@ impl Devices {
             observer: observer(events.clone()),
         };
         let pci = PciDevices::new(&buses, memory.end(), host)?;
-        for device in virtio::devices(config)? {
+        let virtio = VirtioDevices::new(config)?;
+        for device in virtio.all() {
             pci.add(device)?;
         }
         let power_on = save(serial.as_ref(), &pm, &cmos, &i8042);
-        Ok(Self { buses, serial, pm, cmos, i8042, wishes, pci, power_on })
+        Ok(Self { buses, serial, pm, cmos, i8042, wishes, virtio, pci, power_on })
     }
 
     #[must_use]
@@ -293,17 +297,29 @@ impl Devices {
         self.pm.power_button().map_err(DeviceError::PowerButton)
     }
 
-    /// From now on output waits for the commit of its epoch.
-    pub fn hold_output(&self) {
-        self.each_gate(devices::output_gate::OutputGate::hold);
+    /// From now on output waits for the commit of its epoch: frames always, the console's if
+    /// `console` says so.
+    pub fn hold_output(&self, console: bool) {
+        if console {
+            self.each_gate(devices::output_gate::OutputGate::hold);
+        }
+        self.each_card(TxGate::hold);
     }
 
     pub fn seal_output(&self, epoch: u64) {
         self.each_gate(|gate| gate.seal(epoch));
+        self.each_card(|gate| gate.seal(epoch));
     }
 
     pub fn commit_output(&self, epoch: u64) {
         self.each_gate(|gate| gate.commit(epoch));
+        self.each_card(|gate| gate.commit(epoch));
+    }
+
+    /// The backup has the last epoch of a switch-over. Frames leave here: no state carries them. A
+    /// serial port's output is part of its state, and so the backup's to say.
+    pub fn hand_over_output(&self, epoch: u64) {
+        self.each_card(|gate| gate.commit(epoch));
     }
 
     /// Waits for released output to be written, unless its reader does not read.
@@ -318,11 +334,13 @@ impl Devices {
     /// Nothing is held any more.
     pub fn pass_output(&self) {
         self.each_gate(devices::output_gate::OutputGate::pass);
+        self.each_card(TxGate::pass);
     }
 
     /// What is held is dropped, and whatever comes after it.
     pub fn silence(&self) {
         self.each_gate(devices::output_gate::OutputGate::discard);
+        self.each_card(TxGate::discard);
         self.pci.silence();
     }
 
@@ -335,18 +353,22 @@ impl Devices {
 
     #[must_use]
     pub fn output_held_bytes(&self) -> u64 {
-        self.serial().map_or(0, |serial| serial.gate().held_bytes() as u64)
+        let console = self.serial().map_or(0, |serial| serial.gate().held_bytes());
+        let frames: usize = self.virtio.cards.iter().map(|card| card.gate().held_bytes()).sum();
+        (console + frames) as u64
     }
 
     /// Calls `waker` whenever output begins to wait for a seal.
     pub fn set_output_waker(&self, waker: &Arc<dyn Fn() + Send + Sync>) {
         self.each_gate(|gate| gate.set_waker(Arc::clone(waker)));
+        self.each_card(|gate| gate.set_waker(Arc::clone(waker)));
     }
 
     /// Output waits for a seal.
     #[must_use]
     pub fn output_waiting(&self) -> bool {
         self.serial().is_some_and(|serial| serial.gate().open_bytes() > 0)
+            || self.virtio.cards.iter().any(|card| card.gate().open_bytes() > 0)
     }
 
     #[must_use]
@@ -376,6 +398,12 @@ impl Devices {
 
     fn serial(&self) -> Option<&Arc<Serial>> {
         self.serial.as_ref().map(SerialPort::device)
+    }
+
+    fn each_card(&self, act: impl Fn(&TxGate)) {
+        for card in &self.virtio.cards {
+            act(card.gate());
+        }
     }
 
     fn each_gate(&self, act: impl Fn(&devices::output_gate::OutputGate)) {

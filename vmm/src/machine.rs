@@ -24,6 +24,7 @@ use thiserror::Error;
 
 use crate::boot::{BootError, Entry, Payload};
 use crate::cpu::{CpuError, MachineEvent, Vcpus};
+use crate::device_manager::virtio::complete;
 use crate::device_manager::{DeviceError, Devices, DevicesState};
 use crate::memory::{Memory, MemoryError};
 
@@ -53,6 +54,8 @@ pub enum MachineError {
     VmState(#[source] StateError),
     #[error("{asked} vCPUs are more than the {max} that KVM allows here")]
     TooManyVcpus { asked: u32, max: u32 },
+    #[error("Cannot choose addresses for the devices")]
+    Random(#[source] std::io::Error),
     #[error("The machine was destroyed")]
     Destroyed,
 }
@@ -114,7 +117,8 @@ pub struct Machine {
 
 impl Machine {
     /// Builds the machine with parked vCPUs that have nothing to run yet.
-    pub fn build(hypervisor: &Arc<Hypervisor>, config: VmConfig) -> Result<Self, MachineError> {
+    pub fn build(hypervisor: &Arc<Hypervisor>, mut config: VmConfig) -> Result<Self, MachineError> {
+        complete(&mut config).map_err(MachineError::Random)?;
         let asked = config.cpus.boot_vcpus;
         let max = hypervisor.capabilities().max_vcpus;
         if asked > max {

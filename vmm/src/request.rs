@@ -6,7 +6,8 @@
 use std::os::fd::OwnedFd;
 
 use api::config::{
-    ReceiveMigrationData, RestoreConfig, SendMigrationData, SnapshotConfig, VmConfig,
+    DiskConfig, NetConfig, ReceiveMigrationData, RestoreConfig, SendMigrationData, SnapshotConfig,
+    VmConfig,
 };
 use api::invalid::Invalid;
 use api::replication::{FailoverData, ReceiveReplicaData, ReplicateData};
@@ -27,6 +28,8 @@ pub enum Request {
     VmPowerButton,
     VmInfo,
     VmCounters,
+    VmAddDisk(Box<DiskConfig>),
+    VmAddNet(Box<NetConfig>),
     VmSnapshot(SnapshotConfig),
     VmRestore(RestoreConfig),
     VmSendMigration(SendMigrationData),

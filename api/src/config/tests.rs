@@ -242,10 +242,13 @@ fn identifiers_and_images_that_clash_are_conflicts() {
 #[test]
 fn every_key_that_cannot_be_honoured_is_named() {
     let cases = [
-        (json!({ "disks": [{ "path": "/a" }] }), "disks"),
+        (json!({ "disks": [{ "path": "/a", "image_type": "Qcow2" }] }), "disks image_type"),
+        (json!({ "disks": [{ "path": "/a", "backing_files": true }] }), "disks backing_files"),
+        (json!({ "disks": [{ "path": "/a", "pci_segment": 1 }] }), "disks pci_segment"),
         (json!({ "disks": [{ "path": "/a", "vhost_user": true }] }), "disks vhost_user"),
         (json!({ "disks": [{ "path": "/a", "iommu": true }] }), "disks iommu"),
-        (json!({ "net": [{}] }), "net"),
+        (json!({ "net": [{ "fds": [3] }] }), "net fds"),
+        (json!({ "net": [{ "pci_segment": 1 }] }), "net pci_segment"),
         (json!({ "net": [{ "vhost_user": true }] }), "net vhost_user"),
         (json!({ "vsock": { "cid": 3, "socket": "/s" } }), "vsock"),
         (json!({ "balloon": { "size": 0 } }), "balloon"),

@@ -5,10 +5,12 @@
 
 use serde_json::Value;
 
-use super::{ConsoleConfig, DebugConsoleMode, HotplugMethod, VmConfig};
+use super::{ConsoleConfig, DebugConsoleMode, DiskConfig, HotplugMethod, NetConfig, VmConfig};
 use crate::invalid::Invalid;
 
 const NOT_BUILT: &str = "this version has no such device";
+const NO_BACKING: &str = "only raw images are read";
+const ONE_SEGMENT: &str = "there is one PCI segment";
 const BYPASS: &str = "it would bypass replication";
 
 impl VmConfig {
@@ -30,10 +32,17 @@ impl VmConfig {
     fn refuse_devices(&self, refuse: &mut impl FnMut(bool, &str, &'static str)) {
         let disks = self.disks.as_deref().unwrap_or_default();
         let cards = self.net.as_deref().unwrap_or_default();
-        refuse(!disks.is_empty(), "disks", NOT_BUILT);
+        let raw = |disk: &DiskConfig| {
+            disk.image_type.as_deref().is_none_or(|name| name.eq_ignore_ascii_case("raw"))
+        };
+        refuse(!disks.iter().all(raw), "disks image_type", "only raw images are read");
+        refuse(disks.iter().any(|disk| disk.backing_files), "disks backing_files", NO_BACKING);
+        refuse(disks.iter().any(|disk| disk.pci_segment > 0), "disks pci_segment", ONE_SEGMENT);
         refuse(disks.iter().any(|disk| disk.vhost_user), "disks vhost_user", BYPASS);
         refuse(disks.iter().any(|disk| disk.iommu), "disks iommu", NOT_BUILT);
-        refuse(!cards.is_empty(), "net", NOT_BUILT);
+        let given_fds = |card: &NetConfig| card.fds.as_ref().is_some_and(|fds| !fds.is_empty());
+        refuse(cards.iter().any(given_fds), "net fds", "name the tap");
+        refuse(cards.iter().any(|card| card.pci_segment > 0), "net pci_segment", ONE_SEGMENT);
         refuse(cards.iter().any(|card| card.vhost_user), "net vhost_user", BYPASS);
         refuse(cards.iter().any(|card| card.iommu), "net iommu", NOT_BUILT);
         refuse(self.vsock.is_some(), "vsock", NOT_BUILT);

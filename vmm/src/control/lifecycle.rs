@@ -12,6 +12,7 @@ use super::ending::After;
 use super::protection::Protection;
 use super::{Answer, Controller, Ending, Notice};
 use crate::cpu::MachineEvent;
+use crate::device_manager::virtio::complete;
 use crate::machine::{Machine, MachineError};
 use crate::request::{Failure, FailureKind, Reply};
 use crate::snapshot::{self, SnapshotError};
@@ -47,7 +48,26 @@ impl Controller {
     pub(super) fn create(&mut self, config: VmConfig) -> Answer {
         self.room_for_a_vm()?;
         check_config(&config)?;
+        let mut config = config;
+        complete(&mut config).map_err(|error| internal(&error))?;
         self.begin(config);
+        Ok(Reply::Empty)
+    }
+
+    /// Adds a device to a VM that has not been booted.
+    pub(super) fn add<T>(
+        &mut self,
+        list: impl Fn(&mut VmConfig) -> &mut Option<Vec<T>>,
+        device: T,
+    ) -> Answer {
+        let mut config = self.config.clone().ok_or_else(no_vm)?;
+        if self.machine.is_some() {
+            return Err(wrong_state("Devices are added before the VM is booted: no hot-plug yet"));
+        }
+        list(&mut config).get_or_insert_default().push(device);
+        check_config(&config)?;
+        complete(&mut config).map_err(|error| internal(&error))?;
+        self.config = Some(config);
         Ok(Reply::Empty)
     }
 

@@ -255,6 +255,8 @@ impl Controller {
             Request::VmPowerButton => self.power_button(),
             Request::VmInfo => self.info(),
             Request::VmCounters => self.counters(),
+            Request::VmAddDisk(disk) => self.add(|config| &mut config.disks, *disk),
+            Request::VmAddNet(card) => self.add(|config| &mut config.net, *card),
             Request::VmSnapshot(config) => return self.snapshot(config, reply),
             Request::VmRestore(config) => self.restore(&config),
             Request::VmReplicate(data) => return self.replicate(*data, reply),

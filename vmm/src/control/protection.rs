@@ -151,6 +151,14 @@ impl Controller {
         if !self.protection.is_over() {
             return Err(conflict("The VM is already replicated: vm.stop-replication ends that"));
         }
+        if let Some(disk) = machine.config().disks.iter().flatten().find(|disk| !disk.readonly) {
+            let id = disk.id.as_deref().unwrap_or_default();
+            let what = format!(
+                "Disk {id} can be written, and this version replicates no disk: make it readonly, \
+                 with the same image on both hosts"
+            );
+            return Err(Failure::new(FailureKind::BadRequest, what));
+        }
         Ok(machine)
     }
 

@@ -14,7 +14,6 @@
 //!                   └ not when a replica is built: a backup owns nothing before its take-over
 //! ```
 
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use api::response::{DeviceNode, VmCounters};
@@ -45,7 +44,7 @@ const HIGH_WINDOW_ALIGNMENT: u64 = 4 << 30;
 #[derive(Debug, Error)]
 pub enum PciError {
     #[error("Cannot make {id}")]
-    Make { id: String, source: io::Error },
+    Make { id: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("{id} has no place on the PCI bus: all slots are taken")]
     Full { id: String },
     #[error("Cannot put {id} on the PCI bus")]

@@ -3,19 +3,146 @@
 //! The first one gets slot 1, and the order is a part of what a guest sees: a device is in the
 //! same slot at each boot, after a restore and on the backup.
 
+use std::error::Error;
 use std::sync::Arc;
 
-use api::config::VmConfig;
+use api::config::{DiskConfig, NetConfig, VmConfig};
+use devices::virtio::blk::{BlkConfig, Disk, ImageType};
 use devices::virtio::device::VirtioDevice;
+use devices::virtio::net::gate::Limits;
+use devices::virtio::net::mac::MacAddress;
+use devices::virtio::net::tap::{TapSettings, TapSource};
+use devices::virtio::net::{Net, NetOptions, Offloads};
 use devices::virtio::rng::Rng;
 
 use super::pci::PciError;
 
 const RNG_ID: &str = "__rng";
 
-/// Makes the devices; none of them has taken anything of the host yet.
-pub fn devices(config: &VmConfig) -> Result<Vec<Arc<dyn VirtioDevice>>, PciError> {
-    let made = |source| PciError::Make { id: RNG_ID.into(), source };
-    let rng = Rng::new(RNG_ID, config.rng.src.clone()).map_err(made)?;
-    Ok(vec![Arc::new(rng)])
+/// The devices, by what else is to be known of them than that they are virtio devices.
+pub struct VirtioDevices {
+    pub rng: Arc<Rng>,
+    pub disks: Vec<Arc<Disk>>,
+    pub cards: Vec<Arc<Net>>,
+}
+
+impl VirtioDevices {
+    /// Makes them; none of them has taken anything of the host yet. `config` is complete, see
+    /// [`complete`].
+    pub fn new(config: &VmConfig) -> Result<Self, PciError> {
+        let rng = Rng::new(RNG_ID, config.rng.src.clone())
+            .map_err(|source| PciError::Make { id: RNG_ID.into(), source: source.into() })?;
+        let disks = config.disks.iter().flatten().map(disk).collect::<Result<_, _>>()?;
+        let cards = config.net.iter().flatten().map(card).collect::<Result<_, _>>()?;
+        Ok(Self { rng: Arc::new(rng), disks, cards })
+    }
+
+    /// All of them, in the order of their slots.
+    pub fn all(&self) -> impl Iterator<Item = Arc<dyn VirtioDevice>> + '_ {
+        let disks = self.disks.iter().map(|disk| Arc::clone(disk) as Arc<dyn VirtioDevice>);
+        let cards = self.cards.iter().map(|card| Arc::clone(card) as _);
+        std::iter::once(Arc::clone(&self.rng) as _).chain(disks).chain(cards)
+    }
+}
+
+/// Names the devices that have no name, as upstream does: one count over all of them, and chooses
+/// the addresses that the client left to us. All of that travels to a backup and into a snapshot,
+/// where the guest must see the same.
+///
+/// # Errors
+/// The system gives no random bytes.
+pub fn complete(config: &mut VmConfig) -> std::io::Result<()> {
+    let mut count = 0..;
+    let mut name = |id: &mut Option<String>, kind: &str| {
+        if id.is_none() {
+            *id = Some(format!("_{kind}{}", count.next().unwrap_or(0)));
+        }
+    };
+    for disk in config.disks.iter_mut().flatten() {
+        name(&mut disk.id, "disk");
+    }
+    for card in config.net.iter_mut().flatten() {
+        name(&mut card.id, "net");
+        if card.mac.is_none() {
+            card.mac = Some(MacAddress::random()?.to_string());
+        }
+    }
+    Ok(())
+}
+
+fn made<T>(id: &str, result: Result<T, impl Error + Send + Sync + 'static>) -> Result<T, PciError> {
+    result.map_err(|source| PciError::Make { id: id.to_owned(), source: Box::new(source) })
+}
+
+fn disk(config: &DiskConfig) -> Result<Arc<Disk>, PciError> {
+    let id = config.id.clone().unwrap_or_default();
+    let raw = config.image_type.as_deref().is_some_and(|name| name.eq_ignore_ascii_case("raw"));
+    let options = BlkConfig {
+        id: id.clone(),
+        path: config.path.clone().unwrap_or_default(),
+        image_type: if raw { ImageType::Raw } else { ImageType::Detect },
+        readonly: config.readonly,
+        direct: config.direct,
+        num_queues: u16::try_from(config.num_queues).unwrap_or(u16::MAX),
+        queue_size: config.queue_size,
+        serial: config.serial.clone(),
+    };
+    Ok(Arc::new(made(&id, Disk::new(options))?))
+}
+
+fn card(config: &NetConfig) -> Result<Arc<Net>, PciError> {
+    let id = config.id.clone().unwrap_or_default();
+    let address = |text: &Option<String>| {
+        text.as_ref().map(|text| made(&id, text.parse::<MacAddress>())).transpose()
+    };
+    let mac = match address(&config.mac)? {
+        Some(mac) => mac,
+        None => made(&id, MacAddress::random())?,
+    };
+    let options = NetOptions {
+        id: id.clone(),
+        tap: config.tap.clone().map_or(TapSource::Unnamed, TapSource::Named),
+        mac,
+        mtu: config.mtu,
+        host: TapSettings {
+            ip: config.ip,
+            mask: config.mask,
+            mac: address(&config.host_mac)?,
+            mtu: config.mtu,
+        },
+        queue_pairs: u16::try_from(config.num_queues / 2).unwrap_or(u16::MAX),
+        queue_size: config.queue_size,
+        offloads: Offloads {
+            csum: config.offload_csum,
+            tso: config.offload_tso,
+            ufo: config.offload_ufo,
+        },
+        limits: Limits::default(),
+    };
+    Ok(Arc::new(made(&id, Net::new(options))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_addresses_are_given_once() {
+        let named = DiskConfig { id: Some("mine".into()), ..DiskConfig::default() };
+        let mut config = VmConfig {
+            disks: Some(vec![DiskConfig::default(), named, DiskConfig::default()]),
+            net: Some(vec![NetConfig::default()]),
+            ..VmConfig::default()
+        };
+        complete(&mut config).unwrap();
+        let ids: Vec<_> = config.disks.iter().flatten().map(|disk| disk.id.clone()).collect();
+        assert_eq!(ids, ["_disk0", "mine", "_disk1"].map(|id| Some(id.to_owned())));
+        let card = &config.net.as_ref().unwrap()[0];
+        assert_eq!(card.id.as_deref(), Some("_net2"));
+        let mac: MacAddress = card.mac.as_ref().unwrap().parse().unwrap();
+        assert_eq!(mac.bytes()[0] & 3, 2, "locally administered, for one card");
+        let once = config.clone();
+        complete(&mut config).unwrap();
+        assert_eq!(config, once);
+    }
 }

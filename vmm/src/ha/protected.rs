@@ -59,9 +59,7 @@ impl Guest for ProtectedVm {
     }
 
     fn hold_output(&mut self) {
-        if self.hold_console {
-            self.machine.devices().hold_output();
-        }
+        self.machine.devices().hold_output(self.hold_console);
     }
 
     fn settle_output(&mut self) {
@@ -80,8 +78,8 @@ impl Guest for ProtectedVm {
         self.machine.devices().commit_output(epoch.0);
     }
 
-    fn hand_over_output(&mut self, _: EpochId) {
-        // A serial port's output is part of its state.
+    fn hand_over_output(&mut self, epoch: EpochId) {
+        self.machine.devices().hand_over_output(epoch.0);
     }
 
     fn pass_output(&mut self) {

@@ -108,22 +108,23 @@ fn table(name: &str) -> Option<(Method, Parse)> {
 
 fn add_disk(name: &str, body: &[u8]) -> Result<Request, Refusal> {
     let disk: DiskConfig = json(name, body)?;
-    let config = VmConfig { disks: Some(vec![disk]), ..VmConfig::default() };
-    refuse_device(name, &config)
+    let config = VmConfig { disks: Some(vec![disk.clone()]), ..VmConfig::default() };
+    check_device(name, &config)?;
+    Ok(Request::VmAddDisk(Box::new(disk)))
 }
 
 fn add_net(name: &str, body: &[u8]) -> Result<Request, Refusal> {
     let card: NetConfig = json(name, body)?;
-    let config = VmConfig { net: Some(vec![card]), ..VmConfig::default() };
-    refuse_device(name, &config)
+    let config = VmConfig { net: Some(vec![card.clone()]), ..VmConfig::default() };
+    check_device(name, &config)?;
+    Ok(Request::VmAddNet(Box::new(card)))
 }
 
-/// A device that no VM of this version can have: everything that is wrong with it, the kind of
-/// device itself at the latest.
-fn refuse_device(name: &str, config: &VmConfig) -> Result<Request, Refusal> {
+/// Everything that is wrong with a device that no VM of this version can have.
+fn check_device(name: &str, config: &VmConfig) -> Result<(), Refusal> {
     let mut chain = vec![format!("{name} is refused")];
     chain.extend(config.validate().iter().chain(&config.unsupported()).map(Invalid::line));
-    Err(Refusal { status: Status::BadRequest, chain })
+    if chain.len() == 1 { Ok(()) } else { Err(Refusal { status: Status::BadRequest, chain }) }
 }
 
 fn json<T: DeserializeOwned>(name: &str, body: &[u8]) -> Result<T, Refusal> {

@@ -131,8 +131,10 @@ fn what_cannot_be_asked_is_refused_before_the_control_loop() {
         ),
         (put("vm.create", "\"x\""), "400 Bad Request", "Cannot parse the body of vm.create"),
         (put("vm.failover", "{\"x\":1}"), "400 Bad Request", "unknown field `x`"),
-        (put("vm.add-disk", "{\"path\":\"/a\"}"), "400 Bad Request", "disks is not supported"),
-        (put("vm.add-net", "{\"tap\":\"a\"}"), "400 Bad Request", "net is not supported"),
+        (put("vm.add-disk", "{}"), "400 Bad Request", "disks[0].path is missing"),
+        (put("vm.add-disk", "{\"path\":\"/a\",\"iommu\":true}"), "400 Bad Request", "disks iommu"),
+        (put("vm.add-net", "{\"vhost_user\":true}"), "400 Bad Request", "net vhost_user"),
+        (put("vm.add-net", "{\"fds\":[3]}"), "400 Bad Request", "net fds"),
         (
             b"DELETE /api/v1/vm.delete HTTP/1.1\r\n\r\n".to_vec(),
             "400 Bad Request",
