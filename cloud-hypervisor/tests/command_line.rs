@@ -60,14 +60,15 @@ fn a_usage_error_exits_with_two_and_names_the_flag() {
 
 #[test]
 fn a_configuration_error_exits_with_one_and_the_whole_chain() {
-    let arguments = ["--kernel", "/k", "--cpus", "boot=4,max=2", "--disk", "path=/a", "path=/b"];
+    const VHOST: &str = "vhost_user=on,socket=/s";
+    let arguments = ["--kernel", "/k", "--cpus", "boot=4,max=2", "--disk", VHOST];
     let (code, out, error) = run(VMM, &arguments);
     assert_eq!((code, out.as_str()), (1, ""));
     assert_eq!(
         error,
         "Error: The VM's configuration is not valid\n  \
            caused by: cpus.boot_vcpus must be cpus.max_vcpus (2) at most, not 4\n  \
-           caused by: disks is not supported: this version has no such device\n"
+           caused by: disks vhost_user is not supported: it would bypass replication\n"
     );
     for (arguments, message) in [
         (&["--kernel", "/k", "--serial", "tty"][..], "serial.mode Tty contradicts"),

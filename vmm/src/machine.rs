@@ -325,6 +325,12 @@ impl Machine {
         Ok(self.devices.check(&state.devices)?)
     }
 
+    /// Takes what the host lends the devices; [`Machine::restore`] does so by itself. A second call
+    /// takes what the first could not get.
+    pub fn attach(&self) -> Result<(), MachineError> {
+        Ok(self.devices.attach()?)
+    }
+
     /// Loads a state into a machine that did not run yet; it stays paused. From here on this host
     /// owns what the devices use.
     pub fn restore(&self, state: MachineState) -> Result<(), MachineError> {

@@ -158,7 +158,8 @@ wait_state() {
     while ! in_state "$name" "$state"; do
         still_up "$name"
         [ "$(seconds)" -lt "$end" ] ||
-            fail "waited $3 s for $name to be $state; it is '$(replication "$name" state)'"
+            fail "waited $3 s for $name to be $state; it is '$(replication "$name" state)'," \
+                "$(replication "$name" last_error)"
         sleep 0.3
     done
 }

@@ -20,6 +20,7 @@ pair() { # VCPUS
         --initramfs /bed/l2/l2.img \
         --cmdline "$L2_CMDLINE bed.count=$LINUX_COUNTS bed.pause=$LINUX_PAUSE" \
         --cpus "boot=$1" --memory size=256M --serial "file=$CASE/a.serial" --console off \
+        ${PAIR_MORE:-} \
         --replicate "destination_url=tcp:127.0.0.1:$PORT,arbiter=file:$CASE/arbiter,$(
         )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=3000"
 }

@@ -82,7 +82,8 @@ impl PciState {
 /// Who is parked, and until when.
 #[derive(Debug, Default)]
 struct Life {
-    attached: bool,
+    /// Functions that have been attached, in the order of their slots.
+    attached: usize,
     /// Parked for good.
     silent: bool,
 }
@@ -141,16 +142,13 @@ impl PciDevices {
     /// Lets every device take what the host lends it: this VMM owns the VM now.
     pub fn attach(&self) -> Result<(), PciError> {
         let mut life = self.life();
-        if life.attached {
-            return Ok(());
-        }
-        for function in self.functions() {
+        for function in self.functions().iter().skip(life.attached) {
             let device = function.device();
             device
                 .attach()
                 .map_err(|source| PciError::Attach { id: device.id().to_owned(), source })?;
+            life.attached += 1;
         }
-        life.attached = true;
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! A machine that waits for its take-over.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
 use crossbeam_channel::Sender;
@@ -14,6 +15,7 @@ use crate::boot::Payload;
 use crate::control::Notice;
 use crate::machine::Machine;
 use crate::memory::Memory;
+use crate::request::{Failure, FailureKind};
 
 /// A primary's description cannot be built on this host.
 #[derive(Debug, Error)]
@@ -116,6 +118,10 @@ impl ReplicaBuilder for ReplicaVms {
     }
 }
 
+/// How long a take-over tries to get what the devices need of the host, and how often.
+const ATTACH_PATIENCE: Duration = Duration::from_secs(30);
+const ATTACH_PAUSE: Duration = Duration::from_millis(5);
+
 /// A machine that does not run yet.
 pub struct ReplicaVm {
     machine: Arc<Machine>,
@@ -137,6 +143,7 @@ impl Replica for ReplicaVm {
     }
 
     fn start(self, state: Captured) -> Result<(), GuestError> {
+        attach(&self.machine)?;
         self.machine.restore(state.machine)?;
         if !state.paused {
             self.machine.resume()?;
@@ -144,6 +151,26 @@ impl Replica for ReplicaVm {
         self.machine.devices().announce();
         let _ = self.notices.send(Notice::TookOver(Arc::clone(&self.machine)));
         Ok(())
+    }
+}
+
+/// Takes what the host lends. A primary on this same host may be dying still: its kernel gives its
+/// taps and locks back only after all of its memory, and no event tells when.
+fn attach(machine: &Machine) -> Result<(), GuestError> {
+    let since = Instant::now();
+    let mut told = false;
+    loop {
+        match machine.attach() {
+            Ok(()) => return Ok(()),
+            Err(error) if since.elapsed() > ATTACH_PATIENCE => return Err(error.into()),
+            Err(error) => {
+                if !std::mem::replace(&mut told, true) {
+                    let line = Failure::from_error(FailureKind::Internal, &error).chain.join(": ");
+                    tracing::warn!("{line}; trying for {ATTACH_PATIENCE:?}");
+                }
+                std::thread::sleep(ATTACH_PAUSE);
+            }
+        }
     }
 }
 
