@@ -153,6 +153,22 @@ fn a_pty_carries_bytes_both_ways() {
 }
 
 #[test]
+fn a_pty_s_reader_gets_the_last_words() {
+    for round in 0..50 {
+        let port = open(&SerialMode::Pty);
+        let terminal = open_pty(&port);
+        let reader = std::thread::spawn(move || {
+            // As busy as a reader may be.
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            read_exactly(&terminal, 5)
+        });
+        print(&port, b"words");
+        drop(port);
+        assert_eq!(reader.join().unwrap(), b"words", "round {round}");
+    }
+}
+
+#[test]
 fn a_pty_without_a_reader_holds_up_neither_guest_nor_end() {
     let port = open(&SerialMode::Pty);
     put(&port, IER, 2);

@@ -21,8 +21,10 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::openpty;
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::{SFlag, fstat};
@@ -70,6 +72,11 @@ pub enum BackendError {
     Start { what: &'static str, source: io::Error },
 }
 
+/// How long the end of a pty waits for who reads its last words, and between two looks.
+const READER_PATIENCE: Duration = Duration::from_millis(100);
+const READER_PAUSE: Duration = Duration::from_millis(1);
+const READER_LOOKS: u32 = 10;
+
 /// Where input comes from.
 #[derive(Debug)]
 pub(super) enum Source {
@@ -113,13 +120,21 @@ impl Drop for SocketPath {
     }
 }
 
+#[derive(Debug)]
+struct Pty {
+    slave: OwnedFd,
+    _master: File,
+    path: PathBuf,
+}
+
 /// An open host side. The fields that are not taken are undone when it is dropped.
 #[derive(Debug, Default)]
 pub(super) struct Backend {
     pub(super) source: Option<Source>,
     pub(super) sink: Option<Sink>,
-    /// Kept open so that the pty never hangs up when a reader leaves.
-    pty: Option<(OwnedFd, PathBuf)>,
+    /// Kept open: the slave so that the pty never hangs up when a reader leaves, the master so that
+    /// the end of the threads does not hang it up.
+    pty: Option<Pty>,
     _raw_mode: Option<RawMode>,
     _socket_path: Option<SocketPath>,
 }
@@ -139,8 +154,25 @@ impl Backend {
         }
     }
 
+    /// A pty's end takes what nobody has read yet with it: gives a reader a moment for the last
+    /// words. No event tells that they were read, and a look may come before the kernel's worker has
+    /// brought them to the other side: so several looks must find nothing.
+    pub(super) fn wait_for_reader(&self) {
+        let Some(Pty { slave, .. }) = &self.pty else { return };
+        let since = Instant::now();
+        let unread = || {
+            let mut fds = [PollFd::new(slave.as_fd(), PollFlags::POLLIN)];
+            matches!(poll(&mut fds, PollTimeout::ZERO), Ok(ready) if ready > 0)
+        };
+        let mut looks = READER_LOOKS;
+        while looks > 0 && since.elapsed() < READER_PATIENCE {
+            looks = if unread() { READER_LOOKS } else { looks - 1 };
+            std::thread::sleep(READER_PAUSE);
+        }
+    }
+
     pub(super) fn pty_path(&self) -> Option<&Path> {
-        self.pty.as_ref().map(|(_, path)| path.as_path())
+        self.pty.as_ref().map(|pty| pty.path.as_path())
     }
 }
 
@@ -201,13 +233,15 @@ fn open_pty() -> Result<Backend, nix::Error> {
     fcntl(&pty.master, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
     let path = ttyname(&pty.slave)?;
     let sink = File::from(pty.master);
-    let source = sink
-        .try_clone()
-        .map_err(|error| nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))?;
+    let again = || {
+        let copy = sink.try_clone();
+        copy.map_err(|error| nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
+    };
+    let (source, master) = (again()?, again()?);
     Ok(Backend {
         source: Some(Source::Stream(source)),
         sink: Some(Sink::Stream(sink)),
-        pty: Some((pty.slave, path)),
+        pty: Some(Pty { slave: pty.slave, _master: master, path }),
         ..Backend::default()
     })
 }

@@ -86,6 +86,7 @@ impl SerialPort {
     pub fn finish(&self) {
         self.device.gate().close();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = !threads.is_empty();
         // One after the other: a socket's client belongs to the input thread, which closes it at
         // its end, and the last words must have reached it by then.
         for (stop, thread) in threads.drain(..) {
@@ -94,6 +95,9 @@ impl SerialPort {
             } else if thread.join().is_err() {
                 tracing::warn!("A thread of the serial port panicked");
             }
+        }
+        if is_first {
+            self.backend.wait_for_reader();
         }
     }
 }

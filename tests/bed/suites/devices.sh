@@ -1,9 +1,11 @@
-# Linux uses a virtio disk and network card, and a TCP connection outlives the primary.
+# Linux uses a virtio disk and a virtio network card.
 
 # The suite linux's helpers, without its cases.
 LINUX_ROUNDS=0 LINUX_VCPUS=''
 . /h/suites/linux.sh
+TCP=${TCP:-}               # 1: and a TCP connection outlives the primary; only: nothing else
 TCP_LINES=${TCP_LINES:-60} # lines that a client sends over one connection
+TCP_OPTIONS=${TCP_OPTIONS:-}
 GUEST_IP=10.99.0.2
 GUEST_MAC=52:54:00:12:34:56
 
@@ -59,6 +61,14 @@ client() {
     ) | nc "$GUEST_IP" 7 >"$CASE/heard" 2>"$CASE/client.err" &
 }
 
+# What the card says if the wait is in vain.
+heard_or_counters() {
+    heard "$1" && return
+    "$REMOTE" "--api-socket=$CASE/a.sock" counters >"$CASE/counters"
+    "$REMOTE" "--api-socket=$CASE/a.sock" replication-info >"$CASE/replication"
+    return 1
+}
+
 heard() { [ "$(wc -l <"$CASE/heard")" -ge "$1" ]; }
 
 # Every line once, in order: nothing that the guest acknowledged was taken back.
@@ -83,18 +93,21 @@ net() {
     detail "$(tr -d '\n ' <"$CASE/counters" | grep -o '"_net0":{[^}]*}')"
 }
 
+# What a release refuses as yet: docs/design/0010.
 tcp_survives() {
+    export UNDERSTUDY_UNFINISHED=net
     network
     PAIR_MORE="--net tap=tap0,mac=$GUEST_MAC"
     L2_CMDLINE="$L2_CMDLINE bed.ip=$GUEST_IP/24"
     LINUX_COUNTS=0
+    PAIR_OPTIONS=$TCP_OPTIONS
     pair 2
     wait_state a Protected 300
     wait_serial a "^net $GUEST_MAC" "$L2_READY_S"
     wait_serial a "^count " 60
     wait_for 60 "an answer to a ping" ping -c 1 -W 5 "$GUEST_IP"
     client "$TCP_LINES" 0.3
-    wait_for 120 "answers before the kill" heard $((TCP_LINES / 3))
+    wait_for 120 "answers before the kill" heard_or_counters $((TCP_LINES / 3))
     still_up b
     kill -KILL "$(pid_of a)"
     local killed before
@@ -106,8 +119,15 @@ tcp_survives() {
     detail "$before of $TCP_LINES lines before the kill, the next after $back s, none lost or twice"
 }
 
-run_case disk 400 disk
-run_case net 400 net
-no_network
-run_case tcp-survives 800 tcp_survives
-no_network
+case $TCP in
+    only) ;;
+    *)
+        run_case disk 400 disk
+        run_case net 400 net
+        no_network 2>/dev/null
+        ;;
+esac
+if [ -n "$TCP" ]; then
+    run_case tcp-survives 800 tcp_survives
+    no_network 2>/dev/null
+fi

@@ -22,7 +22,7 @@ pair() { # VCPUS
         --cpus "boot=$1" --memory size=256M --serial "file=$CASE/a.serial" --console off \
         ${PAIR_MORE:-} \
         --replicate "destination_url=tcp:127.0.0.1:$PORT,arbiter=file:$CASE/arbiter,$(
-        )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=3000"
+        )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=3000${PAIR_OPTIONS:-}"
 }
 
 survives() { # VCPUS
