@@ -80,7 +80,6 @@ fn kill_round(vcpus: u32) -> Result<()> {
     let setup = setup(vcpus, PATIENT);
     let outcome = round::run(folder.path(), &setup, Duration::from_millis(400), &mut ())?;
     assert_eq!(outcome.backup.role, Role::Backup);
-    assert!(outcome.backup.epoch_committed >= outcome.primary.epoch_committed, "{outcome:?}");
     Ok(())
 }
 
@@ -421,6 +420,8 @@ fn what_a_pair_refuses() -> Result<()> {
         let answer = pair.backup.put(name, None)?;
         assert!(matches!(answer.status, 404 | 500), "{name} on a backup: {answer:?}");
     }
+    // Nothing of it is here to be deleted, and it stays a backup.
+    pair.backup.put_expect("vm.delete", None, 204)?;
     let counters: VmCounters = serde_json::from_str(&pair.primary.get_expect("vm.counters", 200)?)?;
     assert!(counters["__replication"]["epoch_committed"] > 0, "{counters:?}");
     // None of this changed anything.

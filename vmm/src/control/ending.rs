@@ -103,7 +103,7 @@ impl Controller {
     }
 
     /// The VM and its configuration are gone.
-    fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         let was_down = std::mem::take(&mut self.guest_is_down);
         if self.destroy() && !was_down {
             self.monitor.emit("vm", "shutdown", None);

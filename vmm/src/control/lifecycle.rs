@@ -206,6 +206,15 @@ impl Controller {
         let _ = reply.send(Err(failure));
     }
 
+    /// Without a VM there is nothing to delete, and nothing to refuse: a backup stays one.
+    pub(super) fn delete(&mut self, reply: Sender<Answer>) {
+        if self.machine.is_some() {
+            return self.begin_end(After::Delete(reply));
+        }
+        self.forget();
+        let _ = reply.send(Ok(Reply::Empty));
+    }
+
     pub(super) fn snapshot(&mut self, config: SnapshotConfig, reply: Sender<Answer>) {
         let machine = match self.running() {
             Ok(machine) if machine.is_paused() => Ok(Arc::clone(machine)),

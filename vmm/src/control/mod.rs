@@ -246,7 +246,7 @@ impl Controller {
                 Ok(Reply::Empty)
             }
             Request::VmCreate(config) => self.create(*config),
-            Request::VmDelete => return self.begin_end(After::Delete(reply)),
+            Request::VmDelete => return self.delete(reply),
             Request::VmBoot => self.boot(),
             Request::VmPause => self.pause(),
             Request::VmResume => self.resume(),
