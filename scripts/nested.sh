@@ -29,6 +29,7 @@ Options:
   --set NAME=VALUE  a setting of a suite (LINUX_ROUNDS=2, say); they stand at the top of its file
   --timeout S       hard limit for the whole run, all boots of L1 (default: 3600)
   --memory MIB      L1's memory (default: 3072)
+  --tries N         tries of a case, each in a boot of its own (default: 2)
   --keep            keep all logs, those of cases that passed too
   --build-only      build or find the bed, print its folder, run nothing
   --help            this text
@@ -39,7 +40,7 @@ Logs of a run in which anything failed: target/nested/; those of a boot that fai
 END
 }
 
-SUITES=() BINARIES='' KVM_TESTS='' SETTINGS=() TIMEOUT=3600 MEMORY=3072 KEEP='' BUILD_ONLY=''
+SUITES=() BINARIES='' KVM_TESTS='' SETTINGS=() TIMEOUT=3600 MEMORY=3072 TRIES=2 KEEP='' BUILD_ONLY=''
 
 parse() {
     while [ $# -gt 0 ]; do
@@ -47,7 +48,7 @@ parse() {
             --help | -h) usage && exit 0 ;;
             --keep) KEEP=1 ;;
             --build-only) BUILD_ONLY=1 ;;
-            --binaries | --kvm-tests | --set | --timeout | --memory)
+            --binaries | --kvm-tests | --set | --timeout | --memory | --tries)
                 [ $# -ge 2 ] || usage_error "$1 needs a value"
                 option "$1" "$2" && shift
                 ;;
@@ -71,6 +72,7 @@ option() {
         --binaries) BINARIES=$(realpath -e "$2") || usage_error "There is no $2" ;;
         --kvm-tests) KVM_TESTS=$(realpath -e "$2") || usage_error "There is no $2" ;;
         --timeout) [[ $2 =~ ^[1-9][0-9]*$ ]] && TIMEOUT=$2 || usage_error "$1 wants seconds" ;;
+        --tries) [[ $2 =~ ^[1-9]$ ]] && TRIES=$2 || usage_error "$1 wants 1 to 9" ;;
         --memory) [[ $2 =~ ^[1-9][0-9]*$ ]] && MEMORY=$2 || usage_error "$1 wants MiB" ;;
         --set)
             [[ $2 =~ ^[A-Z][A-Z0-9_]*=.*$ ]] || usage_error "$1 wants NAME=VALUE"
@@ -195,7 +197,7 @@ main() {
     local status=0 shares=(--share "h=$SHARE" --share "bed=$BED_DIR" --share "out=$OUT")
     [ -z "$KVM_TESTS" ] || shares+=(--share "w=$ROOT")
     python3 "$BED/run_l1.py" --bed "$BED_DIR" "${shares[@]}" --logs "$OUT" \
-        --timeout "$TIMEOUT" --memory "$MEMORY" "${SUITES[@]}" &
+        --timeout "$TIMEOUT" --memory "$MEMORY" --tries "$TRIES" "${SUITES[@]}" &
     RUNNER=$!
     on_exit stop_process "$RUNNER"
     wait "$RUNNER" || status=$?

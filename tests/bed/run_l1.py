@@ -4,14 +4,14 @@
 What enters: the bed, the shared folders, a hard time limit. What leaves: every result as a line,
 a sign of life each 10 s, `N passed, N failed`, and the status: 0 all passed, 1 something failed,
 3 the bed itself failed (L1 locked up, panicked, ended early, or ran out of time), each time.
-What always holds: a suite's passes count only if L1 lived through all of it; what failed in an L1
-that lived stays a failure; QEMU dies with this program.
+What always holds: a case has one result; one that failed as often as it may (`--tries`) has failed,
+and one that passed at a later try only is named at the end; QEMU dies with this program.
 
-When the bed failed, L1 boots again for the suites that it did not finish:
+When the bed failed, or a case has another try, L1 boots again for what is not settled:
 
     boot --> suites --> L1 off in order --> verdict (0 or 1)
      ^         |
-     |         v  the bed failed: the suite under way starts anew, its passes are forgotten
+     |         v  the bed failed, or a case that has another try
      +---------+--> after BOOTS boots, or with no time left: status 3
 
 The suites' lines (@run, @pass, ...; see l1/driver.sh) come through L1's second serial port, so
@@ -32,7 +32,7 @@ BED_TROUBLE = re.compile(
     r"|Kernel panic|Oops|BUG: |general protection fault|double fault|Out of memory: Killed"
 )
 BEAT_S = 10
-BOOTS = 3
+BOOTS = 6
 # What L1 may take to come up; to report a case whose limit is over, which it ends itself.
 READY_S, OVERDUE_S = 300, 120
 # For the rest of what L1's kernel says about its trouble.
@@ -79,22 +79,36 @@ class Tail:
 class Report:
     """What the suites said so far, over all boots of L1.
 
-    A suite is finished when the next one begins, the last one when L1 has ended in order.
+    A suite is finished when the next one begins, the last one when L1 has ended in order. A case
+    is settled when it has passed, was skipped, or has failed `tries` times: an L1 that is about to
+    fail has been seen to reset its guests first, so a failure is tried again in a new boot.
     """
 
-    def __init__(self, suites):
+    def __init__(self, suites, tries=1):
+        self.suites, self.tries = list(suites), tries
         self.unfinished = list(suites)
         self.reported = {suite: 0 for suite in suites}
-        # (suite, case) of each; with failures, what it said.
-        self.passed, self.skipped, self.failed = [], [], []
+        # (suite, case) of each; with failures, what each said.
+        self.passed, self.skipped, self.failures = [], [], {}
         self.troubles = []
         self.begin_boot()
 
     def begin_boot(self):
         self.suite = self.running = None
         self.ready = self.done = False
-        # A case that failed in an earlier boot has failed, whatever it does in this one.
-        self.stands = {name for name, _ in self.failed}
+
+    def settled(self):
+        lost = [name for name, said in self.failures.items() if len(said) >= self.tries]
+        return self.passed + self.skipped + lost
+
+    def again(self):
+        """Cases that failed and have another try."""
+        settled = self.settled()
+        return [name for name in self.failures if name not in settled]
+
+    def to_run(self):
+        again = {suite for suite, _ in self.again()}
+        return [suite for suite in self.suites if suite in self.unfinished or suite in again]
 
     def take(self, line):
         kind, _, rest = line.partition(" ")
@@ -139,26 +153,24 @@ class Report:
         seconds = time.monotonic() - self.running[3] if self.running else 0
         self.running = None
         self.reported[suite] = self.reported.get(suite, 0) + 1
-        name = (suite, case)
-        if name in self.stands:
-            detail += " (it failed before the bed did, and that stands)"
-        return name, f"{seconds:5.1f} s", detail
+        return (suite, case), f"{seconds:5.1f} s", detail
 
     def on_pass(self, rest):
         name, took, detail = self.ended(rest)
-        if name not in self.stands:
+        if name not in self.settled():
             self.passed.append(name)
         out(f"  {paint(32, 'ok')}   {took}  {' '.join(name)}" + (f": {detail}" if detail else ""))
 
     def on_fail(self, rest):
         name, took, detail = self.ended(rest)
-        if name not in self.stands:
-            self.failed.append((name, detail))
-        out(f"  {paint(31, 'FAIL')} {took}  {' '.join(name)}: {detail}")
+        said = self.failures.setdefault(name, []) if name not in self.settled() else []
+        said.append(detail)
+        of = f" (try {len(said)} of {self.tries})" if self.tries > 1 else ""
+        out(f"  {paint(31, 'FAIL')} {took}  {' '.join(name)}{of}: {detail}")
 
     def on_skip(self, rest):
         name, took, detail = self.ended(rest)
-        if name not in self.stands:
+        if name not in self.settled():
             self.skipped.append(name)
         out(f"  skip {took}  {' '.join(name)}: {detail}")
 
@@ -176,18 +188,9 @@ class Report:
         self.done = True
 
     def bed_failed(self, reason):
-        """Forgets what the unfinished suites passed: an L1 that fails is no witness for them."""
+        """What was settled before stays so; whatever ran at that time runs again."""
         self.troubles.append(str(reason))
-        forgotten = [name for name in self.passed + self.skipped if name[0] in self.unfinished]
-        self.passed = [name for name in self.passed if name not in forgotten]
-        self.skipped = [name for name in self.skipped if name not in forgotten]
         out(paint(31, f"the bed failed in boot {len(self.troubles)}: {reason}"))
-        for suite in self.unfinished:
-            passes = sum(name[0] == suite for name in forgotten)
-            failures = sum(name[0] == suite for name, _ in self.failed)
-            if passes or failures or suite == self.suite:
-                out(f"    {suite} was not finished: results forgotten {passes}, "
-                    f"failures that stand {failures}")
 
     def beat(self):
         if not self.running:
@@ -200,9 +203,13 @@ class Report:
         return self.running and time.monotonic() - self.running[3] > self.running[2] + OVERDUE_S
 
     def verdict(self):
-        failed = [f"{' '.join(name)}: {detail}" for name, detail in self.failed]
+        lost = {name: said for name, said in self.failures.items() if name not in self.passed}
+        failed = [f"{' '.join(name)}: {said[-1]}" for name, said in lost.items()]
         failed += [f"{suite}: reported nothing" for suite, results in self.reported.items()
                    if not results and suite not in self.unfinished]
+        for name, said in self.failures.items():
+            if name not in lost:
+                out(f"passed at a later try only: {' '.join(name)}: {said[0]}")
         for failure in failed:
             out(paint(31, f"failed: {failure}"))
         for suite in self.unfinished:
@@ -289,13 +296,15 @@ class Bed:
         self.qemu.wait()
 
 
-def list_suites(options, suites):
-    """What the driver in L1 is to run."""
+def tell_driver(options, report):
+    """What the driver in L1 is to run, and which cases of that it shall pass over."""
     for share in options.share:
         tag, _, path = share.partition("=")
         if tag == "h":
             with open(f"{path}/suites.list", "w", encoding="utf-8") as file:
-                file.writelines(f"{suite}\n" for suite in suites)
+                file.writelines(f"{suite}\n" for suite in report.to_run())
+            with open(f"{path}/settled.list", "w", encoding="utf-8") as file:
+                file.writelines(f"{suite} {case}\n" for suite, case in report.settled())
 
 
 def set_logs_aside(options, boot):
@@ -310,7 +319,7 @@ def set_logs_aside(options, boot):
 def boot(options, report, deadline):
     """Boots L1 for what is unfinished; whether it lived, and whether there is time for another."""
     report.begin_boot()
-    list_suites(options, report.unfinished)
+    tell_driver(options, report)
     bed = Bed(options, report, deadline)
     try:
         bed.follow()
@@ -337,25 +346,28 @@ def main():
     parser.add_argument("--timeout", type=int, required=True, metavar="SECONDS")
     parser.add_argument("--memory", type=int, default=3072, metavar="MIB")
     parser.add_argument("--boots", type=int, default=BOOTS, help="at most, when the bed fails")
+    parser.add_argument("--tries", type=int, default=1, help="of a case, each in its own boot")
     parser.add_argument("suites", nargs="+")
     options = parser.parse_args()
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = Report(options.suites)
+    report = Report(options.suites, options.tries)
     deadline = time.monotonic() + options.timeout
     try:
         for number in range(1, options.boots + 1):
             lived, in_time = boot(options, report, deadline)
-            if lived:
+            if lived and not report.again():
                 return report.verdict()
             if number == options.boots or not in_time:
                 break
             set_logs_aside(options, number)
             out(paint(1, f"booting L1 again (boot {number + 1} of at most {options.boots}) for "
-                         f"{' '.join(report.unfinished)}"))
+                         f"{' '.join(report.to_run())}"))
     except KeyboardInterrupt:
         return 130
-    report.verdict()
+    status = report.verdict()
+    if not report.unfinished:
+        return status
     out(paint(31, f"THE BED FAILED, no verdict on what it tests: {report.troubles[-1]}"))
     return EXIT_BED
 
