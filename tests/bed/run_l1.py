@@ -32,7 +32,8 @@ BED_TROUBLE = re.compile(
     r"|Kernel panic|Oops|BUG: |general protection fault|double fault|Out of memory: Killed"
 )
 BEAT_S = 10
-BOOTS = 6
+# As long as each few of them settle something: what passed stays passed.
+BOOTS, FRUITLESS = 30, 5
 # What L1 may take to come up; to report a case whose limit is over, which it ends itself.
 READY_S, OVERDUE_S = 300, 120
 # For the rest of what L1's kernel says about its trouble.
@@ -354,11 +355,14 @@ def main():
     report = Report(options.suites, options.tries)
     deadline = time.monotonic() + options.timeout
     try:
+        fruitless = 0
         for number in range(1, options.boots + 1):
+            before = len(report.settled())
             lived, in_time = boot(options, report, deadline)
+            fruitless = 0 if len(report.settled()) > before else fruitless + 1
             if lived and not report.again():
                 return report.verdict()
-            if number == options.boots or not in_time:
+            if number == options.boots or fruitless == FRUITLESS or not in_time:
                 break
             set_logs_aside(options, number)
             out(paint(1, f"booting L1 again (boot {number + 1} of at most {options.boots}) for "

@@ -255,6 +255,11 @@ class Runner(unittest.TestCase):
                           "bed failure 3 of 3", "1 passed, 0 failed", "THE BED FAILED", boots=3)
         self.assertNotIn("boot 4", text)
 
+    def test_boots_that_settle_nothing_end(self):
+        text = self.check(self.suite("one") + self.RUN + self.LATER + self.OOPS, 3,
+                          "bed failure 5 of 5", "0 passed, 0 failed", "THE BED FAILED", boots=30)
+        self.assertNotIn("boot 6 of", text)
+
     def test_only_unfinished_suites_run_again(self):
         self.check(
             f"""case $boot in
