@@ -14,8 +14,8 @@ Runs suites in the nested bed: QEMU emulates a machine with AMD virtualization (
 needed here), a Debian kernel in it (L1) offers KVM and Soft-RoCE, and our VMMs in it run a stock
 Debian guest (L2). The bed is built from Debian packages once and cached in
 $(cache_dir bed).
-When the bed itself fails (L1's kernel, QEMU), L1 boots again, twice at most, for the suites that it
-did not finish; the output says so.
+When the bed itself fails (L1's kernel, QEMU), L1 boots again for the cases that are not settled, as
+long as that settles any; a case that fails has a second try in a new boot. See docs/nested-bed.md.
 
 Suites (default: ${DEFAULT_SUITES[*]}):
 $(for file in "$BED"/suites/*.sh; do
