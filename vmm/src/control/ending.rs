@@ -116,6 +116,7 @@ impl Controller {
     /// Ends the machine. A replication thread may hold it a little longer: it must not run on.
     fn destroy(&mut self) -> bool {
         let Some(machine) = self.machine.take() else { return false };
+        self.resetting = false;
         machine.destroy();
         // Not left to the last holder of the machine, which may be cut off by the process' end.
         machine.devices().finish();

@@ -159,13 +159,9 @@ impl Controller {
                 false => Ok(()),
             };
             let result = machine.reset().and_then(|()| again(&machine));
-            // A machine that was destroyed meanwhile belongs to nobody.
-            let result = match result {
-                Err(MachineError::Destroyed) if reply.is_none() => Ok(()),
-                result => result.map_err(|error| internal(&error)),
-            };
+            let result = result.map_err(|error| internal(&error));
             // A closed channel means that the VMM is on its way out.
-            let _ = notices.send(Notice::Reset { result, reply });
+            let _ = notices.send(Notice::Reset { machine, result, reply });
         };
         self.resetting = true;
         let started = std::thread::Builder::new().name("reset".into());
@@ -175,7 +171,19 @@ impl Controller {
         }
     }
 
-    pub(super) fn was_reset(&mut self, result: Result<(), Failure>, reply: Option<Sender<Answer>>) {
+    pub(super) fn was_reset(
+        &mut self,
+        machine: &Arc<Machine>,
+        result: Result<(), Failure>,
+        reply: Option<Sender<Answer>>,
+    ) {
+        if !self.machine.as_ref().is_some_and(|ours| Arc::ptr_eq(ours, machine)) {
+            // Of a VM that was ended meanwhile: nothing of it concerns one that came after.
+            if let Some(reply) = reply {
+                let _ = reply.send(Err(not_running()));
+            }
+            return;
+        }
         self.resetting = false;
         match (result, reply) {
             (Ok(()), reply) => {

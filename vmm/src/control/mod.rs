@@ -93,7 +93,7 @@ pub enum Notice {
     /// The replication with this number says what happened.
     Replication { protection: u64, event: Event },
     /// A reset has ended; a client may wait for the answer.
-    Reset { result: Result<(), Failure>, reply: Option<Sender<Answer>> },
+    Reset { machine: Arc<Machine>, result: Result<(), Failure>, reply: Option<Sender<Answer>> },
 }
 
 /// How the process ends.
@@ -298,7 +298,7 @@ impl Controller {
             Notice::Replication { protection, event } => {
                 self.replication_event(protection, event);
             }
-            Notice::Reset { result, reply } => self.was_reset(result, reply),
+            Notice::Reset { machine, result, reply } => self.was_reset(&machine, result, reply),
         }
     }
 }
