@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::acpi::pm::{PM_BASE, PM_LEN, PmDevice, PmState, PowerCallback, PowerEvent};
 use devices::bus::{Bus, BusDevice};
+use devices::console::Input;
 use devices::counters::Counters;
 use devices::irq::IrqLine;
 use devices::legacy::cmos::{CMOS_BASE, CMOS_LEN, Cmos, CmosState};
@@ -227,7 +228,7 @@ proptest! {
             match access {
                 Access::Read(port, len) => machine.bus.read(port, &mut vec![0; len]),
                 Access::Write(port, data) => machine.bus.write(port, &data),
-                Access::Input(data) => drop(machine.serial.enqueue(&data)),
+                Access::Input(data) => drop(machine.serial.take(&data)),
             }
             machine.serial.gate().seal(epoch);
         }

@@ -8,10 +8,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use devices::bus::BusDevice;
+use devices::console::{BackendError, PortMode};
 use devices::counters::Counters;
 use devices::irq::IrqLine;
 use devices::output_gate::{STALLED_BYTES_MAX, THROTTLE_BYTES};
-use devices::serial::{BackendError, SerialMode, SerialPort};
+use devices::serial::SerialPort;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::openpty;
 use nix::sys::termios::{LocalFlags, SetArg, cfmakeraw, tcgetattr, tcsetattr};
@@ -23,7 +24,7 @@ const LSR: u64 = 5;
 const LSR_DATA: u8 = 1;
 const LSR_TX_EMPTY: u8 = 1 << 5;
 
-fn open(mode: &SerialMode) -> SerialPort {
+fn open(mode: &PortMode) -> SerialPort {
     SerialPort::open(mode, IrqLine::new().unwrap()).unwrap()
 }
 
@@ -77,7 +78,7 @@ fn read_exactly(mut from: impl Read, len: usize) -> Vec<u8> {
 
 #[test]
 fn null_takes_everything() {
-    let port = open(&SerialMode::Null);
+    let port = open(&PortMode::Null);
     print(&port, b"into the void");
     assert_eq!(counter(&port, "output_bytes"), 13);
     assert_eq!(port.pty_path(), None);
@@ -88,7 +89,7 @@ fn a_file_is_appended_to_and_complete_at_the_end() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     fs::write(&path, b"old\n").unwrap();
-    let port = open(&SerialMode::File(path.clone()));
+    let port = open(&PortMode::File(path.clone()));
     let text: Vec<u8> = (0..100_000u32).map(|at| b'a' + at.to_le_bytes()[0] % 26).collect();
     print(&port, &text);
     drop(port);
@@ -101,7 +102,7 @@ fn a_file_is_appended_to_and_complete_at_the_end() {
 fn held_output_reaches_the_file_at_commit_and_not_at_the_end() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
-    let port = open(&SerialMode::File(path.clone()));
+    let port = open(&PortMode::File(path.clone()));
     let gate = port.device().gate().clone();
     gate.hold();
     print(&port, b"committed ");
@@ -116,7 +117,7 @@ fn held_output_reaches_the_file_at_commit_and_not_at_the_end() {
 
 #[test]
 fn a_file_that_cannot_be_written_is_counted_and_stops_nobody() {
-    let port = open(&SerialMode::File("/dev/full".into()));
+    let port = open(&PortMode::File("/dev/full".into()));
     print(&port, b"no room");
     while counter(&port, "output_dropped_bytes") < 7 {
         std::thread::yield_now();
@@ -126,7 +127,7 @@ fn a_file_that_cannot_be_written_is_counted_and_stops_nobody() {
 
 #[test]
 fn a_file_that_cannot_be_opened_is_an_error_that_names_it() {
-    let mode = SerialMode::File("/nonexistent/log".into());
+    let mode = PortMode::File("/nonexistent/log".into());
     let error = SerialPort::open(&mode, IrqLine::new().unwrap()).unwrap_err();
     assert!(matches!(error, BackendError::File { .. }));
     assert!(error.to_string().contains("/nonexistent/log"));
@@ -138,7 +139,7 @@ fn open_pty(port: &SerialPort) -> File {
 
 #[test]
 fn a_pty_carries_bytes_both_ways() {
-    let port = open(&SerialMode::Pty);
+    let port = open(&PortMode::Pty);
     let mut terminal = open_pty(&port);
     print(&port, b"login: \n");
     assert_eq!(read_exactly(&terminal, 8), b"login: \n");
@@ -155,7 +156,7 @@ fn a_pty_carries_bytes_both_ways() {
 #[test]
 fn a_pty_s_reader_gets_the_last_words() {
     for round in 0..50 {
-        let port = open(&SerialMode::Pty);
+        let port = open(&PortMode::Pty);
         let terminal = open_pty(&port);
         let reader = std::thread::spawn(move || {
             // As busy as a reader may be.
@@ -170,7 +171,7 @@ fn a_pty_s_reader_gets_the_last_words() {
 
 #[test]
 fn a_pty_without_a_reader_holds_up_neither_guest_nor_end() {
-    let port = open(&SerialMode::Pty);
+    let port = open(&PortMode::Pty);
     put(&port, IER, 2);
     get(&port, IIR);
     // A driver that respects the busy transmitter, past the point where it shows.
@@ -201,7 +202,7 @@ fn a_pty_without_a_reader_holds_up_neither_guest_nor_end() {
 fn a_socket_serves_one_client_after_the_other() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("serial.sock");
-    let port = open(&SerialMode::Socket(path.clone()));
+    let port = open(&PortMode::Socket(path.clone()));
     print(&port, b"nobody listens");
     while counter(&port, "output_dropped_bytes") < 14 {
         std::thread::yield_now();
@@ -231,7 +232,7 @@ fn a_socket_client_gets_the_last_words() {
     let path = folder.path().join("port");
     let words = [b'w'; 3000];
     for round in 0..100 {
-        let port = open(&SerialMode::Socket(path.clone()));
+        let port = open(&PortMode::Socket(path.clone()));
         let mut client = UnixStream::connect(&path).unwrap();
         // The client is there when it has been heard.
         client.write_all(b"?").unwrap();
@@ -252,7 +253,7 @@ fn a_fifo_without_a_reader_holds_up_neither_guest_nor_end() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let port = open(&SerialMode::File(path.clone()));
+    let port = open(&PortMode::File(path.clone()));
     // More than a pipe holds: the newest are kept.
     print(&port, &vec![b'x'; 2 * THROTTLE_BYTES]);
     let mut reader = OpenOptions::new().read(true).open(&path).unwrap();
@@ -269,7 +270,7 @@ fn a_fifo_without_a_reader_holds_up_neither_guest_nor_end() {
 fn a_socket_client_that_does_not_read_holds_up_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("serial.sock");
-    let port = open(&SerialMode::Socket(path.clone()));
+    let port = open(&PortMode::Socket(path.clone()));
     let mut stuck = UnixStream::connect(&path).unwrap();
     stuck.write_all(b"x").unwrap();
     assert_eq!(receive(&port, 1), b"x");
@@ -290,8 +291,8 @@ fn a_socket_client_that_does_not_read_holds_up_nobody() {
 fn a_socket_path_is_taken_over_only_from_the_dead() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("serial.sock");
-    let mode = SerialMode::Socket(path.clone());
-    let in_use = |mode: &SerialMode| {
+    let mode = PortMode::Socket(path.clone());
+    let in_use = |mode: &PortMode| {
         let error = SerialPort::open(mode, IrqLine::new().unwrap()).unwrap_err();
         assert!(matches!(error, BackendError::SocketInUse(_)), "{error}");
     };
@@ -303,7 +304,7 @@ fn a_socket_path_is_taken_over_only_from_the_dead() {
     fs::write(&path, b"precious").unwrap();
     in_use(&mode);
     assert_eq!(fs::read(&path).unwrap(), b"precious");
-    let deep = SerialMode::Socket(Path::new("/nonexistent/serial.sock").to_owned());
+    let deep = PortMode::Socket(Path::new("/nonexistent/serial.sock").to_owned());
     let error = SerialPort::open(&deep, IrqLine::new().unwrap()).unwrap_err();
     assert!(matches!(error, BackendError::Socket { .. }));
 }
@@ -317,7 +318,7 @@ fn tty_child() {
     if std::env::var_os(TTY_CHILD).is_none() {
         return;
     }
-    let port = open(&SerialMode::Tty);
+    let port = open(&PortMode::Tty);
     print(&port, b"<ready>");
     let received = receive(&port, 3);
     print(&port, b"<got ");

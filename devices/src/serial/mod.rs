@@ -9,31 +9,23 @@
 //! that polls and one that waits for the interrupt both slow down; input can be parked, so that
 //! no state changes while the machine is quiesced.
 
-/// Where a port leads on the host: files, terminals, sockets.
-pub mod backend;
-mod input;
-mod output;
 mod port;
 /// What of a port is saved.
 pub mod state;
 #[cfg(test)]
 mod tests;
-/// The terminal that this process was started on.
-pub mod tty;
 
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use vm_superio::Serial as Uart;
 use vm_superio::serial::SerialEvents;
 
-pub use self::backend::{BackendError, SerialMode};
 pub use self::port::SerialPort;
 pub use self::state::{SerialState, SerialStateError};
 
 use crate::bus::BusDevice;
+use crate::console::{Input, Room};
 use crate::counters::{Counter, Counters};
 use crate::irq::IrqLine;
 use crate::output_gate::OutputGate;
@@ -55,25 +47,7 @@ const MCR_LOOP: u8 = 1 << 4;
 /// Transmitter holding register empty, transmitter empty.
 const LSR_TX_IDLE: u8 = (1 << 5) | (1 << 6);
 
-/// Tells the input thread that the receive FIFO has room again.
-#[derive(Debug)]
-struct RxSpace {
-    event: EventFd,
-    /// Somebody waits. Changed under the UART's lock only.
-    wanted: AtomicBool,
-}
-
-impl RxSpace {
-    fn signal(&self) {
-        if self.wanted.swap(false, Ordering::Relaxed)
-            && let Err(error) = self.event.write(1)
-        {
-            tracing::warn!("Serial input cannot be resumed: {error}");
-        }
-    }
-}
-
-impl SerialEvents for RxSpace {
+impl SerialEvents for Room {
     fn buffer_read(&self) {}
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
@@ -97,12 +71,7 @@ impl Write for GateWriter {
     }
 }
 
-/// An eventfd for the threads of a port.
-fn new_event() -> nix::Result<EventFd> {
-    EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
-}
-
-type Registers = Uart<IrqLine, Arc<RxSpace>, GateWriter>;
+type Registers = Uart<IrqLine, Arc<Room>, GateWriter>;
 
 #[derive(Debug)]
 struct Inner {
@@ -117,7 +86,7 @@ pub struct Serial {
     inner: Mutex<Inner>,
     irq: IrqLine,
     gate: Arc<OutputGate>,
-    space: Arc<RxSpace>,
+    space: Arc<Room>,
     input_bytes: Counter,
     irq_errors: Counter,
 }
@@ -125,7 +94,7 @@ pub struct Serial {
 impl Serial {
     /// A UART after reset.
     pub fn new(irq: IrqLine, gate: Arc<OutputGate>) -> io::Result<Arc<Self>> {
-        let space = Arc::new(RxSpace { event: new_event()?, wanted: AtomicBool::new(false) });
+        let space = Arc::new(Room::new()?);
         let uart =
             Uart::with_events(irq.clone(), Arc::clone(&space), GateWriter(Arc::clone(&gate)));
         let serial = Arc::new(Self {
@@ -155,36 +124,6 @@ impl Serial {
     #[must_use]
     pub fn irq(&self) -> &IrqLine {
         &self.irq
-    }
-
-    /// Puts input into the receive FIFO and returns how many bytes fitted. If that was not all,
-    /// the descriptor of [`Serial::rx_space`] becomes readable when it is worth trying again.
-    pub fn enqueue(&self, bytes: &[u8]) -> usize {
-        let mut inner = self.lock();
-        let room = inner.uart.fifo_capacity();
-        let mut taken = 0;
-        if !inner.parked && room > 0 {
-            match inner.uart.enqueue_raw_bytes(bytes) {
-                Ok(count) => taken = count,
-                // The bytes are in the FIFO, only the edge is lost: the next one tells.
-                Err(_) => {
-                    self.irq_errors.add(1);
-                    taken = bytes.len().min(room);
-                }
-            }
-        }
-        if taken < bytes.len() {
-            self.space.wanted.store(true, Ordering::Relaxed);
-        }
-        self.input_bytes.add_len(taken);
-        taken
-    }
-
-    /// Becomes readable when the FIFO has room again after [`Serial::enqueue`] came short. The
-    /// reader resets it.
-    #[must_use]
-    pub fn rx_space(&self) -> &EventFd {
-        &self.space.event
     }
 
     /// Until [`Serial::unpark`] only the guest changes the device.
@@ -288,5 +227,32 @@ impl Counters for Serial {
         counters.push(("input_bytes", self.input_bytes.get()));
         counters.push(("irq_errors", self.irq_errors.get()));
         counters
+    }
+}
+
+impl Input for Serial {
+    fn take(&self, bytes: &[u8]) -> usize {
+        let mut inner = self.lock();
+        let room = inner.uart.fifo_capacity();
+        let mut taken = 0;
+        if !inner.parked && room > 0 {
+            match inner.uart.enqueue_raw_bytes(bytes) {
+                Ok(count) => taken = count,
+                // The bytes are in the FIFO, only the edge is lost: the next one tells.
+                Err(_) => {
+                    self.irq_errors.add(1);
+                    taken = bytes.len().min(room);
+                }
+            }
+        }
+        if taken < bytes.len() {
+            self.space.set_wanted(true);
+        }
+        self.input_bytes.add_len(taken);
+        taken
+    }
+
+    fn room(&self) -> &Room {
+        &self.space
     }
 }

@@ -71,11 +71,11 @@ fn loopback_returns_what_is_written_and_nothing_leaves() {
     assert_eq!(get(&serial, DATA), b'q');
     assert_eq!(get(&serial, LSR) & LSR_DATA, 0);
     // Input waits for the end of loopback, and is told.
-    assert_eq!(serial.enqueue(b"x"), 0);
-    assert!(serial.rx_space().read().is_err());
+    assert_eq!(serial.take(b"x"), 0);
+    assert!(serial.room().event().read().is_err());
     put(&serial, MCR, 0);
-    assert_eq!(serial.rx_space().read(), Ok(1));
-    assert_eq!(serial.enqueue(b"x"), 1);
+    assert_eq!(serial.room().event().read(), Ok(1));
+    assert_eq!(serial.take(b"x"), 1);
     assert_eq!(released(&serial), b"");
 }
 
@@ -84,16 +84,16 @@ fn input_interrupts_and_waits_for_room() {
     let serial = serial();
     put(&serial, IER, IER_RX);
     let input: Vec<u8> = (0..100).collect();
-    assert_eq!(serial.enqueue(&input), 64);
+    assert_eq!(serial.take(&input), 64);
     assert!(interrupted(&serial));
-    assert_eq!(serial.enqueue(&input[64..]), 0);
+    assert_eq!(serial.take(&input[64..]), 0);
     for byte in &input[..63] {
         assert_eq!(get(&serial, DATA), *byte);
     }
-    assert!(serial.rx_space().read().is_err());
+    assert!(serial.room().event().read().is_err());
     assert_eq!(get(&serial, DATA), 63);
-    assert_eq!(serial.rx_space().read(), Ok(1));
-    assert_eq!(serial.enqueue(&input[64..]), 36);
+    assert_eq!(serial.room().event().read(), Ok(1));
+    assert_eq!(serial.take(&input[64..]), 36);
     assert_eq!(get(&serial, DATA), 64);
 }
 
@@ -102,11 +102,11 @@ fn parked_input_waits() {
     let serial = serial();
     serial.park();
     let before = serial.save();
-    assert_eq!(serial.enqueue(b"x"), 0);
+    assert_eq!(serial.take(b"x"), 0);
     assert_eq!(serial.save(), before);
     serial.unpark();
-    assert_eq!(serial.rx_space().read(), Ok(1));
-    assert_eq!(serial.enqueue(b"x"), 1);
+    assert_eq!(serial.room().event().read(), Ok(1));
+    assert_eq!(serial.take(b"x"), 1);
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn busy() -> Arc<Serial> {
     for byte in b"output" {
         put(&serial, DATA, *byte);
     }
-    assert_eq!(serial.enqueue(b"input"), 5);
+    assert_eq!(serial.take(b"input"), 5);
     serial
 }
 

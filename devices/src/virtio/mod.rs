@@ -20,13 +20,31 @@
 
 /// Disks.
 pub mod blk;
+/// Console.
+pub mod console;
 /// What a device implements for its transport.
 pub mod device;
 /// Network card.
 pub mod net;
+/// Rings, as a device sees them.
+mod ring;
 /// Random bytes.
 pub mod rng;
 /// Saved forms.
 pub mod state;
+/// A driver for tests.
+#[cfg(test)]
+mod testing;
 /// Parks workers at a request boundary.
 pub mod turnstile;
+
+/// An error with its causes.
+fn chain_of(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
+}

@@ -13,4 +13,6 @@ pub enum DeviceState {
     Block(BlkState),
     /// A network card.
     Net(super::net::state::NetState),
+    /// A console.
+    Console(super::console::state::ConsoleState),
 }

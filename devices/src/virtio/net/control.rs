@@ -11,8 +11,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::features::{CTRL_GUEST_OFFLOADS, GUEST_ANNOUNCE, GuestOffloads, MQ};
-use super::ring::{self, ChainError, RingError, Segments, Used};
 use crate::virtio::device::{GuestMemory, QueuePosition};
+use crate::virtio::ring::{self, ChainError, RingError, Segments, Used};
 
 const CLASS_ANNOUNCE: u8 = 3;
 const CLASS_MQ: u8 = 4;

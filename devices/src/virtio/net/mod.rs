@@ -30,8 +30,6 @@ pub mod gate;
 mod host;
 /// Ethernet addresses.
 pub mod mac;
-/// Rings, as a device sees them.
-mod ring;
 /// Towards the guest.
 mod rx;
 /// What the workers share.

@@ -10,8 +10,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::Bytes;
 
 use super::frame::FrameHeader;
-use super::ring::{self, ChainError, RingError, Segment, Segments, Used};
 use crate::virtio::device::GuestMemory;
+use crate::virtio::ring::{self, ChainError, RingError, Segment, Segments, Used};
 
 /// The receive ring makes no sense.
 #[derive(Debug, Error)]

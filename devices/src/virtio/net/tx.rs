@@ -9,9 +9,9 @@ use vm_memory::Bytes;
 
 use super::frame::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
 use super::gate::TxGate;
-use super::ring::{self, ChainError, RingError, Segment, Segments, Used};
 use super::shared::NetCounters;
 use crate::virtio::device::GuestMemory;
+use crate::virtio::ring::{self, ChainError, RingError, Segment, Segments, Used};
 
 /// Most frames that are copied in one pass.
 const BATCH_FRAMES: usize = 64;

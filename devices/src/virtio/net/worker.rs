@@ -27,11 +27,12 @@ use super::control::{self, Next, Request};
 use super::features::{GUEST_ANNOUNCE, GuestOffloads, MRG_RXBUF, STATUS};
 use super::frame::{FRAME_BYTES_MAX, FrameHeader, HEADER_BYTES, announcement};
 use super::host::HostSide;
-use super::ring::{self, RingError};
 use super::rx::{self, Delivery};
 use super::shared::{ActivePair, Pair, Shared, Token};
 use super::tap::TapQueue;
 use super::tx::{self, TakeEnd};
+use crate::virtio::chain_of;
+use crate::virtio::ring::{self, RingError};
 
 /// Steps of one kind after which the others have their turn.
 const TURN_STEPS: usize = 64;
@@ -236,7 +237,7 @@ impl Worker {
             Ok(result) => Some(result),
             Err(error) => {
                 shared.broken.store(true, Ordering::SeqCst);
-                let why = chain(&error);
+                let why = chain_of(&error);
                 tracing::warn!("Network device {} needs a reset: {why}", shared.id);
                 self.notices.push(Notice::NeedsReset(why));
                 None
@@ -562,17 +563,6 @@ fn retrying<R>(mut f: impl FnMut() -> io::Result<R>) -> io::Result<R> {
             result => return result,
         }
     }
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 /// The device's name, cut so that the pair's number fits.

@@ -1,7 +1,7 @@
-//! The input thread: from the backend to the receive FIFO.
+//! The input thread: from the backend to the device.
 //!
-//! What always holds: at most one buffer of input is in our hands; while the FIFO is full nothing
-//! more is read, so the kernel's buffers and then the sender wait.
+//! What always holds: at most one buffer of input is in our hands; while the device has no room
+//! nothing more is read, so the kernel's buffers and then the sender wait.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
-use super::Serial;
+use super::Input;
 use super::backend::{ClientSlot, Source};
 
 const BUFFER_BYTES: usize = 1024;
@@ -22,24 +22,25 @@ const BUFFER_BYTES: usize = 1024;
 const ACCEPT_RETRY_MS: u16 = 1000;
 
 /// Runs until `stop` is readable.
-pub(super) fn run(serial: &Serial, source: Source, stop: &EventFd) {
-    let mut input = Input { serial, pending: Vec::new() };
+pub(super) fn run(name: &str, device: &dyn Input, source: Source, stop: &EventFd) {
+    let mut input = Reader { name, device, pending: Vec::new() };
     match source {
         Source::Stream(mut file) => input.stream(&mut file, stop),
         Source::Socket { listener, client } => input.listen(&listener, &client, stop),
     }
 }
 
-struct Input<'a> {
-    serial: &'a Serial,
-    /// Read and not yet in the FIFO.
+struct Reader<'a> {
+    name: &'a str,
+    device: &'a dyn Input,
+    /// Read and not yet taken by the device.
     pending: Vec<u8>,
 }
 
 /// What a look at the descriptors showed.
 enum Woken {
     Stop,
-    /// The events of the descriptor that was asked about; none when only the FIFO has room.
+    /// The events of the descriptor that was asked about; none when only the device has room.
     Ready(PollFlags),
 }
 
@@ -50,7 +51,7 @@ enum Received {
     End,
 }
 
-impl Input<'_> {
+impl Reader<'_> {
     /// Reads until the end of input, then waits for the stop: a port without input goes on.
     fn stream(&mut self, file: &mut File, stop: &EventFd) {
         let mut open = true;
@@ -93,7 +94,7 @@ impl Input<'_> {
                 }
                 Err(error) if is_passing(&error) => {}
                 Err(error) => {
-                    tracing::warn!("The serial port's socket accepts nobody: {error}");
+                    tracing::warn!("The socket of {} accepts nobody: {error}", self.name);
                     timeout = PollTimeout::from(ACCEPT_RETRY_MS);
                 }
             }
@@ -119,10 +120,10 @@ impl Input<'_> {
         }
     }
 
-    /// Puts into the FIFO what fits; true when something is left.
+    /// Gives the device what fits; true when something is left.
     fn deliver(&mut self) -> bool {
         if !self.pending.is_empty() {
-            let taken = self.serial.enqueue(&self.pending);
+            let taken = self.device.take(&self.pending);
             self.pending.drain(..taken);
         }
         !self.pending.is_empty()
@@ -139,7 +140,7 @@ impl Input<'_> {
             }
             Err(error) if is_passing(&error) => Received::Nothing,
             Err(error) => {
-                tracing::debug!("Serial input ends: {error}");
+                tracing::debug!("Input of {} ends: {error}", self.name);
                 Received::End
             }
         }
@@ -151,23 +152,24 @@ impl Input<'_> {
         interest: Option<(BorrowedFd<'_>, PollFlags)>,
         timeout: PollTimeout,
     ) -> Woken {
-        let space = self.serial.rx_space();
+        let room = self.device.room().event();
         let mut fds = vec![
             PollFd::new(stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(space.as_fd(), PollFlags::POLLIN),
+            PollFd::new(room.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(interest.map(|(fd, events)| PollFd::new(fd, events)));
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
-                tracing::warn!("Serial input ends, its descriptors cannot be waited for: {error}");
+                let name = self.name;
+                tracing::warn!("Input of {name} ends, it cannot be waited for: {error}");
                 return Woken::Stop;
             }
         }
         let events =
             |at: usize| fds.get(at).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
         if !events(1).is_empty() {
-            let _reset = space.read();
+            let _reset = room.read();
         }
         if events(0).is_empty() { Woken::Ready(events(2)) } else { Woken::Stop }
     }

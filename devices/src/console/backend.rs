@@ -1,7 +1,7 @@
 //! Where a port leads on the host.
 //!
-//! What enters: a [`SerialMode`]; what leaves: a source of input and a sink of output for the two
-//! threads of a [`super::SerialPort`], and what must be undone at the end.
+//! What enters: a [`PortMode`]; what leaves: a source of input and a sink of output for the two
+//! threads of a [`super::HostSide`], and what must be undone at the end.
 //!
 //! | Mode | Input | Output when nobody reads |
 //! |---|---|---|
@@ -34,9 +34,9 @@ use thiserror::Error;
 
 use super::tty::{RawMode, is_foreground};
 
-/// Where a serial port leads. A port that is off is no device: do not make one.
+/// Where a serial port or console leads. One that is off is no device: do not make one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SerialMode {
+pub enum PortMode {
     /// Nowhere.
     Null,
     /// Standard input and output.
@@ -53,23 +53,23 @@ pub enum SerialMode {
 #[derive(Debug, Error)]
 pub enum BackendError {
     /// Standard input or output.
-    #[error("Using the terminal for the serial port failed")]
+    #[error("Using the terminal failed")]
     Tty(#[source] io::Error),
     /// No pseudoterminal.
-    #[error("Opening a pseudoterminal for the serial port failed")]
+    #[error("Opening a pseudoterminal failed")]
     Pty(#[source] nix::Error),
     /// The output file.
-    #[error("Opening the serial port's file {path} failed")]
+    #[error("Opening the file {path} failed")]
     File { path: PathBuf, source: io::Error },
     /// The listening socket.
-    #[error("Listening on the serial port's socket {path} failed")]
+    #[error("Listening on the socket {path} failed")]
     Socket { path: PathBuf, source: io::Error },
     /// Another process listens there, or it is no socket.
-    #[error("The serial port's socket path {0} is in use")]
+    #[error("The socket path {0} is in use")]
     SocketInUse(PathBuf),
     /// Eventfds or threads.
-    #[error("Starting the serial port's {what} failed")]
-    Start { what: &'static str, source: io::Error },
+    #[error("Starting the {what} failed")]
+    Start { what: String, source: io::Error },
 }
 
 /// How long the end of a pty waits for who reads its last words, and between two looks.
@@ -115,7 +115,7 @@ struct SocketPath(PathBuf);
 impl Drop for SocketPath {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_file(&self.0) {
-            tracing::debug!("Serial socket {} was not removed: {error}", self.0.display());
+            tracing::debug!("The socket {} was not removed: {error}", self.0.display());
         }
     }
 }
@@ -130,6 +130,8 @@ struct Pty {
 /// An open host side. The fields that are not taken are undone when it is dropped.
 #[derive(Debug, Default)]
 pub(super) struct Backend {
+    /// Standard input may be a terminal, with a size.
+    pub(super) is_tty: bool,
     pub(super) source: Option<Source>,
     pub(super) sink: Option<Sink>,
     /// Kept open: the slave so that the pty never hangs up when a reader leaves, the master so that
@@ -140,17 +142,17 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    pub(super) fn open(mode: &SerialMode) -> Result<Self, BackendError> {
+    pub(super) fn open(mode: &PortMode) -> Result<Self, BackendError> {
         match mode {
-            SerialMode::Null => Ok(Self::default()),
-            SerialMode::Tty => open_tty().map_err(BackendError::Tty),
-            SerialMode::Pty => open_pty().map_err(BackendError::Pty),
-            SerialMode::File(path) => {
+            PortMode::Null => Ok(Self::default()),
+            PortMode::Tty => open_tty().map_err(BackendError::Tty),
+            PortMode::Pty => open_pty().map_err(BackendError::Pty),
+            PortMode::File(path) => {
                 let file = open_file(path)
                     .map_err(|source| BackendError::File { path: path.clone(), source })?;
                 Ok(Self { sink: Some(Sink::Stream(file)), ..Self::default() })
             }
-            SerialMode::Socket(path) => open_socket(path),
+            PortMode::Socket(path) => open_socket(path),
         }
     }
 
@@ -199,7 +201,8 @@ fn open_tty() -> io::Result<Backend> {
     };
     let sink = stdout_sink(io::stdout().as_fd())?;
     let raw_mode = RawMode::enter().map_err(io::Error::from)?;
-    Ok(Backend { source, sink: Some(sink), _raw_mode: raw_mode, ..Backend::default() })
+    let sink = Some(sink);
+    Ok(Backend { is_tty: true, source, sink, _raw_mode: raw_mode, ..Backend::default() })
 }
 
 /// Standard output is shared with the shell and others, so O_NONBLOCK must not be set on it: a

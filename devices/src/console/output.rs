@@ -24,7 +24,7 @@ use crate::output_gate::{CHUNK_BYTES_MAX, OutputGate};
 const PATIENCE_MS: u16 = 100;
 
 /// Runs until the gate is closed and what it released is written, or nobody takes it.
-pub(super) fn run(gate: &OutputGate, sink: &Sink, stop: &EventFd, errors: &Counter) {
+pub(super) fn run(name: &str, gate: &OutputGate, sink: &Sink, stop: &EventFd, errors: &Counter) {
     let mut chunk = Vec::with_capacity(CHUNK_BYTES_MAX);
     while gate.next_chunk(&mut chunk) {
         match write(sink, &chunk) {
@@ -37,7 +37,7 @@ pub(super) fn run(gate: &OutputGate, sink: &Sink, stop: &EventFd, errors: &Count
             }
             Written::Failed(error) => {
                 if errors.get() == 0 {
-                    tracing::warn!("Serial output is lost, its backend fails: {error}");
+                    tracing::warn!("Output of {name} is lost, its backend fails: {error}");
                 }
                 errors.add(1);
                 gate.lose(chunk.len());
@@ -116,7 +116,7 @@ fn wait_writable(gate: &OutputGate, fd: BorrowedFd<'_>, stop: &EventFd) -> bool 
             Ok(_) => break,
             Err(Errno::EINTR) => {}
             Err(error) => {
-                tracing::warn!("Waiting for the serial port's reader failed: {error}");
+                tracing::warn!("Waiting for a reader of output failed: {error}");
                 return false;
             }
         }
