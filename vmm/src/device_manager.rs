@@ -26,15 +26,16 @@ use crossbeam_channel::Sender;
 use devices::acpi::pm::{EVENT_GSI, PM_BASE, PM_LEN, PmDevice, PmState, PowerCallback, PowerEvent};
 use devices::acpi::tables::{self, AcpiConfig, AcpiError};
 use devices::bus::{Bus, BusError};
+use devices::console::{BackendError, PortMode};
 use devices::counters::Counters;
 use devices::irq::IrqLine;
 use devices::legacy::cmos::{CMOS_BASE, CMOS_LEN, Cmos, CmosState};
 use devices::legacy::debug_port::{DEBUG_PORT_BASE, DEBUG_PORT_LEN, DebugPort};
 use devices::legacy::i8042::{I8042, I8042_BASE, I8042_LEN, I8042State};
+use devices::output_gate::OutputGate;
 use devices::pci::virtio::{Activity, Host, Observer};
 use devices::serial::{
-    BackendError, SERIAL_BASE, SERIAL_GSI, SERIAL_LEN, Serial, SerialMode, SerialPort, SerialState,
-    SerialStateError,
+    SERIAL_BASE, SERIAL_GSI, SERIAL_LEN, Serial, SerialPort, SerialState, SerialStateError,
 };
 use devices::virtio::blk::Disk;
 use devices::virtio::net::gate::TxGate;
@@ -57,8 +58,8 @@ use wishes::Wishes;
 pub enum DeviceError {
     #[error("Cannot open the serial port")]
     Serial(#[source] BackendError),
-    #[error("A serial port of mode {0:?} needs a path")]
-    SerialPath(ConsoleOutputMode),
+    #[error("A serial port or console of mode {0:?} needs a path")]
+    PortPath(ConsoleOutputMode),
     #[error("Cannot make an interrupt line")]
     Irq(#[source] io::Error),
     #[error("Cannot connect an interrupt line to KVM")]
@@ -120,7 +121,7 @@ const SETTLE_LIMIT: Duration = Duration::from_millis(200);
 /// Whose output waits for the commit of its epoch; frames always do.
 #[derive(Clone, Copy, Debug)]
 pub struct Holds {
-    /// Serial output.
+    /// Output of the serial port and the console.
     pub console: bool,
     /// What changes the image of a disk that both hosts see.
     pub disks: bool,
@@ -153,7 +154,7 @@ impl Devices {
             vm.register_irqfd(line.event(), gsi).map_err(DeviceError::Irqfd)?;
             Ok::<_, DeviceError>(line)
         };
-        let serial = match serial_mode(&config.serial)? {
+        let serial = match port_mode(&config.serial)? {
             Some(mode) => {
                 Some(SerialPort::open(&mode, line(SERIAL_GSI)?).map_err(DeviceError::Serial)?)
             }
@@ -181,7 +182,7 @@ impl Devices {
             observer: observer(events.clone()),
         };
         let pci = PciDevices::new(&buses, memory.end(), host)?;
-        let virtio = VirtioDevices::new(config)?;
+        let virtio = VirtioDevices::new(config, port_mode(&config.console)?.as_ref())?;
         for device in virtio.all() {
             pci.add(device)?;
         }
@@ -198,6 +199,12 @@ impl Devices {
     #[must_use]
     pub fn serial_pty(&self) -> Option<PathBuf> {
         self.serial.as_ref()?.pty_path().map(Into::into)
+    }
+
+    /// The pty of the console, where it has one.
+    #[must_use]
+    pub fn console_pty(&self) -> Option<PathBuf> {
+        self.virtio.console.as_ref()?.pty_path().map(Into::into)
     }
 
     /// Writes the ACPI tables and returns where they start.
@@ -313,7 +320,7 @@ impl Devices {
             self.each_disk(Disk::hold);
         }
         if holds.console {
-            self.each_gate(devices::output_gate::OutputGate::hold);
+            self.each_gate(OutputGate::hold);
         }
         if broken_for_a_test("net-gate") {
             tracing::error!("FRAMES LEAVE BEFORE THEIR EPOCH IS COMMITTED: a test asked for that");
@@ -335,7 +342,7 @@ impl Devices {
     }
 
     /// The backup has the last epoch of a switch-over. Frames leave here: no state carries them. A
-    /// serial port's output is part of its state, and so the backup's to say; a disk's requests are
+    /// serial port's or console's output is part of its state, and so the backup's to say; a disk's requests are
     /// in flight in it, and so the backup's to carry out.
     pub fn hand_over_output(&self, epoch: u64) {
         self.each_card(|gate| gate.commit(epoch));
@@ -352,14 +359,14 @@ impl Devices {
 
     /// Nothing is held any more.
     pub fn pass_output(&self) {
-        self.each_gate(devices::output_gate::OutputGate::pass);
+        self.each_gate(OutputGate::pass);
         self.each_card(TxGate::pass);
         self.each_disk(Disk::pass);
     }
 
     /// What is held is dropped, and whatever comes after it.
     pub fn silence(&self) {
-        self.each_gate(devices::output_gate::OutputGate::discard);
+        self.each_gate(OutputGate::discard);
         self.each_card(TxGate::discard);
         self.each_disk(Disk::discard);
         self.pci.silence();
@@ -370,14 +377,17 @@ impl Devices {
         if let Some(serial) = &self.serial {
             serial.finish();
         }
+        if let Some(console) = &self.virtio.console {
+            console.finish();
+        }
     }
 
     #[must_use]
     pub fn output_held_bytes(&self) -> u64 {
-        let console = self.serial().map_or(0, |serial| serial.gate().held_bytes());
+        let ports: usize = self.gates().map(|gate| gate.held_bytes()).sum();
         let frames: usize = self.virtio.cards.iter().map(|card| card.gate().held_bytes()).sum();
         let changes: u64 = self.virtio.disks.iter().map(|disk| disk.held().bytes).sum();
-        (console + frames) as u64 + changes
+        (ports + frames) as u64 + changes
     }
 
     /// Calls `waker` whenever output begins to wait for a seal.
@@ -390,7 +400,7 @@ impl Devices {
     /// Output waits for a seal.
     #[must_use]
     pub fn output_waiting(&self) -> bool {
-        self.serial().is_some_and(|serial| serial.gate().open_bytes() > 0)
+        self.gates().any(|gate| gate.open_bytes() > 0)
             || self.virtio.cards.iter().any(|card| card.gate().open_bytes() > 0)
             || self.virtio.disks.iter().any(|disk| disk.open().requests > 0)
     }
@@ -436,10 +446,14 @@ impl Devices {
         }
     }
 
-    fn each_gate(&self, act: impl Fn(&devices::output_gate::OutputGate)) {
-        if let Some(serial) = self.serial() {
-            act(serial.gate());
-        }
+    fn each_gate(&self, act: impl Fn(&OutputGate)) {
+        self.gates().for_each(|gate| act(gate));
+    }
+
+    /// Those of the serial port and the console.
+    fn gates(&self) -> impl Iterator<Item = &Arc<OutputGate>> {
+        let console = self.virtio.console.iter().map(|console| console.gate());
+        self.serial().map(|serial| serial.gate()).into_iter().chain(console)
     }
 }
 
@@ -481,14 +495,14 @@ fn power_callback(wishes: &Arc<Wishes>) -> PowerCallback {
     Arc::new(move |wish| wishes.ask(wish))
 }
 
-fn serial_mode(config: &ConsoleConfig) -> Result<Option<SerialMode>, DeviceError> {
-    let path = |path: &Option<PathBuf>| path.clone().ok_or(DeviceError::SerialPath(config.mode));
+fn port_mode(config: &ConsoleConfig) -> Result<Option<PortMode>, DeviceError> {
+    let path = |path: &Option<PathBuf>| path.clone().ok_or(DeviceError::PortPath(config.mode));
     Ok(match config.mode {
         ConsoleOutputMode::Off => None,
-        ConsoleOutputMode::Null => Some(SerialMode::Null),
-        ConsoleOutputMode::Tty => Some(SerialMode::Tty),
-        ConsoleOutputMode::Pty => Some(SerialMode::Pty),
-        ConsoleOutputMode::File => Some(SerialMode::File(path(&config.file)?)),
-        ConsoleOutputMode::Socket => Some(SerialMode::Socket(path(&config.socket)?)),
+        ConsoleOutputMode::Null => Some(PortMode::Null),
+        ConsoleOutputMode::Tty => Some(PortMode::Tty),
+        ConsoleOutputMode::Pty => Some(PortMode::Pty),
+        ConsoleOutputMode::File => Some(PortMode::File(path(&config.file)?)),
+        ConsoleOutputMode::Socket => Some(PortMode::Socket(path(&config.socket)?)),
     })
 }

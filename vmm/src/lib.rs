@@ -29,5 +29,5 @@ pub mod request;
 pub mod snapshot;
 
 pub use control::{Error, block_signals, run};
-pub use devices::serial::tty::restore_terminal;
+pub use devices::console::tty::restore_terminal;
 pub use options::Options;

@@ -28,7 +28,7 @@ use crate::memory::Memory;
 use crate::progress::Progress;
 
 /// The layout of `state.json` that this build writes and reads.
-const STATE_VERSION: u32 = 2;
+const STATE_VERSION: u32 = 3;
 /// Most bytes of a JSON file of a snapshot.
 const JSON_BYTES_MAX: u64 = 64 << 20;
 /// Pages that are written with one call.

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::blk::BlkState;
+use super::device::StateError;
 
 /// The state of one device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,4 +16,14 @@ pub enum DeviceState {
     Net(super::net::state::NetState),
     /// A console.
     Console(super::console::state::ConsoleState),
+}
+
+impl DeviceState {
+    /// What can be said without the device that is to load this.
+    pub fn validate(&self) -> Result<(), StateError> {
+        match self {
+            Self::Console(console) => console.validate(),
+            Self::Stateless | Self::Block(_) | Self::Net(_) => Ok(()),
+        }
+    }
 }

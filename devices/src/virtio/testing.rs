@@ -75,7 +75,7 @@ pub struct Ring {
     base: u64,
     pub next_descriptor: u16,
     pub avail: u16,
-    seen: u16,
+    pub seen: u16,
     doorbell: EventFd,
 }
 

@@ -6,6 +6,7 @@ use api::response::{VmCounters, VmInfo, VmState, VmmPingResponse};
 use serde::Serialize;
 
 use super::{Answer, Controller};
+use crate::device_manager::Devices;
 use crate::request::{Failure, FailureKind, Reply};
 
 /// A value as the body of a 200.
@@ -26,10 +27,13 @@ impl Controller {
         let shown = self.machine.as_ref().or(waiting.as_ref());
         let config = shown.map(|machine| machine.config()).or(self.config.as_ref());
         let mut config = config.cloned().ok_or_else(super::lifecycle::no_vm)?;
-        // Clients read the name of the terminal from here.
-        if let Some(pty) = self.machine.as_ref().and_then(|machine| machine.devices().serial_pty())
-        {
+        // Clients read the names of the terminals from here.
+        let devices = self.machine.as_ref().map(|machine| machine.devices());
+        if let Some(pty) = devices.and_then(Devices::serial_pty) {
             config.serial.file = Some(pty);
+        }
+        if let Some(pty) = devices.and_then(Devices::console_pty) {
+            config.console.file = Some(pty);
         }
         let state = match &self.machine {
             Some(_) if self.guest_is_down => VmState::Shutdown,

@@ -7,7 +7,9 @@ use std::error::Error;
 use std::sync::Arc;
 
 use api::config::{DiskConfig, NetConfig, VmConfig};
+use devices::console::PortMode;
 use devices::virtio::blk::{BlkConfig, Disk, ImageType};
+use devices::virtio::console::Console;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::net::gate::Limits;
 use devices::virtio::net::mac::MacAddress;
@@ -18,30 +20,35 @@ use devices::virtio::rng::Rng;
 use super::pci::PciError;
 
 const RNG_ID: &str = "__rng";
+const CONSOLE_ID: &str = "__console";
 
 /// The devices, by what else is to be known of them than that they are virtio devices.
 pub struct VirtioDevices {
     pub rng: Arc<Rng>,
+    pub console: Option<Arc<Console>>,
     pub disks: Vec<Arc<Disk>>,
     pub cards: Vec<Arc<Net>>,
 }
 
 impl VirtioDevices {
-    /// Makes them; none of them has taken anything of the host yet. `config` is complete, see
-    /// [`complete`].
-    pub fn new(config: &VmConfig) -> Result<Self, PciError> {
+    /// Makes them; none of them but the console, whose backend is opened, has taken anything of the
+    /// host yet. `config` is complete, see [`complete`].
+    pub fn new(config: &VmConfig, console: Option<&PortMode>) -> Result<Self, PciError> {
         let rng = Rng::new(RNG_ID, config.rng.src.clone())
             .map_err(|source| PciError::Make { id: RNG_ID.into(), source: source.into() })?;
+        let console = console.map(|mode| made(CONSOLE_ID, Console::open(CONSOLE_ID, mode)));
+        let console = console.transpose()?.map(Arc::new);
         let disks = config.disks.iter().flatten().map(disk).collect::<Result<_, _>>()?;
         let cards = config.net.iter().flatten().map(card).collect::<Result<_, _>>()?;
-        Ok(Self { rng: Arc::new(rng), disks, cards })
+        Ok(Self { rng: Arc::new(rng), console, disks, cards })
     }
 
     /// All of them, in the order of their slots.
     pub fn all(&self) -> impl Iterator<Item = Arc<dyn VirtioDevice>> + '_ {
         let disks = self.disks.iter().map(|disk| Arc::clone(disk) as Arc<dyn VirtioDevice>);
         let cards = self.cards.iter().map(|card| Arc::clone(card) as _);
-        std::iter::once(Arc::clone(&self.rng) as _).chain(disks).chain(cards)
+        let console = self.console.iter().map(|console| Arc::clone(console) as _);
+        std::iter::once(Arc::clone(&self.rng) as _).chain(console).chain(disks).chain(cards)
     }
 }
 

@@ -9,7 +9,7 @@ use thiserror::Error;
 use crate::machine::MachineState;
 
 /// The version of the layout that this build writes and reads.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// An epoch's machine state is not usable.
 #[derive(Debug, Error)]
@@ -61,6 +61,10 @@ pub(super) mod tests {
 
     use super::*;
     use devices::pci::config::ConfigState;
+    use devices::pci::msix::MsixState;
+    use devices::pci::virtio::{CommonState, VirtioPciState};
+    use devices::virtio::console::state::ConsoleState;
+    use devices::virtio::state::DeviceState;
 
     use crate::device_manager::pci::PciState;
     use crate::device_manager::{DevicesState, PlatformState};
@@ -96,6 +100,29 @@ pub(super) mod tests {
         let devices = DevicesState { platform, pci };
         let machine = MachineState { vcpus: vec![], vm: vm_state(), devices };
         Captured { machine, paused: true }
+    }
+
+    /// What a console without a driver would add to that.
+    pub fn console_function() -> VirtioPciState {
+        let common = CommonState {
+            device_feature_select: 0,
+            driver_feature_select: 0,
+            driver_features: 0,
+            config_vector: 0xffff,
+            status: 0,
+            config_generation: 0,
+            isr: 0,
+            queue_select: 0,
+            queues: vec![],
+        };
+        VirtioPciState {
+            id: "__console".into(),
+            slot: 2,
+            config: ConfigState { registers: vec![0; 64] },
+            msix: MsixState { entries: vec![] },
+            common,
+            device: DeviceState::Console(ConsoleState::default()),
+        }
     }
 
     fn encoded() -> Vec<u8> {

@@ -11,10 +11,10 @@ use thiserror::Error;
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum OverrideError {
     #[error(
-        "The primary's VM has {found} serial port and the override here asks for {expected}: the \
+        "The primary's VM has {found} {kind} and the override here asks for {expected}: the \
          devices must be the same"
     )]
-    Serial { found: &'static str, expected: &'static str },
+    Port { kind: &'static str, found: &'static str, expected: &'static str },
     #[error("The primary's VM has no {kind} {which}, for which there is an override here")]
     NoDevice { kind: &'static str, which: String },
     #[error("There are two overrides for {kind} {id}")]
@@ -44,18 +44,8 @@ impl From<&ReceiveReplicaData> for Overrides {
 impl Overrides {
     /// Turns the primary's configuration into this host's.
     pub fn apply(&self, config: &mut VmConfig) -> Result<(), OverrideError> {
-        let found = has_serial(config);
-        if let Some(serial) = &self.serial {
-            config.serial = serial.clone();
-        }
-        if let Some(console) = &self.console {
-            config.console = console.clone();
-        }
-        let expected = has_serial(config);
-        if found != expected {
-            let (found, expected) = (article(found), article(expected));
-            return Err(OverrideError::Serial { found, expected });
-        }
+        lead_elsewhere("serial port", &mut config.serial, self.serial.as_ref())?;
+        lead_elsewhere("console", &mut config.console, self.console.as_ref())?;
         let disks = config.disks.as_deref_mut().unwrap_or_default();
         let ids = disks.iter().map(|disk| disk.id.clone()).collect();
         let places = places("disk", ids, self.disks.iter().map(|disk| &disk.id))?;
@@ -97,8 +87,25 @@ fn places<'a>(
     Ok(places)
 }
 
-pub(super) fn has_serial(config: &VmConfig) -> bool {
-    config.serial.mode != ConsoleOutputMode::Off
+/// A serial port or console gets another backend.
+fn lead_elsewhere(
+    kind: &'static str,
+    port: &mut ConsoleConfig,
+    wanted: Option<&ConsoleConfig>,
+) -> Result<(), OverrideError> {
+    let Some(wanted) = wanted else { return Ok(()) };
+    let (found, expected) = (is_there(port), is_there(wanted));
+    if found != expected {
+        let (found, expected) = (article(found), article(expected));
+        return Err(OverrideError::Port { kind, found, expected });
+    }
+    *port = wanted.clone();
+    Ok(())
+}
+
+/// Whether there is such a device.
+pub(super) fn is_there(port: &ConsoleConfig) -> bool {
+    port.mode != ConsoleOutputMode::Off
 }
 
 pub(super) fn article(is_there: bool) -> &'static str {
@@ -140,17 +147,38 @@ mod tests {
     #[test]
     fn an_override_changes_the_backend_and_never_the_device() {
         use ConsoleOutputMode::{Null, Off, Tty};
-        let overriding = |mode| Overrides {
-            serial: Some(ConsoleConfig { mode, ..VmConfig::default().serial }),
-            ..Overrides::default()
+        let serial = |mode| {
+            let mode = Some(ConsoleConfig::new(mode));
+            Overrides { serial: mode, ..Overrides::default() }
+        };
+        let console = |mode| {
+            let mode = Some(ConsoleConfig::new(mode));
+            Overrides { console: mode, ..Overrides::default() }
+        };
+        let with_console = |mode| {
+            let mut config = config(Null);
+            config.console.mode = mode;
+            config
         };
         let mut tty = config(Tty);
-        overriding(Null).apply(&mut tty).unwrap();
-        assert_eq!(tty.serial.mode, Null);
-        assert!(overriding(Off).apply(&mut config(Off)).is_ok());
+        serial(Null).apply(&mut tty).unwrap();
+        assert_eq!((tty.serial.mode, tty.console.mode), (Null, Tty));
+        let mut tty = with_console(Tty);
+        console(Null).apply(&mut tty).unwrap();
+        assert_eq!(tty.console.mode, Null);
+        assert!(serial(Off).apply(&mut config(Off)).is_ok());
+        assert!(console(Off).apply(&mut with_console(Off)).is_ok());
         for (there, here) in [(Tty, Off), (Off, Null)] {
-            let refused = overriding(here).apply(&mut config(there));
-            assert!(matches!(refused, Err(OverrideError::Serial { .. })), "{refused:?}");
+            let refused = serial(here).apply(&mut config(there));
+            let kind = "serial port";
+            assert!(
+                matches!(refused, Err(OverrideError::Port { kind: found, .. }) if found == kind)
+            );
+            let refused = console(here).apply(&mut with_console(there));
+            let kind = "console";
+            assert!(
+                matches!(refused, Err(OverrideError::Port { kind: found, .. }) if found == kind)
+            );
         }
     }
 

@@ -5,13 +5,15 @@ use std::time::{Duration, Instant};
 
 use api::config::VmConfig;
 use crossbeam_channel::Sender;
+use devices::pci::virtio::VirtioPciState;
+use devices::virtio::state::DeviceState;
 use hypervisor::Hypervisor;
 use replication::guest::{GuestError, Replica, ReplicaBuilder};
 use replication::ram::Ram;
 use thiserror::Error;
 
 use super::codec::{self, Captured};
-use super::overrides::{OverrideError, Overrides, article, has_serial};
+use super::overrides::{OverrideError, Overrides, article, is_there};
 use crate::boot::Payload;
 use crate::control::Notice;
 use crate::machine::Machine;
@@ -27,8 +29,8 @@ pub enum ReplicaError {
     Unusable(String),
     #[error("The machine state has {found} vCPUs, this VM {expected}")]
     Vcpus { found: usize, expected: u32 },
-    #[error("The machine state has {found} serial port, this VM {expected}")]
-    Serial { found: &'static str, expected: &'static str },
+    #[error("The machine state has {found} {kind}, this VM {expected}")]
+    Port { kind: &'static str, found: &'static str, expected: &'static str },
     #[error("The options of this backup do not fit the primary's VM")]
     Override(#[from] OverrideError),
 }
@@ -53,11 +55,17 @@ fn check(captured: &Captured, config: &VmConfig) -> Result<(), GuestError> {
     if u32::try_from(found) != Ok(expected) {
         return Err(ReplicaError::Vcpus { found, expected }.into());
     }
-    let (found, expected) =
-        (captured.machine.devices.platform.serial.is_some(), has_serial(config));
-    if found != expected {
-        let (found, expected) = (article(found), article(expected));
-        return Err(ReplicaError::Serial { found, expected }.into());
+    let devices = &captured.machine.devices;
+    let is_console = |state: &VirtioPciState| matches!(state.device, DeviceState::Console(_));
+    let ports = [
+        ("serial port", devices.platform.serial.is_some(), is_there(&config.serial)),
+        ("console", devices.pci.functions.iter().any(is_console), is_there(&config.console)),
+    ];
+    for (kind, found, expected) in ports {
+        if found != expected {
+            let (found, expected) = (article(found), article(expected));
+            return Err(ReplicaError::Port { kind, found, expected }.into());
+        }
     }
     Ok(())
 }
@@ -146,7 +154,7 @@ mod tests {
     use api::config::{ConsoleConfig, ConsoleOutputMode};
 
     use super::*;
-    use crate::ha::codec::tests::captured;
+    use crate::ha::codec::tests::{captured, console_function};
 
     /// Needs /dev/kvm, as all that builds a machine does.
     #[test]
@@ -157,7 +165,8 @@ mod tests {
             socket: Some(dir.path().join("serial")),
             ..VmConfig::default().serial
         };
-        let mut config = VmConfig { serial, ..VmConfig::default() };
+        let console = ConsoleConfig::on_socket(dir.path().join("console"));
+        let mut config = VmConfig { serial, console, ..VmConfig::default() };
         config.memory.size = 64 << 20;
         let kernel = dir.path().join("kernel");
         let head = [b"\x7fELF\x02\x01".as_slice(), &[0; 12], &[62, 0]].concat();
@@ -175,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_without_the_vm_s_serial_port_is_refused_before_its_epoch_is_acknowledged() {
+    fn a_state_without_the_vm_s_ports_is_refused_before_its_epoch_is_acknowledged() {
         use ConsoleOutputMode::{Null, Off};
         let mut config = VmConfig::default();
         // No vCPU state is needed where none is expected.
@@ -183,11 +192,24 @@ mod tests {
         for (mode, serial, fits) in
             [(Null, true, true), (Off, false, true), (Null, false, false), (Off, true, false)]
         {
-            config.serial.mode = mode;
+            (config.serial.mode, config.console.mode) = (mode, Off);
             let checked = check(&captured(serial), &config);
             assert_eq!(checked.is_ok(), fits, "{mode:?} {serial} {checked:?}");
             if let Err(error) = checked {
                 assert!(error.to_string().contains("serial port"), "{error}");
+            }
+        }
+        config.serial.mode = Off;
+        for (mode, console, fits) in
+            [(Null, true, true), (Off, false, true), (Null, false, false), (Off, true, false)]
+        {
+            config.console.mode = mode;
+            let mut captured = captured(false);
+            captured.machine.devices.pci.functions.extend(console.then(console_function));
+            let checked = check(&captured, &config);
+            assert_eq!(checked.is_ok(), fits, "{mode:?} {console} {checked:?}");
+            if let Err(error) = checked {
+                assert!(error.to_string().contains("console"), "{error}");
             }
         }
     }

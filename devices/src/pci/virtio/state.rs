@@ -95,10 +95,11 @@ impl VirtioPciState {
         if !vectors.chain([self.common.config_vector]).all(exists) {
             return Err(VirtioStateError::Vector { id: id() });
         }
-        match queues.iter().position(|queue| !queue.size.is_power_of_two()) {
-            Some(index) => Err(VirtioStateError::Queue { id: id(), index }),
-            None => Ok(()),
+        if let Some(index) = queues.iter().position(|queue| !queue.size.is_power_of_two()) {
+            return Err(VirtioStateError::Queue { id: id(), index });
         }
+        let device = self.device.validate();
+        device.map_err(|source| VirtioStateError::Device { id: id(), source })
     }
 }
 

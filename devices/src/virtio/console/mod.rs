@@ -45,9 +45,9 @@ use super::device::{
 };
 use super::state::DeviceState;
 use crate::console::{BackendError, HostSide, PortMode, WindowSize};
-use crate::output_gate::{GATE_BYTES_MAX, OutputGate};
+use crate::output_gate::OutputGate;
 
-const QUEUE_SIZE: u16 = 256;
+const QUEUE_SIZE_MAX: u16 = 256;
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
 /// VIRTIO_CONSOLE_F_SIZE (5.3.3).
@@ -104,7 +104,7 @@ impl VirtioDevice for Console {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; 2]
+        vec![QUEUE_SIZE_MAX; 2]
     }
 
     fn features(&self) -> u64 {
@@ -117,9 +117,10 @@ impl VirtioDevice for Console {
         space[..2].copy_from_slice(&(size >> 16).to_le_bytes()[..2]);
         space[2..].copy_from_slice(&size.to_le_bytes()[..2]);
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (at, byte) in (start..).zip(data) {
-            *byte = space.get(at).copied().unwrap_or(0);
-        }
+        let known = space.get(start..).unwrap_or_default();
+        let len = known.len().min(data.len());
+        data.fill(0);
+        data[..len].copy_from_slice(&known[..len]);
     }
 
     fn attach(&self) -> Result<(), AttachError> {
@@ -171,11 +172,7 @@ impl VirtioDevice for Console {
 
     fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
         let DeviceState::Console(state) = state else { return Err(StateError::Kind) };
-        let pending = state.pending_output.len();
-        if pending > GATE_BYTES_MAX {
-            let why = format!("{pending} bytes of pending output, more than {GATE_BYTES_MAX}");
-            return Err(StateError::Unusable(why));
-        }
+        state.validate()?;
         let mut slot = self.shared.slot();
         if slot.active.is_some() {
             return Err(StateError::Unusable("the device is active".to_owned()));

@@ -7,6 +7,7 @@ use std::thread;
 use proptest::prelude::*;
 
 use super::*;
+use crate::output_gate::GATE_BYTES_MAX;
 
 /// After whatever was done to it, the device still works.
 #[track_caller]

@@ -8,6 +8,9 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddress};
+
 use super::*;
 use crate::virtio::device::Interrupt;
 pub(super) use crate::virtio::testing::*;
@@ -53,7 +56,6 @@ impl Bench {
     fn activation(&self, features: u64) -> Activation {
         let mut queues = vec![self.receive.active(), self.transmit.active()];
         for queue in &mut queues {
-            use virtio_queue::QueueT;
             queue.queue.set_event_idx(features & EVENT_IDX != 0);
         }
         Activation {
@@ -134,5 +136,3 @@ fn state_of(console: &Console) -> ConsoleState {
 fn pattern(len: usize) -> Vec<u8> {
     (0u8..251).cycle().take(len).collect()
 }
-
-use vm_memory::{Bytes, GuestAddress};
