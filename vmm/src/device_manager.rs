@@ -11,6 +11,8 @@
 
 mod host;
 pub mod pci;
+#[cfg(test)]
+mod tests;
 pub mod virtio;
 mod wishes;
 

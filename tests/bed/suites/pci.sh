@@ -1,4 +1,5 @@
-# Linux finds the PCI bus and virtio-rng, and both live through the loss of the primary.
+# Linux finds the PCI bus, virtio-rng and the virtio console; the first two live through the loss of
+# the primary.
 
 # The suite linux's helpers, without its cases.
 LINUX_ROUNDS=0 LINUX_VCPUS=''
@@ -36,5 +37,27 @@ rng_survives() {
     serial_has b "^rng [0-9a-f]\{16\}" || fail "virtio-rng is silent on the backup"
 }
 
+# The kernel has the console's driver built in.
+talks_on_console() {
+    local n
+    start a "$VMM" --api-socket "path=$CASE/a.sock" --kernel /bed/l2/vmlinux \
+        --initramfs /bed/l2/l2.img --cmdline "$L2_CMDLINE bed.count=10 bed.hvc=1" \
+        --cpus boot=2 --memory size=256M --serial "file=$CASE/a.serial" \
+        --console "file=$CASE/a.console"
+    wait_serial a "^L2 END" "$L2_READY_S"
+    expect_status a 0 60
+    no_complaints a
+    serial_has a "^pci 0000:00:02.0 0x1af4:0x1043 class 0x078000 driver virtio_console" ||
+        fail "no virtio console: $(grep -a '^pci' "$CASE/a.serial" | tr '\r\n' '  ')"
+    tr -d '\r' <"$CASE/a.console" >"$CASE/console"
+    n=1
+    while [ "$n" -le 10 ]; do
+        grep -qx "hvc $n" "$CASE/console" || fail "count $n is not on the console"
+        n=$((n + 1))
+    done
+    detail "10 counts on hvc0"
+}
+
 run_case devices 400 finds_devices
+run_case console 400 talks_on_console
 run_case kill-with-rng "$limit" rng_survives
