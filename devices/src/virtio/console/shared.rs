@@ -23,7 +23,7 @@ use crate::virtio::turnstile::Turnstile;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Token {
-    /// Something changed: look at everything.
+    /// Something else than the rings has changed.
     Wake = 0,
     Receive = 1,
     Transmit = 2,
@@ -114,7 +114,7 @@ impl Shared {
         })
     }
 
-    /// Makes the worker look at everything.
+    /// Makes the worker look at what is not in the rings.
     pub fn wake(&self) {
         if let Err(error) = self.wake.write(1) {
             tracing::warn!("The worker of {} was not woken: {error}", self.id);

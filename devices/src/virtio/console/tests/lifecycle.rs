@@ -126,6 +126,29 @@ fn a_parked_console_touches_nothing() {
     assert_eq!(bench.hear(7), b"printed");
 }
 
+#[test]
+fn an_idle_console_dirties_no_page_from_epoch_to_epoch() {
+    for features in [EVENT_IDX, 0] {
+        let mut bench = Bench::idle();
+        bench.activate(features);
+        bench.print(b"x");
+        bench.transmit.wait_used(1);
+        settle();
+        let rings = bench.bytes(0, 0x10_0000);
+        bench.memory.write_slice(&[0x5a; 0x10_0000], GuestAddress(0)).unwrap();
+        for _ in 0..5 {
+            bench.console.park();
+            bench.console.unpark();
+            settle();
+        }
+        let seen = bench.bytes(0, 0x10_0000);
+        assert!(seen.iter().all(|byte| *byte == 0x5a));
+        bench.memory.write_slice(&rings, GuestAddress(0)).unwrap();
+        bench.print(b"y");
+        bench.transmit.wait_used(1);
+    }
+}
+
 /// Carries the guest of `primary` over: memory, rings, and what the transport saves of them.
 fn take_over(primary: &mut Bench, state: &DeviceState) -> Bench {
     let mut backup = Bench::idle();

@@ -94,8 +94,12 @@ impl Bench {
     }
 
     fn input(&self, place: u64, len: usize) -> Vec<u8> {
+        self.bytes(INPUT + (place << 12), len)
+    }
+
+    fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.memory.read_slice(&mut bytes, GuestAddress(INPUT + (place << 12))).unwrap();
+        self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
     }
 
