@@ -15,5 +15,6 @@ pub mod figures;
 pub mod history;
 pub mod linear;
 pub mod log;
+pub mod round;
 
 pub mod violation;
