@@ -38,3 +38,5 @@ pub mod start_info;
 pub mod sum;
 /// The generations that a processor remembers of its pages.
 pub mod table;
+/// What is typed on the serial port.
+pub mod typed;
