@@ -90,14 +90,16 @@ impl Network {
 
     /// How many frames a VMM has sent into its tap so far.
     pub fn frames_from(&self, tap: &str) -> Result<u64> {
-        let table = self.hosts.within(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
+        let table =
+            self.hosts.within(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
         frames_received(&table, tap).with_context(|| format!("{tap} has no counters:\n{table}"))
     }
 }
 
 /// Of the kernel's table: what a device received, which for a tap is what was written to it.
 fn frames_received(table: &str, device: &str) -> Option<u64> {
-    let line = table.lines().find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'))?;
+    let line =
+        table.lines().find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'))?;
     line.split_whitespace().nth(1)?.parse().ok()
 }
 

@@ -65,9 +65,7 @@ impl Crowd {
     /// Connects all clients, in `namespace` where there is one, and sets them to work.
     pub fn start(plan: &Plan, namespace: Option<&Namespace>) -> Result<Self> {
         let sequence = Arc::new(Sequence::default());
-        let connect = |number| {
-            Client::connect(number, plan.address, plan.silence_limit, &sequence)
-        };
+        let connect = |number| Client::connect(number, plan.address, plan.silence_limit, &sequence);
         let connect_all = || (0..plan.clients).map(connect).collect::<Result<Vec<_>>>();
         let clients = match namespace {
             Some(namespace) => namespace.within(connect_all)??,

@@ -132,13 +132,10 @@ fn candidates(begin: u64, segment: &[Operation]) -> Vec<u64> {
         .filter(|(operation, _)| operation.returned.is_some())
         .map(|(operation, _)| operation.invoked.sequence)
         .max();
-    let may_be_last = |operation: &Operation| {
-        last_invoked.is_none_or(|last| operation.returned_at() > last)
-    };
-    let mut found: Vec<u64> = writes()
-        .filter(|(operation, _)| may_be_last(operation))
-        .map(|(_, value)| value)
-        .collect();
+    let may_be_last =
+        |operation: &Operation| last_invoked.is_none_or(|last| operation.returned_at() > last);
+    let mut found: Vec<u64> =
+        writes().filter(|(operation, _)| may_be_last(operation)).map(|(_, value)| value).collect();
     if last_invoked.is_none() {
         found.push(begin);
     }

@@ -18,8 +18,7 @@ fn history(rows: &[Row]) -> Vec<Operation> {
         key: 7,
         kind: *kind,
         invoked: event(*invoked),
-        returned: (*returned != 0)
-            .then(|| Returned { event: event(*returned), value: *value }),
+        returned: (*returned != 0).then(|| Returned { event: event(*returned), value: *value }),
     };
     rows.iter().map(operation).collect()
 }
@@ -80,8 +79,7 @@ fn a_write_without_an_answer_may_be_done_late_or_never() {
 
 #[test]
 fn quiet_moments_are_cuts() {
-    let rows =
-        [(0, 1, 3, Put(5), 5), (1, 2, 5, Get, 0), (0, 4, 6, Get, 5), (1, 7, 8, Get, 5)];
+    let rows = [(0, 1, 3, Put(5), 5), (1, 2, 5, Get, 0), (0, 4, 6, Get, 5), (1, 7, 8, Get, 5)];
     let extent = check(&history(&rows), LIMIT).unwrap();
     assert_eq!(extent, Extent { keys: 1, segments: 2, longest: 3 });
 }
@@ -110,7 +108,8 @@ fn a_long_history_is_searched_in_time() {
 #[test]
 fn a_search_without_end_is_given_up() {
     // All reads at once in any order, and a value at the end that nobody wrote.
-    let mut rows: Vec<Row> = (1..40).map(|client| (client, u64::from(client), 100, Get, 0)).collect();
+    let mut rows: Vec<Row> =
+        (1..40).map(|client| (client, u64::from(client), 100, Get, 0)).collect();
     for (row, returned) in rows.iter_mut().zip(100..) {
         row.2 = returned;
     }

@@ -5,6 +5,7 @@
 //! - [`crowd`]: many clients on threads of their own
 //! - [`linear`]: whether a history is that of one register for each key
 //! - [`log`]: whether the server's log on disk has every write that was acknowledged
+//! - [`judge`]: all checks of what was seen
 //! - [`violation`]: what a correct server never shows
 //! - [`figures`]: what the clients felt: silence, latency
 //! - [`round`]: one round: a pair, a crowd, a blow, the verdict
@@ -13,6 +14,7 @@ pub mod client;
 pub mod crowd;
 pub mod figures;
 pub mod history;
+pub mod judge;
 pub mod linear;
 pub mod log;
 pub mod round;
