@@ -1,6 +1,7 @@
 //! The workload `kv`: clients of a key-value server, and the judgement of what they saw.
 
 use std::io::Write;
+use std::mem::{Discriminant, discriminant};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -19,8 +20,8 @@ const DISK_BYTES: u64 = 32 << 20;
 const SILENCE_LIMIT: Duration = Duration::from_secs(20);
 /// A connection that lost its gate may be silent for ever.
 const SILENCE_LIMIT_WITHOUT_GATE: Duration = Duration::from_secs(5);
-/// Findings of a round that are shown.
-const SHOWN: usize = 5;
+/// Findings of a kind that are shown.
+const SHOWN: usize = 2;
 
 pub fn run(options: &Options, seed: u64) -> Result<bool> {
     let what = match options.kill {
@@ -89,12 +90,25 @@ fn one(options: &Options, folder: &Folder, random: &mut StdRng) -> Result<Outcom
     round::run(folder.path(), &setup, &plan)
 }
 
+/// The first few findings of each kind: clients tend to find the same.
 fn show(violations: &[Violation]) {
-    for violation in violations.iter().take(SHOWN) {
-        println!("  {}", violation.chain());
+    let mut kinds: Vec<(Discriminant<Violation>, usize)> = Vec::new();
+    let mut left_out = 0;
+    for violation in violations {
+        let kind = discriminant(violation);
+        let at = kinds.iter().position(|(known, _)| *known == kind).unwrap_or_else(|| {
+            kinds.push((kind, 0));
+            kinds.len() - 1
+        });
+        kinds[at].1 += 1;
+        if kinds[at].1 <= SHOWN {
+            println!("  {}", violation.chain());
+        } else {
+            left_out += 1;
+        }
     }
-    if violations.len() > SHOWN {
-        println!("  and {} more", violations.len() - SHOWN);
+    if left_out > 0 {
+        println!("  and {left_out} more");
     }
 }
 

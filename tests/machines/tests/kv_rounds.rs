@@ -1,0 +1,74 @@
+//! One round of each kind with the key-value workload: a pair serves clients over its taps, is struck
+//! once, and everything that the clients saw is judged. Needs root and /dev/net/tun.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use understudy_tests::kv::round::{self, Blow, Outcome, Plan};
+use understudy_tests::kv::violation::Violation;
+
+/// Cards are proven first; with disks under protection the log is judged, too.
+const DISK_BYTES: Option<u64> = None;
+
+fn plan(blow: Blow) -> Plan {
+    Plan {
+        blow,
+        clients: 8,
+        seed: 11,
+        disk_bytes: DISK_BYTES,
+        protected_for: Duration::from_millis(300),
+        silence_limit: Duration::from_secs(20),
+    }
+}
+
+/// A round in which nothing is wrong.
+fn passes(plan: &Plan, options: &str) -> Result<Outcome> {
+    let folder = tempfile::tempdir()?;
+    let mut setup = round::setup(folder.path(), 1, "64M", plan.disk_bytes)?;
+    setup.replicate_options = options.to_owned();
+    setup.receive_options = options.to_owned();
+    let outcome = round::run(folder.path(), &setup, plan)?;
+    let found: Vec<String> = outcome.violations.iter().map(Violation::chain).collect();
+    ensure!(found.is_empty(), "{found:#?}");
+    ensure!(outcome.figures.writes > 100, "{outcome:?}");
+    ensure!(outcome.extent.is_some_and(|extent| extent.keys > 8), "{outcome:?}");
+    Ok(outcome)
+}
+
+/// Peers that nobody freezes are not to be suspected, however busy the machine.
+const PATIENT: &str = ",timeout_ms=20000";
+
+#[test]
+fn clients_outlive_a_killed_primary() -> Result<()> {
+    let outcome = passes(&plan(Blow::KillPrimary), PATIENT)?;
+    ensure!(outcome.takeover_us.is_some(), "{outcome:?}");
+    Ok(())
+}
+
+#[test]
+fn clients_outlive_a_killed_backup() -> Result<()> {
+    passes(&plan(Blow::KillBackup), PATIENT).map(|_| ())
+}
+
+#[test]
+fn clients_outlive_a_frozen_primary_that_wakes() -> Result<()> {
+    let outcome = passes(&plan(Blow::StopPrimary), ",timeout_ms=2000")?;
+    ensure!(outcome.late_frames.is_some(), "{outcome:?}");
+    Ok(())
+}
+
+/// The checker's own proof: frames that leave before their epoch is committed are found out.
+#[test]
+fn output_without_a_gate_is_found_out() -> Result<()> {
+    for seed in 0..5 {
+        let folder = tempfile::tempdir()?;
+        let mut plan = plan(Blow::KillPrimary);
+        (plan.seed, plan.silence_limit) = (seed, Duration::from_secs(3));
+        let mut setup = round::setup(folder.path(), 1, "64M", plan.disk_bytes)?;
+        setup.primary_environment.push(("UNDERSTUDY_TEST_BREAK".into(), "net-gate".into()));
+        if !round::run(folder.path(), &setup, &plan)?.violations.is_empty() {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("nothing was found in 5 rounds")
+}
