@@ -36,7 +36,8 @@ With --workload kv:
   --kill WHAT       primary (default), backup, or stop: SIGSTOP of the primary until the backup has
                     taken over, then SIGCONT
   --clients N       clients, 1 to 60 (default 16)
-  --without-disk    the server has no log
+  --disk WHERE      the server's log: replicated (default, an image of each host), shared (one image
+                    for both), none
   --without-gate    tests the checker: the primary lets frames out before their epoch is committed.
                     Exits 0 as soon as a round found that out, 1 if none did
 TXT

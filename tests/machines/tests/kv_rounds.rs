@@ -4,18 +4,15 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use understudy_tests::kv::round::{self, Blow, Outcome, Plan};
+use understudy_tests::kv::round::{self, Blow, Disk, Outcome, Plan};
 use understudy_tests::kv::violation::Violation;
 
-/// Cards are proven first; with disks under protection the log is judged, too.
-const DISK_BYTES: Option<u64> = None;
-
-fn plan(blow: Blow) -> Plan {
+fn plan(blow: Blow, disk: Disk) -> Plan {
     Plan {
         blow,
         clients: 8,
         seed: 11,
-        disk_bytes: DISK_BYTES,
+        disk,
         protected_for: Duration::from_millis(300),
         silence_limit: Duration::from_secs(20),
     }
@@ -24,8 +21,8 @@ fn plan(blow: Blow) -> Plan {
 /// A round in which nothing is wrong.
 fn passes(plan: &Plan, options: &str) -> Result<Outcome> {
     let folder = tempfile::tempdir()?;
-    let mut setup = round::setup(folder.path(), 1, "64M", plan.disk_bytes)?;
-    setup.replicate_options = options.to_owned();
+    let mut setup = round::setup(folder.path(), 1, "64M", plan.disk)?;
+    setup.replicate_options.push_str(options);
     setup.receive_options = options.to_owned();
     let outcome = round::run(folder.path(), &setup, plan)?;
     let found: Vec<String> = outcome.violations.iter().map(Violation::chain).collect();
@@ -40,19 +37,19 @@ const PATIENT: &str = ",timeout_ms=20000";
 
 #[test]
 fn clients_outlive_a_killed_primary() -> Result<()> {
-    let outcome = passes(&plan(Blow::KillPrimary), PATIENT)?;
+    let outcome = passes(&plan(Blow::KillPrimary, Disk::Shared), PATIENT)?;
     ensure!(outcome.takeover_us.is_some(), "{outcome:?}");
     Ok(())
 }
 
 #[test]
 fn clients_outlive_a_killed_backup() -> Result<()> {
-    passes(&plan(Blow::KillBackup), PATIENT).map(|_| ())
+    passes(&plan(Blow::KillBackup, Disk::Shared), PATIENT).map(|_| ())
 }
 
 #[test]
 fn clients_outlive_a_frozen_primary_that_wakes() -> Result<()> {
-    let outcome = passes(&plan(Blow::StopPrimary), ",timeout_ms=2000")?;
+    let outcome = passes(&plan(Blow::StopPrimary, Disk::None), ",timeout_ms=2000")?;
     ensure!(outcome.late_frames.is_some(), "{outcome:?}");
     Ok(())
 }
@@ -62,9 +59,9 @@ fn clients_outlive_a_frozen_primary_that_wakes() -> Result<()> {
 fn output_without_a_gate_is_found_out() -> Result<()> {
     for seed in 0..5 {
         let folder = tempfile::tempdir()?;
-        let mut plan = plan(Blow::KillPrimary);
+        let mut plan = plan(Blow::KillPrimary, Disk::Shared);
         (plan.seed, plan.silence_limit) = (seed, Duration::from_secs(3));
-        let mut setup = round::setup(folder.path(), 1, "64M", plan.disk_bytes)?;
+        let mut setup = round::setup(folder.path(), 1, "64M", plan.disk)?;
         setup.primary_environment.push(("UNDERSTUDY_TEST_BREAK".into(), "net-gate".into()));
         if !round::run(folder.path(), &setup, &plan)?.violations.is_empty() {
             return Ok(());

@@ -2,7 +2,7 @@
 //! the clients saw.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -18,11 +18,16 @@ use crate::network::{BACKUP_TAP, GUEST_IP, Network, PRIMARY_TAP, SERVER};
 use crate::now_us;
 use crate::pair::{Pair, Setup};
 use crate::process::Vmm;
+use crate::scene;
 
 /// Longest wait for anything in a round; a machine under load is slow, a broken one for ever.
 const LIMIT: Duration = Duration::from_secs(120);
 /// Answers to each client after the blow: the connections are of use, not only open.
 const ANSWERS_AFTER: u64 = 20;
+/// Of an image: a sector for each write of a round.
+const DISK_BYTES: u64 = 32 << 20;
+const PRIMARY: &str = "primary";
+const BACKUP: &str = "backup";
 const MAC: &str = "52:54:00:77:00:02";
 
 /// What happens to the pair.
@@ -36,14 +41,34 @@ pub enum Blow {
     StopPrimary,
 }
 
+/// Where the guest's log is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disk {
+    /// Nowhere: it has no disk.
+    None,
+    /// In an image of each host.
+    Replicated,
+    /// In an image that both hosts use.
+    Shared,
+}
+
+impl Disk {
+    fn image(self, folder: &Path, host: &str) -> Option<PathBuf> {
+        match self {
+            Self::None => None,
+            Self::Replicated => Some(folder.join(format!("{host}.img"))),
+            Self::Shared => Some(folder.join("shared.img")),
+        }
+    }
+}
+
 /// How a round is made.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub blow: Blow,
     pub clients: u32,
     pub seed: u64,
-    /// Of the guest's log; None: the guest has no disk.
-    pub disk_bytes: Option<u64>,
+    pub disk: Disk,
     /// How long the clients work before the blow.
     pub protected_for: Duration,
     /// How long a client waits for an answer.
@@ -66,28 +91,26 @@ pub struct Outcome {
 }
 
 /// The guest under its key-value workload, with a card and a disk on both hosts.
-pub fn setup(folder: &Path, vcpus: u32, memory: &str, disk_bytes: Option<u64>) -> Result<Setup> {
+pub fn setup(folder: &Path, vcpus: u32, memory: &str, disk: Disk) -> Result<Setup> {
     let mut setup = Setup::verify(vcpus, memory);
     setup.command_line = format!("workload=kv vcpus={vcpus} ip={GUEST_IP} port={}", SERVER.port());
     // Cards are refused to users until this proof stands.
     setup.primary_environment = vec![("UNDERSTUDY_UNFINISHED".into(), "net".into())];
     setup.primary_arguments = vec!["--net".into(), format!("tap={PRIMARY_TAP},mac={MAC}")];
     setup.backup_arguments = vec!["--net".into(), format!("tap={BACKUP_TAP}")];
-    if let Some(bytes) = disk_bytes {
-        let sides = [&mut setup.primary_arguments, &mut setup.backup_arguments];
-        for (arguments, name) in sides.into_iter().zip(["primary", "backup"]) {
-            let image = image(folder, name);
+    let sides = [&mut setup.primary_arguments, &mut setup.backup_arguments];
+    for (arguments, host) in sides.into_iter().zip([PRIMARY, BACKUP]) {
+        if let Some(image) = disk.image(folder, host) {
             File::create(&image)
-                .and_then(|file| file.set_len(bytes))
+                .and_then(|file| file.set_len(DISK_BYTES))
                 .with_context(|| format!("Cannot make {}", image.display()))?;
             arguments.extend(["--disk".into(), format!("path={}", image.display())]);
         }
     }
+    if disk == Disk::Shared {
+        setup.replicate_options.push_str(",disk_mode=shared");
+    }
     Ok(setup)
-}
-
-fn image(folder: &Path, name: &str) -> std::path::PathBuf {
-    folder.join(format!("{name}.img"))
 }
 
 /// Runs a round in namespaces of its own. Needs root, /dev/kvm and /dev/net/tun.
@@ -108,16 +131,16 @@ fn in_namespace(folder: &Path, setup: &Setup, plan: &Plan, network: &Network) ->
     let info = pair.primary.replication()?;
     ensure!(info.state == ReplicationState::Protected, "before the blow: {info:?}");
     let blow = Instant::now();
-    let struck = strike(&mut pair, plan.blow, network)?;
+    let struck = strike(&mut pair, plan, network)?;
     crowd.wait_answers(ANSWERS_AFTER, LIMIT)?;
     let mut seen = crowd.finish();
-    let (survivor, name) = match plan.blow {
-        Blow::KillBackup => (&mut pair.primary, "primary"),
-        Blow::KillPrimary | Blow::StopPrimary => (&mut pair.backup, "backup"),
+    let (survivor, host) = match plan.blow {
+        Blow::KillBackup => (&mut pair.primary, PRIMARY),
+        Blow::KillPrimary | Blow::StopPrimary => (&mut pair.backup, BACKUP),
     };
     read_back_and_stop(&mut seen, plan, network, survivor)?;
     let Seen { operations, mut violations, .. } = seen;
-    let image = plan.disk_bytes.map(|_| image(folder, name));
+    let image = plan.disk.image(folder, host);
     let verdict = judge::judge(&operations, image.as_deref())?;
     violations.extend(verdict.violations);
     Ok(Outcome {
@@ -146,9 +169,9 @@ struct Struck {
     late_frames: Option<u64>,
 }
 
-fn strike(pair: &mut Pair, blow: Blow, network: &Network) -> Result<Struck> {
+fn strike(pair: &mut Pair, plan: &Plan, network: &Network) -> Result<Struck> {
     let struck_us = now_us();
-    match blow {
+    match plan.blow {
         Blow::KillPrimary => {
             pair.primary.kill()?;
             let takeover_us = Some(taken_over(&mut pair.backup, struck_us)?);
@@ -161,7 +184,11 @@ fn strike(pair: &mut Pair, blow: Blow, network: &Network) -> Result<Struck> {
         }
         Blow::StopPrimary => {
             pair.primary.signal(libc::SIGSTOP)?;
-            let takeover_us = Some(taken_over(&mut pair.backup, struck_us)?);
+            // The lock of a shared image keeps the backup waiting until the primary lets go.
+            let takeover_us = match plan.disk {
+                Disk::Shared => wait_owned(pair).map(|()| None)?,
+                _ => Some(taken_over(&mut pair.backup, struck_us)?),
+            };
             let before = network.frames_from(PRIMARY_TAP)?;
             pair.primary.signal(libc::SIGCONT)?;
             pair.primary.wait_state(ReplicationState::Lost, LIMIT)?;
@@ -169,9 +196,20 @@ fn strike(pair: &mut Pair, blow: Blow, network: &Network) -> Result<Struck> {
                 (vmm.get("vm.info").ok()?.status == 404).then_some(())
             })?;
             let late_frames = Some(network.frames_from(PRIMARY_TAP)? - before);
-            Ok(Struck { takeover_us, late_frames })
+            let takeover_us = match takeover_us {
+                None => taken_over(&mut pair.backup, struck_us)?,
+                Some(times) => times,
+            };
+            Ok(Struck { takeover_us: Some(takeover_us), late_frames })
         }
     }
+}
+
+/// Waits until the arbiter has given the VM to the backup.
+fn wait_owned(pair: &mut Pair) -> Result<()> {
+    let arbiter = pair.arbiter.clone();
+    pair.backup
+        .wait("the ownership", LIMIT, |_| (scene::records(&arbiter).ok()?.len() > 1).then_some(()))
 }
 
 fn taken_over(backup: &mut Vmm, struck_us: u64) -> Result<[u64; 3]> {

@@ -12,10 +12,8 @@ use understudy_tests::kv::round::{self, Outcome, Plan};
 use understudy_tests::kv::violation::Violation;
 use understudy_tests::statistics::Summary;
 
-use crate::{Kill, Options, keep, ms};
+use crate::{Disk, Kill, Options, keep, ms};
 
-/// Of each host's image: a sector for each write of a round.
-const DISK_BYTES: u64 = 32 << 20;
 /// Long enough for a take-over and the clients' retransmissions on a slow machine.
 const SILENCE_LIMIT: Duration = Duration::from_secs(20);
 /// A connection that lost its gate may be silent for ever.
@@ -29,8 +27,12 @@ pub fn run(options: &Options, seed: u64) -> Result<bool> {
         Kill::Backup => "the backup is killed",
         Kill::Stop => "the primary is stopped and wakes",
     };
-    let disk = if options.without_disk { "no disk" } else { "a log on a disk" };
-    println!("key-value server with {disk}, {} clients, {what}", options.clients);
+    let log = match options.disk {
+        Disk::None => "without a log",
+        Disk::Replicated => "with its log on a replicated disk",
+        Disk::Shared => "with its log on a shared disk",
+    };
+    println!("key-value server {log}, {} clients, {what}", options.clients);
     let mut random = StdRng::seed_from_u64(seed);
     let mut outcomes = Vec::new();
     let mut failed = 0;
@@ -69,9 +71,9 @@ pub fn run(options: &Options, seed: u64) -> Result<bool> {
 }
 
 fn one(options: &Options, folder: &Folder, random: &mut StdRng) -> Result<Outcome> {
-    let disk_bytes = (!options.without_disk).then_some(DISK_BYTES);
-    let mut setup = round::setup(folder.path(), options.vcpus, &options.memory, disk_bytes)?;
-    setup.replicate_options = format!(",epoch_ms={}", options.epoch_ms);
+    let disk = options.disk.into();
+    let mut setup = round::setup(folder.path(), options.vcpus, &options.memory, disk)?;
+    setup.replicate_options.push_str(&format!(",epoch_ms={}", options.epoch_ms));
     if options.without_gate {
         setup.primary_environment.push(("UNDERSTUDY_TEST_BREAK".into(), "net-gate".into()));
     }
@@ -79,7 +81,7 @@ fn one(options: &Options, folder: &Folder, random: &mut StdRng) -> Result<Outcom
         blow: options.kill.into(),
         clients: options.clients,
         seed: random.random(),
-        disk_bytes,
+        disk,
         protected_for: Duration::from_millis(random.random_range(200..2000)),
         silence_limit: if options.without_gate {
             SILENCE_LIMIT_WITHOUT_GATE

@@ -6,10 +6,10 @@ mod verify;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use understudy_tests::interrupt;
-use understudy_tests::kv::round::Blow;
+use understudy_tests::kv::round::{self, Blow};
 
 /// Kill rounds with the test guest: a line a round, the verdict and take-over times at the end.
 #[derive(Parser)]
@@ -43,9 +43,10 @@ struct Options {
     /// Clients of the server, each with a connection. With --workload kv.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=60))]
     clients: u32,
-    /// The guest has no disk and its server no log. With --workload kv.
-    #[arg(long)]
-    without_disk: bool,
+    /// Where the server's log is: on an image of each host, on one that both use, or nowhere. With
+    /// --workload kv.
+    #[arg(long, value_enum, default_value_t = Disk::Replicated)]
+    disk: Disk,
     /// Tests the checker: the primary lets frames out before their epoch is committed, and the run
     /// succeeds once that was found out. With --workload kv.
     #[arg(long)]
@@ -63,6 +64,23 @@ enum Kill {
     Primary,
     Backup,
     Stop,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Disk {
+    Replicated,
+    Shared,
+    None,
+}
+
+impl From<Disk> for round::Disk {
+    fn from(disk: Disk) -> Self {
+        match disk {
+            Disk::Replicated => Self::Replicated,
+            Disk::Shared => Self::Shared,
+            Disk::None => Self::None,
+        }
+    }
 }
 
 impl From<Kill> for Blow {
@@ -92,9 +110,8 @@ fn run(options: &Options) -> Result<bool> {
     println!("{} rounds, {} vCPUs, {}, seed {seed}", options.rounds, options.vcpus, options.memory);
     match options.workload {
         Workload::Verify => {
-            let others =
-                options.without_disk || options.without_gate || options.kill != Kill::Primary;
-            anyhow::ensure!(!others, "--kill, --without-disk, --without-gate: with --workload kv");
+            let others = options.without_gate || options.kill != Kill::Primary;
+            ensure!(!others, "--kill and --without-gate are for --workload kv");
             verify::run(options, seed)
         }
         Workload::Kv => kv::run(options, seed),
