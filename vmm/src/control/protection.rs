@@ -8,9 +8,10 @@
 
 use std::sync::{Arc, Weak};
 
-use api::config::VmConfig;
+use api::config::{DiskConfig, VmConfig};
 use api::replication::{
-    ConsoleOutput, ReceiveReplicaData, ReplicateData, ReplicationInfo, ReplicationState, Role,
+    ConsoleOutput, DiskMode, ReceiveReplicaData, ReplicateData, ReplicationInfo, ReplicationState,
+    Role,
 };
 use crossbeam_channel::Sender;
 use replication::backup::{self, BackupHandle};
@@ -19,6 +20,7 @@ use replication::{Error as ReplicationError, ErrorKind, Event, Observer};
 use serde_json::{Value, json};
 
 use super::{Answer, Controller, Ending, Notice};
+use crate::device_manager::Holds;
 use crate::ha::{Overrides, ProtectedVm, ReplicaVms};
 use crate::machine::Machine;
 use crate::request::{Failure, FailureKind, Reply};
@@ -112,13 +114,14 @@ fn no_replication() -> Failure {
 }
 
 /// What of a VM this version cannot protect.
-fn protectable(config: &VmConfig) -> Result<(), Failure> {
+fn protectable(config: &VmConfig, disk_mode: DiskMode) -> Result<(), Failure> {
     let mut chain = vec!["The VM cannot be protected".to_owned()];
-    for disk in config.disks.iter().flatten().filter(|disk| !disk.readonly) {
+    let own_image = |disk: &&DiskConfig| !disk.readonly && disk_mode == DiskMode::Replicated;
+    for disk in config.disks.iter().flatten().filter(own_image) {
         let id = disk.id.as_deref().unwrap_or_default();
         chain.push(format!(
             "disk {id} can be written and would not be replicated: make it readonly, with the same \
-             image on both hosts"
+             image on both hosts, or let both hosts see one image and take disk_mode=shared"
         ));
     }
     // For developers: see docs/design/0010.
@@ -174,13 +177,16 @@ impl Controller {
         if !self.protection.is_over() {
             return Err(conflict("The VM is already replicated: vm.stop-replication ends that"));
         }
-        protectable(machine.config())?;
+        protectable(machine.config(), data.disk_mode)?;
         Ok(machine)
     }
 
     fn protect(&mut self, machine: Arc<Machine>, data: ReplicateData, reply: Sender<Answer>) {
-        let hold_console = data.console_output == ConsoleOutput::Hold;
-        let guest = ProtectedVm::new(Arc::clone(&machine), hold_console);
+        let holds = Holds {
+            console: data.console_output == ConsoleOutput::Hold,
+            disks: data.disk_mode == DiskMode::Shared,
+        };
+        let guest = ProtectedVm::new(Arc::clone(&machine), holds);
         let called_for = Arc::clone(&machine);
         let before = match std::mem::replace(&mut self.protection, Protection::None) {
             Protection::Primary { handle } => Some(handle),

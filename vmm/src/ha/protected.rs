@@ -7,21 +7,21 @@ use replication::ids::EpochId;
 use replication::ram::{PageSet, Ram};
 
 use super::codec::Captured;
+use crate::device_manager::Holds;
 use crate::machine::Machine;
 
 /// The running machine of the control loop, handed to the engine.
 pub struct ProtectedVm {
     machine: Arc<Machine>,
-    hold_console: bool,
+    holds: Holds,
     /// Whether the last capture said that a person had paused the VM.
     captured_paused: bool,
 }
 
 impl ProtectedVm {
-    /// `hold_console`: serial output waits for the commit of its epoch.
     #[must_use]
-    pub fn new(machine: Arc<Machine>, hold_console: bool) -> Self {
-        Self { machine, hold_console, captured_paused: false }
+    pub fn new(machine: Arc<Machine>, holds: Holds) -> Self {
+        Self { machine, holds, captured_paused: false }
     }
 }
 
@@ -59,7 +59,7 @@ impl Guest for ProtectedVm {
     }
 
     fn hold_output(&mut self) {
-        self.machine.devices().hold_output(self.hold_console);
+        self.machine.devices().hold_output(self.holds);
     }
 
     fn settle_output(&mut self) {
