@@ -17,8 +17,8 @@ use guest_logic::typed::Typed;
 
 use crate::serial::{received, say};
 use crate::shared::{self, Shared};
-use crate::virtio::NoDevice;
-use crate::workload::{Compute, Dirty, Kv, Verify, kv};
+use crate::workload::kv::NotStarted;
+use crate::workload::{Compute, Dirty, Kv, Verify};
 use crate::world::World;
 use crate::{boot, lapic, port};
 
@@ -46,7 +46,7 @@ struct Cpu {
     dirty: Option<Dirty>,
     compute: Option<Compute>,
     /// Of the first processor only.
-    kv: Option<&'static mut Kv>,
+    kv: Option<Kv>,
     standstill: Standstill,
 }
 
@@ -109,8 +109,8 @@ impl Cpu {
     }
 }
 
-fn start_kv(world: &'static World) -> &'static mut Kv {
-    kv::start(world).unwrap_or_else(|(what, NoDevice(why))| {
+fn start_kv(world: &'static World) -> Kv {
+    Kv::start(world).unwrap_or_else(|NotStarted { what, why }| {
         say!("ERROR the {what} {why}");
         port::power_off();
     })

@@ -190,7 +190,7 @@ fn what_is_answered_has_been_logged() -> Result<()> {
         for record in &records {
             let before = values.insert(record.key, record.value).unwrap_or(0);
             ensure!(record.value == before + 1, "a put is missing before {record:?}");
-            ensure!(record.id >> 32 == record.key.into(), "{record:?} was no such put");
+            ensure!(record.id >> 32 == u64::from(record.key), "{record:?} was no such put");
         }
         let whole = values.values().all(|value| *value == 2 * PUTS);
         ensure!(whole && values.len() == usize::try_from(CLIENTS)?, "{values:?}");

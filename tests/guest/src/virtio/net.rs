@@ -142,11 +142,11 @@ impl phy::Device for Net {
 
     fn receive(&mut self, _now: Instant) -> Option<(Received<'_>, Sending<'_>)> {
         let is_possible = self.has_received() && self.transmit.reclaim();
-        is_possible.then(|| (Received(&mut self.receive), Sending(&mut self.transmit)))
+        is_possible.then_some((Received(&mut self.receive), Sending(&mut self.transmit)))
     }
 
     fn transmit(&mut self, _now: Instant) -> Option<Sending<'_>> {
-        self.transmit.reclaim().then(|| Sending(&mut self.transmit))
+        self.transmit.reclaim().then_some(Sending(&mut self.transmit))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
