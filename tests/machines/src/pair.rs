@@ -132,7 +132,8 @@ impl Pair {
         std::fs::create_dir(&arbiter).context("Cannot create the arbiter's directory")?;
         let backup = start_backup(folder, "backup", url, setup)?;
         let primary = start_primary(folder, "primary", Some(url), setup)?;
-        let primary_serial = Serial::connect(&folder.join("primary.serial"), limit)?;
+        let primary_serial = Serial::connect(&folder.join("primary.serial"), limit)
+            .with_context(|| format!("The primary says:\n{}", primary.log()))?;
         // The backup's serial port is there once the machine is built.
         let backup_serial = Serial::connect(&folder.join("backup.serial"), limit)?;
         Ok(Self { primary, backup, primary_serial, backup_serial, arbiter })

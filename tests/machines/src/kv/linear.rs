@@ -4,7 +4,9 @@
 //! Linearizability is local: a history is linearizable if that of each key is. And where nothing is
 //! under way on a key, whatever came before comes before whatever comes after; so the history of a
 //! key is cut there, and the values that the key may have at the cut are handed on. What is left is
-//! short, and stateright's tester, whose search is exponential, looks through all of it.
+//! short. Two judges look at it, and what passes has passed both: [`super::zones`], which says no at
+//! once, and stateright's tester, which finds an order. Its search is exponential where there is
+//! none, so it is asked where there should be one.
 //!
 //! A write that was never answered may take effect at any later time: after it there is no cut. A
 //! read that was never answered says nothing.
@@ -18,6 +20,7 @@ use stateright::semantics::{ConsistencyTester, LinearizabilityTester};
 
 use super::history::{Kind, Operation};
 use super::violation::Violation;
+use super::zones;
 
 /// The tester recurses once for each operation of a segment.
 const STACK_BYTES: usize = 256 << 20;
@@ -112,7 +115,9 @@ fn values_after(before: &[u64], segment: &[Operation]) -> Vec<u64> {
     let mut after: Vec<u64> = Vec::new();
     for begin in before {
         for end in candidates(*begin, segment) {
-            if !after.contains(&end) && is_possible(*begin, segment, end) {
+            let is_possible =
+                || zones::is_possible(*begin, segment, end) && is_found(*begin, segment, end);
+            if !after.contains(&end) && is_possible() {
                 after.push(end);
             }
         }
@@ -142,8 +147,8 @@ fn candidates(begin: u64, segment: &[Operation]) -> Vec<u64> {
     found
 }
 
-/// Asks stateright: the segment, begun with one value, and then a read of another.
-fn is_possible(begin: u64, segment: &[Operation], end: u64) -> bool {
+/// Searches with stateright: the segment, begun with one value, and then a read of another.
+pub(super) fn is_found(begin: u64, segment: &[Operation], end: u64) -> bool {
     let mut events: Vec<(u64, bool, &Operation)> = Vec::new();
     for operation in segment {
         events.push((operation.invoked.sequence, false, operation));

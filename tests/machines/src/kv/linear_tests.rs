@@ -107,13 +107,22 @@ fn a_long_history_is_searched_in_time() {
 
 #[test]
 fn a_search_without_end_is_given_up() {
-    // All reads at once in any order, and a value at the end that nobody wrote.
-    let mut rows: Vec<Row> =
-        (1..40).map(|client| (client, u64::from(client), 100, Get, 0)).collect();
-    for (row, returned) in rows.iter_mut().zip(100..) {
-        row.2 = returned;
-    }
-    rows.push((0, 50, 60, Get, 9));
+    // It is right, 6 before 5; the search begins with 5, and tries the reads of 6 in any order.
+    let mut rows = vec![(0, 1, 101, Put(5), 5), (1, 2, 102, Put(6), 6)];
+    rows.extend(
+        (2..22).map(|client| (client, 1 + u64::from(client), 110 + u64::from(client), Get, 6)),
+    );
+    rows.push((0, 200, 201, Get, 5));
     let result = check(&history(&rows), Duration::from_millis(200));
     assert!(matches!(result, Err(Violation::Undecided { key: 7 })), "{result:?}");
+}
+
+#[test]
+fn a_wrong_history_needs_no_search() {
+    // As clients leave it that were cut off: writes without an answer, and reads at once.
+    let mut rows: Vec<Row> =
+        (0..20).map(|n| (n, 1 + u64::from(n), 0, Put(50 + u64::from(n)), 0)).collect();
+    rows.extend((20..40).map(|n| (n, 1 + u64::from(n), 100 + u64::from(n), Get, 0)));
+    rows.extend([(40, 200, 201, Put(5), 5), (41, 202, 203, Get, 0)]);
+    assert!(!is_right(&rows));
 }

@@ -4,6 +4,7 @@
 //! - [`client`]: one connection, one operation at a time
 //! - [`crowd`]: many clients on threads of their own
 //! - [`linear`]: whether a history is that of one register for each key
+//! - [`zones`]: the same by the values' zones in time, without a search
 //! - [`log`]: whether the server's log on disk has every write that was acknowledged
 //! - [`judge`]: all checks of what was seen
 //! - [`violation`]: what a correct server never shows
@@ -20,3 +21,4 @@ pub mod log;
 pub mod round;
 
 pub mod violation;
+pub mod zones;
