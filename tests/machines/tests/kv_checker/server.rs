@@ -42,12 +42,32 @@ pub enum Fault {
     ReordersLog,
 }
 
+impl Fault {
+    /// Whether operations are done wrong; of the others the log is damaged at the end.
+    pub fn is_in_answers(self) -> bool {
+        !matches!(self, Self::None | Self::LosesSector | Self::TearsSector | Self::ReordersLog)
+    }
+
+    /// Whether an operation of this kind can be done wrong in this way.
+    fn concerns(self, operation: Operation) -> bool {
+        match self {
+            Self::ForgetsWrites | Self::SkipsRecords | Self::RefusesWrites => {
+                operation == Operation::Put
+            }
+            Self::ReadsStale => operation == Operation::Get,
+            _ => self.is_in_answers(),
+        }
+    }
+}
+
 #[derive(Default)]
 struct State {
     /// The value of each key, and the one before.
     values: HashMap<u32, (u64, u64)>,
     log: Vec<Record>,
     operations: u64,
+    /// What was done wrong so far.
+    faults: u64,
 }
 
 /// A server that runs until the process ends.
@@ -75,6 +95,11 @@ impl Server {
             }
         });
         Ok(Self { address, fault, state })
+    }
+
+    /// How many operations were done wrong.
+    pub fn faults(&self) -> u64 {
+        lock(&self.state).faults
     }
 
     /// The disk's image as it would be after the guest's end.
@@ -106,7 +131,8 @@ fn serve(mut stream: TcpStream, fault: Fault, state: &Mutex<State>) -> Result<()
         let request = Request::decode(&frame)?;
         let mut state = lock(state);
         state.operations += 1;
-        let is_turn = state.operations % EVERY == 0;
+        let is_turn = state.operations % EVERY == 0 && fault.concerns(request.operation);
+        state.faults += u64::from(is_turn);
         let mut response = match request.operation {
             Operation::Put => request.response(Status::Ok, request.value),
             _ => request.response(Status::Ok, read(&state, request.key, fault, is_turn)),
