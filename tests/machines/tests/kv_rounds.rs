@@ -54,6 +54,21 @@ fn clients_outlive_a_frozen_primary_that_wakes() -> Result<()> {
     Ok(())
 }
 
+/// The checker's own proof: a guest that stands still after the blow is found out.
+#[test]
+fn a_guest_that_stands_still_is_found_out() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut plan = plan(Blow::KillBackup, Disk::None);
+    plan.silence_limit = Duration::from_secs(3);
+    let mut setup = round::setup(folder.path(), 1, "64M", plan.disk)?;
+    setup.replicate_options.push_str(",degrade=pause,timeout_ms=20000");
+    setup.receive_options.push_str(PATIENT);
+    let found = round::run(folder.path(), &setup, &plan)?.violations;
+    let is_silent = |violation: &Violation| matches!(violation, Violation::Silent { .. });
+    ensure!(found.iter().any(is_silent), "{found:?}");
+    Ok(())
+}
+
 /// The checker's own proof: frames that leave before their epoch is committed are found out.
 #[test]
 fn output_without_a_gate_is_found_out() -> Result<()> {

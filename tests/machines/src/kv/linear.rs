@@ -26,8 +26,8 @@ use super::zones;
 const STACK_BYTES: usize = 256 << 20;
 /// Whoever reads at a cut: no client has this number.
 const WITNESS: u32 = u32::MAX;
-/// Operations of a bad segment that are shown.
-const SHOWN: usize = 24;
+/// Operations up to a bad segment's end that are shown.
+const SHOWN: usize = 16;
 
 /// What was looked through.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,12 +84,14 @@ enum Progress {
 
 fn check_key(key: u32, operations: Vec<Operation>, extent: &mut Extent) -> Result<(), Violation> {
     let mut values = vec![0];
-    for segment in segments(operations) {
+    let segments = segments(operations);
+    for (at, segment) in segments.iter().enumerate() {
         extent.segments += 1;
         extent.longest = extent.longest.max(segment.len());
-        values = values_after(&values, &segment);
+        values = values_after(&values, segment);
         if values.is_empty() {
-            return Err(Violation::NotLinearizable { key, operations: shown(&segment) });
+            let operations = shown(&segments[..=at].concat());
+            return Err(Violation::NotLinearizable { key, operations });
         }
     }
     Ok(())
@@ -177,10 +179,11 @@ pub(super) fn is_found(begin: u64, segment: &[Operation], end: u64) -> bool {
     tester.is_consistent()
 }
 
-/// The end of a segment for a person to read.
-fn shown(segment: &[Operation]) -> String {
-    let left_out = segment.len().saturating_sub(SHOWN);
-    let mut lines: Vec<String> = segment.iter().skip(left_out).map(ToString::to_string).collect();
+/// The last operations up to a bad segment's end, for a person to read.
+fn shown(operations: &[Operation]) -> String {
+    let left_out = operations.len().saturating_sub(SHOWN);
+    let mut lines: Vec<String> =
+        operations.iter().skip(left_out).map(ToString::to_string).collect();
     if left_out > 0 {
         lines.insert(0, format!("  ({left_out} before these)"));
     }

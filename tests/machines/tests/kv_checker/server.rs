@@ -131,7 +131,7 @@ fn serve(mut stream: TcpStream, fault: Fault, state: &Mutex<State>) -> Result<()
         let request = Request::decode(&frame)?;
         let mut state = lock(state);
         state.operations += 1;
-        let is_turn = state.operations % EVERY == 0 && fault.concerns(request.operation);
+        let is_turn = state.operations.is_multiple_of(EVERY) && fault.concerns(request.operation);
         state.faults += u64::from(is_turn);
         let mut response = match request.operation {
             Operation::Put => request.response(Status::Ok, request.value),

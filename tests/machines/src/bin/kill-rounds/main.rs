@@ -114,7 +114,11 @@ fn run(options: &Options) -> Result<bool> {
             ensure!(!others, "--kill and --without-gate are for --workload kv");
             verify::run(options, seed)
         }
-        Workload::Kv => kv::run(options, seed),
+        Workload::Kv => {
+            let is_blind = options.without_gate && options.kill == Kill::Backup;
+            ensure!(!is_blind, "--without-gate: a primary that goes on takes nothing back");
+            kv::run(options, seed)
+        }
     }
 }
 
