@@ -13,8 +13,9 @@ use guest_logic::kv::{
     FRAME_BYTES, KEYS, Operation, Record, Request, Response, SECTOR_BYTES, STOP_KEY, Status,
 };
 use nix::sched::{CloneFlags, unshare};
+use serde_json::json;
 use understudy_tests::process::{POLL, Vmm};
-use understudy_tests::scene::LIMIT;
+use understudy_tests::scene::{self, LIMIT};
 use understudy_tests::serial::Serial;
 
 const SERVER: &str = "192.168.77.2:7";
@@ -276,6 +277,36 @@ fn a_full_disk_refuses_and_a_log_is_played_back() -> Result<()> {
         }
         assert_eq!(client.call(Operation::Put, 3, 1)?.status, Status::NotLogged);
         client.stop(&mut vmm)
+    })
+}
+
+/// A connection outlives the VMM that carried it, and so do the log's place and the map: what a
+/// take-over asks of the guest.
+#[test]
+fn a_restored_server_goes_on_with_its_connections() -> Result<()> {
+    in_own_network(|folder| {
+        let disk = image(folder, 64)?;
+        let (mut first, _serial, _) = serving(folder, "first", Some(&disk))?;
+        let mut client = Client::connect(1)?;
+        client.put(1, 10)?;
+        let url = format!("file://{}", folder.join("snapshot").display());
+        first.put_expect("vm.pause", None, 204)?;
+        first.put_expect("vm.snapshot", Some(&json!({"destination_url": url}).to_string()), 204)?;
+        // On its way when nobody is there to take it.
+        client.send(Operation::Put, 2, 20)?;
+        first.put_expect("vmm.shutdown", None, 200)?;
+        first.wait_exit(LIMIT)?;
+        let mut second = scene::idle(folder, "second")?;
+        let body = json!({"source_url": url, "resume": true}).to_string();
+        second.put_expect("vm.restore", Some(&body), 204)?;
+        let response = client.receive()?;
+        assert_eq!((response.status, response.key, response.value), (Status::Ok, 2, 20));
+        assert_eq!(client.get(1)?, 10);
+        ensure!(Client::connect(2)?.get(2)? == 20, "new connections must arrive as well");
+        client.stop(&mut second)?;
+        let keys: Vec<u32> = records(&disk)?.iter().map(|record| record.key).collect();
+        assert_eq!(keys, [1, 2]);
+        Ok(())
     })
 }
 
