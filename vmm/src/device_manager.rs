@@ -11,6 +11,7 @@
 
 mod host;
 pub mod pci;
+pub mod taps;
 pub mod virtio;
 mod wishes;
 
@@ -49,6 +50,7 @@ use crate::cpu::MachineEvent;
 use crate::memory::Memory;
 use host::Kvm;
 use pci::{PciDevices, PciError, PciState};
+use taps::TapDescriptors;
 use virtio::VirtioDevices;
 use wishes::Wishes;
 
@@ -146,6 +148,7 @@ impl Devices {
         config: &VmConfig,
         vm: &Arc<Vm>,
         memory: &Memory,
+        taps: TapDescriptors,
         events: &Sender<MachineEvent>,
     ) -> Result<Self, DeviceError> {
         let line = |gsi| {
@@ -181,7 +184,7 @@ impl Devices {
             observer: observer(events.clone()),
         };
         let pci = PciDevices::new(&buses, memory.end(), host)?;
-        let virtio = VirtioDevices::new(config)?;
+        let virtio = VirtioDevices::new(config, taps)?;
         for device in virtio.all() {
             pci.add(device)?;
         }

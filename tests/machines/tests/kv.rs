@@ -13,8 +13,10 @@ use guest_logic::kv::{
     FRAME_BYTES, KEYS, Operation, Record, Request, Response, SECTOR_BYTES, STOP_KEY, Status,
 };
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{setsockopt, sockopt};
+use serde_json::json;
 use understudy_tests::process::{POLL, Vmm};
-use understudy_tests::scene::LIMIT;
+use understudy_tests::scene::{self, LIMIT};
 use understudy_tests::serial::Serial;
 
 const SERVER: &str = "192.168.77.2:7";
@@ -231,15 +233,21 @@ fn a_bad_request_is_answered_and_the_connection_goes_on() -> Result<()> {
 /// Clients that come and go, orderly or not, leave their places to others.
 #[test]
 fn places_are_used_again() -> Result<()> {
+    const UNREAD: u64 = 40;
     in_own_network(|folder| {
-        let disk = image(folder, 1024)?;
+        let disk = image(folder, 16384)?;
         let (mut vmm, _serial, _) = serving(folder, "vmm", Some(&disk))?;
         for round in 0..200 {
             let mut client = Client::connect(round)?;
             client.put(u32::try_from(round % 8)?, round)?;
-            // Every other one leaves with a put on its way, so by a reset: its answer is unread.
+            // Every other one is gone at once, by a reset, while the server logs for it.
             if round % 2 == 1 {
-                client.send(Operation::Put, 8, round)?;
+                for value in 0..UNREAD {
+                    client.send(Operation::Put, 8, value)?;
+                }
+                client.receive()?;
+                let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+                setsockopt(&client.stream, sockopt::Linger, &at_once)?;
             }
         }
         ensure!(Client::connect(200)?.get(7)? == 199, "the last put is there");
@@ -276,6 +284,36 @@ fn a_full_disk_refuses_and_a_log_is_played_back() -> Result<()> {
         }
         assert_eq!(client.call(Operation::Put, 3, 1)?.status, Status::NotLogged);
         client.stop(&mut vmm)
+    })
+}
+
+/// A connection outlives the VMM that carried it, and so do the log's place and the map: what a
+/// take-over asks of the guest.
+#[test]
+fn a_restored_server_goes_on_with_its_connections() -> Result<()> {
+    in_own_network(|folder| {
+        let disk = image(folder, 64)?;
+        let (mut first, _serial, _) = serving(folder, "first", Some(&disk))?;
+        let mut client = Client::connect(1)?;
+        client.put(1, 10)?;
+        let url = format!("file://{}", folder.join("snapshot").display());
+        first.put_expect("vm.pause", None, 204)?;
+        first.put_expect("vm.snapshot", Some(&json!({"destination_url": url}).to_string()), 204)?;
+        // On its way when nobody is there to take it.
+        client.send(Operation::Put, 2, 20)?;
+        first.put_expect("vmm.shutdown", None, 200)?;
+        first.wait_exit(LIMIT)?;
+        let mut second = scene::idle(folder, "second")?;
+        let body = json!({"source_url": url, "resume": true}).to_string();
+        second.put_expect("vm.restore", Some(&body), 204)?;
+        let response = client.receive()?;
+        assert_eq!((response.status, response.key, response.value), (Status::Ok, 2, 20));
+        assert_eq!(client.get(1)?, 10);
+        ensure!(Client::connect(2)?.get(2)? == 20, "new connections must arrive as well");
+        client.stop(&mut second)?;
+        let keys: Vec<u32> = records(&disk)?.iter().map(|record| record.key).collect();
+        assert_eq!(keys, [1, 2]);
+        Ok(())
     })
 }
 

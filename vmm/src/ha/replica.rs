@@ -14,6 +14,7 @@ use super::codec::{self, Captured};
 use super::overrides::{OverrideError, Overrides, article, has_serial};
 use crate::boot::Payload;
 use crate::control::Notice;
+use crate::device_manager::taps::TapDescriptors;
 use crate::machine::Machine;
 use crate::memory::Memory;
 use crate::request::{Failure, FailureKind};
@@ -74,7 +75,8 @@ impl ReplicaBuilder for ReplicaVms {
         Memory::check_fits(&config.memory)?;
         // A guest that resets itself after a take-over boots from here.
         Payload::open(&config.payload)?;
-        let machine = Arc::new(Machine::build(&self.hypervisor, config)?);
+        let machine =
+            Arc::new(Machine::build(&self.hypervisor, config, TapDescriptors::default())?);
         // Only looked at from there: the engine alone decides how long a replica lives, and its
         // memory and sockets must be free before another is built. A closed channel means that
         // the VMM is on its way out.
