@@ -133,6 +133,8 @@ fn in_namespace(folder: &Path, setup: &Setup, plan: &Plan, network: &Network) ->
     let blow = Instant::now();
     let struck = strike(&mut pair, plan, network)?;
     crowd.wait_answers(ANSWERS_AFTER, LIMIT)?;
+    let records = scene::records(&pair.arbiter)?;
+    ensure!(records.len() == 2, "one host won, so one record is new: {records:?}");
     let mut seen = crowd.finish();
     let (survivor, host) = match plan.blow {
         Blow::KillBackup => (&mut pair.primary, PRIMARY),
