@@ -31,9 +31,11 @@ const HASTE: u64 = 5;
 const TIMEOUT: Duration = Duration::from_secs(60 * HASTE);
 const KEEP_ALIVE: Duration = Duration::from_secs(15 * HASTE);
 
-/// Looking for news costs nothing but the processor, which is wanted elsewhere if none comes.
+/// Looking for news costs nothing but the processor, which is wanted elsewhere if none comes: after
+/// a while there are naps, each a part of the wait so far, so that news is late by no more.
 const EAGER_NS: u64 = 200_000;
-const NAP_NS: u64 = 1_000_000;
+const NAP_PART: u64 = 4;
+const NAP_NS_MAX: u64 = 1_000_000;
 /// The last answers have so long to be acknowledged.
 const DRAIN_NS: u64 = 2_000_000_000;
 
@@ -150,11 +152,11 @@ impl Server {
     }
 
     fn rest(&self, now_ns: u64) -> u64 {
-        let is_eager = now_ns.saturating_sub(self.active_ns) < EAGER_NS;
-        if is_eager || self.world.config.wait == Wait::Spin {
+        let quiet_ns = now_ns.saturating_sub(self.active_ns);
+        if quiet_ns < EAGER_NS || self.world.config.wait == Wait::Spin {
             return 0;
         }
-        self.network_ns.min(now_ns + NAP_NS)
+        self.network_ns.min(now_ns + (quiet_ns / NAP_PART).min(NAP_NS_MAX))
     }
 
     fn ingress(&mut self, now_ns: u64) {
