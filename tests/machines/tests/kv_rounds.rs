@@ -69,16 +69,18 @@ fn a_guest_that_stands_still_is_found_out() -> Result<()> {
     Ok(())
 }
 
-/// The checker's own proof: frames that leave before their epoch is committed are found out.
+/// The checker's own proof: frames that leave before their epoch is committed are found out. There
+/// is no disk, whose own gate would hold the answers to writes, and whose flushes would end epochs.
 #[test]
 fn output_without_a_gate_is_found_out() -> Result<()> {
+    let is_lost = |violation: &Violation| matches!(violation, Violation::NotLinearizable { .. });
     for seed in 0..5 {
         let folder = tempfile::tempdir()?;
-        let mut plan = plan(Blow::KillPrimary, Disk::Shared);
+        let mut plan = plan(Blow::KillPrimary, Disk::None);
         (plan.seed, plan.silence_limit) = (seed, Duration::from_secs(3));
         let mut setup = round::setup(folder.path(), 1, "64M", plan.disk)?;
         setup.primary_environment.push(("UNDERSTUDY_TEST_BREAK".into(), "net-gate".into()));
-        if !round::run(folder.path(), &setup, &plan)?.violations.is_empty() {
+        if round::run(folder.path(), &setup, &plan)?.violations.iter().any(is_lost) {
             return Ok(());
         }
     }
