@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn the_table_is_read() {
-        let table = "Inter-|   Receive  \n face |bytes    packets errs\n    lo:  10 1 0\n tap-b: 7 9 0\n \
+        let table = "Inter-|   Receive  \n face |bytes\n  lo:  10 1 0\n tap-b: 7 9 0\n \
                      tap-a:    1200      17    0    0\n";
         assert_eq!(frames_received(table, "tap-a"), Some(17));
         assert_eq!(frames_received(table, "lo"), Some(1));

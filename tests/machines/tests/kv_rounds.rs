@@ -1,5 +1,5 @@
-//! One round of each kind with the key-value workload: a pair serves clients over its taps, is struck
-//! once, and everything that the clients saw is judged. Needs root and /dev/net/tun.
+//! One round of each kind with the key-value workload: a pair serves clients over its taps, is
+//! struck once, and everything that the clients saw is judged. Needs root and /dev/net/tun.
 
 use std::time::Duration;
 

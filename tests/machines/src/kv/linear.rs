@@ -4,8 +4,8 @@
 //! Linearizability is local: a history is linearizable if that of each key is. And where nothing is
 //! under way on a key, whatever came before comes before whatever comes after; so the history of a
 //! key is cut there, and the values that the key may have at the cut are handed on. What is left is
-//! short. Two judges look at it, and what passes has passed both: [`super::zones`], which says no at
-//! once, and stateright's tester, which finds an order. Its search is exponential where there is
+//! short. Two judges look at it, and what passes has passed both: [`super::zones`], which says no
+//! at once, and stateright's tester, which finds an order. Its search is exponential where there is
 //! none, so it is asked where there should be one.
 //!
 //! A write that was never answered may take effect at any later time: after it there is no cut. A
@@ -13,11 +13,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stateright::semantics::register::{Register, RegisterOp, RegisterRet};
 use stateright::semantics::{ConsistencyTester, LinearizabilityTester};
 
+use super::figures::micros;
 use super::history::{Kind, Operation};
 use super::violation::Violation;
 use super::zones;
@@ -29,13 +30,14 @@ const WITNESS: u32 = u32::MAX;
 /// Operations up to a bad segment's end that are shown.
 const SHOWN: usize = 16;
 
-/// What was looked through.
+/// What was looked through. Its times are microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Extent {
     pub keys: usize,
     pub segments: usize,
     /// Operations of the longest segment.
     pub longest: usize,
+    pub took_us: u64,
 }
 
 /// Checks the history of each key. A search that takes longer than `limit` in all is given up.
@@ -47,6 +49,7 @@ pub fn check(operations: &[Operation], limit: Duration) -> Result<Extent, Violat
         }
     }
     let (sender, receiver) = channel();
+    let start = Instant::now();
     let search = move || {
         let mut extent = Extent { keys: keys.len(), ..Extent::default() };
         for (key, operations) in keys {
@@ -57,6 +60,7 @@ pub fn check(operations: &[Operation], limit: Duration) -> Result<Extent, Violat
                 return;
             }
         }
+        extent.took_us = micros(start.elapsed());
         let _ = sender.send(Progress::Ended(Ok(extent)));
     };
     std::thread::Builder::new()
@@ -64,10 +68,10 @@ pub fn check(operations: &[Operation], limit: Duration) -> Result<Extent, Violat
         .stack_size(STACK_BYTES)
         .spawn(search)
         .expect("a thread can be started");
-    let until = std::time::Instant::now() + limit;
+    let until = start + limit;
     let mut current = 0;
     loop {
-        let left = until.saturating_duration_since(std::time::Instant::now());
+        let left = until.saturating_duration_since(Instant::now());
         match receiver.recv_timeout(left) {
             Ok(Progress::Begun(key)) => current = key,
             Ok(Progress::Ended(result)) => return result,

@@ -1,7 +1,5 @@
 //! Histories by hand, each written as its events: what is right passes, what is wrong is found.
 
-use std::time::Instant;
-
 use super::super::history::{Event, Returned};
 use super::*;
 
@@ -81,7 +79,7 @@ fn a_write_without_an_answer_may_be_done_late_or_never() {
 fn quiet_moments_are_cuts() {
     let rows = [(0, 1, 3, Put(5), 5), (1, 2, 5, Get, 0), (0, 4, 6, Get, 5), (1, 7, 8, Get, 5)];
     let extent = check(&history(&rows), LIMIT).unwrap();
-    assert_eq!(extent, Extent { keys: 1, segments: 2, longest: 3 });
+    assert_eq!((extent.keys, extent.segments, extent.longest), (1, 2, 3));
 }
 
 /// Sixteen clients on one key for long: what the search must be fast for.

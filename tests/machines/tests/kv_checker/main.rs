@@ -1,5 +1,5 @@
-//! The checker of the key-value rounds against servers that are right, or broken in one way: what is
-//! right passes, and each fault is found for what it is. Needs neither KVM nor root.
+//! The checker of the key-value rounds against servers that are right, or broken in one way: what
+//! is right passes, and each fault is found for what it is. Needs neither KVM nor root.
 
 mod server;
 

@@ -132,7 +132,11 @@ fn line(outcome: &Outcome) -> String {
         parts.push(format!("{records} in the log"));
     }
     if let Some(extent) = outcome.extent {
-        parts.push(format!("linearizable on {} keys", extent.keys));
+        parts.push(format!(
+            "linearizable on {} keys, found in {}",
+            extent.keys,
+            ms(extent.took_us)
+        ));
     }
     if let Some(frames) = outcome.late_frames {
         parts.push(format!("{frames} late frames"));
