@@ -15,6 +15,7 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::disk::{Disks, ReplicaDisk};
 use crate::ids::EpochId;
 use crate::ram::{PageSet, Ram};
 
@@ -34,6 +35,11 @@ pub trait Guest: Send + 'static {
 
     /// The guest's memory. The same for the life of the guest.
     fn ram(&self) -> Ram;
+
+    /// The disks whose images the backup shall have too. The same for the life of the guest.
+    fn disks(&self) -> Option<Arc<dyn Disks>> {
+        None
+    }
 
     /// What a backup needs to build the same machine: opaque to replication, at most
     /// [`crate::guest::DESCRIPTION_BYTES_MAX`] bytes.
@@ -136,9 +142,10 @@ pub trait ReplicaBuilder: Send + 'static {
     /// The machine that was built.
     type Replica: Replica;
 
-    /// Allocates memory and devices after a primary's description. The machine does not run,
-    /// takes no image lock and touches no network. `ram_bytes` is what the primary says its
-    /// memory holds: the result must have exactly that, or an error says so.
+    /// Allocates memory and devices after a primary's description. The machine does not run and
+    /// touches no network; it locks the images of [`Replica::disks`], which nobody else writes,
+    /// and no others. `ram_bytes` is what the primary says its memory holds: the result must have
+    /// exactly that, or an error says so.
     fn build(&mut self, description: &[u8]) -> Result<Self::Replica, GuestError>;
 }
 
@@ -149,6 +156,12 @@ pub trait Replica: Send + 'static {
 
     /// The memory into which committed pages go.
     fn ram(&self) -> Ram;
+
+    /// The images into which the primary's disks go, in its order: open, of this machine alone,
+    /// and written from the first copy on.
+    fn disks(&self) -> Vec<Arc<dyn ReplicaDisk>> {
+        vec![]
+    }
 
     /// Parses and checks one epoch's machine state; called before the epoch is acknowledged, so a
     /// state that this host could not load is refused while the primary still runs.
