@@ -252,6 +252,18 @@ impl PairWriter {
         }
     }
 
+    /// Adds a list if it has items.
+    #[must_use]
+    pub fn list(mut self, key: &str, items: impl Iterator<Item = String>) -> Self {
+        let items: Vec<_> = items.map(|item| quote(&item)).collect();
+        if !items.is_empty() {
+            let comma = if self.text.is_empty() { "" } else { "," };
+            write!(self.text, "{comma}{key}=[{}]", items.join(","))
+                .expect("writing to a string cannot fail");
+        }
+        self
+    }
+
     /// The whole text.
     #[must_use]
     pub fn finish(self) -> String {

@@ -4,10 +4,12 @@
 //! These settings never become a part of `VmConfig`: it travels to the backup, and a backup must
 //! not replicate to itself.
 
+mod host;
 mod validate;
 
 use serde::{Deserialize, Serialize};
 
+pub use host::{ReplicaCard, ReplicaDisk};
 pub use validate::{CONNECTIONS, EPOCH_MS, HEARTBEAT_MS, STAGING_SIZE, TIMEOUT_MS_MAX};
 
 use crate::config::ConsoleConfig;
@@ -149,6 +151,12 @@ pub struct ReceiveReplicaData {
     /// This host's console for the VM, instead of the one in the primary's configuration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<ConsoleConfig>,
+    /// This host's images of the VM's disks, where they are not at the primary's paths.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<ReplicaDisk>,
+    /// This host's taps for the VM's cards, where they have not the primary's names.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<ReplicaCard>,
 }
 
 /// Body of `vm.failover`.

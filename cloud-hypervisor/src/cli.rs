@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use api::config::{
     ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig,
     RestoreConfig, RngConfig, VmConfig,
 };
 use api::flag::{self, Place};
 use api::invalid::Invalid;
-use api::replication::{ReceiveReplicaData, ReplicateData};
+use api::replication::{ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData};
 use api::response::BUILD_VERSION;
 use clap::error::ErrorKind;
 use clap::{ArgAction, ArgGroup, CommandFactory, Parser, ValueEnum};
@@ -65,14 +65,14 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "MEMORY", requires = "payload", value_parser = flag::memory)]
     memory: Option<MemoryConfig>,
 
-    /// Disk: path=<path>,readonly=,direct=,id=<id>,…; may be repeated
-    #[arg(long, value_name = "DISK", requires = "payload", num_args = 1..)]
+    /// Disk: path=<path>,readonly=,direct=,id=<id>,…; may be repeated; on a backup path and id only
+    #[arg(long, value_name = "DISK", requires = "machine", num_args = 1..)]
     #[arg(value_parser = flag::disk)]
     disk: Vec<DiskConfig>,
 
     /// Network card: tap=<name>,ip=,mask=,mac=,fd=[<n>],num_queues=,queue_size=,id=,…; may be
-    /// repeated
-    #[arg(long, value_name = "NET", requires = "payload", num_args = 1.., value_parser = flag::net)]
+    /// repeated; on a backup tap and id only
+    #[arg(long, value_name = "NET", requires = "machine", num_args = 1.., value_parser = flag::net)]
     net: Vec<NetConfig>,
 
     /// Entropy: src=<path>
@@ -104,7 +104,8 @@ pub(crate) struct Cli {
     replicate: Option<ReplicateData>,
 
     /// Be the backup of a VM: receiver_url=tcp:<host>:<port>|unix:<path>,
-    /// arbiter=file:<directory>,staging_size=<size>,serial=<mode>,console=<mode>,…
+    /// arbiter=file:<directory>,staging_size=<size>,serial=<mode>,console=<mode>,
+    /// disks=[<id>@<path>,…],net=[<id>@<tap>,…],…
     #[arg(long, value_name = "REPLICA", conflicts_with_all = ["vm", "replicate"])]
     receive_replica: Option<ReceiveReplicaData>,
 
@@ -155,7 +156,7 @@ impl Cli {
         if let Some(data) = &self.replicate {
             refuse("--replicate", &data.validate())?;
         }
-        let receive_replica = self.received();
+        let receive_replica = self.received()?;
         if let Some(data) = &receive_replica {
             refuse("--receive-replica", &data.validate())?;
         }
@@ -189,11 +190,17 @@ impl Cli {
     }
 
     /// What a backup is told, with this host's own ports from either place.
-    fn received(&self) -> Option<ReceiveReplicaData> {
-        let mut data = self.receive_replica.clone()?;
+    fn received(&self) -> anyhow::Result<Option<ReceiveReplicaData>> {
+        let Some(mut data) = self.receive_replica.clone() else { return Ok(None) };
         data.serial = data.serial.or_else(|| self.serial.clone());
         data.console = data.console.or_else(|| self.console.clone());
-        Some(data)
+        for disk in &self.disk {
+            data.disks.push(ReplicaDisk::of(disk).map_err(|what| anyhow!("--disk: {what}"))?);
+        }
+        for card in &self.net {
+            data.net.push(ReplicaCard::of(card).map_err(|what| anyhow!("--net: {what}"))?);
+        }
+        Ok(Some(data))
     }
 
     /// The VM that the flags describe, if they describe one.

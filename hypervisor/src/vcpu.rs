@@ -160,6 +160,29 @@ impl Vcpu {
         self.fd.nmi().map_err(|source| self.set_error("a non-maskable interrupt", source))
     }
 
+    /// Where the vCPU stands, in one line, for a log. After a triple fault it is what KVM leaves
+    /// there: on AMD the state of a reset.
+    pub fn position(&self) -> String {
+        match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => format!(
+                "rip {:#x} rsp {:#x} rflags {:#x} cs {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} \
+                 cr4 {:#x} efer {:#x}",
+                regs.rip,
+                regs.rsp,
+                regs.rflags,
+                sregs.cs.selector,
+                sregs.cr0,
+                sregs.cr2,
+                sregs.cr3,
+                sregs.cr4,
+                sregs.efer
+            ),
+            (Err(error), _) | (_, Err(error)) => {
+                format!("registers that KVM does not give: {error}")
+            }
+        }
+    }
+
     /// The VM's set of MSRs, found out with this vCPU if it is the first.
     pub(crate) fn msr_set(&self) -> Result<&MsrSet, VcpuError> {
         if let Some(set) = self.shared.msr_set.get() {

@@ -354,6 +354,13 @@ impl Worker {
         }
         if let Some(end) = end {
             self.halted = true;
+            if matches!(end, End::TripleFault) {
+                let position = self.vcpu.position();
+                tracing::warn!(
+                    "vCPU {} had a triple fault, its registers now: {position}",
+                    self.id
+                );
+            }
             // A closed channel means that the VMM is on its way out.
             let _ = self.events.send(end.event(self.id));
         }
@@ -362,6 +369,8 @@ impl Worker {
 
 /// Why a vCPU does not go on by itself.
 enum End {
+    /// The guest could not even handle its double fault, which resets a PC.
+    TripleFault,
     Reset,
     PowerOff,
     Failed(String),
@@ -370,7 +379,7 @@ enum End {
 impl End {
     fn event(self, id: usize) -> MachineEvent {
         match self {
-            Self::Reset => MachineEvent::Reset,
+            Self::TripleFault | Self::Reset => MachineEvent::Reset,
             Self::PowerOff => MachineEvent::PowerOff,
             Self::Failed(what) => MachineEvent::Failed(format!("vCPU {id} cannot go on: {what}")),
         }
@@ -394,7 +403,8 @@ fn serve(buses: &Buses, exit: Exit<'_>) -> Option<End> {
         Exit::MmioRead { address, data } => buses.mmio.read(address, data),
         Exit::MmioWrite { address, data } => buses.mmio.write(address, data),
         Exit::Interrupted | Exit::Again | Exit::Hlt => {}
-        Exit::Shutdown | Exit::SystemReset => return Some(End::Reset),
+        Exit::Shutdown => return Some(End::TripleFault),
+        Exit::SystemReset => return Some(End::Reset),
         Exit::SystemShutdown => return Some(End::PowerOff),
         Exit::InternalError(error) => return Some(End::Failed(error.to_string())),
         exit => return Some(End::Failed(format!("{exit:?}"))),

@@ -4,11 +4,11 @@ use std::str::FromStr;
 
 use super::device::word;
 use crate::config::{ConsoleConfig, ConsoleOutputMode};
-use crate::option::{OptionError, PairWriter, Pairs};
+use crate::option::{OptionError, PairWriter, Pairs, bad};
 use crate::replication::{
     Compression, ConsoleOutput, Cow, Degrade, DiskMode, EPOCH_MIN_MS_DEFAULT, EPOCH_MS_DEFAULT,
-    HEARTBEAT_MS_DEFAULT, ReceiveReplicaData, ReplicateData, STAGING_SIZE_DEFAULT,
-    TIMEOUT_MS_DEFAULT,
+    HEARTBEAT_MS_DEFAULT, ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData,
+    STAGING_SIZE_DEFAULT, TIMEOUT_MS_DEFAULT,
 };
 
 const COW: [(&str, Cow); 4] =
@@ -106,6 +106,8 @@ impl FromStr for ReceiveReplicaData {
             "tls_dir",
             "serial",
             "console",
+            "disks",
+            "net",
         ];
         let mut pairs = Pairs::parse(text, &known)?;
         let heartbeat_ms =
@@ -119,6 +121,8 @@ impl FromStr for ReceiveReplicaData {
             tls_dir: pairs.text("tls_dir"),
             serial: pairs.with("serial", CONSOLE, console)?,
             console: pairs.with("console", CONSOLE, console)?,
+            disks: entries(&mut pairs, "disks", "items as <id>@<path>", ReplicaDisk::from_text)?,
+            net: entries(&mut pairs, "net", "items as <id>@<tap>", ReplicaCard::from_text)?,
         })
     }
 }
@@ -136,8 +140,20 @@ impl ReceiveReplicaData {
             .optional("tls_dir", self.tls_dir.as_deref())
             .optional("serial", self.serial.as_ref().map(console_text).as_deref())
             .optional("console", self.console.as_ref().map(console_text).as_deref())
+            .list("disks", self.disks.iter().map(ReplicaDisk::to_text))
+            .list("net", self.net.iter().map(ReplicaCard::to_text))
             .finish()
     }
+}
+
+fn entries<T>(
+    pairs: &mut Pairs,
+    key: &str,
+    wanted: &str,
+    read: impl Fn(&str) -> Option<T>,
+) -> Result<Vec<T>, OptionError> {
+    let items = pairs.list(key)?.unwrap_or_default();
+    items.iter().map(|item| read(item).ok_or_else(|| bad(key, wanted, item))).collect()
 }
 
 const CONSOLE: &str = "off|null|pty|tty|file:<path>|socket:<path>";

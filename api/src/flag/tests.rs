@@ -10,7 +10,8 @@ use crate::config::{
     MemoryConfig, NetConfig, TokenBucket, VhostMode,
 };
 use crate::replication::{
-    Compression, ConsoleOutput, Cow, Degrade, DiskMode, ReceiveReplicaData, ReplicateData,
+    Compression, ConsoleOutput, Cow, Degrade, DiskMode, ReceiveReplicaData, ReplicaCard,
+    ReplicaDisk, ReplicateData,
 };
 
 #[test]
@@ -191,6 +192,11 @@ fn text() -> impl Strategy<Value = String> {
     ".{0,20}"
 }
 
+/// Ids and what stands after them.
+fn entries() -> impl Strategy<Value = Vec<(Option<String>, String)>> {
+    prop::collection::vec((prop::option::of("[^@]{1,9}"), ".{1,9}"), 0..3)
+}
+
 fn a_console() -> impl Strategy<Value = ConsoleConfig> {
     prop_oneof![
         Just(ConsoleConfig::new(ConsoleOutputMode::Off)),
@@ -233,10 +239,17 @@ prop_compose! {
         tls_dir in prop::option::of(text()),
         serial in prop::option::of(a_console()),
         console in prop::option::of(a_console()),
+        disks in entries(),
+        net in entries(),
     ) -> ReceiveReplicaData {
         let [staging_size, heartbeat_ms, timeout_ms] = numbers;
         ReceiveReplicaData {
             receiver_url, staging_size, heartbeat_ms, timeout_ms, arbiter, tls_dir, serial, console,
+            disks: disks
+                .into_iter()
+                .map(|(id, path)| ReplicaDisk { id, path: path.into() })
+                .collect(),
+            net: net.into_iter().map(|(id, tap)| ReplicaCard { id, tap }).collect(),
         }
     }
 }

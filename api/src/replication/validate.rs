@@ -71,7 +71,28 @@ impl ReceiveReplicaData {
                 console(key, config, &mut found);
             }
         }
+        let disks = self.disks.iter().map(|disk| (&disk.id, disk.path.as_os_str().is_empty()));
+        entries("disks", "path", disks, &mut found);
+        let cards = self.net.iter().map(|card| (&card.id, card.tap.is_empty()));
+        entries("net", "tap", cards, &mut found);
         found
+    }
+}
+
+/// What a backup has otherwise, each with its id and whether what it has is empty.
+fn entries<'a>(
+    list: &str,
+    key: &str,
+    entries: impl Iterator<Item = (&'a Option<String>, bool)>,
+    found: &mut Vec<Invalid>,
+) {
+    for (id, is_empty) in entries {
+        if let Some(id) = id.as_ref().filter(|id| id.is_empty() || id.contains('@')) {
+            found.push(Invalid::value(format!("{list} id"), "the id of a device", id));
+        }
+        if is_empty {
+            found.push(Invalid::value(format!("{list} {key}"), "not an empty text", ""));
+        }
     }
 }
 

@@ -274,7 +274,7 @@ impl Controller {
                 self.guest_ended();
             }
             MachineEvent::Reset => {
-                tracing::info!("the guest asked for a reset");
+                tracing::info!("the guest is reset");
                 if let (false, Some(machine)) = (self.resetting, &self.machine) {
                     self.reset(Arc::clone(machine), false, None);
                 }

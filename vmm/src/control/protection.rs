@@ -257,7 +257,7 @@ impl Controller {
         if !self.protection.is_over() {
             return Err(conflict("This VMM is a backup already: vm.stop-replication ends that"));
         }
-        let overrides = Overrides { serial: data.serial.clone(), console: data.console.clone() };
+        let overrides = Overrides::from(&data);
         let builder =
             ReplicaVms::new(Arc::clone(&self.hypervisor), overrides, self.notices.clone());
         let observer = self.observer();

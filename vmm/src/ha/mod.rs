@@ -5,8 +5,10 @@
 //! [`Notice`](crate::control::Notice)s.
 
 mod codec;
+mod overrides;
 mod protected;
 mod replica;
 
+pub use overrides::Overrides;
 pub use protected::ProtectedVm;
-pub use replica::{Overrides, ReplicaVms};
+pub use replica::ReplicaVms;

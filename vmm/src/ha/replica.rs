@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
+use api::config::VmConfig;
 use crossbeam_channel::Sender;
 use hypervisor::Hypervisor;
 use replication::guest::{GuestError, Replica, ReplicaBuilder};
@@ -11,6 +11,7 @@ use replication::ram::Ram;
 use thiserror::Error;
 
 use super::codec::{self, Captured};
+use super::overrides::{OverrideError, Overrides, article, has_serial};
 use crate::boot::Payload;
 use crate::control::Notice;
 use crate::machine::Machine;
@@ -28,18 +29,8 @@ pub enum ReplicaError {
     Vcpus { found: usize, expected: u32 },
     #[error("The machine state has {found} serial port, this VM {expected}")]
     Serial { found: &'static str, expected: &'static str },
-    #[error(
-        "The primary's VM has {found} serial port and the override here asks for {expected}: the \
-             devices must be the same"
-    )]
-    SerialOverride { found: &'static str, expected: &'static str },
-}
-
-/// What this host does otherwise than the primary's configuration says.
-#[derive(Clone, Debug, Default)]
-pub struct Overrides {
-    pub serial: Option<ConsoleConfig>,
-    pub console: Option<ConsoleConfig>,
+    #[error("The options of this backup do not fit the primary's VM")]
+    Override(#[from] OverrideError),
 }
 
 /// Builds machines after primaries' descriptions.
@@ -54,26 +45,6 @@ impl ReplicaVms {
     pub fn new(hypervisor: Arc<Hypervisor>, overrides: Overrides, notices: Sender<Notice>) -> Self {
         Self { hypervisor, overrides, notices }
     }
-}
-
-/// The configuration of the replica.
-fn configure(description: &[u8], overrides: &Overrides) -> Result<VmConfig, ReplicaError> {
-    let mut config: VmConfig =
-        serde_json::from_slice(description).map_err(ReplicaError::Description)?;
-    let found = has_serial(&config);
-    if let Some(serial) = &overrides.serial {
-        config.serial = serial.clone();
-    }
-    if let Some(console) = &overrides.console {
-        config.console = console.clone();
-    }
-    // Another backend is another way out for the same device; another device is another machine.
-    let expected = has_serial(&config);
-    if found != expected {
-        let (found, expected) = (article(found), article(expected));
-        return Err(ReplicaError::SerialOverride { found, expected });
-    }
-    Ok(config)
 }
 
 /// Whether a machine of `config` could load `captured`.
@@ -91,19 +62,13 @@ fn check(captured: &Captured, config: &VmConfig) -> Result<(), GuestError> {
     Ok(())
 }
 
-fn has_serial(config: &VmConfig) -> bool {
-    config.serial.mode != ConsoleOutputMode::Off
-}
-
-fn article(is_there: bool) -> &'static str {
-    if is_there { "a" } else { "no" }
-}
-
 impl ReplicaBuilder for ReplicaVms {
     type Replica = ReplicaVm;
 
     fn build(&mut self, description: &[u8]) -> Result<ReplicaVm, GuestError> {
-        let config = configure(description, &self.overrides)?;
+        let mut config: VmConfig =
+            serde_json::from_slice(description).map_err(ReplicaError::Description)?;
+        self.overrides.apply(&mut config).map_err(ReplicaError::from)?;
         crate::control::check_config(&config)
             .map_err(|failure| ReplicaError::Unusable(failure.chain.join(": ")))?;
         Memory::check_fits(&config.memory)?;
@@ -176,31 +141,10 @@ fn attach(machine: &Machine) -> Result<(), GuestError> {
 
 #[cfg(test)]
 mod tests {
+    use api::config::{ConsoleConfig, ConsoleOutputMode};
+
     use super::*;
     use crate::ha::codec::tests::captured;
-
-    fn description(serial: ConsoleOutputMode) -> Vec<u8> {
-        let mut config = VmConfig::default();
-        config.serial.mode = serial;
-        serde_json::to_vec(&config).unwrap()
-    }
-
-    fn overriding(mode: ConsoleOutputMode) -> Overrides {
-        let serial = ConsoleConfig { mode, ..VmConfig::default().serial };
-        Overrides { serial: Some(serial), console: None }
-    }
-
-    #[test]
-    fn an_override_changes_the_backend_and_never_the_device() {
-        use ConsoleOutputMode::{Null, Off, Tty};
-        let config = configure(&description(Tty), &overriding(Null)).unwrap();
-        assert_eq!(config.serial.mode, Null);
-        assert!(configure(&description(Off), &overriding(Off)).is_ok());
-        for (there, here) in [(Tty, Off), (Off, Null)] {
-            let refused = configure(&description(there), &overriding(here));
-            assert!(matches!(refused, Err(ReplicaError::SerialOverride { .. })), "{refused:?}");
-        }
-    }
 
     /// Needs /dev/kvm, as all that builds a machine does.
     #[test]
