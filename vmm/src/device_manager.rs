@@ -36,6 +36,7 @@ use devices::serial::{
     BackendError, SERIAL_BASE, SERIAL_GSI, SERIAL_LEN, Serial, SerialMode, SerialPort, SerialState,
     SerialStateError,
 };
+use devices::virtio::blk::Disk;
 use devices::virtio::net::gate::TxGate;
 use hypervisor::{Vm, VmError};
 use replication::ram::Mapping;
@@ -373,6 +374,12 @@ impl Devices {
     pub fn output_waiting(&self) -> bool {
         self.serial().is_some_and(|serial| serial.gate().open_bytes() > 0)
             || self.virtio.cards.iter().any(|card| card.gate().open_bytes() > 0)
+    }
+
+    /// Disks that the guest can write, in the order of their slots.
+    #[must_use]
+    pub fn writable_disks(&self) -> Vec<Arc<Disk>> {
+        self.virtio.disks.iter().filter(|disk| !disk.is_readonly()).cloned().collect()
     }
 
     #[must_use]

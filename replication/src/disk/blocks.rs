@@ -28,6 +28,9 @@ impl BlockMap {
 
     /// Adds the blocks that a range of bytes touches, as far as it lies inside.
     pub(super) fn mark(&mut self, range: Range<u64>) {
+        if range.start >= self.size_bytes {
+            return;
+        }
         let end = range.end.min(self.size_bytes).div_ceil(BLOCK_BYTES);
         let mut block = range.start / BLOCK_BYTES;
         while block < end {

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::blocks::BlockMap;
-use super::{Change, Operation};
+use super::{CHANGE_BYTES_MAX, Change, Operation};
 use crate::guest::Waker;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +142,11 @@ impl Journal {
     }
 
     /// Takes a change that the host has carried out, before the guest hears of it. Never waits.
+    ///
+    /// # Panics
+    /// If a write has more than [`CHANGE_BYTES_MAX`]: disks cut what they do into pieces.
     pub fn record(&self, told: Told<'_>) {
+        assert!(told.data.len() <= CHANGE_BYTES_MAX, "a change of {} bytes", told.data.len());
         // Copied without the lock, if it will be needed.
         let kept = self.logs.load(Ordering::Acquire).then(|| told.keep());
         let mut inner = self.lock();

@@ -14,8 +14,9 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use thiserror::Error;
 
 use crate::disk::{BLOCK_BYTES, CHANGE_BYTES_MAX, Change, Disks, Journal, Log, Operation};
@@ -59,6 +60,8 @@ pub(super) struct DiskSender {
     jobs: Sender<Job>,
     closer: Box<dyn Stream>,
     closed: Arc<AtomicBool>,
+    /// Disconnected once the thread has ended.
+    ended: Receiver<()>,
 }
 
 impl DiskSender {
@@ -84,9 +87,13 @@ impl DiskSender {
             zeroes: None,
             counted: 0,
         };
+        let (ends, ended) = bounded(0);
         // Not joined: a host's disk that hangs must not hang the engine's end.
-        spawn("repl-disk", None, move || thread.run(&queue, deliver))?;
-        Ok(Self { journal, disks, jobs, closer, closed })
+        spawn("repl-disk", None, move || {
+            thread.run(&queue, deliver);
+            drop::<Sender<()>>(ends);
+        })?;
+        Ok(Self { journal, disks, jobs, closer, closed, ended })
     }
 
     /// From now on every change is recorded.
@@ -109,6 +116,15 @@ impl DiskSender {
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.closer.close();
+    }
+
+    /// As [`DiskSender::close`], and waits until the thread has let go of the images, for `limit`
+    /// at most: whoever ends a VM may use them at once.
+    pub(super) fn end(self, limit: Duration) {
+        self.detach();
+        self.close();
+        // Nothing is ever sent: the wait ends with the thread, or the patience.
+        let _ = self.ended.recv_timeout(limit);
     }
 }
 

@@ -94,7 +94,8 @@ fn request(random: &mut Random, user: usize, users: usize) -> Request {
     };
     let sectors = (SIZES[disk] / 512) as u64;
     let (first, part) = (sectors / users as u64 * user as u64, sectors / users as u64);
-    let len = 1 + random.next() % (if random.next() % 8 == 0 { part } else { 40.min(part) });
+    let most = if random.next() % 8 == 0 { 2048 } else { 40 };
+    let len = 1 + random.next() % part.min(most);
     let from = first + random.next() % (part - len + 1);
     let range = if operation == Operation::Flush { 0..0 } else { from * 512..(from + len) * 512 };
     Request { disk, operation, range, fill: u8::try_from(random.next() % 256).unwrap() }

@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
+use replication::disk::Disks;
 use replication::guest::{Guest, GuestError, Waker};
 use replication::ids::EpochId;
 use replication::ram::{PageSet, Ram};
 
 use super::codec::Captured;
+use super::disks::ReplicatedDisks;
 use crate::machine::Machine;
 
 /// The running machine of the control loop, handed to the engine.
 pub struct ProtectedVm {
     machine: Arc<Machine>,
+    disks: Option<Arc<ReplicatedDisks>>,
     hold_console: bool,
     /// Whether the last capture said that a person had paused the VM.
     captured_paused: bool,
@@ -21,7 +24,9 @@ impl ProtectedVm {
     /// `hold_console`: serial output waits for the commit of its epoch.
     #[must_use]
     pub fn new(machine: Arc<Machine>, hold_console: bool) -> Self {
-        Self { machine, hold_console, captured_paused: false }
+        let disks = machine.devices().writable_disks();
+        let disks = (!disks.is_empty()).then(|| Arc::new(ReplicatedDisks(disks)));
+        Self { machine, disks, hold_console, captured_paused: false }
     }
 }
 
@@ -30,6 +35,10 @@ impl Guest for ProtectedVm {
 
     fn ram(&self) -> Ram {
         self.machine.memory().ram().clone()
+    }
+
+    fn disks(&self) -> Option<Arc<dyn Disks>> {
+        self.disks.clone().map(|disks| disks as _)
     }
 
     fn describe(&mut self) -> Result<Vec<u8>, GuestError> {

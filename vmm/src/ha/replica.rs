@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 use api::config::VmConfig;
 use crossbeam_channel::Sender;
 use hypervisor::Hypervisor;
+use replication::disk::ReplicaDisk;
 use replication::guest::{GuestError, Replica, ReplicaBuilder};
 use replication::ram::Ram;
 use thiserror::Error;
 
 use super::codec::{self, Captured};
+use super::disks::Receiving;
 use super::overrides::{OverrideError, Overrides, article, has_serial};
 use crate::boot::Payload;
 use crate::control::Notice;
@@ -75,6 +77,11 @@ impl ReplicaBuilder for ReplicaVms {
         // A guest that resets itself after a take-over boots from here.
         Payload::open(&config.payload)?;
         let machine = Arc::new(Machine::build(&self.hypervisor, config)?);
+        // Images that replication writes are nobody else's: a primary on this host that uses the
+        // same file, or another backup, holds its lock.
+        for disk in machine.devices().writable_disks() {
+            disk.claim()?;
+        }
         // Only looked at from there: the engine alone decides how long a replica lives, and its
         // memory and sockets must be free before another is built. A closed channel means that
         // the VMM is on its way out.
@@ -98,6 +105,11 @@ impl Replica for ReplicaVm {
 
     fn ram(&self) -> Ram {
         self.machine.memory().ram().clone()
+    }
+
+    fn disks(&self) -> Vec<Arc<dyn ReplicaDisk>> {
+        let disks = self.machine.devices().writable_disks();
+        disks.into_iter().map(|disk| Arc::new(Receiving(disk)) as _).collect()
     }
 
     fn parse(&mut self, state: &[u8]) -> Result<Captured, GuestError> {

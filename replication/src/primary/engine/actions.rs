@@ -210,8 +210,9 @@ impl<G: Guest> Engine<G> {
         if let Some(senders) = self.senders.take() {
             drop(senders.close());
         }
+        let patience = self.timeout();
         if let Some(disks) = self.disks.take() {
-            disks.close();
+            disks.end(patience);
         }
         for answer in self.stop_answer.drain(..) {
             let result = match state {
