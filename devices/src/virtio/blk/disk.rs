@@ -60,6 +60,10 @@ impl Disk {
 
     /// Attaches something else than the configured image, of at least the same size.
     pub fn attach_image(&self, image: &Arc<dyn Image>) -> Result<(), AttachError> {
+        if self.core.engine.get().is_some() {
+            // Before there are threads that would hold the image for a moment.
+            return Err(self.attached_before());
+        }
         let what = || format!("Cannot start the threads of disk {}", self.config.id);
         let count = self.config.num_queues.saturating_mul(THREADS_PER_QUEUE).min(THREADS_MAX);
         let names = (0..count).map(|at| self.config.thread_name(&format!("_io{at}"))).collect();
@@ -99,9 +103,12 @@ impl Disk {
     pub fn attach_engine(&self, engine: Arc<dyn Engine>) -> Result<(), AttachError> {
         self.core.engine.set(engine).map_err(|engine| {
             engine.close(Duration::ZERO);
-            let what = format!("Disk {} was attached before", self.config.id);
-            AttachError { what, source: None }
+            self.attached_before()
         })
+    }
+
+    fn attached_before(&self) -> AttachError {
+        AttachError { what: format!("Disk {} was attached before", self.config.id), source: None }
     }
 
     /// The log has room again, see [`WriteLog::reserve`].

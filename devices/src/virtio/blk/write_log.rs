@@ -70,7 +70,8 @@ impl Room {
     /// Room for whatever the next step is.
     pub(super) fn reserve(log: &Arc<dyn WriteLog>) -> Option<Self> {
         let (log, bytes) = (Arc::clone(log), STEP_COST_BYTES);
-        log.reserve(bytes).then_some(Self { log, bytes })
+        // Not `then_some`: what is made and dropped gives back what it never had.
+        log.reserve(bytes).then(|| Self { log, bytes })
     }
 
     /// The step has this much data, and no more.
