@@ -142,10 +142,9 @@ pub trait ReplicaBuilder: Send + 'static {
     /// The machine that was built.
     type Replica: Replica;
 
-    /// Allocates memory and devices after a primary's description. The machine does not run and
-    /// touches no network; it locks the images of [`Replica::disks`], which nobody else writes,
-    /// and no others. `ram_bytes` is what the primary says its memory holds: the result must have
-    /// exactly that, or an error says so.
+    /// Allocates memory and devices after a primary's description. The machine does not run,
+    /// takes no image lock and touches no network. `ram_bytes` is what the primary says its
+    /// memory holds: the result must have exactly that, or an error says so.
     fn build(&mut self, description: &[u8]) -> Result<Self::Replica, GuestError>;
 }
 
@@ -157,10 +156,13 @@ pub trait Replica: Send + 'static {
     /// The memory into which committed pages go.
     fn ram(&self) -> Ram;
 
-    /// The images into which the primary's disks go, in its order: open, of this machine alone,
-    /// and written from the first copy on.
-    fn disks(&self) -> Vec<Arc<dyn ReplicaDisk>> {
-        vec![]
+    /// Opens the images into which the primary's disks go, in its order: of this machine alone, and
+    /// written from the first copy on. Called if the primary replicates disks.
+    ///
+    /// # Errors
+    /// An image that cannot be had, or that somebody else has.
+    fn open_disks(&mut self) -> Result<Vec<Arc<dyn ReplicaDisk>>, GuestError> {
+        Ok(vec![])
     }
 
     /// Parses and checks one epoch's machine state; called before the epoch is acknowledged, so a

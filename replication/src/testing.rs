@@ -469,8 +469,8 @@ impl Replica for MemoryReplica {
         self.ram.clone()
     }
 
-    fn disks(&self) -> Vec<Arc<dyn ReplicaDisk>> {
-        self.images.iter().map(|image| Arc::clone(image) as _).collect()
+    fn open_disks(&mut self) -> Result<Vec<Arc<dyn ReplicaDisk>>, GuestError> {
+        Ok(self.images.iter().map(|image| Arc::clone(image) as _).collect())
     }
 
     fn parse(&mut self, state: &[u8]) -> Result<(u32, Vec<u8>), GuestError> {

@@ -117,6 +117,15 @@ pub struct Buses {
 /// How long a switch-over may wait for the writers of output.
 const SETTLE_LIMIT: Duration = Duration::from_millis(200);
 
+/// Whose output waits for the commit of its epoch; frames always do.
+#[derive(Clone, Copy, Debug)]
+pub struct Holds {
+    /// Serial output.
+    pub console: bool,
+    /// What changes the image of a disk that both hosts see.
+    pub disks: bool,
+}
+
 /// The devices of one machine.
 pub struct Devices {
     buses: Arc<Buses>,
@@ -298,10 +307,12 @@ impl Devices {
         self.pm.power_button().map_err(DeviceError::PowerButton)
     }
 
-    /// From now on output waits for the commit of its epoch: frames always, the console's if
-    /// `console` says so.
-    pub fn hold_output(&self, console: bool) {
-        if console {
+    /// From now on output waits for the commit of its epoch.
+    pub fn hold_output(&self, holds: Holds) {
+        if holds.disks && !broken_for_a_test("disk-gate") {
+            self.each_disk(Disk::hold);
+        }
+        if holds.console {
             self.each_gate(devices::output_gate::OutputGate::hold);
         }
         if broken_for_a_test("net-gate") {
@@ -314,15 +325,18 @@ impl Devices {
     pub fn seal_output(&self, epoch: u64) {
         self.each_gate(|gate| gate.seal(epoch));
         self.each_card(|gate| gate.seal(epoch));
+        self.each_disk(|disk| disk.seal(epoch));
     }
 
     pub fn commit_output(&self, epoch: u64) {
         self.each_gate(|gate| gate.commit(epoch));
         self.each_card(|gate| gate.commit(epoch));
+        self.each_disk(|disk| disk.commit(epoch));
     }
 
     /// The backup has the last epoch of a switch-over. Frames leave here: no state carries them. A
-    /// serial port's output is part of its state, and so the backup's to say.
+    /// serial port's output is part of its state, and so the backup's to say; a disk's requests are
+    /// in flight in it, and so the backup's to carry out.
     pub fn hand_over_output(&self, epoch: u64) {
         self.each_card(|gate| gate.commit(epoch));
     }
@@ -340,12 +354,14 @@ impl Devices {
     pub fn pass_output(&self) {
         self.each_gate(devices::output_gate::OutputGate::pass);
         self.each_card(TxGate::pass);
+        self.each_disk(Disk::pass);
     }
 
     /// What is held is dropped, and whatever comes after it.
     pub fn silence(&self) {
         self.each_gate(devices::output_gate::OutputGate::discard);
         self.each_card(TxGate::discard);
+        self.each_disk(Disk::discard);
         self.pci.silence();
     }
 
@@ -360,13 +376,15 @@ impl Devices {
     pub fn output_held_bytes(&self) -> u64 {
         let console = self.serial().map_or(0, |serial| serial.gate().held_bytes());
         let frames: usize = self.virtio.cards.iter().map(|card| card.gate().held_bytes()).sum();
-        (console + frames) as u64
+        let changes: u64 = self.virtio.disks.iter().map(|disk| disk.held().bytes).sum();
+        (console + frames) as u64 + changes
     }
 
     /// Calls `waker` whenever output begins to wait for a seal.
     pub fn set_output_waker(&self, waker: &Arc<dyn Fn() + Send + Sync>) {
         self.each_gate(|gate| gate.set_waker(Arc::clone(waker)));
         self.each_card(|gate| gate.set_waker(Arc::clone(waker)));
+        self.each_disk(|disk| disk.set_waker(Arc::clone(waker)));
     }
 
     /// Output waits for a seal.
@@ -374,6 +392,7 @@ impl Devices {
     pub fn output_waiting(&self) -> bool {
         self.serial().is_some_and(|serial| serial.gate().open_bytes() > 0)
             || self.virtio.cards.iter().any(|card| card.gate().open_bytes() > 0)
+            || self.virtio.disks.iter().any(|disk| disk.open().requests > 0)
     }
 
     /// Disks that the guest can write, in the order of their slots.
@@ -414,6 +433,12 @@ impl Devices {
     fn each_card(&self, act: impl Fn(&TxGate)) {
         for card in &self.virtio.cards {
             act(card.gate());
+        }
+    }
+
+    fn each_disk(&self, act: impl Fn(&Disk)) {
+        for disk in &self.virtio.disks {
+            act(disk);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use super::{Compression, Cow, DiskMode, ReceiveReplicaData, ReplicateData};
+use super::{Compression, Cow, ReceiveReplicaData, ReplicateData};
 use crate::config::validate::console;
 use crate::endpoint::{ArbiterUrl, Endpoint};
 use crate::invalid::Invalid;
@@ -47,9 +47,6 @@ impl ReplicateData {
             Compression::Auto | Compression::None => {}
             Compression::Delta => found.push(unbuilt("compression=delta", NOT_BUILT)),
             Compression::Lz4 => found.push(unbuilt("compression=lz4", NOT_BUILT)),
-        }
-        if self.disk_mode == DiskMode::Shared {
-            found.push(unbuilt("disk_mode=shared", NOT_BUILT));
         }
         found
     }
@@ -178,7 +175,6 @@ mod tests {
             ("cow=hybrid", "cow=hybrid is not supported: take cow=copy"),
             ("cow=protect", "cow=protect is not supported: take cow=copy"),
             ("compression=lz4", "compression=lz4 is not supported: this version cannot do it"),
-            ("disk_mode=shared", "disk_mode=shared is not supported: this version cannot do it"),
         ] {
             let data: ReplicateData = format!("{good},{option}").parse().unwrap();
             assert_eq!(lines(&data.validate())[0], line);

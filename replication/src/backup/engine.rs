@@ -363,7 +363,8 @@ impl<B: ReplicaBuilder> Engine<B> {
 
     fn build(&mut self, offer: &Offer) -> Result<crate::ram::Ram, Error> {
         let built = self.builder.build(&offer.description);
-        let replica = built.map_err(|source| Error::Guest { what: "build the replica", source })?;
+        let mut replica =
+            built.map_err(|source| Error::Guest { what: "build the replica", source })?;
         let ram = replica.ram();
         if layout(&ram) != offer.regions {
             let pages: u64 = offer.regions.iter().map(|region| region.pages).sum();
@@ -374,7 +375,7 @@ impl<B: ReplicaBuilder> Engine<B> {
                 ram.regions().len()
             )));
         }
-        self.open_images(&replica, &offer.disks)?;
+        self.open_images(&mut replica, &offer.disks)?;
         let pages = ram.pages().max(1);
         let counters = &self.status.counters;
         counters.synced_pages.store(0, Ordering::Relaxed);
@@ -386,8 +387,12 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 
     /// Disks of other sizes than the primary's are refused before a byte of them is written.
-    fn open_images(&mut self, replica: &B::Replica, sizes: &[u64]) -> Result<(), Error> {
-        let disks = replica.disks();
+    fn open_images(&mut self, replica: &mut B::Replica, sizes: &[u64]) -> Result<(), Error> {
+        if sizes.is_empty() {
+            return Ok(());
+        }
+        let opened = replica.open_disks();
+        let disks = opened.map_err(|source| Error::Guest { what: "open the images", source })?;
         if disks.len() != sizes.len() {
             let (theirs, ours) = (sizes.len(), disks.len());
             let what = format!("The primary replicates {theirs} disks, the replica has {ours}");
@@ -402,15 +407,13 @@ impl<B: ReplicaBuilder> Engine<B> {
                 )));
             }
         }
-        if !disks.is_empty() {
-            let (number, deliver) = (self.sessions, self.inputs.clone());
-            let tell = move |done| {
-                // An engine that has ended has let go of the images.
-                let _ = deliver.send(Input::Images(number, done));
-            };
-            let limit = self.options.staging_size / 4;
-            self.images = Some((number, Images::start(disks, limit, tell)?));
-        }
+        let (number, deliver) = (self.sessions, self.inputs.clone());
+        let tell = move |done| {
+            // An engine that has ended has let go of the images.
+            let _ = deliver.send(Input::Images(number, done));
+        };
+        let limit = self.options.staging_size / 4;
+        self.images = Some((number, Images::start(disks, limit, tell)?));
         Ok(())
     }
 

@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 
 use super::{Machine, lock};
-use crate::disk::{CHANGE_BYTES_MAX, CHANGE_COST_BYTES, Disks, Journal, Operation, ReplicaDisk, Told};
+use crate::disk::{
+    CHANGE_BYTES_MAX, CHANGE_COST_BYTES, Disks, Journal, Operation, ReplicaDisk, Told,
+};
 
 fn at(range: &Range<u64>) -> Range<usize> {
     let index = |at: u64| usize::try_from(at).expect("a test's image is small");
@@ -249,7 +251,8 @@ impl ReplicaDisk for MemoryImage {
 
 /// What is wrong with the images of a replica, by what the primary's machine state says.
 pub(super) fn compare(images: &[Arc<MemoryImage>], state: &[u8]) -> Result<(), String> {
-    let (numbers, mut rest) = (|from: &[u8]| u64::from_le_bytes(from.try_into().expect("8")), state);
+    let (numbers, mut rest) =
+        (|from: &[u8]| u64::from_le_bytes(from.try_into().expect("8")), state);
     for (disk, image) in images.iter().enumerate() {
         let (head, tail) = rest.split_at_checked(12).ok_or("the state has too few disks")?;
         let sum = u32::from_le_bytes(head[..4].try_into().expect("4"));

@@ -16,13 +16,8 @@ use crate::wire::{
 
 const SIZE: u64 = 2 << 20;
 const SESSION: SessionId = SessionId(42);
-const WRITE: ChangeHead = ChangeHead {
-    epoch: EpochId(1),
-    disk: 0,
-    operation: Operation::Write,
-    offset: 512,
-    len: 512,
-};
+const WRITE: ChangeHead =
+    ChangeHead { epoch: EpochId(1), disk: 0, operation: Operation::Write, offset: 512, len: 512 };
 
 struct DiskScript {
     script: Script,

@@ -128,7 +128,8 @@ mod tests {
     fn what_was_encoded_is_read() {
         use Operation::{Discard, Flush, Write, Zero};
         let zero = [false, true].map(|unmap| head(Zero { unmap }, 1, 0, 512));
-        let others = [head(Write, 0, 512, 1024), head(Discard, 0, 0, 1 << 20), head(Flush, 1, 0, 0)];
+        let others =
+            [head(Write, 0, 512, 1024), head(Discard, 0, 0, 1 << 20), head(Flush, 1, 0, 0)];
         for head in zero.into_iter().chain(others) {
             let data = if head.operation == Write { 1024 } else { 0 };
             assert_eq!(ChangeHead::decode(&head.encode(), &SIZES, data).unwrap(), head);

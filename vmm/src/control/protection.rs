@@ -10,7 +10,8 @@ use std::sync::{Arc, Weak};
 
 use api::config::VmConfig;
 use api::replication::{
-    ConsoleOutput, ReceiveReplicaData, ReplicateData, ReplicationInfo, ReplicationState, Role,
+    ConsoleOutput, DiskMode, ReceiveReplicaData, ReplicateData, ReplicationInfo, ReplicationState,
+    Role,
 };
 use crossbeam_channel::Sender;
 use replication::backup::{self, BackupHandle};
@@ -19,6 +20,7 @@ use replication::{Error as ReplicationError, ErrorKind, Event, Observer};
 use serde_json::{Value, json};
 
 use super::{Answer, Controller, Ending, Notice};
+use crate::device_manager::Holds;
 use crate::ha::{Overrides, ProtectedVm, ReplicaVms};
 use crate::machine::Machine;
 use crate::request::{Failure, FailureKind, Reply};
@@ -172,8 +174,11 @@ impl Controller {
     }
 
     fn protect(&mut self, machine: Arc<Machine>, data: ReplicateData, reply: Sender<Answer>) {
-        let hold_console = data.console_output == ConsoleOutput::Hold;
-        let guest = ProtectedVm::new(Arc::clone(&machine), hold_console);
+        let holds = Holds {
+            console: data.console_output == ConsoleOutput::Hold,
+            disks: data.disk_mode == DiskMode::Shared,
+        };
+        let guest = ProtectedVm::new(Arc::clone(&machine), holds);
         let called_for = Arc::clone(&machine);
         let before = match std::mem::replace(&mut self.protection, Protection::None) {
             Protection::Primary { handle } => Some(handle),

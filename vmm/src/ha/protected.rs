@@ -9,24 +9,26 @@ use replication::ram::{PageSet, Ram};
 
 use super::codec::Captured;
 use super::disks::ReplicatedDisks;
+use crate::device_manager::Holds;
 use crate::machine::Machine;
 
 /// The running machine of the control loop, handed to the engine.
 pub struct ProtectedVm {
     machine: Arc<Machine>,
+    /// Those whose images are to be on both hosts.
     disks: Option<Arc<ReplicatedDisks>>,
-    hold_console: bool,
+    holds: Holds,
     /// Whether the last capture said that a person had paused the VM.
     captured_paused: bool,
 }
 
 impl ProtectedVm {
-    /// `hold_console`: serial output waits for the commit of its epoch.
     #[must_use]
-    pub fn new(machine: Arc<Machine>, hold_console: bool) -> Self {
-        let disks = machine.devices().writable_disks();
+    pub fn new(machine: Arc<Machine>, holds: Holds) -> Self {
+        // Disks whose changes wait are those of one image that both hosts see.
+        let disks = if holds.disks { vec![] } else { machine.devices().writable_disks() };
         let disks = (!disks.is_empty()).then(|| Arc::new(ReplicatedDisks(disks)));
-        Self { machine, disks, hold_console, captured_paused: false }
+        Self { machine, disks, holds, captured_paused: false }
     }
 }
 
@@ -68,7 +70,7 @@ impl Guest for ProtectedVm {
     }
 
     fn hold_output(&mut self) {
-        self.machine.devices().hold_output(self.hold_console);
+        self.machine.devices().hold_output(self.holds);
     }
 
     fn settle_output(&mut self) {

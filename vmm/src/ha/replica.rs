@@ -77,11 +77,6 @@ impl ReplicaBuilder for ReplicaVms {
         // A guest that resets itself after a take-over boots from here.
         Payload::open(&config.payload)?;
         let machine = Arc::new(Machine::build(&self.hypervisor, config)?);
-        // Images that replication writes are nobody else's: a primary on this host that uses the
-        // same file, or another backup, holds its lock.
-        for disk in machine.devices().writable_disks() {
-            disk.claim()?;
-        }
         // Only looked at from there: the engine alone decides how long a replica lives, and its
         // memory and sockets must be free before another is built. A closed channel means that
         // the VMM is on its way out.
@@ -90,9 +85,9 @@ impl ReplicaBuilder for ReplicaVms {
     }
 }
 
-/// How long a take-over tries to get what the devices need of the host, and how often.
-const ATTACH_PATIENCE: Duration = Duration::from_secs(30);
+/// How often a take-over asks for what the devices need of the host, and how often it says so.
 const ATTACH_PAUSE: Duration = Duration::from_millis(5);
+const ATTACH_REMINDER: Duration = Duration::from_secs(10);
 
 /// A machine that does not run yet.
 pub struct ReplicaVm {
@@ -107,9 +102,14 @@ impl Replica for ReplicaVm {
         self.machine.memory().ram().clone()
     }
 
-    fn disks(&self) -> Vec<Arc<dyn ReplicaDisk>> {
+    fn open_disks(&mut self) -> Result<Vec<Arc<dyn ReplicaDisk>>, GuestError> {
         let disks = self.machine.devices().writable_disks();
-        disks.into_iter().map(|disk| Arc::new(Receiving(disk)) as _).collect()
+        for disk in &disks {
+            // Images that replication writes are nobody else's: a primary on this host that uses
+            // the same file, or another backup, holds its lock.
+            disk.claim()?;
+        }
+        Ok(disks.into_iter().map(|disk| Arc::new(Receiving(disk)) as _).collect())
     }
 
     fn parse(&mut self, state: &[u8]) -> Result<Captured, GuestError> {
@@ -120,7 +120,7 @@ impl Replica for ReplicaVm {
     }
 
     fn start(self, state: Captured) -> Result<(), GuestError> {
-        attach(&self.machine)?;
+        attach(&self.machine);
         self.machine.restore(state.machine)?;
         if !state.paused {
             self.machine.resume()?;
@@ -131,23 +131,25 @@ impl Replica for ReplicaVm {
     }
 }
 
-/// Takes what the host lends. A primary on this same host may be dying still: its kernel gives its
-/// taps and locks back only after all of its memory, and no event tells when.
-fn attach(machine: &Machine) -> Result<(), GuestError> {
+/// Takes what the host lends, however long that takes: to give up would be to lose the VM. No event
+/// tells when it can be had.
+///
+/// - A primary on this same host may be dying still: its kernel gives its taps and locks back only
+///   after all of its memory.
+/// - A primary that stands still holds the lock of an image that both hosts see. That is as it must
+///   be: until its lock is gone it may still write, and nobody else can keep it from that. It lets go
+///   when it wakes up and finds that it lost the VM, or when a person ends it.
+fn attach(machine: &Machine) {
     let since = Instant::now();
-    let mut told = false;
-    loop {
-        match machine.attach() {
-            Ok(()) => return Ok(()),
-            Err(error) if since.elapsed() > ATTACH_PATIENCE => return Err(error.into()),
-            Err(error) => {
-                if !std::mem::replace(&mut told, true) {
-                    let line = Failure::from_error(FailureKind::Internal, &error).chain.join(": ");
-                    tracing::warn!("{line}; trying for {ATTACH_PATIENCE:?}");
-                }
-                std::thread::sleep(ATTACH_PAUSE);
-            }
+    let mut told: Option<Instant> = None;
+    while let Err(error) = machine.attach() {
+        if told.is_none_or(|last| last.elapsed() >= ATTACH_REMINDER) {
+            told = Some(Instant::now());
+            let line = Failure::from_error(FailureKind::Internal, &error).chain.join(": ");
+            let waited = since.elapsed().as_secs();
+            tracing::warn!("the take-over waits, {waited} s by now: {line}");
         }
+        std::thread::sleep(ATTACH_PAUSE);
     }
 }
 

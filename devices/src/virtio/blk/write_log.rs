@@ -29,21 +29,11 @@ const STEP_COST_BYTES: u64 = BUFFER_BYTES_MAX as u64 + 2 * RECORD_COST_BYTES;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change<'a> {
     /// At most the largest buffer's bytes, 1 MiB.
-    Write {
-        offset: u64,
-        data: &'a [u8],
-    },
+    Write { offset: u64, data: &'a [u8] },
     /// The range reads as zeroes; its room may be freed if `unmap`.
-    Zero {
-        offset: u64,
-        len: u64,
-        unmap: bool,
-    },
+    Zero { offset: u64, len: u64, unmap: bool },
     /// What the range reads as is of no use any more.
-    Discard {
-        offset: u64,
-        len: u64,
-    },
+    Discard { offset: u64, len: u64 },
     /// What was recorded before is durable here.
     Flush,
 }

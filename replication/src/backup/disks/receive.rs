@@ -111,7 +111,11 @@ impl Receiving {
         let bytes = self.reader.rest();
         let head = ChangeHead::decode(&head, &self.sizes, bytes)?;
         // Before anything is set aside for it.
-        if head.epoch == EpochId(0) { self.may_copy()? } else { self.may_stage(&head, bytes)? }
+        if head.epoch == EpochId(0) {
+            self.may_copy()?
+        } else {
+            self.may_stage(&head, bytes)?
+        }
         assert!(bytes <= CHANGE_BYTES_MAX, "checked with the head");
         let mut data = vec![0; bytes];
         self.reader.read_into(&mut data)?;

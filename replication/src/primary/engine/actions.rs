@@ -1,8 +1,7 @@
 //! What the engine does when its machine says so.
 
 use super::{
-    Action, Degrade, Engine, Error, Event, Guest, Message, Report, Standing, State, Told,
-    Work,
+    Action, Degrade, Engine, Error, Event, Guest, Message, Report, Standing, State, Told, Work,
 };
 use crate::protocol::ownership::Verdict;
 use crate::protocol::primary::Purpose;

@@ -11,10 +11,10 @@ use super::{
     Source, TOO_LARGE_MAX, Work,
 };
 use crate::capture::cow::Share;
-use crate::primary::disk::Job as DiskJob;
-use crate::primary::seal::Sealed;
 use crate::guest::{MachineState, STATE_BYTES_MAX};
 use crate::ids::{EpochId, PAGE_SIZE};
+use crate::primary::disk::Job as DiskJob;
+use crate::primary::seal::Sealed;
 use crate::ram::PageSet;
 use crate::wire::Seal;
 
@@ -165,11 +165,7 @@ impl<G: Guest> Engine<G> {
                     Err(error) => self.step(Event::GiveUp(error.chain())),
                 }
             }
-            Work::Epochs
-            | Work::Nothing
-            | Work::AwaitingDisks
-            | Work::Settling
-            | Work::Rest => {}
+            Work::Epochs | Work::Nothing | Work::AwaitingDisks | Work::Settling | Work::Rest => {}
         }
     }
 
