@@ -149,7 +149,8 @@ fill_share() {
     mv "$SHARE"/bin/librxe-rdmav*.so "$SHARE/lib/libibverbs/"
     cp -L "$lib"/libibverbs.so.1 "$lib"/librdmacm.so.1 "$SHARE/lib/"
     cp "$BED_DIR/root/etc/libibverbs.d/rxe.driver" "$SHARE/etc/libibverbs.d/"
-    add_qemu
+    # The reference suite runs the bed's own QEMU in L1, from the bed's folder.
+    cp "$BED/qemu" "$SHARE/bin/qemu"
     cp -r "$BED/l1" "$BED/suites" "$SHARE/"
     [ ! -f "$ROOT/target/guest/understudy-guest" ] ||
         cp "$ROOT/target/guest/understudy-guest" "$SHARE/"
@@ -160,19 +161,6 @@ fill_share() {
         done
     } >"$SHARE/settings"
     [ -z "$KVM_TESTS" ] || list_kvm_tests
-}
-
-# The reference suite runs the bed's own QEMU in L1, from the bed's folder: only what it takes from
-# this system (the C library) has to come along.
-add_qemu() {
-    local library
-    cp "$BED/qemu" "$SHARE/bin/qemu"
-    for library in $(libraries_of "$BED_DIR/root/usr/bin/qemu-system-x86_64"); do
-        case $library in
-            "$BED_DIR"/*) ;;
-            *) [ -e "$SHARE/lib/$(basename "$library")" ] || cp -L "$library" "$SHARE/lib/" ;;
-        esac
-    done
 }
 
 keep_logs() {

@@ -60,6 +60,19 @@ impl Answer {
     }
 }
 
+/// The body of an answer that says that it was done.
+fn success(answer: Answer) -> Result<String, ClientError> {
+    if answer.is_success() {
+        return Ok(answer.body);
+    }
+    // A server of another kind may say it otherwise.
+    let chain = serde_json::from_str(&answer.body).unwrap_or_else(|_| match answer.body {
+        body if body.is_empty() => Vec::new(),
+        body => vec![body],
+    });
+    Err(ClientError::Refused { status: answer.status, reason: answer.reason, chain })
+}
+
 /// A connection to a VMM.
 #[derive(Debug)]
 pub struct Client {
@@ -101,16 +114,7 @@ impl Client {
         name: &str,
         body: Option<&str>,
     ) -> Result<String, ClientError> {
-        let answer = self.exchange(method, name, body)?;
-        if answer.is_success() {
-            return Ok(answer.body);
-        }
-        // A server of another kind may say it otherwise.
-        let chain = serde_json::from_str(&answer.body).unwrap_or_else(|_| match answer.body {
-            body if body.is_empty() => Vec::new(),
-            body => vec![body],
-        });
-        Err(ClientError::Refused { status: answer.status, reason: answer.reason, chain })
+        self.exchange(method, name, body).and_then(success)
     }
 
     /// Makes a request and gives the answer, whatever its status.
@@ -123,6 +127,32 @@ impl Client {
         method: Method,
         name: &str,
         body: Option<&str>,
+    ) -> Result<Answer, ClientError> {
+        self.exchange_by(method, name, body, |mut stream, bytes| stream.write(bytes))
+    }
+
+    /// The same as [`Client::call`] with a first write by `write`, which may send more than bytes,
+    /// and says how many of them it has sent.
+    ///
+    /// # Errors
+    ///
+    /// The server refuses, or cannot be talked to.
+    pub fn call_by(
+        &mut self,
+        method: Method,
+        name: &str,
+        body: Option<&str>,
+        write: impl FnOnce(&UnixStream, &[u8]) -> io::Result<usize>,
+    ) -> Result<String, ClientError> {
+        self.exchange_by(method, name, body, write).and_then(success)
+    }
+
+    fn exchange_by(
+        &mut self,
+        method: Method,
+        name: &str,
+        body: Option<&str>,
+        write: impl FnOnce(&UnixStream, &[u8]) -> io::Result<usize>,
     ) -> Result<Answer, ClientError> {
         let method = match method {
             Method::Get => "GET",
@@ -140,7 +170,9 @@ impl Client {
         }
         // A server that refuses early stops reading: what it answers says more than the write
         // that failed.
-        let sent = self.stream.write_all(text.as_bytes());
+        let bytes = text.as_bytes();
+        let sent = write(&self.stream, bytes)
+            .and_then(|count| self.stream.write_all(bytes.get(count..).unwrap_or_default()));
         match (sent, self.receive()) {
             (_, Ok(answer)) => Ok(answer),
             (Err(error), Err(_)) => Err(ClientError::Send(error)),

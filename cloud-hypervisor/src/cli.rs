@@ -1,5 +1,6 @@
 //! The flags, and what they mean.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use anyhow::{Context, anyhow};
@@ -147,7 +148,10 @@ impl Cli {
         if matches!(self.seccomp, Some(Seccomp::True | Seccomp::Log)) {
             tracing::warn!("--seccomp has no effect: this version has no filters");
         }
-        let config = self.vm_config();
+        let mut config = self.vm_config();
+        let mut restore = self.restore.clone();
+        let tap_fds = inherit_taps(config.as_mut())?;
+        let restore_fds = inherit_restored(restore.as_mut())?;
         if let Some(config) = &config {
             let mut found = config.validate_boot();
             found.extend(config.unsupported());
@@ -182,7 +186,9 @@ impl Cli {
             api_socket,
             event_monitor,
             config,
-            restore: self.restore,
+            tap_fds,
+            restore,
+            restore_fds,
             replicate: self.replicate,
             receive_replica,
             no_shutdown: self.no_shutdown,
@@ -228,6 +234,29 @@ impl Cli {
             ..default
         })
     }
+}
+
+/// The descriptors of `--net fd=[…]`, in the order of the cards.
+fn inherit_taps(config: Option<&mut VmConfig>) -> anyhow::Result<Vec<OwnedFd>> {
+    let mut all = Vec::new();
+    for card in config.and_then(|config| config.net.as_mut()).into_iter().flatten() {
+        for fd in card.fds.iter_mut().flatten() {
+            all.push(inherit_tap(*fd, "--net")?);
+            *fd = -1;
+        }
+    }
+    Ok(all)
+}
+
+/// The descriptors of `--restore net_fds=[…]`, in the order of the cards.
+fn inherit_restored(restore: Option<&mut RestoreConfig>) -> anyhow::Result<Vec<OwnedFd>> {
+    let cards = restore.and_then(|restore| restore.net_fds.as_mut()).into_iter().flatten();
+    let fds = cards.filter_map(|card| card.fds.take()).flatten();
+    fds.map(|fd| inherit_tap(fd, "--restore")).collect()
+}
+
+fn inherit_tap(fd: i32, flag: &str) -> anyhow::Result<OwnedFd> {
+    http::inherit(fd).with_context(|| format!("Descriptor {fd} of {flag} is not open"))
 }
 
 fn some<T: Clone>(items: &[T]) -> Option<Vec<T>> {

@@ -3,7 +3,8 @@
 #
 # What enters: the system's own APT configuration (for the mirror, the proxy, the keyring).
 # What leaves: one line on file descriptor 9, the folder that holds
-#     root/              QEMU and its libraries, seabios, iproute2, the RDMA userland (unpacked)
+#     qemu/              QEMU, its libraries (the C library, too) and its firmware (unpacked)
+#     root/              busybox, iproute2, the RDMA userland (unpacked)
 #     l1/vmlinux l1.img  the full Debian kernel and the initramfs of L1
 #     l2/vmlinux l2/bzImage l2.img   the Debian cloud kernel and the initramfs of L2
 #     packages.txt       what it was made of
@@ -15,9 +16,12 @@ set -euo pipefail
 BED=$ROOT/tests/bed
 RELEASE=bookworm
 KERNEL_SERIES='6\.12'
+# Not the release's own: its threads of emulated CPUs lose and invent each other's interrupts, since
+# they change one word without an order. QEMU 10.2 is the first that does not.
+QEMU_RELEASE=trixie
 # Versions of the closure come from the archive's resolver, started on an empty system.
-FROM_BACKPORTS=(qemu-system-x86 seabios ipxe-qemu)
-FROM_RELEASE=(busybox-static iproute2 ibverbs-providers)
+FROM_QEMU_BACKPORTS=(qemu-system-x86 seabios ipxe-qemu)
+FROM_RELEASE=(busybox-static iproute2 ibverbs-providers librdmacm1)
 L1_MODULES=kvm-amd,rdma_rxe,rdma_ucm,ib_uverbs,crc32_generic,tun,veth,dummy,bridge
 L1_MODULES+=,9p,9pnet_virtio,virtio_pci,virtio_net,virtio_console
 L2_MODULES=virtio_blk,failover,net_failover,virtio_net,virtio_rng
@@ -43,14 +47,15 @@ debian_mirror() {
     echo "${uri%/}"
 }
 
-# A private APT: its own sources, lists, state and cache, and a system that has no package.
+# private_apt DIR MIRROR RELEASE: a private APT with its own sources, lists, state and cache, for a
+# system that has no package.
 private_apt() {
-    local apt=$1 mirror=$2 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    local apt=$1 mirror=$2 release=$3 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     [ -r "$keyring" ] || need_packages debian-archive-keyring
     mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
     : >"$apt/status"
     printf "deb [signed-by=$keyring] $mirror %s main\n" \
-        "$RELEASE" "$RELEASE-backports" >"$apt/sources.list"
+        "$release" "$release-backports" >"$apt/sources.list"
     cat >"$apt/apt.conf" <<END
 Dir::Etc::sourcelist "$apt/sources.list";
 Dir::Etc::sourceparts "-";
@@ -79,17 +84,25 @@ kernel_package() {
         sort -V | tail -n 1
 }
 
+fetch_lists() { # APT
+    retry 3 quietly "fetching the package lists" "$1/log" "${APT_GET[@]}" update \
+        -o APT::Update::Error-Mode=any || die "Cannot fetch the package lists from the mirror"
+}
+
+fetch_qemu() { # APT
+    fetch_lists "$1"
+    retry 3 quietly "fetching QEMU" "$1/log" "${APT_GET[@]}" install -y --download-only \
+        -t "$QEMU_RELEASE-backports" "${FROM_QEMU_BACKPORTS[@]}" || die "Cannot fetch QEMU"
+}
+
 fetch_packages() {
     local apt=$1 kernel
-    retry 3 quietly "fetching the package lists" "$apt/log" "${APT_GET[@]}" update \
-        -o APT::Update::Error-Mode=any || die "Cannot fetch the package lists from the mirror"
+    fetch_lists "$apt"
     for flavour in amd64 cloud-amd64; do
         kernel=$(kernel_package "$flavour")
         [ -n "$kernel" ] || die "The mirror has no $flavour kernel of the series $KERNEL_SERIES"
         echo "$kernel" >"$apt/kernel-$flavour"
     done
-    retry 3 quietly "fetching QEMU" "$apt/log" "${APT_GET[@]}" install -y --download-only \
-        -t "$RELEASE-backports" "${FROM_BACKPORTS[@]}" || die "Cannot fetch QEMU"
     retry 3 quietly "fetching the userland" "$apt/log" "${APT_GET[@]}" install -y --download-only \
         "${FROM_RELEASE[@]}" || die "Cannot fetch ${FROM_RELEASE[*]}"
     (cd "$apt/cache" && retry 3 quietly "fetching the kernels" "$apt/log" "${APT_GET[@]}" download \
@@ -97,19 +110,26 @@ fetch_packages() {
         die "Cannot fetch the kernels"
 }
 
-unpack() {
-    local apt=$1 out=$2 deb name
-    note "unpacking"
-    mkdir -p "$out/root"
-    for deb in "$apt"/cache/archives/*.deb; do
+# unpack_into FOLDER LIST DEB...
+unpack_into() {
+    local folder=$1 list=$2 deb name
+    shift 2
+    mkdir -p "$folder"
+    for deb in "$@"; do
         name=$(basename "$deb")
-        case $name in
-            # QEMU runs with the host's C library: two of them in one process do not go together.
-            libc6_* | libgcc-s1_*) continue ;;
-        esac
-        dpkg -x "$deb" "$out/root" || die "Cannot unpack $name"
-        echo "${name%.deb}" >>"$out/packages.txt"
+        dpkg -x "$deb" "$folder" || die "Cannot unpack $name"
+        echo "${name%.deb}" >>"$list"
     done
+}
+
+unpack() {
+    local qemu=$1 apt=$2 out=$3 deb
+    note "unpacking"
+    mkdir -p "$out"
+    unpack_into "$out/qemu" "$out/packages.txt" "$qemu"/cache/archives/*.deb
+    # In L1 our binaries and these run with the host's C library: two of them do not go together.
+    rm -f "$apt"/cache/archives/{libc6,libgcc-s1}_*.deb
+    unpack_into "$out/root" "$out/packages.txt" "$apt"/cache/archives/*.deb
     for flavour in amd64 cloud-amd64; do
         deb=$(echo "$apt/cache/$(cat "$apt/kernel-$flavour")"_*.deb)
         dpkg -x "$deb" "$apt/$flavour" || die "Cannot unpack $(basename "$deb")"
@@ -155,14 +175,16 @@ main() {
         exec 8>"$cache/.lock"
         flock -n 8 || { note "waiting for another build of the bed" && flock 8; }
         if [ ! -d "$place" ]; then
-            log "Building the nested bed (about 175 MB to fetch, once)"
+            log "Building the nested bed (about 185 MB to fetch, once)"
             need_packages python3 zstd
             drop_old "$cache" "$hash"
             work=$(mktemp -d "$cache/.building.XXXXXX")
             on_exit rm -rf -- "$work"
-            private_apt "$work/apt" "$(debian_mirror)"
+            private_apt "$work/qemu" "$(debian_mirror)" "$QEMU_RELEASE"
+            fetch_qemu "$work/qemu"
+            private_apt "$work/apt" "$(debian_mirror)" "$RELEASE"
             fetch_packages "$work/apt"
-            unpack "$work/apt" "$work/bed"
+            unpack "$work/qemu" "$work/apt" "$work/bed"
             make_images "$work/apt" "$work/bed"
             sync -f "$work/bed"
             mv -T "$work/bed" "$place"

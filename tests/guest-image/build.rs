@@ -52,7 +52,7 @@ fn target_directory(out_dir: &Path) -> PathBuf {
 fn build(guest: &Path, target_dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
     let mut cargo = Command::new(variable("CARGO")?);
     // From its own directory, for the sake of its .cargo/config.toml.
-    cargo.current_dir(guest).args(["build", "--release", "--locked", "--offline", "--quiet"]);
+    cargo.current_dir(guest).args(["build", "--release", "--locked", "--quiet"]);
     cargo.args(["--target", TRIPLE]).arg("--target-dir").arg(target_dir);
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(is_ours) {

@@ -11,6 +11,7 @@
 
 mod host;
 pub mod pci;
+pub mod taps;
 #[cfg(test)]
 mod tests;
 pub mod virtio;
@@ -52,6 +53,7 @@ use crate::cpu::MachineEvent;
 use crate::memory::Memory;
 use host::Kvm;
 use pci::{PciDevices, PciError, PciState};
+use taps::TapDescriptors;
 use virtio::VirtioDevices;
 use wishes::Wishes;
 
@@ -149,6 +151,7 @@ impl Devices {
         config: &VmConfig,
         vm: &Arc<Vm>,
         memory: &Memory,
+        taps: TapDescriptors,
         events: &Sender<MachineEvent>,
     ) -> Result<Self, DeviceError> {
         let line = |gsi| {
@@ -184,7 +187,8 @@ impl Devices {
             observer: observer(events.clone()),
         };
         let pci = PciDevices::new(&buses, memory.end(), host)?;
-        let virtio = VirtioDevices::new(config, port_mode(&config.console)?.as_ref())?;
+        let console = port_mode(&config.console)?;
+        let virtio = VirtioDevices::new(config, console.as_ref(), taps)?;
         for device in virtio.all() {
             pci.add(device)?;
         }
@@ -405,6 +409,12 @@ impl Devices {
         self.gates().any(|gate| gate.open_bytes() > 0)
             || self.virtio.cards.iter().any(|card| card.gate().open_bytes() > 0)
             || self.virtio.disks.iter().any(|disk| disk.open().requests > 0)
+    }
+
+    /// Disks that the guest can write, in the order of their slots.
+    #[must_use]
+    pub fn writable_disks(&self) -> Vec<Arc<Disk>> {
+        self.virtio.disks.iter().filter(|disk| !disk.is_readonly()).cloned().collect()
     }
 
     #[must_use]

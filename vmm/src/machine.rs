@@ -24,6 +24,7 @@ use thiserror::Error;
 
 use crate::boot::{BootError, Entry, Payload};
 use crate::cpu::{CpuError, MachineEvent, Vcpus};
+use crate::device_manager::taps::TapDescriptors;
 use crate::device_manager::virtio::complete;
 use crate::device_manager::{DeviceError, Devices, DevicesState};
 use crate::memory::{Memory, MemoryError};
@@ -117,7 +118,11 @@ pub struct Machine {
 
 impl Machine {
     /// Builds the machine with parked vCPUs that have nothing to run yet.
-    pub fn build(hypervisor: &Arc<Hypervisor>, mut config: VmConfig) -> Result<Self, MachineError> {
+    pub fn build(
+        hypervisor: &Arc<Hypervisor>,
+        mut config: VmConfig,
+        taps: TapDescriptors,
+    ) -> Result<Self, MachineError> {
         complete(&mut config).map_err(MachineError::Random)?;
         let asked = config.cpus.boot_vcpus;
         let max = hypervisor.capabilities().max_vcpus;
@@ -138,7 +143,7 @@ impl Machine {
         // Bounded by its senders: one power event between two resets, one of each vCPU, and what the
         // devices' observer lets through.
         let (sender, events) = unbounded();
-        let devices = Devices::new(&config, &vm, &memory, &sender)?;
+        let devices = Devices::new(&config, &vm, &memory, taps, &sender)?;
         let cpuid = hypervisor.supported_cpuid()?;
         let topology = topology(&config.cpus)?;
         let mut vcpus = Vec::new();

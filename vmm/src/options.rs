@@ -24,8 +24,12 @@ pub struct Options {
     pub event_monitor: EventMonitor,
     /// A VM to create and boot at once.
     pub config: Option<VmConfig>,
+    /// Descriptors for those cards of `config` that say how many they have, in their order.
+    pub tap_fds: Vec<OwnedFd>,
     /// A VM to take from a snapshot at once.
     pub restore: Option<RestoreConfig>,
+    /// Descriptors for the `net_fds` of `restore`, in their order.
+    pub restore_fds: Vec<OwnedFd>,
     /// Protect the VM from its boot on.
     pub replicate: Option<ReplicateData>,
     /// Be the backup.

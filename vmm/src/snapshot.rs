@@ -23,6 +23,7 @@ use replication::ram::Ram;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::device_manager::taps::TapDescriptors;
 use crate::machine::{Machine, MachineError, MachineState};
 use crate::memory::Memory;
 use crate::progress::Progress;
@@ -118,6 +119,7 @@ pub fn restore(
     hypervisor: &Arc<Hypervisor>,
     url: &str,
     prefault: bool,
+    taps: TapDescriptors,
 ) -> Result<Machine, SnapshotError> {
     let from = directory(url)?;
     let mut config: VmConfig = read_json(&from.join("config.json"))?;
@@ -137,7 +139,7 @@ pub fn restore(
         return Err(SnapshotError::MemorySize { path, found, expected: config.memory.size });
     }
     config.memory.prefault |= prefault;
-    let machine = Machine::build(hypervisor, config)?;
+    let machine = Machine::build(hypervisor, config, taps)?;
     let crc32 = read_memory(machine.memory().ram(), &memory).map_err(read)?;
     if crc32 != state.memory_crc32 {
         let expected = state.memory_crc32;

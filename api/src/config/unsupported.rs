@@ -11,6 +11,8 @@ use crate::invalid::Invalid;
 const NOT_BUILT: &str = "this version has no such device";
 const NO_BACKING: &str = "only raw images are read";
 const ONE_SEGMENT: &str = "there is one PCI segment";
+const OTHER_FDS: &str =
+    "numbers mean nothing to this process, send the descriptors with vm.add-net";
 const BYPASS: &str = "it would bypass replication";
 
 impl VmConfig {
@@ -40,8 +42,9 @@ impl VmConfig {
         refuse(disks.iter().any(|disk| disk.pci_segment > 0), "disks pci_segment", ONE_SEGMENT);
         refuse(disks.iter().any(|disk| disk.vhost_user), "disks vhost_user", BYPASS);
         refuse(disks.iter().any(|disk| disk.iommu), "disks iommu", NOT_BUILT);
-        let given_fds = |card: &NetConfig| card.fds.as_ref().is_some_and(|fds| !fds.is_empty());
-        refuse(cards.iter().any(given_fds), "net fds", "name the tap");
+        // Upstream writes -1 for what it holds open, and so do we.
+        let numbered = |card: &NetConfig| card.fds.iter().flatten().any(|fd| *fd >= 0);
+        refuse(cards.iter().any(numbered), "net fds", OTHER_FDS);
         refuse(cards.iter().any(|card| card.pci_segment > 0), "net pci_segment", ONE_SEGMENT);
         refuse(cards.iter().any(|card| card.vhost_user), "net vhost_user", BYPASS);
         refuse(cards.iter().any(|card| card.iommu), "net iommu", NOT_BUILT);

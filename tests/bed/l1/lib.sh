@@ -58,11 +58,30 @@ failed() {
     local name=$1 file
     shift
     say "@fail $SUITE $name $*"
-    for file in "$CASE"/log "$CASE"/*.err "$CASE"/*.serial; do
+    for file in "$CASE"/*.sock; do
+        [ -S "$file" ] && state_of "$(basename "$file" .sock)" >"$CASE/$(basename "$file" .sock).state" 2>&1
+    done
+    for file in "$CASE"/log "$CASE"/*.err "$CASE"/*.state "$CASE"/*.serial; do
         [ -s "$file" ] || continue
         say "@log --- end of $(basename "$file")"
         tail -n 25 "$file" | sed 's/^/@log /' | tr -cd '\11\12\40-\176' >&3
     done
+}
+
+# state_of NAME: what a VMM that lives says of itself, and what its threads do in a second.
+state_of() {
+    ended "$1" && return
+    timeout 10 "$REMOTE" "--api-socket=$CASE/$1.sock" replication-info
+    thread_times "$1"
+    sleep 1
+    thread_times "$1"
+    timeout 10 "$REMOTE" "--api-socket=$CASE/$1.sock" counters
+}
+
+# thread_times NAME: each thread with its state and its ticks in user and kernel mode.
+thread_times() {
+    cat /proc/"$(pid_of "$1")"/task/*/stat | sed 's/^[0-9]* (\(.*\)) /\1 /; s/ /_/' |
+        awk '{ printf "%s %s/%s  ", $1, $13, $14 } END { print "" }'
 }
 
 # In a case: the reason, and the end.

@@ -47,12 +47,22 @@ survives() { # VCPUS
     local back=$(($(seconds) - killed))
     wait_serial b "^L2 END" $((LINUX_COUNTS + 120))
     expect_status b 0 60
-    no_complaints b
     local verdict
+    for verdict in a b; do
+        never_reset "$verdict"
+    done
+    no_complaints b
     verdict=$(complaints a)
     [ -z "$verdict" ] || fail "a's guest complains: $verdict"
     verdict=$(judge) || fail "$verdict"
     detail "epoch $committed, killed ${pause_ms} ms into protection, back after $back s, $verdict"
+}
+
+# never_reset NAME: no vCPU of NAME's guest had a triple fault, after which the guest boots again.
+never_reset() {
+    local found
+    found=$(grep -a "triple fault" "$CASE/$1.err" | tail -n 1)
+    [ -z "$found" ] || fail "$1: $found"
 }
 
 # The guest may power off before anybody asked for the state.

@@ -17,6 +17,8 @@ const FIRST_TSS: u32 = 0x40;
 pub const TSS_SIZE: u32 = 104 + 8192 + 1;
 const TSS_BITMAP: u16 = 104;
 pub const RING3_STACK_SIZE: u64 = 32 << 10;
+/// The first processor's: it builds drivers with their queues, some kilobytes each.
+const FIRST_RING3_STACK_SIZE: u64 = 128 << 10;
 
 const SERVICE_WAIT: u32 = 0;
 const SERVICE_PARK: u32 = 1;
@@ -41,7 +43,7 @@ global_asm!(
     SERIAL_PORT = const SERIAL_PORT,
     SLEEP_PORT = const SLEEP_CONTROL_PORT,
     POWER_OFF = const POWER_OFF,
-    RING3_STACK = const RING3_STACK_SIZE,
+    RING3_STACK = const FIRST_RING3_STACK_SIZE,
 );
 
 #[derive(Clone, Copy)]

@@ -22,6 +22,10 @@ mod intrinsics;
 mod lapic;
 /// The page tables.
 mod map;
+/// PCI functions with a virtio device.
+mod pci;
+/// Memory that devices may write, and what lives as long as the guest.
+mod pool;
 /// Input, output and the ways to end.
 mod port;
 /// The loop that every processor is in, and the end of it.
@@ -32,6 +36,8 @@ mod serial;
 mod shared;
 /// Starting the other processors.
 mod smp;
+/// virtio devices: queues, the network card, the disk.
+mod virtio;
 /// The workloads.
 mod workload;
 /// What is settled before the processors begin.

@@ -56,6 +56,17 @@ impl Map {
         Ok(())
     }
 
+    /// Maps the small pages of `start..start + length` as device registers.
+    pub fn add_devices(&mut self, start: u64, length: u64) -> Result<(), NotMapped> {
+        let end = start.checked_add(length).filter(|end| *end <= PHYSICAL_END).ok_or(NotMapped)?;
+        let mut address = start / PAGE_SIZE * PAGE_SIZE;
+        while address < end {
+            self.add_device(address)?;
+            address += PAGE_SIZE;
+        }
+        Ok(())
+    }
+
     fn directory(&mut self, address: u64) -> Result<NonNull<Table>, NotMapped> {
         let pointers = self.below(boot::top_table(), address >> 39)?;
         self.below(pointers, address >> 30)

@@ -24,6 +24,23 @@ pub fn input(port: u16) -> u8 {
     value
 }
 
+pub fn output_u32(port: u16, value: u32) {
+    // SAFETY: as for `output`.
+    unsafe {
+        asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags));
+    }
+}
+
+#[must_use]
+pub fn input_u32(port: u16) -> u32 {
+    let value;
+    // SAFETY: as for `input`.
+    unsafe {
+        asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack, preserves_flags));
+    }
+    value
+}
+
 /// ACPI's S5.
 pub fn power_off() -> ! {
     output(SLEEP_CONTROL_PORT, POWER_OFF);

@@ -13,10 +13,12 @@ use core::sync::atomic::Ordering;
 use guest_logic::cmdline::End;
 use guest_logic::machine::VCPUS_MAX;
 use guest_logic::standstill::Standstill;
+use guest_logic::typed::Typed;
 
 use crate::serial::{received, say};
 use crate::shared::{self, Shared};
-use crate::workload::{Compute, Dirty, Verify};
+use crate::workload::kv::NotStarted;
+use crate::workload::{Compute, Dirty, Kv, Verify};
 use crate::world::World;
 use crate::{boot, lapic, port};
 
@@ -43,6 +45,8 @@ struct Cpu {
     verify: Option<Verify>,
     dirty: Option<Dirty>,
     compute: Option<Compute>,
+    /// Of the first processor only.
+    kv: Option<Kv>,
     standstill: Standstill,
 }
 
@@ -55,6 +59,7 @@ impl Cpu {
             verify: workloads.verify.then(|| Verify::new(world, index)),
             dirty: workloads.dirty.then(|| Dirty::new(world, index)),
             compute: workloads.compute.then(|| Compute::new(world, index)),
+            kv: (workloads.kv && index == 0).then(|| start_kv(world)),
             standstill: Standstill::new(world.clock.now_ns()),
         }
     }
@@ -74,6 +79,10 @@ impl Cpu {
         if let Some(compute) = &mut self.compute {
             compute.step();
             due_ns = 0;
+            self.standstill.worked(clock.now_ns());
+        }
+        if let Some(kv) = &mut self.kv {
+            due_ns = due_ns.min(kv.step(clock.now_ns()));
             self.standstill.worked(clock.now_ns());
         }
         self.shared.beat();
@@ -98,6 +107,13 @@ impl Cpu {
         self.shared.beat();
         self.shared.phase.store(phase, Ordering::Release);
     }
+}
+
+fn start_kv(world: &'static World) -> Kv {
+    Kv::start(world).unwrap_or_else(|NotStarted { what, why }| {
+        say!("ERROR the {what} {why}");
+        port::power_off();
+    })
 }
 
 /// Every processor that takes part ends up here.
@@ -129,16 +145,24 @@ fn run_first(cpu: &mut Cpu) -> ! {
     let world = cpu.world;
     let tick_ns = world.config.tick_ms * MS;
     let mut reporter = Reporter::new(world);
+    let mut typed = Typed::new();
     let mut next_ns = world.clock.now_ns() + tick_ns;
     loop {
         let due_ns = cpu.step();
+        if cpu.kv.as_ref().is_some_and(|kv| kv.has_stopped()) {
+            end(cpu, &reporter);
+        }
         let now_ns = world.clock.now_ns();
         if now_ns >= next_ns {
             // Where the machine stood still for long, the ticks missed are not made up for.
             next_ns = (next_ns + tick_ns).max(now_ns);
             reporter.report(cpu);
-            if reporter.tick == world.config.ticks || asked_to_end() {
-                end(cpu, &reporter);
+            if reporter.tick == world.config.ticks || asked_to_end(&mut typed) {
+                match &mut cpu.kv {
+                    // What it has begun it brings to an end first.
+                    Some(kv) => kv.stop(),
+                    None => end(cpu, &reporter),
+                }
             }
             cpu.standstill.skip(world.clock.now_ns());
         }
@@ -147,9 +171,9 @@ fn run_first(cpu: &mut Cpu) -> ! {
     }
 }
 
-fn asked_to_end() -> bool {
+fn asked_to_end(typed: &mut Typed) -> bool {
     // A bound, so that a sender who never stops does not stop the ticks.
-    (0..64).map_while(|_| received()).any(|byte| byte == b'q')
+    (0..64).map_while(|_| received()).any(|byte| typed.byte(byte))
 }
 
 /// Prints a tick's lines and notices processors that do not move.
@@ -199,9 +223,12 @@ impl Reporter {
         if workloads.compute {
             self.report_compute();
         }
+        if let Some(kv) = &cpu.kv {
+            kv.report();
+        }
         if workloads.is_idle() {
             say!("idle tick={tick}");
-        } else {
+        } else if !workloads.is_only_kv() {
             let standstill = cpu.standstill.report();
             let (max_us, over) = (standstill.max_us, standstill.over_1ms);
             say!("standstill_us max={max_us} count>1ms={over}");

@@ -14,7 +14,8 @@ use guest_logic::start_info::StartInfo;
 
 use crate::clock::Clock;
 use crate::map::{LOW_END, Map, Mapped};
-use crate::{boot, lapic, smp};
+use crate::workload::kv;
+use crate::{boot, lapic, pci, smp};
 
 pub const COMMAND_LINE_MAX: usize = 2048;
 const MIB: u64 = 1 << 20;
@@ -40,6 +41,8 @@ pub struct World {
     /// A page for each pair.
     pub pairs: u64,
     pub dirty: Area,
+    /// `kv::PAGES` pages where that workload runs.
+    pub kv_memory: u64,
     /// Where the end has got to, set by the first processor only.
     pub phase: AtomicU32,
     pub avx2: bool,
@@ -90,7 +93,7 @@ pub fn build(text: &mut [u8; COMMAND_LINE_MAX]) -> Result<&'static World, WorldE
     let config = Config::parse(command_line(&memory, info.command_line, text)?)
         .map_err(WorldError::CommandLine)?;
     let processors = processors(&memory, info, &config)?;
-    let (free, memory_mib) = map_memory(memory, info)?;
+    let (free, memory_mib) = map_memory(memory, info, config.workloads.kv)?;
     lapic::enable();
     let tsc_khz = config.tsc_khz.or_else(boot::cpuid_tsc_khz);
     let clock = Clock::new(tsc_khz.unwrap_or_else(lapic::calibrate_tsc_khz));
@@ -132,8 +135,12 @@ fn processors(
     }
 }
 
-/// Maps all RAM; what of it is free, and how much there is in all.
-fn map_memory(memory: Mapped, info: StartInfo) -> Result<(Free, u64), WorldError<'static>> {
+/// Maps all RAM, and the devices if they are wanted; what of it is free, and how much there is in all.
+fn map_memory(
+    memory: Mapped,
+    info: StartInfo,
+    with_devices: bool,
+) -> Result<(Free, u64), WorldError<'static>> {
     let mut ranges = [(0, 0); 32];
     let (mut count, mut total, mut index) = (0, 0_u64, 0);
     while let Some(entry) = info.ram(&memory, index) {
@@ -153,6 +160,9 @@ fn map_memory(memory: Mapped, info: StartInfo) -> Result<(Free, u64), WorldError
     }
     map.add_device(u64::from(LAPIC_ADDRESS))
         .map_err(|_| WorldError::NoMemory { what: "the APIC's page" })?;
+    if with_devices {
+        pci::map(&mut map).map_err(|_| WorldError::NoMemory { what: "the devices' pages" })?;
+    }
     Ok((free, total.div_ceil(MIB)))
 }
 
@@ -172,6 +182,7 @@ fn lay_out(
         |pages: u64, what: &'static str| free.take(pages).ok_or(WorldError::NoMemory { what });
     let place = take((size_of::<World>() as u64).div_ceil(PAGE_SIZE), "the world")?;
     let cpu_memory = take(u64::from(vcpus - 1) * smp::PAGES_PER_CPU, "the processors")?;
+    let kv_memory = take(if workloads.kv { kv::PAGES } else { 0 }, "the server")?;
     let pair_pages = u64::from(participants) * u64::from(pair::partners(participants));
     let pair_pages = if workloads.verify { pair_pages } else { 0 };
     let pairs = take(pair_pages, "the pairs")?;
@@ -201,6 +212,7 @@ fn lay_out(
         table_pages,
         pairs,
         dirty,
+        kv_memory,
         phase: AtomicU32::new(0),
         avx2: boot::has_avx2(),
     };

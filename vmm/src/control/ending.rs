@@ -16,6 +16,7 @@ use crossbeam_channel::Sender;
 
 use super::protection::{Protection, no_order, stop_primary};
 use super::{Answer, Controller, Ending, Notice};
+use crate::device_manager::taps::TapDescriptors;
 use crate::request::{Failure, FailureKind, Reply, Request};
 
 /// What is to be done once the protection has ended.
@@ -108,6 +109,7 @@ impl Controller {
         if self.destroy() && !was_down {
             self.monitor.emit("vm", "shutdown", None);
         }
+        self.taps = TapDescriptors::default();
         if self.config.take().is_some() {
             self.monitor.emit("vm", "deleted", None);
         }

@@ -1,9 +1,10 @@
 //! The VM's life: create, boot, pause, resume, reboot, shutdown, delete, snapshot, restore.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use api::config::{RestoreConfig, SnapshotConfig, VmConfig};
+use api::config::{DiskConfig, NetConfig, RestoreConfig, SnapshotConfig, VmConfig};
 use crossbeam_channel::Sender;
 use replication::HostIdentity;
 use serde_json::json;
@@ -12,6 +13,7 @@ use super::ending::After;
 use super::protection::Protection;
 use super::{Answer, Controller, Ending, Notice};
 use crate::cpu::MachineEvent;
+use crate::device_manager::taps::{self, TapDescriptors};
 use crate::device_manager::virtio::complete;
 use crate::machine::{Machine, MachineError};
 use crate::request::{Failure, FailureKind, Reply};
@@ -45,12 +47,21 @@ pub fn check_config(config: &VmConfig) -> Result<(), Failure> {
 }
 
 impl Controller {
-    pub(super) fn create(&mut self, config: VmConfig) -> Answer {
+    /// `fds` are those of the cards that say how many they have, in their order.
+    pub(super) fn create(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Answer {
         self.room_for_a_vm()?;
         check_config(&config)?;
         let mut config = config;
         complete(&mut config).map_err(|error| internal(&error))?;
-        self.begin(config);
+        let mut kept = TapDescriptors::default();
+        let mut fds = fds.into_iter();
+        for card in config.net.iter().flatten().filter(|card| taps::count(card) > 0) {
+            let own: Vec<_> = fds.by_ref().take(taps::count(card)).collect();
+            if own.len() == taps::count(card) {
+                kept.insert(card.id.clone().unwrap_or_default(), own);
+            }
+        }
+        self.begin(config, kept);
         Ok(Reply::Empty)
     }
 
@@ -59,7 +70,7 @@ impl Controller {
         &mut self,
         list: impl Fn(&mut VmConfig) -> &mut Option<Vec<T>>,
         device: T,
-    ) -> Answer {
+    ) -> Result<(), Failure> {
         let mut config = self.config.clone().ok_or_else(no_vm)?;
         if self.machine.is_some() {
             return Err(wrong_state("Devices are added before the VM is booted: no hot-plug yet"));
@@ -68,12 +79,40 @@ impl Controller {
         check_config(&config)?;
         complete(&mut config).map_err(|error| internal(&error))?;
         self.config = Some(config);
+        Ok(())
+    }
+
+    /// Adds a disk to a VM that has not been booted.
+    pub(super) fn add_disk(&mut self, disk: DiskConfig) -> Answer {
+        self.add(|config| &mut config.disks, disk).map(|()| Reply::Empty)
+    }
+
+    /// Adds a card, whose tap may have come as descriptors, to a VM that has not been booted.
+    pub(super) fn add_net(&mut self, mut card: NetConfig, fds: Vec<OwnedFd>) -> Answer {
+        if fds.is_empty() && taps::count(&card) > 0 {
+            let what = "The card's fds say that descriptors come with the request, and none came";
+            return Err(Failure::new(FailureKind::BadRequest, what));
+        }
+        if !fds.is_empty() {
+            taps::mark(&mut card, fds.len());
+        }
+        self.add(|config| &mut config.net, card)?;
+        if !fds.is_empty()
+            && let Some(id) = self.last_card()
+        {
+            self.taps.insert(id, fds);
+        }
         Ok(Reply::Empty)
     }
 
+    fn last_card(&self) -> Option<String> {
+        self.config.as_ref()?.net.as_ref()?.last()?.id.clone()
+    }
+
     /// This VMM's VM is another one than before: it must not pass for that in an arbiter's record.
-    fn begin(&mut self, config: VmConfig) {
+    fn begin(&mut self, config: VmConfig, taps: TapDescriptors) {
         self.config = Some(config);
+        self.taps = taps;
         self.identity = HostIdentity { host: self.identity.host, ..HostIdentity::random() };
     }
 
@@ -96,7 +135,8 @@ impl Controller {
         self.machine = None;
         self.guest_is_down = false;
         self.monitor.emit("vm", "booting", None);
-        let machine = Machine::build(&self.hypervisor, config)
+        let taps = self.taps.duplicate().map_err(|error| internal(&error))?;
+        let machine = Machine::build(&self.hypervisor, config, taps)
             .and_then(|machine| machine.boot().map(|()| machine))
             .map_err(|error| Failure::from_error(boot_failure_kind(&error), &error))?;
         self.machine = Some(Arc::new(machine));
@@ -248,15 +288,19 @@ impl Controller {
         });
     }
 
-    pub(super) fn restore(&mut self, config: &RestoreConfig) -> Answer {
+    /// `fds` are those of `config.net_fds`, in their order.
+    pub(super) fn restore(&mut self, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Answer {
         self.room_for_a_vm()?;
+        let kept = TapDescriptors::of_restore(config.net_fds.as_deref().unwrap_or_default(), fds);
+        let taps = kept.duplicate().map_err(|error| internal(&error))?;
         self.monitor.emit("vm", "restoring", None);
-        let machine = snapshot::restore(&self.hypervisor, &config.source_url, config.prefault)
-            .map_err(|error| Failure::from_error(snapshot_failure_kind(&error), &error))?;
+        let machine =
+            snapshot::restore(&self.hypervisor, &config.source_url, config.prefault, taps)
+                .map_err(|error| Failure::from_error(snapshot_failure_kind(&error), &error))?;
         if config.resume {
             machine.resume().map_err(|error| internal(&error))?;
         }
-        self.begin(machine.config().clone());
+        self.begin(machine.config().clone(), kept);
         self.machine = Some(Arc::new(machine));
         self.guest_is_down = false;
         self.monitor.emit("vm", "restored", None);

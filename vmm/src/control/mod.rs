@@ -17,6 +17,7 @@ mod protection;
 mod report;
 mod signals;
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 
@@ -27,6 +28,7 @@ use replication::primary::PrimaryHandle;
 use replication::{Event, HostIdentity};
 use thiserror::Error;
 
+use crate::device_manager::taps::TapDescriptors;
 use crate::event::EventMonitor;
 use crate::http::{self, HttpError, HttpServer};
 use crate::machine::Machine;
@@ -112,6 +114,8 @@ struct Controller {
     /// Clients can reach this process, so it outlives its VM.
     has_api: bool,
     config: Option<VmConfig>,
+    /// Of the cards in the configuration.
+    taps: TapDescriptors,
     machine: Option<Arc<Machine>>,
     /// The guest shut itself down and `--no-shutdown` keeps the process.
     guest_is_down: bool,
@@ -147,6 +151,7 @@ pub fn run(options: Options) -> Result<(), Error> {
         no_shutdown: options.no_shutdown,
         has_api,
         config: None,
+        taps: TapDescriptors::default(),
         machine: None,
         guest_is_down: false,
         winding_down: false,
@@ -161,17 +166,17 @@ pub fn run(options: Options) -> Result<(), Error> {
     controller.monitor.emit("vmm", "starting", None);
     let mut first = Vec::new();
     if let Some(config) = options.config {
-        first.push(("Cannot create the VM", Request::VmCreate(Box::new(config))));
-        first.push(("Cannot boot the VM", Request::VmBoot));
+        first.push(("Cannot create the VM", Request::VmCreate(Box::new(config)), options.tap_fds));
+        first.push(("Cannot boot the VM", Request::VmBoot, vec![]));
     }
     if let Some(restore) = options.restore {
-        first.push(("Cannot restore the VM", Request::VmRestore(restore)));
+        first.push(("Cannot restore the VM", Request::VmRestore(restore), options.restore_fds));
     }
     if let Some(replicate) = options.replicate {
-        first.push(("Cannot protect the VM", Request::VmReplicate(Box::new(replicate))));
+        first.push(("Cannot protect the VM", Request::VmReplicate(Box::new(replicate)), vec![]));
     }
     if let Some(receive) = options.receive_replica {
-        first.push(("Cannot be a backup", Request::VmReceiveReplica(Box::new(receive))));
+        first.push(("Cannot be a backup", Request::VmReceiveReplica(Box::new(receive)), vec![]));
     }
     controller.start(first, &notice_queue)?;
     controller.work(&call_queue, &notice_queue);
@@ -182,12 +187,12 @@ impl Controller {
     /// Does what the command line asks before any client is heard.
     fn start(
         &mut self,
-        requests: Vec<(&'static str, Request)>,
+        requests: Vec<(&'static str, Request, Vec<OwnedFd>)>,
         notices: &Receiver<Notice>,
     ) -> Result<(), Error> {
-        for (what, request) in requests {
+        for (what, request, fds) in requests {
             let (reply, answer) = crossbeam_channel::bounded(1);
-            self.serve(Call { request, fds: Vec::new(), reply });
+            self.serve(Call { request, fds, reply });
             let answer = loop {
                 select! {
                     recv(answer) -> answer => break answer,
@@ -233,8 +238,6 @@ impl Controller {
     /// Answers a client, or leaves that to a thread that it starts.
     fn serve(&mut self, call: Call) {
         let Call { request, fds, reply } = call;
-        // No request of this build takes descriptors; dropping closes them.
-        drop(fds);
         if let Err(failure) = self.refuse_while_ending(&request) {
             let _ = reply.send(Err(failure));
             return;
@@ -245,7 +248,7 @@ impl Controller {
                 self.ending = Some(Ending::Clean);
                 Ok(Reply::Empty)
             }
-            Request::VmCreate(config) => self.create(*config),
+            Request::VmCreate(config) => self.create(*config, fds),
             Request::VmDelete => return self.delete(reply),
             Request::VmBoot => self.boot(),
             Request::VmPause => self.pause(),
@@ -255,10 +258,10 @@ impl Controller {
             Request::VmPowerButton => self.power_button(),
             Request::VmInfo => self.info(),
             Request::VmCounters => self.counters(),
-            Request::VmAddDisk(disk) => self.add(|config| &mut config.disks, *disk),
-            Request::VmAddNet(card) => self.add(|config| &mut config.net, *card),
+            Request::VmAddDisk(disk) => self.add_disk(*disk),
+            Request::VmAddNet(card) => self.add_net(*card, fds),
             Request::VmSnapshot(config) => return self.snapshot(config, reply),
-            Request::VmRestore(config) => self.restore(&config),
+            Request::VmRestore(config) => self.restore(&config, fds),
             Request::VmReplicate(data) => return self.replicate(*data, reply),
             Request::VmReceiveReplica(data) => self.receive_replica(*data),
             Request::VmStopReplication => return self.stop_replication(reply),

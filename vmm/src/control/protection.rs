@@ -8,7 +8,6 @@
 
 use std::sync::{Arc, Weak};
 
-use api::config::{DiskConfig, VmConfig};
 use api::replication::{
     ConsoleOutput, DiskMode, ReceiveReplicaData, ReplicateData, ReplicationInfo, ReplicationState,
     Role,
@@ -113,29 +112,6 @@ fn no_replication() -> Failure {
     Failure::new(FailureKind::NotFound, "This VMM takes part in no replication")
 }
 
-/// What of a VM this version cannot protect.
-fn protectable(config: &VmConfig, disk_mode: DiskMode) -> Result<(), Failure> {
-    let mut chain = vec!["The VM cannot be protected".to_owned()];
-    let own_image = |disk: &&DiskConfig| !disk.readonly && disk_mode == DiskMode::Replicated;
-    for disk in config.disks.iter().flatten().filter(own_image) {
-        let id = disk.id.as_deref().unwrap_or_default();
-        chain.push(format!(
-            "disk {id} can be written and would not be replicated: make it readonly, with the same \
-             image on both hosts, or let both hosts see one image and take disk_mode=shared"
-        ));
-    }
-    // For developers: see docs/design/0010.
-    let unfinished = std::env::var_os("UNDERSTUDY_UNFINISHED").is_some_and(|what| what == "net");
-    for card in config.net.iter().flatten().filter(|_| !unfinished) {
-        let id = card.id.as_deref().unwrap_or_default();
-        chain.push(format!(
-            "network card {id}: protection with a card is not a part of this version"
-        ));
-    }
-    let kind = FailureKind::BadRequest;
-    if chain.len() == 1 { Ok(()) } else { Err(Failure { kind, chain }) }
-}
-
 /// Ends a protection in order, its last words to the backup included.
 pub(super) fn stop_primary(handle: &PrimaryHandle) {
     let stopped = if has_ended(handle) { Ok(()) } else { handle.stop() };
@@ -177,7 +153,6 @@ impl Controller {
         if !self.protection.is_over() {
             return Err(conflict("The VM is already replicated: vm.stop-replication ends that"));
         }
-        protectable(machine.config(), data.disk_mode)?;
         Ok(machine)
     }
 

@@ -12,7 +12,12 @@ fn machine(console: ConsoleConfig) -> Machine {
     let serial = ConsoleConfig::new(ConsoleOutputMode::Off);
     let mut config = VmConfig { serial, console, ..VmConfig::default() };
     config.memory.size = 64 << 20;
-    Machine::build(&Arc::new(Hypervisor::open().unwrap()), config).unwrap()
+    Machine::build(
+        &Arc::new(Hypervisor::open().unwrap()),
+        config,
+        crate::device_manager::taps::TapDescriptors::default(),
+    )
+    .unwrap()
 }
 
 fn gate(machine: &Machine) -> &OutputGate {

@@ -3,7 +3,7 @@
 //! The first one gets slot 1, and the order is a part of what a guest sees: a device is in the
 //! same slot at each boot, after a restore and on the backup.
 
-use std::error::Error;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use api::config::{DiskConfig, NetConfig, VmConfig};
@@ -17,7 +17,10 @@ use devices::virtio::net::tap::{TapSettings, TapSource};
 use devices::virtio::net::{Net, NetOptions, Offloads};
 use devices::virtio::rng::Rng;
 
+use thiserror::Error;
+
 use super::pci::PciError;
+use super::taps::{self, TapDescriptors};
 
 const RNG_ID: &str = "__rng";
 const CONSOLE_ID: &str = "__console";
@@ -33,13 +36,18 @@ pub struct VirtioDevices {
 impl VirtioDevices {
     /// Makes them; none of them but the console, whose backend is opened, has taken anything of the
     /// host yet. `config` is complete, see [`complete`].
-    pub fn new(config: &VmConfig, console: Option<&PortMode>) -> Result<Self, PciError> {
+    pub fn new(
+        config: &VmConfig,
+        console: Option<&PortMode>,
+        mut taps: TapDescriptors,
+    ) -> Result<Self, PciError> {
         let rng = Rng::new(RNG_ID, config.rng.src.clone())
             .map_err(|source| PciError::Make { id: RNG_ID.into(), source: source.into() })?;
         let console = console.map(|mode| made(CONSOLE_ID, Console::open(CONSOLE_ID, mode)));
         let console = console.transpose()?.map(Arc::new);
         let disks = config.disks.iter().flatten().map(disk).collect::<Result<_, _>>()?;
-        let cards = config.net.iter().flatten().map(card).collect::<Result<_, _>>()?;
+        let cards = config.net.iter().flatten();
+        let cards = cards.map(|config| card(config, &mut taps)).collect::<Result<_, _>>()?;
         Ok(Self { rng: Arc::new(rng), console, disks, cards })
     }
 
@@ -77,7 +85,10 @@ pub fn complete(config: &mut VmConfig) -> std::io::Result<()> {
     Ok(())
 }
 
-fn made<T>(id: &str, result: Result<T, impl Error + Send + Sync + 'static>) -> Result<T, PciError> {
+fn made<T>(
+    id: &str,
+    result: Result<T, impl std::error::Error + Send + Sync + 'static>,
+) -> Result<T, PciError> {
     result.map_err(|source| PciError::Make { id: id.to_owned(), source: Box::new(source) })
 }
 
@@ -97,7 +108,7 @@ fn disk(config: &DiskConfig) -> Result<Arc<Disk>, PciError> {
     Ok(Arc::new(made(&id, Disk::new(options))?))
 }
 
-fn card(config: &NetConfig) -> Result<Arc<Net>, PciError> {
+fn card(config: &NetConfig, taps: &mut TapDescriptors) -> Result<Arc<Net>, PciError> {
     let id = config.id.clone().unwrap_or_default();
     let address = |text: &Option<String>| {
         text.as_ref().map(|text| made(&id, text.parse::<MacAddress>())).transpose()
@@ -108,7 +119,7 @@ fn card(config: &NetConfig) -> Result<Arc<Net>, PciError> {
     };
     let options = NetOptions {
         id: id.clone(),
-        tap: config.tap.clone().map_or(TapSource::Unnamed, TapSource::Named),
+        tap: made(&id, tap(config, taps.take(&id)))?,
         mac,
         mtu: config.mtu,
         host: TapSettings {
@@ -129,9 +140,42 @@ fn card(config: &NetConfig) -> Result<Arc<Net>, PciError> {
     Ok(Arc::new(made(&id, Net::new(options))?))
 }
 
+/// A card's tap was opened by somebody else, and not for this process.
+#[derive(Debug, Error)]
+#[error(
+    "Its tap was given to another process as descriptors: name a tap of this host, with --net \
+     tap=<name>,id=<id> on a backup, or give descriptors, with net_fds for a restore"
+)]
+struct NoDescriptors;
+
+/// Where the frames of a card go, for which `fds` came.
+fn tap(config: &NetConfig, fds: Option<Vec<OwnedFd>>) -> Result<TapSource, NoDescriptors> {
+    match (fds, &config.tap) {
+        (Some(fds), _) => Ok(TapSource::Descriptors(fds)),
+        (None, Some(name)) => Ok(TapSource::Named(name.clone())),
+        (None, None) if taps::count(config) > 0 => Err(NoDescriptors),
+        (None, None) => Ok(TapSource::Unnamed),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tap_of_another_process_is_not_made_anew_here() {
+        let config = |name: Option<&str>, fds: Option<Vec<i32>>| NetConfig {
+            tap: name.map(Into::into),
+            fds,
+            ..NetConfig::default()
+        };
+        assert!(matches!(tap(&config(None, None), None), Ok(TapSource::Unnamed)));
+        assert!(matches!(tap(&config(None, Some(vec![-1])), None), Err(NoDescriptors)));
+        assert!(matches!(tap(&config(Some("t"), Some(vec![-1])), None), Ok(TapSource::Named(_))));
+        let fds = vec![std::fs::File::open("/dev/null").unwrap().into()];
+        let found = tap(&config(None, Some(vec![-1])), Some(fds));
+        assert!(matches!(found, Ok(TapSource::Descriptors(fds)) if fds.len() == 1));
+    }
 
     #[test]
     fn names_and_addresses_are_given_once() {

@@ -57,6 +57,8 @@ impl Overrides {
         let places = self::places("network card", ids, self.cards.iter().map(|card| &card.id))?;
         for (place, card) in places.into_iter().zip(&self.cards) {
             cards[place].tap = Some(card.tap.clone());
+            // Of the primary's process.
+            cards[place].fds = None;
         }
         Ok(())
     }

@@ -8,14 +8,17 @@ use crossbeam_channel::Sender;
 use devices::pci::virtio::VirtioPciState;
 use devices::virtio::state::DeviceState;
 use hypervisor::Hypervisor;
+use replication::disk::ReplicaDisk;
 use replication::guest::{GuestError, Replica, ReplicaBuilder};
 use replication::ram::Ram;
 use thiserror::Error;
 
 use super::codec::{self, Captured};
+use super::disks::Receiving;
 use super::overrides::{OverrideError, Overrides, article, is_there};
 use crate::boot::Payload;
 use crate::control::Notice;
+use crate::device_manager::taps::TapDescriptors;
 use crate::machine::Machine;
 use crate::memory::Memory;
 use crate::request::{Failure, FailureKind};
@@ -82,7 +85,8 @@ impl ReplicaBuilder for ReplicaVms {
         Memory::check_fits(&config.memory)?;
         // A guest that resets itself after a take-over boots from here.
         Payload::open(&config.payload)?;
-        let machine = Arc::new(Machine::build(&self.hypervisor, config)?);
+        let machine =
+            Arc::new(Machine::build(&self.hypervisor, config, TapDescriptors::default())?);
         // Only looked at from there: the engine alone decides how long a replica lives, and its
         // memory and sockets must be free before another is built. A closed channel means that
         // the VMM is on its way out.
@@ -106,6 +110,16 @@ impl Replica for ReplicaVm {
 
     fn ram(&self) -> Ram {
         self.machine.memory().ram().clone()
+    }
+
+    fn open_disks(&mut self) -> Result<Vec<Arc<dyn ReplicaDisk>>, GuestError> {
+        let disks = self.machine.devices().writable_disks();
+        for disk in &disks {
+            // Images that replication writes are nobody else's: a primary on this host that uses
+            // the same file, or another backup, holds its lock.
+            disk.claim()?;
+        }
+        Ok(disks.into_iter().map(|disk| Arc::new(Receiving(disk)) as _).collect())
     }
 
     fn parse(&mut self, state: &[u8]) -> Result<Captured, GuestError> {

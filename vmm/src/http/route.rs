@@ -61,8 +61,8 @@ pub(super) fn route(
         Parse::Bodyless(request) => request,
         Parse::Json(parse) => parse(name, body)?,
     };
-    let wanted = descriptors_of(&request);
-    if descriptors != wanted {
+    let (wanted, optional) = descriptors_of(&request);
+    if descriptors != wanted && !(optional && descriptors == 0) {
         let message = format!("{name} takes {wanted} descriptors here, {descriptors} came");
         return Err(Refusal::bad(message));
     }
@@ -138,15 +138,16 @@ fn json<T: DeserializeOwned>(name: &str, body: &[u8]) -> Result<T, Refusal> {
     })
 }
 
-/// How many descriptors a request must bring.
-fn descriptors_of(request: &Request) -> usize {
+/// How many descriptors a request must bring, and whether it may also bring none.
+fn descriptors_of(request: &Request) -> (usize, bool) {
     match request {
-        Request::VmRestore(restore) => restore
-            .net_fds
-            .iter()
-            .flatten()
-            .fold(0, |sum: usize, net| sum.saturating_add(net.num_fds)),
-        _ => 0,
+        Request::VmRestore(restore) => {
+            let nets = restore.net_fds.iter().flatten();
+            (nets.fold(0, |sum: usize, net| sum.saturating_add(net.num_fds)), false)
+        }
+        // One for each queue pair, where the card has its tap that way.
+        Request::VmAddNet(card) => (card.num_queues / 2, true),
+        _ => (0, false),
     }
 }
 

@@ -58,7 +58,7 @@ pub(crate) enum Command {
     },
     /// Take a VM from a snapshot
     Restore {
-        /// source_url=file://<directory>,prefault=on|off,resume=on|off
+        /// source_url=file://<directory>,prefault=on|off,resume=on|off,net_fds=[<id>@[3,4]]
         #[arg(value_parser = flag::restore)]
         config: RestoreConfig,
     },
@@ -85,7 +85,7 @@ pub(crate) enum Command {
     },
     /// Add a network card
     AddNet {
-        /// tap=<name>,mac=<address>,…
+        /// tap=<name>|fd=[<n>,…],mac=<address>,…
         #[arg(value_parser = flag::net)]
         config: NetConfig,
     },
@@ -134,20 +134,22 @@ pub(crate) struct Request {
     pub(crate) method: Method,
     pub(crate) name: &'static str,
     pub(crate) body: Option<String>,
+    /// Descriptors of this process that go with it.
+    pub(crate) fds: Vec<i32>,
 }
 
 impl Request {
     fn get(name: &'static str) -> Self {
-        Self { method: Method::Get, name, body: None }
+        Self { method: Method::Get, name, body: None, fds: vec![] }
     }
 
     fn put(name: &'static str) -> Self {
-        Self { method: Method::Put, name, body: None }
+        Self { method: Method::Put, name, body: None, fds: vec![] }
     }
 
     fn with(name: &'static str, body: &impl Serialize) -> anyhow::Result<Self> {
         let body = serde_json::to_string(body).context("Cannot write the request as JSON")?;
-        Ok(Self { method: Method::Put, name, body: Some(body) })
+        Ok(Self { method: Method::Put, name, body: Some(body), fds: vec![] })
     }
 }
 
@@ -159,7 +161,7 @@ impl Command {
             Self::Counters => Request::get("vm.counters"),
             Self::Create { path } => {
                 let body = Some(read_config(&path)?);
-                Request { method: Method::Put, name: "vm.create", body }
+                Request { method: Method::Put, name: "vm.create", body, fds: vec![] }
             }
             Self::Delete => Request::put("vm.delete"),
             Self::Info => Request::get("vm.info"),
@@ -174,14 +176,21 @@ impl Command {
             Self::Snapshot { destination_url } => {
                 Request::with("vm.snapshot", &SnapshotConfig { destination_url })?
             }
-            Self::Restore { config } => Request::with("vm.restore", &config)?,
+            Self::Restore { mut config } => {
+                let cards = config.net_fds.iter_mut().flatten();
+                let fds = cards.filter_map(|card| card.fds.take()).flatten().collect();
+                Request { fds, ..Request::with("vm.restore", &config)? }
+            }
             Self::SendMigration { config, local } => {
                 let local = local || config.local;
                 Request::with("vm.send-migration", &SendMigrationData { local, ..config })?
             }
             Self::ReceiveMigration { config } => Request::with("vm.receive-migration", &config)?,
             Self::AddDisk { config } => Request::with("vm.add-disk", &config)?,
-            Self::AddNet { config } => Request::with("vm.add-net", &config)?,
+            Self::AddNet { mut config } => {
+                let fds = config.fds.take().unwrap_or_default();
+                Request { fds, ..Request::with("vm.add-net", &config)? }
+            }
             Self::RemoveDevice { id } => Request::with("vm.remove-device", &RemoveDevice { id })?,
             Self::Resize { cpus, memory } => {
                 let config = ResizeConfig {

@@ -7,6 +7,9 @@
 mod command;
 mod watch;
 
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -14,6 +17,7 @@ use anyhow::Context;
 use api::client::{Client, ClientError};
 use api::response::BUILD_VERSION;
 use clap::Parser;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use command::Command;
 
@@ -46,12 +50,22 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let request = cli.command.request()?;
     let mut client = Client::connect(&cli.api_socket)?;
     let body = client
-        .call(request.method, request.name, request.body.as_deref())
+        .call_by(request.method, request.name, request.body.as_deref(), |stream, bytes| {
+            send(stream, bytes, &request.fds)
+        })
         .with_context(|| format!("{} failed", request.name))?;
     if !body.is_empty() {
         println!("{body}");
     }
     Ok(())
+}
+
+/// Sends the first bytes of a request, and `fds` with them (unix(7), SCM_RIGHTS).
+fn send(stream: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<usize> {
+    let bytes = [IoSlice::new(bytes)];
+    let rights = [ControlMessage::ScmRights(fds)];
+    let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
+    Ok(sendmsg::<()>(stream.as_raw_fd(), &bytes, rights, MsgFlags::MSG_NOSIGNAL, None)?)
 }
 
 /// The whole chain: ours, then what the server says, outermost cause first.

@@ -2,6 +2,7 @@
 //! an error, so that a misspelt test does not test something else.
 
 use core::fmt;
+use core::net::Ipv4Addr;
 
 use crate::machine::VCPUS_MAX;
 use crate::order::Pattern;
@@ -13,6 +14,7 @@ pub struct Workloads {
     pub verify: bool,
     pub dirty: bool,
     pub compute: bool,
+    pub kv: bool,
 }
 
 /// How a processor waits that has nothing to do.
@@ -30,6 +32,13 @@ pub enum End {
     PowerOff,
     Reset,
     TripleFault,
+}
+
+/// The guest's own address and its network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ipv4Cidr {
+    pub address: Ipv4Addr,
+    pub prefix: u8,
 }
 
 /// The whole command line.
@@ -56,6 +65,10 @@ pub struct Config {
     /// None: all free memory, or 64 MiB where `verify` runs too.
     pub dirty_mib: Option<u64>,
     pub hot_pages: u64,
+    /// Never None with the workload `kv`.
+    pub ip: Option<Ipv4Cidr>,
+    /// Where `kv` listens.
+    pub port: u16,
 }
 
 impl Default for Config {
@@ -75,6 +88,8 @@ impl Default for Config {
             dirty_order: Pattern::Sequential,
             dirty_mib: None,
             hot_pages: 256,
+            ip: None,
+            port: 7,
         }
     }
 }
@@ -85,6 +100,7 @@ pub enum CmdlineError<'a> {
     NotKeyValue(&'a str),
     UnknownKey(&'a str),
     BadValue { key: &'a str, value: &'a str },
+    NoAddress,
 }
 
 impl fmt::Display for CmdlineError<'_> {
@@ -93,6 +109,7 @@ impl fmt::Display for CmdlineError<'_> {
             Self::NotKeyValue(word) => write!(formatter, "'{word}' is not key=value"),
             Self::UnknownKey(key) => write!(formatter, "Unknown key '{key}'"),
             Self::BadValue { key, value } => write!(formatter, "Bad value '{value}' of '{key}'"),
+            Self::NoAddress => formatter.write_str("workload=kv needs 'ip'"),
         }
     }
 }
@@ -103,6 +120,8 @@ impl core::error::Error for CmdlineError<'_> {}
 const TICK_MS_MAX: u64 = 3_600_000;
 /// 64 TiB; what is more than free memory is cut down to it.
 const MIB_MAX: u64 = 1 << 26;
+/// A server's lines are few, so that what is measured is the server.
+const KV_TICK_MS: u64 = 1000;
 
 impl Config {
     pub fn parse(line: &str) -> Result<Self, CmdlineError<'_>> {
@@ -110,6 +129,13 @@ impl Config {
         for word in line.split_ascii_whitespace() {
             let (key, value) = word.split_once('=').ok_or(CmdlineError::NotKeyValue(word))?;
             config.set(key, value)?;
+        }
+        if config.workloads.kv && config.ip.is_none() {
+            return Err(CmdlineError::NoAddress);
+        }
+        let is_paced = line.split_ascii_whitespace().any(|word| word.starts_with("tick_ms="));
+        if config.workloads.is_only_kv() && !is_paced {
+            config.tick_ms = KV_TICK_MS;
         }
         if let Pattern::Hot { hot } = &mut config.dirty_order {
             *hot = config.hot_pages;
@@ -161,9 +187,21 @@ impl Config {
             }
             "dirty_mib" => self.dirty_mib = Some(number(1, MIB_MAX)?),
             "hot_pages" => self.hot_pages = number(1, u64::from(u32::MAX))?,
+            "ip" => self.ip = Some(Ipv4Cidr::parse(value).ok_or(bad)?),
+            "port" => self.port = u16::try_from(number(1, 65535)?).map_err(|_| bad)?,
             _ => return Err(CmdlineError::UnknownKey(key)),
         }
         Ok(())
+    }
+}
+
+impl Ipv4Cidr {
+    fn parse(value: &str) -> Option<Self> {
+        let (address, prefix) = value.split_once('/')?;
+        let address: Ipv4Addr = address.parse().ok()?;
+        let prefix = prefix.parse().ok().filter(|prefix| *prefix <= 32)?;
+        let is_host = !address.is_unspecified() && !address.is_multicast();
+        (is_host && !address.is_broadcast()).then_some(Self { address, prefix })
     }
 }
 
@@ -176,6 +214,7 @@ impl Workloads {
                 "verify" => workloads.verify = true,
                 "dirty" => workloads.dirty = true,
                 "compute" => workloads.compute = true,
+                "kv" => workloads.kv = true,
                 "idle" if value == "idle" => {}
                 _ => return None,
             }
@@ -187,6 +226,11 @@ impl Workloads {
     #[must_use]
     pub fn need_all_vcpus(self) -> bool {
         self.verify || self.dirty || self.compute
+    }
+
+    #[must_use]
+    pub fn is_only_kv(self) -> bool {
+        self == Self { kv: true, ..Self::default() }
     }
 
     #[must_use]
@@ -202,6 +246,7 @@ impl fmt::Display for Workloads {
             (self.verify, "verify"),
             (self.dirty, "dirty"),
             (self.compute, "compute"),
+            (self.kv, "kv"),
             (self.is_idle(), "idle"),
         ];
         let mut separator = "";
@@ -229,7 +274,7 @@ mod tests {
         let config = Config::parse(
             "workload=verify+dirty vcpus=4 ticks=10 tick_ms=50 seed=9 tsc_khz=2000000 wait=spin \
              end=reset verify_mib=64 verify_rate=0 dirty_pages=500 dirty_order=hot dirty_mib=8 \
-             hot_pages=32",
+             hot_pages=32 ip=10.0.0.2/24 port=700",
         )
         .unwrap();
         let expected = Config {
@@ -247,9 +292,21 @@ mod tests {
             dirty_order: Pattern::Hot { hot: 32 },
             dirty_mib: Some(8),
             hot_pages: 32,
+            ip: Some(Ipv4Cidr { address: Ipv4Addr::new(10, 0, 0, 2), prefix: 24 }),
+            port: 700,
         };
         assert_eq!(config, expected);
         assert_eq!(config.workloads.to_string(), "verify+dirty");
+    }
+
+    #[test]
+    fn a_server_says_little() {
+        let tick_ms = |line| Config::parse(line).unwrap().tick_ms;
+        assert_eq!(tick_ms("workload=kv ip=10.0.0.2/8"), 1000);
+        assert_eq!(tick_ms("workload=kv ip=10.0.0.2/8 tick_ms=100"), 100);
+        assert_eq!(tick_ms("workload=kv+verify ip=10.0.0.2/8"), 100);
+        let config = Config::parse("workload=verify+kv ip=10.0.0.2/8").unwrap();
+        assert_eq!((config.workloads.to_string().as_str(), config.port), ("verify+kv", 7));
     }
 
     #[test]
@@ -274,6 +331,14 @@ mod tests {
             ("dirty_order=hottest", "Bad value 'hottest' of 'dirty_order'"),
             ("wait=", "Bad value '' of 'wait'"),
             ("end=now", "Bad value 'now' of 'end'"),
+            ("ip=10.0.0.2", "Bad value '10.0.0.2' of 'ip'"),
+            ("ip=10.0.0/24", "Bad value '10.0.0/24' of 'ip'"),
+            ("ip=10.0.0.2/33", "Bad value '10.0.0.2/33' of 'ip'"),
+            ("ip=0.0.0.0/0", "Bad value '0.0.0.0/0' of 'ip'"),
+            ("ip=224.0.0.1/24", "Bad value '224.0.0.1/24' of 'ip'"),
+            ("port=0", "Bad value '0' of 'port'"),
+            ("port=65536", "Bad value '65536' of 'port'"),
+            ("workload=kv", "workload=kv needs 'ip'"),
         ];
         for (line, message) in cases {
             assert_eq!(Config::parse(line).unwrap_err().to_string(), message);

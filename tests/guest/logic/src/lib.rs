@@ -12,6 +12,8 @@ pub mod acpi;
 pub mod cmdline;
 /// Which guest-physical memory is free, and its pages by number.
 pub mod free;
+/// What the key-value server says on the wire and writes on disk.
+pub mod kv;
 /// A line of text in a fixed buffer.
 pub mod line;
 /// Ports and addresses that the guest and the VMM agree on.
@@ -36,3 +38,5 @@ pub mod start_info;
 pub mod sum;
 /// The generations that a processor remembers of its pages.
 pub mod table;
+/// What is typed on the serial port.
+pub mod typed;

@@ -13,6 +13,10 @@ pub const RESET_PORT: u16 = 0x601;
 /// What is written there to reset.
 pub const RESET: u8 = 1;
 
+/// PCI's configuration mechanism 1: the address register, and the data register.
+pub const PCI_ADDRESS_PORT: u16 = 0xcf8;
+pub const PCI_DATA_PORT: u16 = 0xcfc;
+
 /// Where the local APIC is, unless software has moved it, which nobody does.
 pub const LAPIC_ADDRESS: u32 = 0xfee0_0000;
 

@@ -2,8 +2,10 @@
 
 mod compute;
 mod dirty;
+pub mod kv;
 mod verify;
 
 pub use compute::Compute;
 pub use dirty::Dirty;
+pub use kv::Kv;
 pub use verify::Verify;

@@ -335,8 +335,13 @@ fn descriptors_come_with_their_own_request() {
     assert_eq!(read_answer(&mut stream).0, 200);
     assert_eq!(read_answer(&mut stream).0, 204);
     assert_eq!(read_answer(&mut stream).0, 200);
+    let card = "{\"num_queues\":4}";
+    send_with_descriptors(&stream, &put("vm.add-net", card), 2);
+    stream.write_all(&put("vm.add-net", card)).unwrap();
+    assert_eq!(read_answer(&mut stream).0, 204);
+    assert_eq!(read_answer(&mut stream).0, 204);
     let counts: Vec<usize> = bed.seen().iter().map(|(_, count)| *count).collect();
-    assert_eq!(counts, [0, 3, 0]);
+    assert_eq!(counts, [0, 3, 0, 2, 0]);
 }
 
 #[test]
@@ -350,6 +355,12 @@ fn a_wrong_number_of_descriptors_is_refused() {
         assert_eq!(status, 400);
         assert_eq!(body, format!("[\"vm.restore takes 2 descriptors here, {count} came\"]"));
     }
+    // A card has its tap by name, or a descriptor for each queue pair.
+    let card = "{\"num_queues\":4,\"fds\":[-1,-1]}";
+    send_with_descriptors(&stream, &put("vm.add-net", card), 1);
+    let (status, body) = read_answer(&mut stream);
+    assert_eq!(status, 400);
+    assert_eq!(body, "[\"vm.add-net takes 2 descriptors here, 1 came\"]");
     send_with_descriptors(&stream, &get("vmm.ping"), 1);
     assert_eq!(read_answer(&mut stream).0, 400);
     send_with_descriptors(&stream, &get("vmm.ping"), 200);
