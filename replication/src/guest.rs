@@ -15,6 +15,7 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::disk::{Disks, ReplicaDisk};
 use crate::ids::EpochId;
 use crate::ram::{PageSet, Ram};
 
@@ -34,6 +35,11 @@ pub trait Guest: Send + 'static {
 
     /// The guest's memory. The same for the life of the guest.
     fn ram(&self) -> Ram;
+
+    /// The disks whose images the backup shall have too. The same for the life of the guest.
+    fn disks(&self) -> Option<Arc<dyn Disks>> {
+        None
+    }
 
     /// What a backup needs to build the same machine: opaque to replication, at most
     /// [`crate::guest::DESCRIPTION_BYTES_MAX`] bytes.
@@ -149,6 +155,15 @@ pub trait Replica: Send + 'static {
 
     /// The memory into which committed pages go.
     fn ram(&self) -> Ram;
+
+    /// Opens the images into which the primary's disks go, in its order: of this machine alone, and
+    /// written from the first copy on. Called if the primary replicates disks.
+    ///
+    /// # Errors
+    /// An image that cannot be had, or that somebody else has.
+    fn open_disks(&mut self) -> Result<Vec<Arc<dyn ReplicaDisk>>, GuestError> {
+        Ok(vec![])
+    }
 
     /// Parses and checks one epoch's machine state; called before the epoch is acknowledged, so a
     /// state that this host could not load is refused while the primary still runs.

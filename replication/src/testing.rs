@@ -5,6 +5,8 @@
 //! machine state is a checksum of its memory at the capture, so a replica can tell at every epoch
 //! whether its image is the primary's at that seal, byte by byte.
 
+mod disks;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,6 +14,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+pub use disks::{MemoryDisks, MemoryImage, Request};
+
+use crate::disk::{Disks, ReplicaDisk};
 use crate::guest::{Guest, GuestError, MachineState, Replica, ReplicaBuilder, Waker};
 use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
 use crate::observer::{Event, Observer};
@@ -89,6 +94,7 @@ pub struct Machine {
     all_dirty: AtomicBool,
     tracking: AtomicBool,
     before_pass: Mutex<Option<Hook>>,
+    disks: Option<Arc<MemoryDisks>>,
 }
 
 impl fmt::Debug for Machine {
@@ -101,7 +107,14 @@ impl Machine {
     /// A machine with `ram`.
     #[must_use]
     pub fn new(ram: Ram) -> Arc<Self> {
+        Self::with_disks(ram, None)
+    }
+
+    /// A machine with `ram` and disks.
+    #[must_use]
+    pub fn with_disks(ram: Ram, disks: Option<Arc<MemoryDisks>>) -> Arc<Self> {
         Arc::new(Self {
+            disks,
             ram,
             gate: Mutex::default(),
             changed: Condvar::new(),
@@ -234,14 +247,15 @@ pub fn counters(ram: &Ram) -> Vec<u64> {
     (0..WORKERS_MAX).map(read).collect()
 }
 
-/// The machine state: a checksum of memory at the capture.
-#[derive(Clone, Copy, Debug)]
-pub struct Checksum(u32);
+/// The machine state: a checksum of memory at the capture, and what is to be said of the disks.
+#[derive(Clone, Debug)]
+pub struct Checksum(u32, Vec<u8>);
 
 impl MachineState for Checksum {
     fn encode(&self, out: &mut Vec<u8>) -> Result<(), GuestError> {
         out.extend(b"sum:");
         out.extend(self.0.to_le_bytes());
+        out.extend(&self.1);
         Ok(())
     }
 }
@@ -255,6 +269,10 @@ impl Guest for MemoryGuest {
 
     fn ram(&self) -> Ram {
         self.0.ram.clone()
+    }
+
+    fn disks(&self) -> Option<Arc<dyn Disks>> {
+        self.0.disks.clone().map(|disks| disks as _)
     }
 
     fn describe(&mut self) -> Result<Vec<u8>, GuestError> {
@@ -296,7 +314,8 @@ impl Guest for MemoryGuest {
     }
 
     fn capture(&mut self) -> Result<Checksum, GuestError> {
-        Ok(Checksum(checksum(&self.0.ram)))
+        let disks = self.0.disks.as_ref().map(|disks| disks.state()).unwrap_or_default();
+        Ok(Checksum(checksum(&self.0.ram), disks))
     }
 
     fn hold_output(&mut self) {
@@ -377,9 +396,11 @@ pub struct ReplicaLog {
 }
 
 /// Builds replicas of [`MemoryGuest`]s.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct MemoryBuilder {
     pub log: Arc<ReplicaLog>,
+    /// Images of the disks that this host has.
+    pub images: Vec<Arc<MemoryImage>>,
     /// Most pages that this host has.
     pub pages_max: Option<u64>,
     /// Refuse every machine state.
@@ -408,14 +429,15 @@ impl ReplicaBuilder for MemoryBuilder {
         }
         let log = Arc::clone(&self.log);
         let (refuse, lenient) = (self.refuse_states, self.lenient);
-        Ok(MemoryReplica { ram: memory(&layout), last: None, refuse, lenient, log })
+        let images = self.images.clone();
+        Ok(MemoryReplica { ram: memory(&layout), images, last: None, refuse, lenient, log })
     }
 }
 
 /// A replica that compares its image with the primary's at every epoch.
-#[derive(Debug)]
 pub struct MemoryReplica {
     ram: Ram,
+    images: Vec<Arc<MemoryImage>>,
     last: Option<u32>,
     refuse: bool,
     lenient: bool,
@@ -441,29 +463,36 @@ impl MemoryReplica {
 }
 
 impl Replica for MemoryReplica {
-    type State = u32;
+    type State = (u32, Vec<u8>);
 
     fn ram(&self) -> Ram {
         self.ram.clone()
     }
 
-    fn parse(&mut self, state: &[u8]) -> Result<u32, GuestError> {
+    fn open_disks(&mut self) -> Result<Vec<Arc<dyn ReplicaDisk>>, GuestError> {
+        Ok(self.images.iter().map(|image| Arc::clone(image) as _).collect())
+    }
+
+    fn parse(&mut self, state: &[u8]) -> Result<(u32, Vec<u8>), GuestError> {
         drop(lock(&self.log.busy));
-        let sum = state.strip_prefix(b"sum:").and_then(|sum| sum.try_into().ok());
-        let Some(sum) = sum.filter(|_| !self.refuse) else {
+        let sum = state.strip_prefix(b"sum:").and_then(|rest| rest.split_first_chunk::<4>());
+        let Some((sum, disks)) = sum.filter(|_| !self.refuse) else {
             return Err("The machine state is not of this kind".into());
         };
         // Between two epochs the image is the one before, whole.
         if let Some(last) = self.last.filter(|_| !self.lenient) {
             self.compare(last, "before the next epoch");
         }
-        let sum = u32::from_le_bytes(sum);
+        let sum = u32::from_le_bytes(*sum);
         self.last = Some(sum);
-        Ok(sum)
+        Ok((sum, disks.to_vec()))
     }
 
-    fn start(self, state: u32) -> Result<(), GuestError> {
+    fn start(self, (state, disks): (u32, Vec<u8>)) -> Result<(), GuestError> {
         self.compare(state, "at the take-over");
+        if let Err(wrong) = disks::compare(&self.images, &disks) {
+            lock(&self.log.wrong).push(format!("at the take-over: {wrong}"));
+        }
         *lock(&self.log.started) = Some(self.ram.clone());
         Ok(())
     }

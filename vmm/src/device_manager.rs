@@ -398,6 +398,12 @@ impl Devices {
             || self.virtio.disks.iter().any(|disk| disk.open().requests > 0)
     }
 
+    /// Disks that the guest can write, in the order of their slots.
+    #[must_use]
+    pub fn writable_disks(&self) -> Vec<Arc<Disk>> {
+        self.virtio.disks.iter().filter(|disk| !disk.is_readonly()).cloned().collect()
+    }
+
     #[must_use]
     pub fn counters(&self) -> VmCounters {
         let named = |counters: Vec<(&'static str, u64)>| {

@@ -2,6 +2,7 @@
 
 use thiserror::Error;
 
+use super::disks::DiskPart;
 use super::staging::Part;
 use crate::ids::EpochId;
 use crate::wire::Seal;
@@ -17,6 +18,8 @@ pub(super) enum CommitError {
     Connections { epoch: EpochId, expected: usize, found: usize },
     #[error("Epoch {epoch} has {found} pages on connection {connection}, its seal says {sealed}")]
     Pages { epoch: EpochId, connection: usize, found: u64, sealed: u64 },
+    #[error("Epoch {epoch} has {found} changes of disks, its seal says {sealed}")]
+    Changes { epoch: EpochId, found: u64, sealed: u64 },
 }
 
 /// A whole epoch.
@@ -24,6 +27,8 @@ pub(super) enum CommitError {
 pub(super) struct Epoch {
     pub(super) seal: Seal,
     pub(super) parts: Vec<Part>,
+    /// Empty where there are no disks.
+    pub(super) disks: DiskPart,
 }
 
 /// Gathers one epoch.
@@ -31,17 +36,22 @@ pub(super) struct Epoch {
 pub(super) struct Gather {
     seal: Option<Seal>,
     parts: Vec<Option<Part>>,
+    /// Whether one is due, and the one that is here.
+    has_disks: bool,
+    disks: Option<DiskPart>,
 }
 
 impl Gather {
-    pub(super) fn new(connections: usize) -> Self {
-        Self { seal: None, parts: (0..connections).map(|_| None).collect() }
+    pub(super) fn new(connections: usize, has_disks: bool) -> Self {
+        let parts = (0..connections).map(|_| None).collect();
+        Self { seal: None, parts, has_disks, disks: None }
     }
 
     /// Forgets everything.
     pub(super) fn clear(&mut self) {
         self.seal = None;
         self.parts.iter_mut().for_each(|part| *part = None);
+        self.disks = None;
     }
 
     /// A seal arrived, where `due` is the epoch that may.
@@ -78,8 +88,24 @@ impl Gather {
         self.whole()
     }
 
+    /// The disks' part arrived.
+    pub(super) fn disk_part(
+        &mut self,
+        part: DiskPart,
+        due: EpochId,
+    ) -> Result<Option<Epoch>, CommitError> {
+        if part.epoch != due {
+            return Err(CommitError::Order { due, found: part.epoch });
+        }
+        if self.disks.replace(part).is_some() {
+            return Err(CommitError::Twice(due));
+        }
+        self.whole()
+    }
+
     fn whole(&mut self) -> Result<Option<Epoch>, CommitError> {
-        if self.seal.is_none() || self.parts.iter().any(Option::is_none) {
+        let lacks_disks = self.has_disks && self.disks.is_none();
+        if self.seal.is_none() || lacks_disks || self.parts.iter().any(Option::is_none) {
             return Ok(None);
         }
         let Some(seal) = self.seal.take() else { return Ok(None) };
@@ -90,6 +116,11 @@ impl Gather {
                 return Err(CommitError::Pages { epoch, connection, found, sealed });
             }
         }
-        Ok(Some(Epoch { seal, parts }))
+        let disks = self.disks.take().unwrap_or_default();
+        if disks.sum.pages != seal.changes {
+            let (epoch, found, sealed) = (seal.epoch, disks.sum.pages, seal.changes);
+            return Err(CommitError::Changes { epoch, found, sealed });
+        }
+        Ok(Some(Epoch { seal, parts, disks }))
     }
 }

@@ -9,6 +9,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::accept::{Arrival, Place};
 use super::commit::{CommitError, Epoch, Gather};
+use super::disks::{DiskConnection, DiskDelivery, DiskPart, Images};
 use super::receive::{DataConnection, OnItsWay, ReceiveError, Shared};
 use super::staging::{Budget, Part};
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
@@ -44,7 +45,10 @@ pub(super) enum Input {
     Message(u64, Message, Credit),
     Lost(u64, WireError),
     Part(u64, usize, Part, OnItsWay),
+    DiskPart(u64, DiskPart, OnItsWay),
     DataLost(u64, ReceiveError),
+    /// The images of a replica have taken an epoch, or cannot.
+    Images(u64, Result<(), String>),
     /// The primary's bell rang: its process died.
     Bell(u64),
     Arbiter(Asked),
@@ -58,6 +62,7 @@ struct Session {
     primary: HostId,
     control: Control,
     data: Vec<Option<DataConnection>>,
+    disks: Option<DiskConnection>,
     /// Another handle to the bell's connection, to end it with.
     bell: Option<Box<dyn Stream>>,
     shared: Shared,
@@ -80,11 +85,13 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     session: Option<Session>,
     sessions: u64,
     replica: Option<B::Replica>,
+    /// Of the replica, with its number; none where it has no disks.
+    images: Option<(u64, Images)>,
     /// The last acknowledged machine state.
     state: Option<<B::Replica as Replica>::State>,
     /// Checked, waiting for its acknowledgement's side effects: what is applied next.
     verified: Option<Epoch>,
-    /// Whole, while the arbiter's record is being looked at.
+    /// Whole, while the arbiter's record is being looked at or the images are behind.
     early: Option<Epoch>,
     /// The generation whose record is being looked at.
     pairing: Option<Generation>,
@@ -120,6 +127,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             session: None,
             sessions: 0,
             replica: None,
+            images: None,
             state: None,
             verified: None,
             early: None,
@@ -193,6 +201,26 @@ impl<B: ReplicaBuilder> Engine<B> {
                 if self.is_current(number) && self.is_receiving() {
                     self.part(index, part);
                 }
+            }
+            Input::DiskPart(number, part, taken) => {
+                drop(taken);
+                if self.is_current(number) && self.is_receiving() {
+                    let due = self.machine.expected();
+                    let Some(session) = &mut self.session else { return };
+                    let whole = session.gather.disk_part(part, due);
+                    self.gathered(whole);
+                }
+            }
+            Input::Images(number, done) => {
+                if self.images.as_ref().is_some_and(|(of, _)| *of == number) {
+                    match done {
+                        Ok(()) => self.go_on(),
+                        Err(error) => self.image_failed(error),
+                    }
+                }
+            }
+            Input::DataLost(number, error @ ReceiveError::Image(_)) if self.is_current(number) => {
+                self.image_failed(chain(&error));
             }
             Input::DataLost(number, error) if self.is_current(number) => {
                 if !error.is_loss() {
@@ -299,9 +327,10 @@ impl<B: ReplicaBuilder> Engine<B> {
             primary: HostId(hello.host),
             control,
             data: (0..connections).map(|_| None).collect(),
+            disks: None,
             bell: None,
             shared: self.share(ram, heard),
-            gather: Gather::new(connections),
+            gather: Gather::new(connections, !offer.disks.is_empty()),
             timeout,
             last_word: false,
         });
@@ -334,7 +363,8 @@ impl<B: ReplicaBuilder> Engine<B> {
 
     fn build(&mut self, offer: &Offer) -> Result<crate::ram::Ram, Error> {
         let built = self.builder.build(&offer.description);
-        let replica = built.map_err(|source| Error::Guest { what: "build the replica", source })?;
+        let mut replica =
+            built.map_err(|source| Error::Guest { what: "build the replica", source })?;
         let ram = replica.ram();
         if layout(&ram) != offer.regions {
             let pages: u64 = offer.regions.iter().map(|region| region.pages).sum();
@@ -345,11 +375,46 @@ impl<B: ReplicaBuilder> Engine<B> {
                 ram.regions().len()
             )));
         }
+        self.open_images(&mut replica, &offer.disks)?;
         let pages = ram.pages().max(1);
-        self.status.counters.synced_pages.store(0, Ordering::Relaxed);
-        self.status.counters.to_sync_pages.store(pages, Ordering::Relaxed);
+        let counters = &self.status.counters;
+        counters.synced_pages.store(0, Ordering::Relaxed);
+        counters.to_sync_pages.store(pages, Ordering::Relaxed);
+        counters.synced_disk_bytes.store(0, Ordering::Relaxed);
+        counters.to_sync_disk_bytes.store(offer.disks.iter().sum(), Ordering::Relaxed);
         self.replica = Some(replica);
         Ok(ram)
+    }
+
+    /// Disks of other sizes than the primary's are refused before a byte of them is written.
+    fn open_images(&mut self, replica: &mut B::Replica, sizes: &[u64]) -> Result<(), Error> {
+        if sizes.is_empty() {
+            return Ok(());
+        }
+        let opened = replica.open_disks();
+        let disks = opened.map_err(|source| Error::Guest { what: "open the images", source })?;
+        if disks.len() != sizes.len() {
+            let (theirs, ours) = (sizes.len(), disks.len());
+            let what = format!("The primary replicates {theirs} disks, the replica has {ours}");
+            return Err(Error::Failed(what));
+        }
+        for (at, (disk, theirs)) in disks.iter().zip(sizes).enumerate() {
+            let ours = disk.size_bytes();
+            if ours != *theirs {
+                return Err(Error::Failed(format!(
+                    "Disk {at} has {theirs} bytes at the primary and its image here has {ours}: \
+                     they must be of the same size"
+                )));
+            }
+        }
+        let (number, deliver) = (self.sessions, self.inputs.clone());
+        let tell = move |done| {
+            // An engine that has ended has let go of the images.
+            let _ = deliver.send(Input::Images(number, done));
+        };
+        let limit = self.options.staging_size / 4;
+        self.images = Some((number, Images::start(disks, limit, tell)?));
+        Ok(())
     }
 
     fn data(&mut self, reader: FrameReader<Box<dyn Stream>>, hello: Hello) {
@@ -361,6 +426,9 @@ impl<B: ReplicaBuilder> Engine<B> {
             && HostId(hello.host) == session.primary;
         if known && index == session.data.len() && session.bell.is_none() {
             return self.hang_bell(reader);
+        }
+        if known && index == session.data.len() + 1 && session.disks.is_none() {
+            return self.disk_data(reader);
         }
         if !known || !matches!(session.data.get(index), Some(None)) {
             // Of an older session, or a stranger: its stream closes with the reader.
@@ -376,6 +444,24 @@ impl<B: ReplicaBuilder> Engine<B> {
         });
         match started {
             Ok(connection) => session.data[index] = Some(connection),
+            Err(error) => self.step(Event::Bad(error.chain())),
+        }
+    }
+
+    /// The disks' connection, where there are disks.
+    fn disk_data(&mut self, reader: FrameReader<Box<dyn Stream>>) {
+        let (Some(session), Some((_, images))) = (&mut self.session, &self.images) else { return };
+        let (number, deliver) = (session.number, self.inputs.clone());
+        let (disks, shared) = (images.disks().to_vec(), session.shared.clone());
+        let started = DiskConnection::start(reader, disks, shared, move |part: DiskDelivery| {
+            let input = match part {
+                Ok((part, taken)) => Input::DiskPart(number, part, taken),
+                Err(error) => Input::DataLost(number, error),
+            };
+            deliver.send(input).is_ok()
+        });
+        match started {
+            Ok(connection) => session.disks = Some(connection),
             Err(error) => self.step(Event::Bad(error.chain())),
         }
     }
@@ -464,9 +550,27 @@ impl<B: ReplicaBuilder> Engine<B> {
             return self.step(Event::Bad(reason));
         }
         self.step(Event::Paired(generation));
-        if let Some(epoch) = self.early.take() {
+        self.go_on();
+    }
+
+    /// Whether a whole epoch has to wait before it is looked at.
+    fn is_busy(&self) -> bool {
+        self.pairing.is_some() || self.images.as_ref().is_some_and(|(_, images)| images.is_behind())
+    }
+
+    /// Looks at an epoch that had to wait.
+    fn go_on(&mut self) {
+        if !self.is_busy()
+            && self.is_receiving()
+            && let Some(epoch) = self.early.take()
+        {
             self.verify(epoch);
         }
+    }
+
+    fn image_failed(&mut self, error: String) {
+        self.status.failed(&error);
+        self.step(Event::ImageFailed(error));
     }
 
     fn part(&mut self, index: usize, part: Part) {
@@ -479,7 +583,7 @@ impl<B: ReplicaBuilder> Engine<B> {
     fn gathered(&mut self, whole: Result<Option<Epoch>, CommitError>) {
         match whole {
             Ok(None) => {}
-            Ok(Some(epoch)) if self.pairing.is_some() => self.early = Some(epoch),
+            Ok(Some(epoch)) if self.is_busy() => self.early = Some(epoch),
             Ok(Some(epoch)) => self.verify(epoch),
             Err(error) => self.step(Event::Bad(error.to_string())),
         }

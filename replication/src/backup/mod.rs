@@ -4,6 +4,8 @@
 //!  repl-accept    listens; repl-hello greets
 //!  repl-backup    owns the replica and the state machine; acknowledges, applies, takes over
 //!  repl-recv-N    pages of one data connection, staged
+//!  repl-recv-disk first copies and changes of the disks, staged
+//!  repl-image     applies what is committed to the disks' images, in order
 //!  repl-ctl       what the primary says
 //!  repl-beat      what it is told, heartbeats in between
 //!  repl-arbiter   asks the arbiter
@@ -11,11 +13,13 @@
 //! ```
 //!
 //! Always holds: the image is written by an epoch only when that epoch is whole, checked and
-//! acknowledged; the same thread applies, and starts the VM, so a take-over finds it whole.
+//! acknowledged; the same thread applies, and starts the VM, so a take-over finds it whole. For the
+//! images of disks, which may take their time, it waits before it claims the VM.
 
 mod accept;
 mod apply;
 mod commit;
+mod disks;
 mod engine;
 mod receive;
 mod staging;

@@ -8,6 +8,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use thiserror::Error;
 
 use super::apply::{ApplyError, apply};
+use super::disks::ImageError;
 use super::staging::{Budget, Part, runs_max};
 use crate::engine::control::listening;
 use crate::engine::heard::{Heard, Listening};
@@ -39,6 +40,8 @@ pub(super) enum ReceiveError {
     Mismatch(EpochId),
     #[error("Cannot write to the image")]
     Apply(#[from] ApplyError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
 }
 
 impl ReceiveError {
@@ -62,7 +65,7 @@ pub(super) struct Shared {
 
 /// A part on its way to the engine, which drops this when it takes the part: one is as much as a
 /// primary may send ahead, since it waits for acknowledgements.
-pub(super) struct OnItsWay(Arc<AtomicBool>);
+pub(super) struct OnItsWay(pub(super) Arc<AtomicBool>);
 
 impl Drop for OnItsWay {
     fn drop(&mut self) {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api::replication::ReplicationInfo;
 
 use super::stats::Window;
+use crate::ids::PAGE_SIZE;
 
 /// The parts of [`ReplicationInfo`], as they are gathered.
 #[derive(Debug, Default)]
@@ -26,13 +27,22 @@ pub(crate) struct Counters {
     pub(crate) synced_pages: AtomicU64,
     /// Pages of its first pass.
     pub(crate) to_sync_pages: AtomicU64,
+    /// Bytes of disks of the first copy that are through.
+    pub(crate) synced_disk_bytes: AtomicU64,
+    /// Bytes of its first pass.
+    pub(crate) to_sync_disk_bytes: AtomicU64,
 }
 
 impl Counters {
     /// Share of the first pass that is through; whole only once the engine says so.
     fn progress(&self) -> f64 {
-        let all = self.to_sync_pages.load(Ordering::Relaxed);
-        let done = self.synced_pages.load(Ordering::Relaxed);
+        let page = PAGE_SIZE as u64;
+        let sum = |pages: &AtomicU64, disks: &AtomicU64| {
+            let pages = pages.load(Ordering::Relaxed).saturating_mul(page);
+            pages.saturating_add(disks.load(Ordering::Relaxed))
+        };
+        let all = sum(&self.to_sync_pages, &self.to_sync_disk_bytes);
+        let done = sum(&self.synced_pages, &self.synced_disk_bytes);
         let share = done.saturating_mul(1000).checked_div(all).unwrap_or(0).min(990);
         u32::try_from(share).map_or(0.0, |share| f64::from(share) / 1000.0)
     }

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use api::replication::{Cow, Degrade, ReplicateData};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use super::disk::{self, DiskError, DiskSender};
 use super::options::Checked;
 use super::seal::{Pause, Sealer};
 use super::send::{Job, Senders, Sent, Source};
 use super::session::{self, Session};
 use crate::capture::epoch::Cadence;
+use crate::disk::{Disks, Journal};
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
 use crate::engine::control::{Control, Credit, Greeted, Pace};
 use crate::engine::heard::Heard;
@@ -34,6 +36,12 @@ const REST_PAGES: u64 = 4096;
 const TOO_LARGE_MAX: u32 = 3;
 const GOOD_EPOCHS: u32 = 100;
 
+/// Least staging with disks: the log's quarter holds one change of the largest kind, and another
+/// beside it.
+const DISK_STAGING_BYTES_MIN: u64 = 9 << 20;
+/// Most bytes of an epoch's log of the disks.
+const LOG_BYTES_MAX: u64 = 64 << 20;
+
 /// Peer timeouts without progress after which a living backup is given up.
 const STALL_TIMEOUTS: u32 = 4;
 
@@ -51,6 +59,7 @@ pub(super) enum Input {
     /// The control connection ended.
     Lost(WireError),
     Sent(Sent),
+    Disk(disk::Sent),
     Arbiter(Asked),
     Output,
     Ask(Ask, Sender<Result<(), Error>>),
@@ -65,6 +74,12 @@ enum Work {
         pass: u32,
         pages: u64,
     },
+    /// Memory is copied; the disks are not yet.
+    AwaitingDisks,
+    /// Paired, and the blocks that were written meanwhile are copied.
+    Settling,
+    /// Changes of disks are logged, and the last blocks are sent.
+    Rest,
     /// The guest stands still while what does not fit the first epoch goes into the image.
     Surplus,
     Epochs,
@@ -89,6 +104,11 @@ pub(super) struct Engine<G: Guest> {
     asker: Asker,
     control: Option<Control>,
     senders: Option<Senders>,
+    disks: Option<DiskSender>,
+    /// Number of the disks' copy that is out last, and whether it is under way.
+    disk_job: u64,
+    disks_copy: bool,
+    log_bytes_max: u64,
     heard: Heard,
     cadence: Cadence,
     sealer: Sealer,
@@ -128,10 +148,12 @@ impl<G: Guest> Engine<G> {
         let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
         let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
         let session = session::open(&mut guest, &address, &options, identity)?;
-        let Session { control, data, backup, welcome } = session;
+        let Session { control, data, disks, backup, welcome } = session;
         let millis = Duration::from_millis;
         let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
-        let cadence = Cadence::new(shortest, longest, welcome.staging_bytes);
+        let staging = welcome.staging_bytes;
+        let log_bytes_max = if disks.is_some() { log_share(staging)? } else { 0 };
+        let cadence = Cadence::new(shortest, longest, staging - log_bytes_max);
         let heard = Heard::new();
         let deliver = inputs.clone();
         let asker =
@@ -142,9 +164,25 @@ impl<G: Guest> Engine<G> {
         let senders = Senders::start(data, &ram, &status.counters, move |sent| {
             deliver.send(Input::Sent(sent)).is_ok()
         })?;
-        let output = Self::wake_by(&mut guest, inputs.clone());
+        let (output, waker) = Self::wake_by(&mut guest, inputs.clone());
+        let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages(), log_bytes_max);
+        let disks = match (guest.disks(), disks) {
+            (Some(disks), Some(writer)) => {
+                let journal = journal(&disks, waker);
+                sealer.journal = Some(Arc::clone(&journal));
+                let deliver = inputs.clone();
+                let deliver = move |sent| deliver.send(Input::Disk(sent)).is_ok();
+                let counters = &status.counters;
+                Some(DiskSender::start(disks, journal, writer, counters, deliver)?)
+            }
+            _ => None,
+        };
         Ok(Self {
-            sealer: Sealer::new(ram, options.cow, cadence.staging_pages()),
+            sealer,
+            disks,
+            disk_job: 0,
+            disks_copy: false,
+            log_bytes_max,
             machine: Primary::new(asker.exists(), generation),
             guest,
             options,
@@ -196,24 +234,30 @@ impl<G: Guest> Engine<G> {
         })
     }
 
-    /// The flag that waiting output raises, once for each seal.
-    fn wake_by(guest: &mut G, inputs: Sender<Input>) -> Arc<AtomicBool> {
+    /// The flag that waiting output raises, once for each seal, and who raises it.
+    fn wake_by(guest: &mut G, inputs: Sender<Input>) -> (Arc<AtomicBool>, Waker) {
         let output = Arc::new(AtomicBool::new(false));
         let waiting = Arc::clone(&output);
-        guest.set_output_waker(Waker::new(move || {
+        let waker = Waker::new(move || {
             if !waiting.swap(true, Ordering::AcqRel) {
                 // An engine that has ended holds nothing.
                 let _ = inputs.send(Input::Output);
             }
-        }));
-        output
+        });
+        guest.set_output_waker(waker.clone());
+        (output, waker)
     }
 
     /// Works until the protection ends one way or another.
     pub(super) fn run(mut self) {
         let started = self.guest.start_tracking();
         match started.map_err(|source| Error::Guest { what: "track dirty pages", source }) {
-            Ok(()) => self.copy(0),
+            Ok(()) => {
+                if let Some(disks) = &self.disks {
+                    disks.attach();
+                }
+                self.begin_copy();
+            }
             Err(error) => self.step(Event::GiveUp(error.chain())),
         }
         while !self.is_over() {
@@ -257,12 +301,15 @@ impl<G: Guest> Engine<G> {
 
     /// Whether the peer has something to take or to acknowledge.
     fn awaits_peer(&self) -> bool {
-        self.control.is_some() && (self.unsent > 0 || self.in_flight.is_some())
+        let busy = self.unsent > 0 || self.in_flight.is_some() || self.disks_copy;
+        self.control.is_some() && busy
     }
 
     /// A peer whose heart beats but that takes nothing and acknowledges nothing is no backup.
     fn is_stalled(&mut self) -> bool {
-        let bytes = self.status.counters.wire_bytes.load(Ordering::Relaxed);
+        let counters = &self.status.counters;
+        let zeroes = counters.synced_disk_bytes.load(Ordering::Relaxed);
+        let bytes = counters.wire_bytes.load(Ordering::Relaxed).wrapping_add(zeroes);
         if !self.awaits_peer() || bytes != self.progress.0 {
             self.progress = (bytes, Instant::now());
         }
@@ -301,6 +348,14 @@ impl<G: Guest> Engine<G> {
                     self.lost(error);
                 }
             }
+            Input::Disk(Ok(number)) if number == self.disk_job => self.disks_copied(),
+            Input::Disk(Ok(_)) => {}
+            Input::Disk(Err(DiskError::Wire(error))) => {
+                if !error.is_loss() {
+                    self.lost(error);
+                }
+            }
+            Input::Disk(Err(error)) => self.step(Event::GiveUp(crate::error::chain(&error))),
             Input::Arbiter(report) => {
                 if let Some(error) = &report.error {
                     self.arbiter_failed(error);
@@ -458,6 +513,28 @@ fn admit(record: Option<Record>, identity: HostIdentity) -> Result<Generation, E
              directory for each VM, or protect the VM on the host that owns it"
         ))),
     }
+}
+
+/// The part of the backup's staging that is the disks'.
+fn log_share(staging_bytes: u64) -> Result<u64, Error> {
+    if staging_bytes < DISK_STAGING_BYTES_MIN {
+        return Err(Error::Refused(format!(
+            "staging_size is {staging_bytes} bytes there, and a VM with disks needs \
+             {DISK_STAGING_BYTES_MIN} at least"
+        )));
+    }
+    Ok((staging_bytes / 4).min(LOG_BYTES_MAX))
+}
+
+fn journal(disks: &Arc<dyn Disks>, on_full: Waker) -> Arc<Journal> {
+    // Weak: the disks hold the journal.
+    let waits = Arc::downgrade(disks);
+    let on_room = Waker::new(move || {
+        if let Some(disks) = waits.upgrade() {
+            disks.wake();
+        }
+    });
+    Arc::new(Journal::new(&disks.sizes_bytes(), on_full, on_room))
 }
 
 mod actions;

@@ -3,6 +3,7 @@
 //! ```text
 //!  repl-engine    owns the guest and the state machine; seals, commits, decides
 //!  repl-send-N    pages of one data connection
+//!  repl-disk      first copies and logs of the disks
 //!  repl-ctl       what the backup says
 //!  repl-beat      what it is told, heartbeats in between
 //!  repl-arbiter   asks the arbiter
@@ -12,6 +13,7 @@
 //! Enters: a guest and options. Leaves: its state at the backup, and its output once that is so.
 
 mod bell;
+mod disk;
 mod engine;
 mod options;
 mod seal;

@@ -8,17 +8,28 @@ use api::replication::Cow;
 use super::send::Source;
 use crate::capture::cow::{CopyFreezer, Freezer};
 use crate::capture::dirty::Dirty;
+use crate::disk::{Journal, Log};
 use crate::error::{Error, chain};
 use crate::guest::{Guest, GuestError};
-use crate::ids::EpochId;
+use crate::ids::{EpochId, PAGE_SIZE};
 use crate::ram::{PageSet, Ram};
+
+/// What an epoch is made of.
+pub(super) struct Sealed<S> {
+    pub(super) state: S,
+    pub(super) source: Source,
+    /// Of the disks.
+    pub(super) log: Log,
+    /// How long the guest stood still.
+    pub(super) stood: Duration,
+}
 
 /// What a pause brought.
 pub(super) enum Pause<S> {
-    /// Machine state, pages, and how long the guest stood still; for [`Cow::Off`] it still does.
-    Sealed { state: S, source: Source, stood: Duration },
-    /// The set is too large for the backup; the guest still stands.
-    TooLarge { pages: u64 },
+    /// The guest runs, except for [`Cow::Off`].
+    Sealed(Sealed<S>),
+    /// The set or the log is too large for the backup; the guest still stands.
+    TooLarge { bytes: u64 },
 }
 
 /// The parts of a primary that a seal needs.
@@ -28,6 +39,9 @@ pub(super) struct Sealer {
     freezer: CopyFreezer,
     cow: Cow,
     pages_max: u64,
+    /// Of the log of the disks.
+    log_bytes_max: u64,
+    pub(super) journal: Option<Arc<Journal>>,
     /// The set that was sealed last: its pages are on their way.
     sealed: Arc<PageSet>,
     /// Since when the guest stands still.
@@ -39,7 +53,7 @@ fn failed(what: &'static str) -> impl FnOnce(GuestError) -> Error {
 }
 
 impl Sealer {
-    pub(super) fn new(ram: Ram, cow: Cow, pages_max: u64) -> Self {
+    pub(super) fn new(ram: Ram, cow: Cow, pages_max: u64, log_bytes_max: u64) -> Self {
         let pages = ram.pages();
         Self {
             ram,
@@ -47,6 +61,8 @@ impl Sealer {
             freezer: CopyFreezer::new(pages_max),
             cow,
             pages_max,
+            log_bytes_max,
+            journal: None,
             sealed: Arc::new(PageSet::new(pages)),
             stands: None,
         }
@@ -112,7 +128,12 @@ impl Sealer {
         self.harvest(guest)?;
         let pages = self.dirty.pages().len();
         if pages > self.pages_max {
-            return Ok(Pause::TooLarge { pages });
+            return Ok(Pause::TooLarge { bytes: pages * PAGE_SIZE as u64 });
+        }
+        // Changes that were under way before the journal was there have no room in it.
+        let open = self.journal.as_ref().map_or(0, |journal| journal.open_bytes());
+        if open > self.log_bytes_max {
+            return Ok(Pause::TooLarge { bytes: open });
         }
         let frozen = match self.cow {
             Cow::Off => None,
@@ -123,6 +144,7 @@ impl Sealer {
         };
         let state = guest.capture().map_err(failed("read the machine state"))?;
         guest.seal_output(epoch);
+        let log = self.journal.as_ref().map(|journal| journal.seal()).unwrap_or_default();
         let since = self.stands.unwrap_or_else(Instant::now);
         let stood = match (&frozen, stay) {
             (Some(_), false) => self.release(guest)?,
@@ -130,6 +152,6 @@ impl Sealer {
         };
         let set = self.take();
         let source = frozen.map_or(Source::Live(set), Source::Frozen);
-        Ok(Pause::Sealed { state, source, stood })
+        Ok(Pause::Sealed(Sealed { state, source, log, stood }))
     }
 }

@@ -6,6 +6,7 @@
 //!                             <-   Welcome, or Abort with the reason
 //!   data n:  Hello(n)         ->   (n = 1 ... connections)
 //!   bell:    Hello(n + 1)     ->   (its end says that the primary's process died)
+//!   disks:   Hello(n + 2)     ->   (if there are any)
 //! ```
 
 use std::io;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use api::replication::ReplicateData;
 use uuid::Uuid;
 
+use crate::disk::DISKS_MAX;
 use crate::engine::control::Greeted;
 use crate::error::Error;
 use crate::guest::{DESCRIPTION_BYTES_MAX, Guest};
@@ -34,6 +36,7 @@ const SIGN_WAIT_MIN: Duration = Duration::from_secs(1);
 pub(super) struct Session {
     pub(super) control: Greeted,
     pub(super) data: Vec<FrameWriter<Box<dyn Stream>>>,
+    pub(super) disks: Option<FrameWriter<Box<dyn Stream>>>,
     pub(super) backup: HostId,
     pub(super) welcome: Welcome,
 }
@@ -53,6 +56,7 @@ pub(super) fn open(
 ) -> Result<Session, Error> {
     let timeout = Duration::from_millis(options.timeout_ms);
     let offer = offer(guest, options)?;
+    let has_disks = !offer.disks.is_empty();
     let stream = connect(address, timeout).map_err(Error::Transport)?;
     let (session, _) = Uuid::new_v4().as_u64_pair();
     let session = SessionId(session);
@@ -85,16 +89,17 @@ pub(super) fn open(
         Err(error) => return Err(Error::Wire(written.err().unwrap_or(error))),
     };
     written.map_err(Error::Wire)?;
-    let mut data = Vec::new();
-    for connection in 1..=options.connections {
+    let further = |connection| {
         let stream = connect(address, timeout).map_err(Error::Transport)?;
         let mut writer = FrameWriter::new(stream, session);
         hello(connection).send(&mut writer).map_err(Error::Wire)?;
-        data.push(writer);
-    }
+        Ok(writer)
+    };
+    let data = (1..=options.connections).map(further).collect::<Result<_, Error>>()?;
+    let disks = has_disks.then(|| further(options.connections + 2)).transpose()?;
     let bell = hello(options.connections + 1);
     super::bell::start(address.clone(), session, bell, timeout);
-    Ok(Session { control, data, backup: HostId(welcome.host), welcome })
+    Ok(Session { control, data, disks, backup: HostId(welcome.host), welcome })
 }
 
 fn is_late(error: &io::Error) -> bool {
@@ -123,6 +128,10 @@ fn offer(guest: &mut impl Guest, options: &ReplicateData) -> Result<Offer, Error
     if regions.len() > REGIONS_MAX {
         return Err(Error::Memory(format!("{} regions are too many", regions.len())));
     }
+    let disks = guest.disks().map(|disks| disks.sizes_bytes()).unwrap_or_default();
+    if disks.len() > DISKS_MAX {
+        return Err(Error::Failed(format!("{} disks are too many", disks.len())));
+    }
     let ms = |ms: u64| u32::try_from(ms).unwrap_or(u32::MAX);
     Ok(Offer {
         page_bytes: u32::try_from(PAGE_SIZE).expect("a page is small"),
@@ -130,6 +139,7 @@ fn offer(guest: &mut impl Guest, options: &ReplicateData) -> Result<Offer, Error
         timeout_ms: ms(options.timeout_ms),
         arbiter: options.arbiter.is_some(),
         regions,
+        disks,
         description,
     })
 }

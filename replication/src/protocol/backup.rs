@@ -11,6 +11,9 @@
 //!    +--accepted again-- Orphan (no arbiter) --force-- Starting --started--> TakenOver
 //! ```
 //!
+//! An image of a disk that cannot be written ends what there is in each of these: such a backup
+//! listens again, and never starts what it has. Found out while it claims, the claim is not made.
+//!
 //! From Claiming and Orphan on nothing is acknowledged any more, for good: a session that brings
 //! more is a new one, from Syncing.
 
@@ -53,6 +56,8 @@ pub enum Event {
     Lost(String),
     /// The peer sent what it must not.
     Bad(String),
+    /// The image of a disk cannot be written: what is here is worthless.
+    ImageFailed(String),
     /// The primary ends the protection.
     StopTold,
     /// The primary copies anew.
@@ -165,6 +170,7 @@ impl Backup {
             }
             Event::Lost(reason) => self.lost(reason),
             Event::Bad(reason) => self.bad(reason),
+            Event::ImageFailed(reason) => self.image_failed(reason),
             Event::StopTold => self.stop_told(),
             Event::ResyncTold => self.resync_told(),
             Event::Verdict(verdict) => self.verdict(verdict),
@@ -261,6 +267,20 @@ impl Backup {
         };
         actions.extend(self.lost(reason));
         actions
+    }
+
+    fn image_failed(&mut self, reason: String) -> Vec<Action> {
+        let tell = Action::TellAbort(reason.clone());
+        let report = match self.state {
+            State::Syncing | State::Replica | State::Orphan => Report::SessionFailed(reason),
+            State::Claiming => Report::FailoverFailed(reason),
+            State::Starting => return self.start_failed(reason),
+            State::Idle | State::TakenOver | State::Stopped => return vec![],
+        };
+        self.forget();
+        self.go(State::Idle);
+        let (close, staging) = (Action::Close, Action::DropStaging);
+        vec![tell, close, staging, Action::Discard, Action::Report(report)]
     }
 
     fn stop_told(&mut self) -> Vec<Action> {
@@ -395,7 +415,7 @@ pub fn is_transition_valid(from: State, to: State) -> bool {
         Syncing => matches!(to, Replica | Idle | Stopped),
         Replica => matches!(to, Syncing | Idle | Claiming | Orphan | Starting | Stopped),
         Claiming => matches!(to, Starting | Idle),
-        Orphan => matches!(to, Starting | Syncing | Stopped),
+        Orphan => matches!(to, Starting | Syncing | Idle | Stopped),
         Starting => matches!(to, TakenOver | Stopped),
         TakenOver | Stopped => false,
     }

@@ -40,6 +40,7 @@ fn seals_cannot_pile_up_behind_a_busy_backup() {
         generation: G1,
         handover: false,
         pages: vec![0],
+        changes: 0,
         state: vec![7; 8 << 20],
     });
     // A few are read ahead, a few fit the sockets' buffers: never 64.

@@ -2,6 +2,8 @@
 
 mod bad_input;
 mod bounds;
+mod disk_input;
+mod disks;
 mod failover;
 mod fake_backup;
 mod orphan;

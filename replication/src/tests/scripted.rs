@@ -33,7 +33,8 @@ pub(super) fn offer() -> Offer {
     let description = [0u64.to_le_bytes(), PAGES.to_le_bytes()].concat();
     let regions = vec![WireRegion { start: 0, pages: PAGES }];
     let (heartbeat_ms, timeout_ms, page_bytes) = (200, 5000, 4096);
-    Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter: false, regions, description }
+    let (arbiter, disks) = (false, vec![]);
+    Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, regions, disks, description }
 }
 
 pub(super) fn connect(backup: &Backup) -> TcpStream {
@@ -113,6 +114,7 @@ impl Script {
             generation: Generation(generation),
             handover: false,
             pages: vec![pages],
+            changes: 0,
             state: b"sum:\0\0\0\0".to_vec(),
         };
         Message::Seal(seal).send(&mut self.writer).unwrap();

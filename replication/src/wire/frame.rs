@@ -2,9 +2,11 @@
 
 use std::io::{ErrorKind, IoSlice, Read, Write};
 
+use super::changes::CHANGE_HEAD_BYTES;
 use super::message::{DESCRIPTION_SLACK_BYTES, SEAL_SLACK_BYTES};
 use super::pages::{END_BYTES, PAGES_BYTES_MAX};
 use super::{ABORT_BYTES_MAX, MAGIC, VERSION, WireError};
+use crate::disk::CHANGE_BYTES_MAX;
 use crate::guest::{DESCRIPTION_BYTES_MAX, STATE_BYTES_MAX};
 
 /// Bytes of a frame's header.
@@ -33,11 +35,12 @@ pub enum Kind {
     HandedOver = 13,
     Pages = 14,
     End = 15,
+    Change = 16,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        const ALL: [Kind; 15] = [
+        const ALL: [Kind; 16] = [
             Kind::Hello,
             Kind::Offer,
             Kind::Welcome,
@@ -53,6 +56,7 @@ impl Kind {
             Kind::HandedOver,
             Kind::Pages,
             Kind::End,
+            Kind::Change,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -70,6 +74,7 @@ impl Kind {
             Self::Ack => 16,
             Self::Pages => PAGES_BYTES_MAX,
             Self::End => END_BYTES,
+            Self::Change => CHANGE_HEAD_BYTES + CHANGE_BYTES_MAX,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use uuid::Uuid;
 
 use super::{CONNECTIONS_MAX, FrameReader, FrameWriter, Kind, WireError};
+use crate::disk::{DISKS_MAX, SECTOR_BYTES};
 use crate::guest::{DESCRIPTION_BYTES_MAX, STATE_BYTES_MAX};
 use crate::ids::{EpochId, Generation};
 
@@ -12,7 +13,7 @@ use crate::ids::{EpochId, Generation};
 pub const ABORT_BYTES_MAX: usize = 4096;
 /// Most memory regions of a VM.
 pub const REGIONS_MAX: usize = 4096;
-pub(super) const DESCRIPTION_SLACK_BYTES: usize = 64 + REGIONS_MAX * 16;
+pub(super) const DESCRIPTION_SLACK_BYTES: usize = 64 + REGIONS_MAX * 16 + DISKS_MAX * 8;
 pub(super) const SEAL_SLACK_BYTES: usize = 64 + CONNECTIONS_MAX as usize * 8;
 
 /// First frame of every connection, from the primary.
@@ -22,7 +23,7 @@ pub struct Hello {
     pub vm: Uuid,
     /// The primary's process.
     pub host: Uuid,
-    /// 0 is the control connection, data connections follow, then the bell.
+    /// 0 is the control connection, data connections follow, then the bell, then that of the disks.
     pub connection: u32,
     /// Number of data connections of the session.
     pub connections: u32,
@@ -45,6 +46,8 @@ pub struct Offer {
     /// Whether an arbiter decides; both sides must say the same.
     pub arbiter: bool,
     pub regions: Vec<WireRegion>,
+    /// Sizes in bytes of the disks that are to be replicated: whole sectors.
+    pub disks: Vec<u64>,
     /// Opaque to replication.
     pub description: Vec<u8>,
 }
@@ -89,6 +92,8 @@ pub struct Seal {
     pub handover: bool,
     /// Pages of the epoch on each data connection.
     pub pages: Vec<u64>,
+    /// Changes of disks in the epoch.
+    pub changes: u64,
     /// Machine state, opaque to replication.
     pub state: Vec<u8>,
 }
@@ -202,6 +207,8 @@ impl Message {
                     out.extend(region.start.to_le_bytes());
                     out.extend(region.pages.to_le_bytes());
                 }
+                out.extend((offer.disks.len() as u64).to_le_bytes());
+                offer.disks.iter().for_each(|size| out.extend(size.to_le_bytes()));
                 tail = &offer.description;
             }
             Self::Welcome(welcome) => {
@@ -220,6 +227,7 @@ impl Message {
                 out.push(u8::from(seal.handover));
                 out.extend((seal.pages.len() as u64).to_le_bytes());
                 seal.pages.iter().for_each(|pages| out.extend(pages.to_le_bytes()));
+                out.extend(seal.changes.to_le_bytes());
                 tail = &seal.state;
             }
             Self::Ack { epoch, generation } => {
@@ -257,7 +265,7 @@ impl Message {
             Kind::Heartbeat => Self::Heartbeat,
             Kind::Stop => Self::Stop,
             Kind::StopDone => Self::StopDone,
-            Kind::Pages | Kind::End => {
+            Kind::Pages | Kind::End | Kind::Change => {
                 return Err(WireError::Unexpected { found: kind, expected: "a control message" });
             }
         };
@@ -275,7 +283,7 @@ fn decode_hello(from: &mut Fields<'_>) -> Result<Hello, WireError> {
     };
     if hello.connections == 0
         || hello.connections > CONNECTIONS_MAX
-        || hello.connection > hello.connections + 1
+        || hello.connection > hello.connections + 2
     {
         return from.malformed("connection number");
     }
@@ -292,12 +300,20 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
     for _ in 0..count {
         regions.push(WireRegion { start: from.u64()?, pages: from.u64()? });
     }
+    let count = from.count(DISKS_MAX)?;
+    let mut disks = Vec::with_capacity(count);
+    for _ in 0..count {
+        disks.push(from.u64()?);
+    }
+    if disks.iter().any(|size| !size.is_multiple_of(SECTOR_BYTES)) {
+        return from.malformed("size of a disk");
+    }
     let description = std::mem::take(&mut from.rest);
     if description.len() > DESCRIPTION_BYTES_MAX {
         return from.malformed("description too long");
     }
     let description = description.to_vec();
-    Ok(Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, regions, description })
+    Ok(Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, regions, disks, description })
 }
 
 fn decode_seal(from: &mut Fields<'_>) -> Result<Seal, WireError> {
@@ -309,11 +325,12 @@ fn decode_seal(from: &mut Fields<'_>) -> Result<Seal, WireError> {
     for _ in 0..count {
         pages.push(from.u64()?);
     }
+    let changes = from.u64()?;
     let state = std::mem::take(&mut from.rest);
     if state.len() > STATE_BYTES_MAX {
         return from.malformed("state too long");
     }
-    Ok(Seal { epoch, generation, handover, pages, state: state.to_vec() })
+    Ok(Seal { epoch, generation, handover, pages, changes, state: state.to_vec() })
 }
 
 /// Cuts a reason to the cap, at a character.

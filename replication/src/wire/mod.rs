@@ -13,14 +13,17 @@
 //! and the payload. `sequence` counts the frames of one direction of one connection from 0.
 //! `session` is a random number of the primary's attempt, so bytes of an older one never match.
 //!
-//! Version 1: first.
+//! Version 1: first. Version 2: disks, on a connection of their own; the offer has their sizes and
+//! the seal the number of their changes.
 
+mod changes;
 mod frame;
 mod message;
 mod pages;
 
 use thiserror::Error;
 
+pub use changes::{CHANGE_HEAD_BYTES, ChangeHead};
 pub use frame::{FrameReader, FrameWriter, HEADER_BYTES, Header, Kind, SessionId};
 pub use message::{
     ABORT_BYTES_MAX, ConnectionPart, Hello, Message, Offer, REGIONS_MAX, Seal, Welcome, WireRegion,
@@ -32,7 +35,7 @@ pub use pages::{
 /// First bytes of every frame: "USTD".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"USTD");
 /// The version that this build speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Most data connections of a session.
 pub const CONNECTIONS_MAX: u32 = 128;
 

@@ -14,21 +14,24 @@ fn any_message() -> impl Strategy<Value = Message> {
     let bytes = || prop::collection::vec(any::<u8>(), 0..300);
     let region =
         (any::<u64>(), any::<u64>()).prop_map(|(start, pages)| WireRegion { start, pages });
-    let offer = (any::<[u32; 3]>(), any::<bool>(), prop::collection::vec(region, 0..5), bytes());
-    let seal =
-        (any::<[u64; 2]>(), any::<bool>(), prop::collection::vec(any::<u64>(), 0..9), bytes());
+    let sizes = prop::collection::vec((0..1u64 << 50).prop_map(|sectors| sectors * 512), 0..4);
+    let regions = prop::collection::vec(region, 0..5);
+    let offer = (any::<[u32; 3]>(), any::<bool>(), regions, sizes, bytes());
+    let pages = prop::collection::vec(any::<u64>(), 0..9);
+    let seal = (any::<[u64; 3]>(), any::<bool>(), pages, bytes());
     prop_oneof![
         (any_uuid(), any_uuid(), 1..=CONNECTIONS_MAX).prop_map(|(vm, host, connections)| {
             Message::Hello(Hello { vm, host, connection: connections, connections })
         }),
         offer.prop_map(
-            |([page_bytes, heartbeat_ms, timeout_ms], arbiter, regions, description)| {
+            |([page_bytes, heartbeat_ms, timeout_ms], arbiter, regions, disks, description)| {
                 Message::Offer(Offer {
                     page_bytes,
                     heartbeat_ms,
                     timeout_ms,
                     arbiter,
                     regions,
+                    disks,
                     description,
                 })
             }
@@ -38,9 +41,9 @@ fn any_message() -> impl Strategy<Value = Message> {
         }),
         "\\PC{0,80}".prop_map(Message::Abort),
         any::<u64>().prop_map(|generation| Message::Paired(Generation(generation))),
-        seal.prop_map(|([epoch, generation], handover, pages, state)| {
+        seal.prop_map(|([epoch, generation, changes], handover, pages, state)| {
             let (epoch, generation) = (EpochId(epoch), Generation(generation));
-            Message::Seal(Seal { epoch, generation, handover, pages, state })
+            Message::Seal(Seal { epoch, generation, handover, pages, changes, state })
         }),
         any::<[u64; 2]>().prop_map(|[epoch, generation]| Message::Ack {
             epoch: EpochId(epoch),
@@ -115,11 +118,11 @@ proptest! {
     }
 
     #[test]
-    fn random_payloads_never_panic(kind in 1u8..=15, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn random_payloads_never_panic(kind in 1u8..=16, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         let all = [
             Kind::Hello, Kind::Offer, Kind::Welcome, Kind::Abort, Kind::Paired, Kind::Resync,
             Kind::ResyncReady, Kind::Seal, Kind::Ack, Kind::Heartbeat, Kind::Stop,
-            Kind::StopDone, Kind::HandedOver, Kind::Pages, Kind::End,
+            Kind::StopDone, Kind::HandedOver, Kind::Pages, Kind::End, Kind::Change,
         ];
         let _ = Message::decode(all[usize::from(kind) - 1], &bytes);
         let _ = End::decode(&bytes);
@@ -200,6 +203,7 @@ fn a_promise_of_many_bytes_allocates_only_what_arrives() {
         generation: Generation(1),
         handover: false,
         pages: vec![],
+        changes: 0,
         state,
     };
     let mut bytes = bytes_of(&[Message::Seal(seal)]);

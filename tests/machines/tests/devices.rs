@@ -80,23 +80,6 @@ fn images_that_cannot_be_used_are_named() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_protected_is_named_and_runs_on() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let vmm = scene::idle(folder.path(), "vmm")?;
-    let mut config = scene::config(folder.path(), COUNT);
-    config["disks"] = json!([
-        {"path": image(folder.path(), "read")?, "readonly": true, "id": "read"},
-        {"path": image(folder.path(), "written")?, "id": "written"},
-    ]);
-    let serial = scene::boot(&vmm, folder.path(), &config)?;
-    let body = json!({"destination_url": "tcp:127.0.0.1:1"}).to_string();
-    let text = vmm.put_expect("vm.replicate", Some(&body), 400)?;
-    ensure!(text.contains("written") && !text.contains("disk read"), "{text}");
-    serial.wait_more("tick ", 2, LIMIT)?;
-    Ok(())
-}
-
-#[test]
 fn a_snapshot_carries_its_disks() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let disk = image(folder.path(), "disk")?;

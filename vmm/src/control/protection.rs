@@ -8,7 +8,7 @@
 
 use std::sync::{Arc, Weak};
 
-use api::config::{DiskConfig, VmConfig};
+use api::config::VmConfig;
 use api::replication::{
     ConsoleOutput, DiskMode, ReceiveReplicaData, ReplicateData, ReplicationInfo, ReplicationState,
     Role,
@@ -114,16 +114,8 @@ fn no_replication() -> Failure {
 }
 
 /// What of a VM this version cannot protect.
-fn protectable(config: &VmConfig, disk_mode: DiskMode) -> Result<(), Failure> {
+fn protectable(config: &VmConfig) -> Result<(), Failure> {
     let mut chain = vec!["The VM cannot be protected".to_owned()];
-    let own_image = |disk: &&DiskConfig| !disk.readonly && disk_mode == DiskMode::Replicated;
-    for disk in config.disks.iter().flatten().filter(own_image) {
-        let id = disk.id.as_deref().unwrap_or_default();
-        chain.push(format!(
-            "disk {id} can be written and would not be replicated: make it readonly, with the same \
-             image on both hosts, or let both hosts see one image and take disk_mode=shared"
-        ));
-    }
     // For developers: see docs/design/0010.
     let unfinished = std::env::var_os("UNDERSTUDY_UNFINISHED").is_some_and(|what| what == "net");
     for card in config.net.iter().flatten().filter(|_| !unfinished) {
@@ -177,7 +169,7 @@ impl Controller {
         if !self.protection.is_over() {
             return Err(conflict("The VM is already replicated: vm.stop-replication ends that"));
         }
-        protectable(machine.config(), data.disk_mode)?;
+        protectable(machine.config())?;
         Ok(machine)
     }
 

@@ -5,6 +5,7 @@
 //! [`Notice`](crate::control::Notice)s.
 
 mod codec;
+mod disks;
 mod overrides;
 mod protected;
 mod replica;

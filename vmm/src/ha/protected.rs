@@ -2,17 +2,21 @@
 
 use std::sync::Arc;
 
+use replication::disk::Disks;
 use replication::guest::{Guest, GuestError, Waker};
 use replication::ids::EpochId;
 use replication::ram::{PageSet, Ram};
 
 use super::codec::Captured;
+use super::disks::ReplicatedDisks;
 use crate::device_manager::Holds;
 use crate::machine::Machine;
 
 /// The running machine of the control loop, handed to the engine.
 pub struct ProtectedVm {
     machine: Arc<Machine>,
+    /// Those whose images are to be on both hosts.
+    disks: Option<Arc<ReplicatedDisks>>,
     holds: Holds,
     /// Whether the last capture said that a person had paused the VM.
     captured_paused: bool,
@@ -21,7 +25,10 @@ pub struct ProtectedVm {
 impl ProtectedVm {
     #[must_use]
     pub fn new(machine: Arc<Machine>, holds: Holds) -> Self {
-        Self { machine, holds, captured_paused: false }
+        // Disks whose changes wait are those of one image that both hosts see.
+        let disks = if holds.disks { vec![] } else { machine.devices().writable_disks() };
+        let disks = (!disks.is_empty()).then(|| Arc::new(ReplicatedDisks(disks)));
+        Self { machine, disks, holds, captured_paused: false }
     }
 }
 
@@ -30,6 +37,10 @@ impl Guest for ProtectedVm {
 
     fn ram(&self) -> Ram {
         self.machine.memory().ram().clone()
+    }
+
+    fn disks(&self) -> Option<Arc<dyn Disks>> {
+        self.disks.clone().map(|disks| disks as _)
     }
 
     fn describe(&mut self) -> Result<Vec<u8>, GuestError> {

@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 use api::config::VmConfig;
 use crossbeam_channel::Sender;
 use hypervisor::Hypervisor;
+use replication::disk::ReplicaDisk;
 use replication::guest::{GuestError, Replica, ReplicaBuilder};
 use replication::ram::Ram;
 use thiserror::Error;
 
 use super::codec::{self, Captured};
+use super::disks::Receiving;
 use super::overrides::{OverrideError, Overrides, article, has_serial};
 use crate::boot::Payload;
 use crate::control::Notice;
@@ -100,6 +102,16 @@ impl Replica for ReplicaVm {
 
     fn ram(&self) -> Ram {
         self.machine.memory().ram().clone()
+    }
+
+    fn open_disks(&mut self) -> Result<Vec<Arc<dyn ReplicaDisk>>, GuestError> {
+        let disks = self.machine.devices().writable_disks();
+        for disk in &disks {
+            // Images that replication writes are nobody else's: a primary on this host that uses
+            // the same file, or another backup, holds its lock.
+            disk.claim()?;
+        }
+        Ok(disks.into_iter().map(|disk| Arc::new(Receiving(disk)) as _).collect())
     }
 
     fn parse(&mut self, state: &[u8]) -> Result<Captured, GuestError> {

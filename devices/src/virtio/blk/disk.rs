@@ -60,24 +60,63 @@ impl Disk {
 
     /// Attaches something else than the configured image, of at least the same size.
     pub fn attach_image(&self, image: &Arc<dyn Image>) -> Result<(), AttachError> {
+        if self.core.engine.get().is_some() {
+            // Before there are threads that would hold the image for a moment.
+            return Err(self.attached_before());
+        }
         let what = || format!("Cannot start the threads of disk {}", self.config.id);
         let count = self.config.num_queues.saturating_mul(THREADS_PER_QUEUE).min(THREADS_MAX);
         let names = (0..count).map(|at| self.config.thread_name(&format!("_io{at}"))).collect();
         let pool = ThreadPool::start(image, names)
             .map_err(|source| AttachError { what: what(), source: Some(source) })?;
-        self.attach_engine(Arc::new(pool))
+        self.attach_engine(Arc::new(pool))?;
+        *self.image_slot() = Some(Arc::clone(image));
+        Ok(())
+    }
+
+    fn image_slot(&self) -> MutexGuard<'_, Option<Arc<dyn Image>>> {
+        self.core.image.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens and locks the configured image, before the disk is attached: for a copy of another
+    /// host's image that is written from outside first. Does nothing if that was done.
+    pub fn claim(&self) -> Result<Arc<dyn Image>, AttachError> {
+        let mut slot = self.image_slot();
+        if let Some(image) = &*slot {
+            return Ok(Arc::clone(image));
+        }
+        let len = self.image_sectors << SECTOR_SHIFT;
+        let image: Arc<dyn Image> = Arc::new(open(&self.config, len).map_err(attach_error)?);
+        Ok(Arc::clone(slot.insert(image)))
+    }
+
+    pub fn is_readonly(&self) -> bool {
+        self.config.readonly
+    }
+
+    /// Whole sectors of the image, whatever the guest is told.
+    pub fn image_bytes(&self) -> u64 {
+        self.image_sectors << SECTOR_SHIFT
     }
 
     /// Attaches an engine. An image that it works on is locked already.
     pub fn attach_engine(&self, engine: Arc<dyn Engine>) -> Result<(), AttachError> {
         self.core.engine.set(engine).map_err(|engine| {
             engine.close(Duration::ZERO);
-            let what = format!("Disk {} was attached before", self.config.id);
-            AttachError { what, source: None }
+            self.attached_before()
         })
     }
 
-    /// Records every change from now on in `log`, or in none.
+    fn attached_before(&self) -> AttachError {
+        AttachError { what: format!("Disk {} was attached before", self.config.id), source: None }
+    }
+
+    /// The log has room again, see [`WriteLog::reserve`].
+    pub fn wake(&self) {
+        self.wake_worker();
+    }
+
+    /// Records every change that ends from now on in `log`, or in none.
     pub fn set_write_log(&self, log: Option<Arc<dyn WriteLog>>) {
         *self.core.log.write().unwrap_or_else(PoisonError::into_inner) = log;
     }
@@ -166,10 +205,7 @@ impl VirtioDevice for Disk {
     }
 
     fn attach(&self) -> Result<(), AttachError> {
-        let len = self.image_sectors << SECTOR_SHIFT;
-        let image = open(&self.config, len).map_err(attach_error)?;
-        let image: Arc<dyn Image> = Arc::new(image);
-        self.attach_image(&image)
+        self.attach_image(&self.claim()?)
     }
 
     fn activate(&self, activation: Activation) -> Result<(), ActivateError> {
@@ -253,6 +289,8 @@ impl VirtioDevice for Disk {
             ("errors", counters.errors.get()),
             ("held_ops", counters.held_ops.get()),
             ("held_bytes", counters.held_bytes.get()),
+            ("logged_ops", counters.logged_ops.get()),
+            ("logged_bytes", counters.logged_bytes.get()),
         ]
     }
 }
@@ -268,6 +306,9 @@ impl Drop for Disk {
         {
             warn!(disk = self.config.id, "The host does not finish a disk's I/O");
         }
+        // A worker that is on its way out holds the core, and must not hold the image's lock.
+        let image = self.image_slot().take();
+        drop(image);
     }
 }
 

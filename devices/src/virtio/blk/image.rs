@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use nix::unistd::{Whence, lseek};
 use thiserror::Error;
 
 use super::buffer::{BUFFER_BYTES_MAX, BufferPool};
@@ -60,6 +61,12 @@ pub trait Image: Send + Sync {
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
     /// What was written before is durable on return.
     fn flush(&self) -> io::Result<()>;
+    /// Bytes from `offset` on that are known to be zero without reading them; 0 if that is not
+    /// known.
+    fn hole_bytes(&self, offset: u64) -> u64 {
+        let _ = offset;
+        0
+    }
 }
 
 /// An open image.
@@ -201,5 +208,16 @@ impl Image for FileImage {
 
     fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn hole_bytes(&self, offset: u64) -> u64 {
+        let Ok(from) = libc::off_t::try_from(offset) else { return 0 };
+        // The file's own position is nobody's: all I/O names its offset.
+        match lseek(&self.file, from, Whence::SeekData) {
+            Ok(data) => u64::try_from(data).unwrap_or(0).saturating_sub(offset),
+            // No data up to the end.
+            Err(Errno::ENXIO) => self.len_bytes().unwrap_or(0).saturating_sub(offset),
+            Err(_) => 0,
+        }
     }
 }

@@ -35,6 +35,8 @@ mod gate;
 mod image;
 /// Features and configuration space.
 mod layout;
+/// The image, read and written beside the guest for a copy of it elsewhere.
+mod replica;
 /// Requests, and what is wrong with them.
 mod request;
 /// Which requests may go to the host, and when.
@@ -59,4 +61,4 @@ pub use image::{Image, ImageError};
 pub use layout::SECTOR_BYTES;
 pub use schedule::Held;
 pub use state::{BlkQueueState, BlkState};
-pub use write_log::{Change, WriteLog};
+pub use write_log::{Change, RECORD_COST_BYTES, WriteLog};

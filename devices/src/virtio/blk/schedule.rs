@@ -164,8 +164,12 @@ impl<T: Clone> Schedule<T> {
     }
 
     /// Starts the oldest request that may, if its buffer fits beside those of the running ones.
-    pub(super) fn start(&mut self) -> Option<(Ticket, T)> {
-        let ticket = *self.ready.first()?;
+    /// Without `all` a read.
+    pub(super) fn start(&mut self, all: bool) -> Option<(Ticket, T)> {
+        let may = |ticket: &&Ticket| {
+            all || self.entries.get(ticket).is_some_and(|entry| !entry.access.is_output())
+        };
+        let ticket = *self.ready.iter().find(may)?;
         let entry = self.entries.get_mut(&ticket)?;
         let bytes = self.running_bytes.saturating_add(entry.cost_bytes);
         if bytes > RUNNING_BYTES_MAX && self.running_bytes > 0 {

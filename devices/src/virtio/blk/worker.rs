@@ -23,11 +23,12 @@ use tracing::debug;
 use super::buffer::{BUFFER_BYTES_MAX, Buffer, BufferPool, cost_bytes};
 use super::chain::{Table, walk};
 use super::engine::{Engine, Io, Operation};
+use super::image::Image;
 use super::layout::{F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
 use super::request::{Parsed, Request, Rules, Status, Task, parse};
 use super::schedule::{Schedule, Ticket};
 use super::session::{Inside, Session, Taken};
-use super::write_log::{Change, WriteLog};
+use super::write_log::{Change, Room, WriteLog};
 use crate::counters::Counter;
 use crate::virtio::turnstile::Turnstile;
 
@@ -61,6 +62,9 @@ pub(super) struct BlkCounters {
     /// Requests that had to wait for their epoch, and the data of the writes among them.
     pub(super) held_ops: Counter,
     pub(super) held_bytes: Counter,
+    /// Changes that were told to a log, and the data among them.
+    pub(super) logged_ops: Counter,
+    pub(super) logged_bytes: Counter,
 }
 
 /// What the threads of a disk share.
@@ -68,10 +72,12 @@ pub(super) struct Core {
     pub(super) turnstile: Turnstile,
     pub(super) engine: OnceLock<Arc<dyn Engine>>,
     pub(super) log: RwLock<Option<Arc<dyn WriteLog>>>,
+    /// Taken out when the disk ends: its lock ends with its last user.
+    pub(super) image: Mutex<Option<Arc<dyn Image>>>,
     pub(super) counters: BlkCounters,
     pub(super) identification: [u8; 20],
     schedule: Mutex<Schedule<Work>>,
-    buffers: BufferPool,
+    pub(super) buffers: BufferPool,
 }
 
 impl Work {
@@ -113,6 +119,7 @@ impl Core {
             turnstile: Turnstile::default(),
             engine: OnceLock::new(),
             log: RwLock::default(),
+            image: Mutex::default(),
             counters: BlkCounters::default(),
             identification,
             schedule: Mutex::new(Schedule::new()),
@@ -195,22 +202,37 @@ impl Core {
         }
     }
 
-    /// Gives the host what may start.
+    pub(super) fn log(&self) -> Option<Arc<dyn WriteLog>> {
+        self.log.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn image(&self) -> Option<Arc<dyn Image>> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Gives the host what may start. A log that is full lets reads through only.
     pub(super) fn dispatch(self: &Arc<Self>) {
         let Some(engine) = self.engine.get() else { return };
         loop {
+            let log = self.log();
+            let mut room = log.as_ref().and_then(Room::reserve);
+            let all = log.is_none() || room.is_some();
             let pass = self.turnstile.enter();
-            let Some((ticket, work)) = self.schedule().start() else { return };
+            let Some((ticket, work)) = self.schedule().start(all) else { return };
             let io = self.prepare(&work);
             if io.is_none() {
                 self.schedule().finish(ticket);
             }
             drop(pass);
-            if let Some(io) = io {
-                let core = Arc::clone(self);
-                engine
-                    .submit(io, Box::new(move |io, result| core.finish(ticket, work, io, result)));
+            let Some(io) = io else { continue };
+            if io.operation == Operation::Read {
+                room = None;
+            } else if let Some(room) = &mut room {
+                room.shrink(io.buffer.bytes().len());
             }
+            let core = Arc::clone(self);
+            let done = move |io, result| core.finish(ticket, work, io, result, room);
+            engine.submit(io, Box::new(done));
         }
     }
 
@@ -240,18 +262,25 @@ impl Core {
             Task::Discard { offset, len } => (Operation::Discard { len }, offset),
             Task::Flush => (Operation::Flush, 0),
         };
-        let io = Io { operation, offset, buffer };
-        let log = self.log.read().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(log), Some(change)) = (log.as_ref(), change(&io)) {
-            log.record(&change);
-        }
-        Some(io)
+        Some(Io { operation, offset, buffer })
     }
 
     /// Takes what the host has done.
-    fn finish(self: &Arc<Self>, ticket: Ticket, mut work: Work, io: Io, result: io::Result<()>) {
+    fn finish(
+        self: &Arc<Self>,
+        ticket: Ticket,
+        mut work: Work,
+        mut io: Io,
+        result: io::Result<()>,
+        room: Option<Room>,
+    ) {
+        if result.is_err() && self.log().is_some() {
+            self.look_again(&mut io);
+        }
         {
             let _pass = self.turnstile.enter();
+            // Whether anybody is to be answered or not: the image has it.
+            self.record(&io, result.is_ok());
             let session = Arc::clone(&work.session);
             let more = session
                 .enter()
@@ -268,7 +297,40 @@ impl Core {
             }
         }
         self.buffers.give(io.buffer);
+        // What is recorded needs no room any more.
+        drop(room);
         self.dispatch();
+    }
+
+    /// A write that failed may have changed some of its range. The image elsewhere is to have what
+    /// this one has now; what cannot be read here is of no consequence there.
+    fn look_again(&self, io: &mut Io) {
+        if let (Operation::Write { .. }, Some(image)) = (io.operation, self.image()) {
+            let mut found = self.buffers.take(io.buffer.bytes().len());
+            if image.read_at(io.offset, found.bytes_mut()).is_ok() {
+                std::mem::swap(&mut io.buffer, &mut found);
+            }
+            self.buffers.give(found);
+        }
+    }
+
+    /// Tells the log what the host has done to the image. Of a zeroing or discard that failed it is
+    /// told as if it had not: the guest was told that the range is not what it was.
+    fn record(&self, io: &Io, is_ok: bool) {
+        let (Some(log), Some(change)) = (self.log(), change(io)) else { return };
+        if change == Change::Flush && !is_ok {
+            return;
+        }
+        log.record(&change);
+        let durable = matches!(
+            io.operation,
+            Operation::Write { durable: true } | Operation::Zero { durable: true, .. }
+        );
+        if durable && is_ok {
+            log.record(&Change::Flush);
+        }
+        self.counters.logged_ops.add(1);
+        self.counters.logged_bytes.add(u64::try_from(io.buffer.bytes().len()).unwrap_or(0));
     }
 
     /// Gives the guest what the host has done. True if more of the request is to do.
@@ -334,7 +396,8 @@ impl Core {
 fn change(io: &Io) -> Option<Change<'_>> {
     let offset = io.offset;
     match io.operation {
-        Operation::Read | Operation::Flush => None,
+        Operation::Read => None,
+        Operation::Flush => Some(Change::Flush),
         Operation::Write { .. } => Some(Change::Write { offset, data: io.buffer.bytes() }),
         Operation::Zero { len, unmap, .. } => Some(Change::Zero { offset, len, unmap }),
         Operation::Discard { len } => Some(Change::Discard { offset, len }),

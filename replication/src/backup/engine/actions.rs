@@ -57,6 +57,10 @@ impl<B: ReplicaBuilder> Engine<B> {
                 self.tell_last(Message::HandedOver(generation));
             }
             Action::TellResyncReady => {
+                // What was committed is in the images before a copy goes over it.
+                if let Err(error) = self.settle_images() {
+                    return self.image_failed(error);
+                }
                 if let Some(session) = &self.session {
                     session.shared.round.fetch_add(1, Ordering::AcqRel);
                 }
@@ -64,6 +68,11 @@ impl<B: ReplicaBuilder> Engine<B> {
             }
             Action::Close => self.close(),
             Action::Claim { expected } => {
+                // Whoever claims can run: a primary that lives must not lose its VM to an image
+                // that is not whole.
+                if let Err(error) = self.settle_images() {
+                    return self.image_failed(error);
+                }
                 let identity = self.identity();
                 let generation = expected.next();
                 let standing = Standing::Solo { owner: identity.host };
@@ -73,6 +82,8 @@ impl<B: ReplicaBuilder> Engine<B> {
                 self.claim_went(next);
             }
             Action::Discard => {
+                // The images first: they are the replica's, and free once it is gone.
+                self.images = None;
                 self.replica = None;
                 self.state = None;
             }
@@ -92,6 +103,9 @@ impl<B: ReplicaBuilder> Engine<B> {
         assert_eq!(verified.seal.epoch, epoch, "what was verified is what is applied");
         self.status.lock().info.epoch_committed = epoch.0;
         self.status.lock().info.sync_progress = 1.0;
+        if let Some((_, images)) = &self.images {
+            images.apply(verified.disks.changes);
+        }
         let Some(session) = &self.session else { return };
         for (part, connection) in verified.parts.into_iter().zip(&session.data) {
             apply(&session.shared.ram, &part.runs, &part.bytes)
@@ -126,7 +140,8 @@ impl<B: ReplicaBuilder> Engine<B> {
             bell.close();
         }
         let closing = session.data.into_iter().flatten();
-        let threads: Vec<_> = closing.map(super::DataConnection::close).collect();
+        let mut threads: Vec<_> = closing.map(super::DataConnection::close).collect();
+        threads.extend(session.disks.map(super::DiskConnection::close));
         for thread in threads {
             // They hold the replica's memory: it must be free before another is built.
             if thread.join().is_err() {
@@ -135,11 +150,22 @@ impl<B: ReplicaBuilder> Engine<B> {
         }
     }
 
+    /// Waits for the images: everything committed is in them, durably, or they are of no use.
+    fn settle_images(&self) -> Result<(), String> {
+        self.images.as_ref().map_or(Ok(()), |(_, images)| images.settle())
+    }
+
     fn start(&mut self) {
         self.times.owned_us = now_us();
         let (Some(replica), Some(state)) = (self.replica.take(), self.state.take()) else {
             unreachable!("the machine starts only what was committed");
         };
+        if let Err(error) = self.settle_images() {
+            self.images = None;
+            return self.step(Event::StartFailed(error));
+        }
+        // The machine's own threads write the images from here on.
+        self.images = None;
         match replica.start(state) {
             Ok(()) => {
                 self.times.resumed_us = now_us();

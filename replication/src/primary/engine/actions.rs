@@ -1,8 +1,7 @@
 //! What the engine does when its machine says so.
 
 use super::{
-    Action, Degrade, Engine, Error, Event, Guest, Instant, Message, Report, Standing, State, Told,
-    Work,
+    Action, Degrade, Engine, Error, Event, Guest, Message, Report, Standing, State, Told, Work,
 };
 use crate::protocol::ownership::Verdict;
 use crate::protocol::primary::Purpose;
@@ -40,14 +39,17 @@ impl<G: Guest> Engine<G> {
                 self.first = true;
                 self.tell(Message::Resync);
             }
-            Action::Copy => self.copy(0),
+            Action::Copy => self.begin_copy(),
+            // With disks to settle first this takes its time, see `seal_first`.
+            Action::Hold if self.disks.is_some() => {}
             Action::Hold => self.guest.hold_output(),
-            Action::BeginEpochs => {
-                self.work = Work::Epochs;
-                self.last_seal = Instant::now();
-                self.seal();
+            Action::BeginEpochs => self.begin_epochs(),
+            Action::EndEpochs => {
+                self.work = Work::Nothing;
+                self.disks_copy = false;
+                self.disk_job += 1;
+                self.call_off_log();
             }
-            Action::EndEpochs => self.work = Work::Nothing,
             Action::SealHandover => {
                 self.handover = true;
                 if self.in_flight.is_none() {
@@ -100,6 +102,11 @@ impl<G: Guest> Engine<G> {
         if let Some(senders) = self.senders.take() {
             drop(senders.close());
         }
+        if let Some(disks) = &self.disks {
+            disks.close();
+        }
+        self.disks_copy = false;
+        self.disk_job += 1;
         // What the senders still report belongs to nothing any more.
         self.job += 1;
         self.unsent = 0;
@@ -184,6 +191,9 @@ impl<G: Guest> Engine<G> {
     /// The last things to do, in whatever state it ended.
     pub(super) fn end(mut self) {
         let state = self.machine.state();
+        if let Some(disks) = &self.disks {
+            disks.detach();
+        }
         if state != State::Gone
             && let Err(source) = self.guest.stop_tracking()
         {
@@ -198,6 +208,10 @@ impl<G: Guest> Engine<G> {
         }
         if let Some(senders) = self.senders.take() {
             drop(senders.close());
+        }
+        let patience = self.timeout();
+        if let Some(disks) = self.disks.take() {
+            disks.end(patience);
         }
         for answer in self.stop_answer.drain(..) {
             let result = match state {

@@ -13,6 +13,8 @@ use super::{
 use crate::capture::cow::Share;
 use crate::guest::{MachineState, STATE_BYTES_MAX};
 use crate::ids::{EpochId, PAGE_SIZE};
+use crate::primary::disk::Job as DiskJob;
+use crate::primary::seal::Sealed;
 use crate::ram::PageSet;
 use crate::wire::Seal;
 
@@ -52,12 +54,20 @@ impl<G: Guest> Engine<G> {
         let quiet = move || output.store(false, Ordering::Release);
         let pause = self.sealer.seal(&mut self.guest, epoch, handover, quiet);
         match pause {
-            Ok(Pause::Sealed { state, source, stood }) => {
+            Ok(Pause::Sealed(sealed)) => {
                 let took = began.duration_since(self.last_seal);
                 self.last_seal = began;
-                if let Err(error) = self.ship(epoch, handover, &state, source, took, stood) {
+                if let Err(error) = self.ship(epoch, handover, sealed, took) {
                     self.step(Event::GiveUp(error.chain()));
                 }
+            }
+            Ok(Pause::TooLarge { .. }) if self.first && self.log_is_over() => {
+                // Nothing is committed yet: what was logged is marked and copied again.
+                if let Err(error) = self.sealer.release(&mut self.guest) {
+                    return self.step(Event::GiveUp(error.chain()));
+                }
+                self.call_off_log();
+                self.begin_epochs();
             }
             Ok(Pause::TooLarge { .. }) if self.first => {
                 // Nothing is committed yet, so what an epoch cannot carry goes into the image.
@@ -65,13 +75,12 @@ impl<G: Guest> Engine<G> {
                 let set = self.sealer.take();
                 self.give(EpochId(0), Source::Live(set));
             }
-            Ok(Pause::TooLarge { pages }) => self.too_large(pages),
+            Ok(Pause::TooLarge { bytes }) => self.too_large(bytes),
             Err(error) => self.step(Event::GiveUp(error.chain())),
         }
     }
 
-    fn too_large(&mut self, pages: u64) {
-        let bytes = pages * PAGE_SIZE as u64;
+    fn too_large(&mut self, bytes: u64) {
         let most = self.cadence.staging_pages() * PAGE_SIZE as u64;
         let reason = format!("An epoch of {bytes} bytes exceeds the backup's staging of {most}");
         self.too_large += 1;
@@ -87,11 +96,10 @@ impl<G: Guest> Engine<G> {
         &mut self,
         epoch: EpochId,
         handover: bool,
-        state: &G::State,
-        source: Source,
+        sealed: Sealed<G::State>,
         took: Duration,
-        stood: Duration,
     ) -> Result<(), Error> {
+        let Sealed { state, source, log, stood } = sealed;
         let sealed_at = Instant::now();
         self.sealed = epoch;
         self.first = false;
@@ -101,6 +109,10 @@ impl<G: Guest> Engine<G> {
         let counts = (0..of).map(|index| Share { index, of }.count(set)).collect();
         self.cadence.sealed(pages, took);
         self.give(epoch, source);
+        let changes = log.changes.len() as u64;
+        if let Some(disks) = &self.disks {
+            disks.give(DiskJob::Epoch { epoch, log });
+        }
         let mut bytes = Vec::new();
         let encoded = state.encode(&mut bytes);
         encoded.map_err(|source| Error::Guest { what: "encode the machine state", source })?;
@@ -111,7 +123,7 @@ impl<G: Guest> Engine<G> {
         self.status.counters.raw_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.status.counters.wire_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let generation = self.machine.generation();
-        let seal = Seal { epoch, generation, handover, pages: counts, state: bytes };
+        let seal = Seal { epoch, generation, handover, pages: counts, changes, state: bytes };
         self.tell(Message::Seal(seal));
         self.in_flight = Some(InFlight { sealed_at });
         let mut gathered = self.status.lock();
@@ -153,7 +165,7 @@ impl<G: Guest> Engine<G> {
                     Err(error) => self.step(Event::GiveUp(error.chain())),
                 }
             }
-            Work::Epochs | Work::Nothing => {}
+            Work::Epochs | Work::Nothing | Work::AwaitingDisks | Work::Settling | Work::Rest => {}
         }
     }
 
@@ -184,7 +196,81 @@ impl<G: Guest> Engine<G> {
         if rest > small && shrinks && pass + 1 < PASSES_MAX {
             return self.copy(pass + 1);
         }
+        if self.disks_copy {
+            self.work = Work::AwaitingDisks;
+            return;
+        }
         self.work = Work::Nothing;
         self.step(Event::Synced);
+    }
+
+    /// Copies memory and disks straight into the backup's images, while the guest runs.
+    pub(super) fn begin_copy(&mut self) {
+        if let Some(disks) = &self.disks {
+            let counters = &self.status.counters;
+            counters.synced_disk_bytes.store(0, Ordering::Relaxed);
+            let marked = disks.journal.marked_bytes();
+            counters.to_sync_disk_bytes.store(marked, Ordering::Relaxed);
+        }
+        self.copy_disks(|number| DiskJob::Copy { number });
+        self.copy(0);
+    }
+
+    fn copy_disks(&mut self, job: impl FnOnce(u64) -> DiskJob) {
+        if let Some(disks) = &self.disks {
+            self.disk_job += 1;
+            self.disks_copy = true;
+            disks.give(job(self.disk_job));
+        }
+    }
+
+    /// The disks' copy that was asked for last is out.
+    pub(super) fn disks_copied(&mut self) {
+        self.disks_copy = false;
+        match self.work {
+            // Memory was written meanwhile, perhaps a lot.
+            Work::AwaitingDisks => self.copy(1),
+            Work::Settling => {
+                self.work = Work::Rest;
+                if let Some(disks) = &self.disks {
+                    disks.journal.begin_log(self.log_bytes_max);
+                }
+                self.copy_disks(|number| DiskJob::Rest { number });
+            }
+            Work::Rest => self.seal_first(),
+            Work::Nothing | Work::Copying { .. } | Work::Surplus | Work::Epochs => {}
+        }
+    }
+
+    /// Paired: what the disks still lack goes first. The log begins no earlier than this, since the
+    /// arbiter may take its time, and a log that nobody reads fills up.
+    pub(super) fn begin_epochs(&mut self) {
+        if self.disks.is_none() {
+            return self.seal_first();
+        }
+        self.work = Work::Settling;
+        self.copy_disks(|number| DiskJob::Copy { number });
+    }
+
+    fn seal_first(&mut self) {
+        if self.disks.is_some() {
+            // Not before: until the first commit there is nobody who could take over.
+            self.guest.hold_output();
+        }
+        self.work = Work::Epochs;
+        self.last_seal = Instant::now();
+        self.seal();
+    }
+
+    fn log_is_over(&self) -> bool {
+        let open = self.disks.as_ref().map_or(0, |disks| disks.journal.open_bytes());
+        open > self.log_bytes_max
+    }
+
+    /// Nobody reads the log from here on: what it has is marked, should there be a copy anew.
+    pub(super) fn call_off_log(&mut self) {
+        if let Some(disks) = &self.disks {
+            disks.journal.stop_log();
+        }
     }
 }

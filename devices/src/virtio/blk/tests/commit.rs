@@ -1,4 +1,4 @@
-//! Output commit, and the log of changes.
+//! Output commit.
 
 use super::*;
 
@@ -169,75 +169,4 @@ fn a_reset_drops_what_is_held() {
     rig.disk.pass();
     thread::sleep(MOMENT);
     assert!(image.begun().is_empty());
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Logged {
-    Write(u64, u8, usize),
-    Zero(u64, u64, bool),
-    Discard(u64, u64),
-}
-
-#[derive(Default)]
-struct TestLog(Mutex<Vec<Logged>>);
-
-impl WriteLog for TestLog {
-    fn record(&self, change: &Change<'_>) {
-        self.0.lock().unwrap().push(match *change {
-            Change::Write { offset, data } => Logged::Write(offset, data[0], data.len()),
-            Change::Zero { offset, len, unmap } => Logged::Zero(offset, len, unmap),
-            Change::Discard { offset, len } => Logged::Discard(offset, len),
-        });
-    }
-}
-
-#[test]
-fn changes_are_logged_in_the_order_of_the_host() {
-    let image = TestImage::new();
-    let mut rig = Rig::on(&image, 1);
-    let log = Arc::<TestLog>::default();
-    rig.disk.set_write_log(Some(Arc::<TestLog>::clone(&log)));
-    image.block();
-    let driver = &mut rig.drivers[0];
-    driver.write(0, &[1; 512]);
-    until("the host's I/O", || image.begun().len() == 1);
-    driver.read(100, 512);
-    driver.write(0, &[2; 512]);
-    driver.range(WRITE_ZEROES, 0, 8, 1);
-    driver.range(DISCARD, 0, 8, 0);
-    driver.write(7, &[3; 512]);
-    until("the requests are taken", || rig.disk.queue_positions()[0].next_avail == 6);
-    thread::sleep(MOMENT);
-    // The others wait for the host: an epoch that ends now has this change only.
-    assert_eq!(*log.0.lock().unwrap(), [Logged::Write(0, 1, 512)]);
-    image.unblock();
-    rig.drivers[0].answers(6);
-    let expected = [
-        Logged::Write(0, 1, 512),
-        Logged::Write(0, 2, 512),
-        Logged::Zero(0, 4096, true),
-        Logged::Discard(0, 4096),
-        Logged::Write(7 * 512, 3, 512),
-    ];
-    assert_eq!(*log.0.lock().unwrap(), expected);
-    assert_eq!((image.sector(6), image.sector(7)), (0xdd, 3));
-    rig.disk.set_write_log(None);
-    let sent = rig.drivers[0].write(0, &[1; 512]);
-    rig.drivers[0].end(sent);
-    assert_eq!(log.0.lock().unwrap().len(), 5);
-}
-
-#[test]
-fn a_held_change_is_logged_when_it_is_released() {
-    let image = TestImage::new();
-    let (mut rig, _) = holding(&image);
-    let log = Arc::<TestLog>::default();
-    rig.disk.set_write_log(Some(Arc::<TestLog>::clone(&log)));
-    rig.disk.hold();
-    let sent = rig.drivers[0].write(0, &[1; 512]);
-    until("the write is held", || rig.disk.open().requests == 1);
-    assert!(log.0.lock().unwrap().is_empty());
-    rig.disk.pass();
-    rig.drivers[0].end(sent);
-    assert_eq!(log.0.lock().unwrap().len(), 1);
 }

@@ -4,6 +4,7 @@
 mod commit;
 mod failover;
 mod hostile;
+mod log;
 mod parking;
 mod requests;
 mod schedule;

@@ -143,7 +143,7 @@ impl Both {
 
     fn start(&mut self) {
         let expected = may_start(&self.list);
-        let started = self.schedule.start();
+        let started = self.schedule.start(true);
         assert_eq!(started.map(|(_, id)| id), expected.map(|at| self.list[at].id));
         if let (Some(at), Some((ticket, _))) = (expected, started) {
             self.list[at].running = Some(ticket);
@@ -201,19 +201,19 @@ fn running_buffers_are_bounded() {
     for at in 0..40 {
         schedule.insert(0, read(at), 1 << 20, at);
     }
-    let running: Vec<_> = std::iter::from_fn(|| schedule.start()).collect();
+    let running: Vec<_> = std::iter::from_fn(|| schedule.start(true)).collect();
     assert_eq!(running.len() << 20, RUNNING_BYTES_MAX);
     schedule.finish(running[5].0);
-    assert_eq!(schedule.start().unwrap().1, 32);
-    assert!(schedule.start().is_none());
+    assert_eq!(schedule.start(true).unwrap().1, 32);
+    assert!(schedule.start(true).is_none());
     // What does not fit at all runs alone.
     let mut schedule = Schedule::new();
     schedule.insert(0, read(0), RUNNING_BYTES_MAX + 1, 0);
     schedule.insert(0, read(1), 1, 1);
-    let (first, _) = schedule.start().unwrap();
-    assert!(schedule.start().is_none());
+    let (first, _) = schedule.start(true).unwrap();
+    assert!(schedule.start(true).is_none());
     schedule.finish(first);
-    assert_eq!(schedule.start().unwrap().1, 1);
+    assert_eq!(schedule.start(true).unwrap().1, 1);
 }
 
 #[test]
