@@ -14,10 +14,10 @@ pair() { # VCPUS
     mkdir "$CASE/arbiter"
     start b "$VMM" --api-socket "path=$CASE/b.sock" \
         --receive-replica "receiver_url=tcp:127.0.0.1:$PORT,arbiter=file:$CASE/arbiter" \
-        --serial "file=$CASE/b.serial" --console off
+        --serial "file=$CASE/b.serial" --console off ${PAIR_MORE_BACKUP:-}
     wait_for 60 "the backup to listen on port $PORT" listens "$PORT"
     start a "$VMM" --api-socket "path=$CASE/a.sock" --kernel /bed/l2/vmlinux \
-        --initramfs /bed/l2/l2.img \
+        --initramfs "${PAIR_INITRAMFS:-/bed/l2/l2.img}" \
         --cmdline "$L2_CMDLINE bed.count=$LINUX_COUNTS bed.pause=$LINUX_PAUSE" \
         --cpus "boot=$1" --memory size=256M --serial "file=$CASE/a.serial" --console off \
         ${PAIR_MORE:-} \
