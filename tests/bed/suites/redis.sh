@@ -15,6 +15,8 @@ LINUX_ROUNDS=0 LINUX_VCPUS=''
 # Each VMM has a tap of its own, and both are on a bridge with an address of L1.
 network() {
     local tap
+    # What the round before left.
+    for tap in tapa tapb br0; do /sbin/ip link del "$tap" 2>/dev/null; done
     /sbin/ip link add br0 type bridge
     /sbin/ip addr add 10.99.0.1/24 dev br0
     /sbin/ip link set br0 up
@@ -22,11 +24,6 @@ network() {
         /sbin/ip tuntap add dev "$tap" mode tap || fail "no tap"
         /sbin/ip link set "$tap" master br0 up
     done
-}
-
-no_network() {
-    local device
-    for device in tapa tapb br0; do /sbin/ip link del "$device"; done
 }
 
 # A file system on the primary's image; the backup's is as large and empty.
@@ -120,6 +117,5 @@ image_holds_all() {
 round=1
 while [ "$round" -le "$REDIS_ROUNDS" ]; do
     run_case "kill-$round" 1500 redis_survives
-    no_network 2>/dev/null
     round=$((round + 1))
 done
