@@ -5,6 +5,7 @@ LINUX_VCPUS=${LINUX_VCPUS-1 4}        # and one round with each of these
 LINUX_COUNTS=${LINUX_COUNTS:-120}     # counts until the guest shows its log and powers off
 LINUX_PAUSE=${LINUX_PAUSE:-0.1}       # seconds between two counts
 LINUX_EPOCH_MS=${LINUX_EPOCH_MS:-100}
+LINUX_TIMEOUT_MS=${LINUX_TIMEOUT_MS:-3000}
 LINUX_JUMP_S=${LINUX_JUMP_S:-60}      # seconds that the guest's clock may jump at the take-over
 PORT=7000
 
@@ -22,7 +23,7 @@ pair() { # VCPUS
         --cpus "boot=$1" --memory size=256M --serial "file=$CASE/a.serial" --console off \
         ${PAIR_MORE:-} \
         --replicate "destination_url=tcp:127.0.0.1:$PORT,arbiter=file:$CASE/arbiter,$(
-        )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=3000${PAIR_OPTIONS:-}"
+        )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=$LINUX_TIMEOUT_MS${PAIR_OPTIONS:-}"
 }
 
 survives() { # VCPUS

@@ -3,6 +3,8 @@
 REDIS_ROUNDS=${REDIS_ROUNDS:-5}
 REDIS_KEYS=${REDIS_KEYS:-40}       # acknowledged under protection before the kill, at least, and after
 REDIS_EPOCH_MS=${REDIS_EPOCH_MS:-100}
+REDIS_TIMEOUT_MS=${REDIS_TIMEOUT_MS:-10000} # a process that dies is noticed at once all the same
+REDIS_BOOT_S=${REDIS_BOOT_S:-300}           # seconds until Redis may have its disk
 REDIS_DISK_MIB=${REDIS_DISK_MIB:-32}
 TOOLS=${TOOLS:-/h/bin}             # e2fsprogs: busybox' shell would run applets of its own
 WRITER=/h/bin/redis-writer
@@ -47,21 +49,34 @@ wait_keys() {
     done
 }
 
+# As wait_state, and a protection that failed says so at once.
+wait_protected() {
+    local end=$(($(seconds) + $1)) state
+    until state=$(replication a state) && [ "$state" = Protected ]; do
+        still_up a
+        case $state in
+            Stopped | Degraded | Lost) fail "a is $state: $(replication a last_error)" ;;
+        esac
+        [ "$(seconds)" -lt "$end" ] || fail "waited $1 s for a to be Protected; it is '$state'"
+        sleep 0.3
+    done
+}
+
 redis_survives() {
     export UNDERSTUDY_UNFINISHED=net
     network
     images
     L2_CMDLINE="$L2_CMDLINE bed.ip=$GUEST_IP/24 bed.redis=1"
-    LINUX_COUNTS=0 LINUX_PAUSE=2 LINUX_EPOCH_MS=$REDIS_EPOCH_MS
+    LINUX_COUNTS=0 LINUX_PAUSE=2 LINUX_EPOCH_MS=$REDIS_EPOCH_MS LINUX_TIMEOUT_MS=$REDIS_TIMEOUT_MS
     PAIR_INITRAMFS=/bed/l2/redis.img
     PAIR_MORE="--disk path=$CASE/a.img --net tap=tapa,mac=$GUEST_MAC"
     PAIR_MORE_BACKUP="--disk path=$CASE/b.img --net tap=tapb"
     pair 2
-    wait_serial a "^redis mounted" "$L2_READY_S"
+    wait_serial a "^redis mounted" "$REDIS_BOOT_S"
     : >"$CASE/acknowledged"
     start writer "$WRITER" write "$GUEST_IP:6379" "$CASE/acknowledged" "$CASE/finish"
     wait_keys 1 300
-    wait_state a Protected 300
+    wait_protected 300
     wait_keys $(($(acknowledged) + REDIS_KEYS)) 300
     local pause_ms
     pause_ms=$(random 0 5000)
@@ -116,6 +131,6 @@ image_holds_all() {
 
 round=1
 while [ "$round" -le "$REDIS_ROUNDS" ]; do
-    run_case "kill-$round" 1500 redis_survives
+    run_case "kill-$round" 1800 redis_survives
     round=$((round + 1))
 done
