@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kill rounds: protect the test guest, kill its primary, let the guest say whether it lost a byte.
+# Kill rounds: protect the test guest, strike its pair, say whether anything was lost.
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 . "$(dirname "$0")/lib/build.sh"
@@ -8,18 +8,38 @@ usage() {
     cat <<TXT
 usage: scripts/kill-rounds.sh [options]
 
-Each round starts a backup and a primary on loopback, protects the test guest under its 'verify'
-workload, kills the primary with SIGKILL at a random moment, and has the guest check all of its
-memory on the backup. A line a round; the verdict and the take-over times at the end. Exits 0 only
+Each round starts a backup and a primary on loopback and protects the test guest.
+
+With --workload verify, the primary is killed with SIGKILL at a random moment, and the guest checks
+all of its memory on the backup.
+
+With --workload kv, the guest is a TCP server on a tap and logs each write on a disk; primary,
+backup, bridge and taps are in a network namespace of their own, the clients in another. Many
+clients, each with one connection, ask as fast as they are answered; the primary or the backup is
+struck at a random moment. Afterwards: every connection must be open and in sequence, every
+acknowledged write in memory and in the log of the host that goes on, the history linearizable.
+Needs root and /dev/net/tun.
+
+A line a round; the verdict, the take-over times and what the clients felt at the end. Exits 0 only
 if every round passed.
 
-  --rounds N      how many rounds (default 5)
-  --vcpus N       vCPUs of the guest (default 2)
-  --memory SIZE   memory of the guest (default 512M)
-  --epoch-ms N    longest epoch (default 25)
-  --seed N        repeats a run's random moments (printed by each run)
-  --keep DIR      keeps the logs of failed rounds there
-  --help          this text
+  --workload W      verify (default) or kv
+  --rounds N        how many rounds (default 5)
+  --vcpus N         vCPUs of the guest (default 2)
+  --memory SIZE     memory of the guest (default 512M)
+  --epoch-ms N      longest epoch (default 25)
+  --seed N          repeats a run's random moments (printed by each run)
+  --keep DIR        keeps the logs of failed rounds there
+  --help            this text
+
+With --workload kv:
+  --kill WHAT       primary (default), backup, or stop: SIGSTOP of the primary until the backup has
+                    taken over, then SIGCONT
+  --clients N       clients, 1 to 60 (default 16)
+  --disk WHERE      the server's log: replicated (default, an image of each host), shared (one image
+                    for both), none
+  --without-gate    tests the checker: the primary lets frames out before their epoch is committed.
+                    Exits 0 as soon as a round found that out, 1 if none did
 TXT
 }
 
@@ -31,6 +51,9 @@ done
 
 need_build_tools
 need_kvm
+case " $* " in
+*" kv "* | *=kv\ *) need_packages iproute2 ;;
+esac
 build_release
 cd "$ROOT"
 exec target/release/kill-rounds "$@"

@@ -145,7 +145,7 @@ fi
 
 cd "$ROOT"
 need_build_tools
-need_packages python3
+need_packages python3 iproute2
 command -v busybox >/dev/null || need_packages busybox
 step "Formatting" cargo fmt --all --check
 step "Lints" cargo clippy --release --locked --workspace --all-targets -- -D warnings

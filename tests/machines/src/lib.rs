@@ -3,13 +3,17 @@
 //! - [`process`]: one VMM process and what can be asked of it
 //! - [`serial`]: the guest's serial port over a socket, each piece of output with its time
 //! - [`interrupt`]: programs that leave nothing behind when they are told to end
+//! - [`network`]: a bridge, two taps and clients in network namespaces of their own
 //! - [`pair`]: a primary, its backup and their arbiter
 //! - [`round`]: one kill round, from the first sync to the guest's verdict
 //! - [`scene`]: what most tests begin with
+//! - [`kv`]: clients of the key-value server in the guest, and the checks of what they saw
 //! - [`statistics`]: minimum, median, maximum
 //! - [`timeline`]: a round as a picture
 
 pub mod interrupt;
+pub mod kv;
+pub mod network;
 pub mod pair;
 pub mod process;
 pub mod round;

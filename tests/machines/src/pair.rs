@@ -24,6 +24,12 @@ pub struct Setup {
     /// Appended to `--receive-replica`, each with its leading comma.
     pub receive_options: String,
     pub arbiter: bool,
+    /// Further arguments of the primary, and of the backup: its own taps and images.
+    pub primary_arguments: Vec<String>,
+    pub backup_arguments: Vec<String>,
+    /// Variables of the primary's environment, and the backup's.
+    pub primary_environment: Vec<(String, String)>,
+    pub backup_environment: Vec<(String, String)>,
 }
 
 impl Setup {
@@ -39,6 +45,10 @@ impl Setup {
             replicate_options: String::new(),
             receive_options: String::new(),
             arbiter: true,
+            primary_arguments: Vec::new(),
+            backup_arguments: Vec::new(),
+            primary_environment: Vec::new(),
+            backup_environment: Vec::new(),
         }
     }
 }
@@ -60,18 +70,16 @@ pub fn free_port() -> Result<u16> {
 /// Starts a backup that listens on `url` with its serial port on a socket.
 pub fn start_backup(folder: &Path, name: &str, url: &str, setup: &Setup) -> Result<Vmm> {
     let arbiter = arbiter_option(folder, setup);
-    Vmm::start(
-        folder,
-        name,
-        &[
-            "--receive-replica".to_owned(),
-            format!("receiver_url={url}{arbiter}{}", setup.receive_options),
-            "--serial".to_owned(),
-            format!("socket={}", folder.join(format!("{name}.serial")).display()),
-            "--console".to_owned(),
-            "off".to_owned(),
-        ],
-    )
+    let mut arguments = vec![
+        "--receive-replica".to_owned(),
+        format!("receiver_url={url}{arbiter}{}", setup.receive_options),
+        "--serial".to_owned(),
+        format!("socket={}", folder.join(format!("{name}.serial")).display()),
+        "--console".to_owned(),
+        "off".to_owned(),
+    ];
+    arguments.extend(setup.backup_arguments.iter().cloned());
+    Vmm::start_with(folder, name, &arguments, &setup.backup_environment)
 }
 
 /// Starts a VM, protected by a backup at `url` where one is given.
@@ -99,7 +107,8 @@ pub fn start_primary(folder: &Path, name: &str, url: Option<&str>, setup: &Setup
         arguments
             .extend(["--replicate".to_owned(), format!("destination_url={url}{arbiter}{options}")]);
     }
-    Vmm::start(folder, name, &arguments)
+    arguments.extend(setup.primary_arguments.iter().cloned());
+    Vmm::start_with(folder, name, &arguments, &setup.primary_environment)
 }
 
 fn arbiter_option(folder: &Path, setup: &Setup) -> String {
@@ -123,7 +132,8 @@ impl Pair {
         std::fs::create_dir(&arbiter).context("Cannot create the arbiter's directory")?;
         let backup = start_backup(folder, "backup", url, setup)?;
         let primary = start_primary(folder, "primary", Some(url), setup)?;
-        let primary_serial = Serial::connect(&folder.join("primary.serial"), limit)?;
+        let primary_serial = Serial::connect(&folder.join("primary.serial"), limit)
+            .with_context(|| format!("The primary says:\n{}", primary.log()))?;
         // The backup's serial port is there once the machine is built.
         let backup_serial = Serial::connect(&folder.join("backup.serial"), limit)?;
         Ok(Self { primary, backup, primary_serial, backup_serial, arbiter })

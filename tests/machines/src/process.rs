@@ -67,7 +67,17 @@ fn tie_to(parent: libc::pid_t) -> std::io::Result<()> {
 impl Vmm {
     /// Starts the VMM with an API socket in `folder` and waits until it answers.
     pub fn start<S: AsRef<OsStr>>(folder: &Path, name: &str, arguments: &[S]) -> Result<Self> {
-        let mut vmm = Self::spawn(folder, name, arguments)?;
+        Self::start_with(folder, name, arguments, &[])
+    }
+
+    /// As [`Vmm::start`], with variables of its environment.
+    pub fn start_with<S: AsRef<OsStr>>(
+        folder: &Path,
+        name: &str,
+        arguments: &[S],
+        environment: &[(String, String)],
+    ) -> Result<Self> {
+        let mut vmm = Self::spawn_with(folder, name, arguments, environment)?;
         vmm.wait("its API socket to answer", Duration::from_secs(30), |vmm| {
             vmm.get("vmm.ping").is_ok().then_some(())
         })?;
@@ -78,6 +88,15 @@ impl Vmm {
     ///
     /// The VMM lives no longer than the calling *thread*: start it on one that outlives its use.
     pub fn spawn<S: AsRef<OsStr>>(folder: &Path, name: &str, arguments: &[S]) -> Result<Self> {
+        Self::spawn_with(folder, name, arguments, &[])
+    }
+
+    fn spawn_with<S: AsRef<OsStr>>(
+        folder: &Path,
+        name: &str,
+        arguments: &[S],
+        environment: &[(String, String)],
+    ) -> Result<Self> {
         let socket = folder.join(format!("{name}.sock"));
         let log = folder.join(format!("{name}.log"));
         let output = File::create(&log).context("Cannot create the log")?;
@@ -86,6 +105,7 @@ impl Vmm {
             .arg("--api-socket")
             .arg(format!("path={}", socket.display()))
             .args(arguments)
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output);

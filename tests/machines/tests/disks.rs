@@ -16,7 +16,7 @@ const COUNT: &str = "workload=count tick_ms=20";
 /// The last block of a copy is not whole.
 const SIZE: usize = (9 << 20) + 512 * 3;
 
-/// An image whose stretches differ, some of them zero, behind a hole.
+/// An image whose stretches differ, some of them zero, behind more than a frame of zeroes.
 fn image(folder: &Path, name: &str, size: usize, seed: u8) -> Result<PathBuf> {
     let path = folder.join(name);
     let mut bytes = vec![0; size];
@@ -25,7 +25,6 @@ fn image(folder: &Path, name: &str, size: usize, seed: u8) -> Result<PathBuf> {
         chunk.fill(fill);
     }
     fs::write(&path, &bytes)?;
-    // Punched by whoever knows how; the bytes are zero either way.
     Ok(path)
 }
 
@@ -99,7 +98,7 @@ fn a_backup_has_the_image_and_goes_on_with_it() -> Result<()> {
     let (mut again, url) = backup(folder, "again", &disks)?;
     other.put_expect("vm.replicate", Some(&replicate(folder, &url)), 204)?;
     other.wait_state(ReplicationState::Protected, LIMIT)?;
-    other.put_expect("vm.failover", None, 204)?;
+    other.put_expect("vm.failover", Some("{}"), 204)?;
     again.wait_state(ReplicationState::TakenOver, LIMIT)?;
     ensure!(fs::read(&here)? == original, "the second copy differs");
     Ok(())
