@@ -1,12 +1,12 @@
 # Redis on ext4 keeps its connection and every acknowledged key when its primary is killed.
 
 REDIS_ROUNDS=${REDIS_ROUNDS:-5}
-REDIS_KEYS=${REDIS_KEYS:-40}       # acknowledged under protection before the kill, at least, and after
+REDIS_KEYS=${REDIS_KEYS:-40} # acknowledged under protection before the kill, and after it, at least
 REDIS_EPOCH_MS=${REDIS_EPOCH_MS:-100}
 REDIS_TIMEOUT_MS=${REDIS_TIMEOUT_MS:-10000} # a process that dies is noticed at once all the same
-REDIS_BOOT_S=${REDIS_BOOT_S:-300}           # seconds until Redis may have its disk
+REDIS_BOOT_S=${REDIS_BOOT_S:-300} # seconds until Redis may have its disk
 REDIS_DISK_MIB=${REDIS_DISK_MIB:-32}
-TOOLS=${TOOLS:-/h/bin}             # e2fsprogs: busybox' shell would run applets of its own
+TOOLS=${TOOLS:-/h/bin} # e2fsprogs: busybox' shell would run applets of its own
 WRITER=/h/bin/redis-writer
 GUEST_IP=10.99.0.2
 GUEST_MAC=52:54:00:12:34:56

@@ -25,6 +25,10 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail, ensure};
 use connection::Connection;
 
+const USAGE: &str = "Usage: redis-writer write ADDRESS ACKNOWLEDGED FINISH
+       redis-writer check ADDRESS ACKNOWLEDGED
+       redis-writer aof FILE ACKNOWLEDGED";
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -55,9 +59,7 @@ fn run(arguments: &[&str]) -> Result<String> {
                 .with_context(|| format!("{file} is not what it should be"))?;
             Ok(format!("{} keys in the append-only file", numbers.len()))
         }
-        _ => bail!(
-            "Usage: write ADDRESS ACKNOWLEDGED FINISH | check ADDRESS ACKNOWLEDGED | aof FILE ACKNOWLEDGED"
-        ),
+        _ => bail!("{USAGE}"),
     }
 }
 
