@@ -138,8 +138,7 @@ unpack() {
     rm -f "$apt"/cache/archives/{libc6,libgcc-s1}_*.deb
     unpack_into "$out/root" "$out/packages.txt" "$apt"/cache/archives/*.deb
     # L2 has nothing of the host's.
-    unpack_into "$apt/l2" "$apt/l2-packages" "$apt"/cache/l2/*.deb
-    grep '^redis' "$apt/l2-packages" >>"$out/packages.txt"
+    unpack_into "$apt/l2" "$out/packages.txt" "$apt"/cache/l2/*.deb
     for flavour in amd64 cloud-amd64; do
         deb=$(echo "$apt/cache/$(cat "$apt/kernel-$flavour")"_*.deb)
         dpkg -x "$deb" "$apt/$flavour" || die "Cannot unpack $(basename "$deb")"
@@ -152,7 +151,8 @@ unpack() {
 # program_tree ROOT PROGRAM OUT: the program of an unpacked system as /bin/NAME, its loader and the
 # libraries that this loader finds for it.
 program_tree() {
-    local root=$1 program=$2 out=$3 lib=$1/usr/lib/x86_64-linux-gnu:$1/lib/x86_64-linux-gnu library
+    local root=$1 program=$2 out=$3 lib library
+    lib=$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu
     mkdir -p "$out/bin" "$out/lib64" "$out/lib/x86_64-linux-gnu"
     cp -L "$root/$program" "$out/bin/"
     cp -L "$root/lib64/ld-linux-x86-64.so.2" "$out/lib64/"
@@ -205,7 +205,7 @@ main() {
         exec 8>"$cache/.lock"
         flock -n 8 || { note "waiting for another build of the bed" && flock 8; }
         if [ ! -d "$place" ]; then
-            log "Building the nested bed (about 185 MB to fetch, once)"
+            log "Building the nested bed (about 210 MB to fetch, once)"
             need_packages python3 zstd
             drop_old "$cache" "$hash"
             work=$(mktemp -d "$cache/.building.XXXXXX")
