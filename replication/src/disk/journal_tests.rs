@@ -13,7 +13,10 @@ struct Rig {
 fn counting() -> (Arc<AtomicUsize>, Waker) {
     let count = Arc::<AtomicUsize>::default();
     let counted = Arc::clone(&count);
-    (count, Waker::new(move || drop(counted.fetch_add(1, Ordering::SeqCst))))
+    let wake = move || {
+        counted.fetch_add(1, Ordering::SeqCst);
+    };
+    (count, Waker::new(wake))
 }
 
 fn rig() -> Rig {

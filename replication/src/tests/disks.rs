@@ -33,7 +33,7 @@ fn content(len: usize, seed: u64) -> Vec<u8> {
     let mut random = Random(seed);
     let mut bytes = vec![0; len];
     for chunk in bytes.chunks_mut(40_000) {
-        if random.next() % 3 > 0 {
+        if !random.next().is_multiple_of(3) {
             chunk.fill(u8::try_from(random.next() % 255).unwrap());
         }
     }
@@ -85,7 +85,7 @@ impl Users {
 }
 
 fn request(random: &mut Random, user: usize, users: usize) -> Request {
-    let disk = usize::from(random.next() % 4 == 0);
+    let disk = usize::from(random.next().is_multiple_of(4));
     let operation = match random.next() % 10 {
         0 => Operation::Zero { unmap: true },
         1 => Operation::Discard,
@@ -94,7 +94,7 @@ fn request(random: &mut Random, user: usize, users: usize) -> Request {
     };
     let sectors = (SIZES[disk] / 512) as u64;
     let (first, part) = (sectors / users as u64 * user as u64, sectors / users as u64);
-    let most = if random.next() % 8 == 0 { 2048 } else { 40 };
+    let most = if random.next().is_multiple_of(8) { 2048 } else { 40 };
     let len = 1 + random.next() % part.min(most);
     let from = first + random.next() % (part - len + 1);
     let range = if operation == Operation::Flush { 0..0 } else { from * 512..(from + len) * 512 };
@@ -155,6 +155,7 @@ fn a_switch_over_hands_over_the_disks() {
         primary.events.wait(is_synced).unwrap();
         primary.handle.failover(false).unwrap();
         pair.backup.handle.join();
+        primary.handle.join();
         assert!(pair.machine.is_destroyed());
         users.join();
         assert_eq!(pair.backup.wrong(), Vec::<String>::new());

@@ -113,21 +113,6 @@ fn no_replication() -> Failure {
     Failure::new(FailureKind::NotFound, "This VMM takes part in no replication")
 }
 
-/// What of a VM this version cannot protect.
-fn protectable(config: &VmConfig) -> Result<(), Failure> {
-    let mut chain = vec!["The VM cannot be protected".to_owned()];
-    // For developers: see docs/design/0010.
-    let unfinished = std::env::var_os("UNDERSTUDY_UNFINISHED").is_some_and(|what| what == "net");
-    for card in config.net.iter().flatten().filter(|_| !unfinished) {
-        let id = card.id.as_deref().unwrap_or_default();
-        chain.push(format!(
-            "network card {id}: protection with a card is not a part of this version"
-        ));
-    }
-    let kind = FailureKind::BadRequest;
-    if chain.len() == 1 { Ok(()) } else { Err(Failure { kind, chain }) }
-}
-
 /// Ends a protection in order, its last words to the backup included.
 pub(super) fn stop_primary(handle: &PrimaryHandle) {
     let stopped = if has_ended(handle) { Ok(()) } else { handle.stop() };
@@ -169,7 +154,6 @@ impl Controller {
         if !self.protection.is_over() {
             return Err(conflict("The VM is already replicated: vm.stop-replication ends that"));
         }
-        protectable(machine.config())?;
         Ok(machine)
     }
 

@@ -22,6 +22,9 @@ use crate::process::POLL;
 
 /// Operations on a key before the window moves on, on average.
 const OPERATIONS_PER_KEY: u64 = 64;
+/// Keys of the window for each client. Fewer make longer times in which a key is never at rest, and
+/// those are what the search for a linearization is slow with.
+const KEYS_PER_CLIENT: u32 = 3;
 /// Of all operations this share reads any key, to meet values that were written long ago.
 const ANY_KEY: f64 = 0.1;
 /// And half of the rest are writes.
@@ -170,7 +173,8 @@ fn work(
     mut random: StdRng,
     shared: &Shared,
 ) -> (Client, Option<Violation>) {
-    let width = u32::try_from(shared.answers.len()).unwrap_or(KEYS).clamp(1, KEYS);
+    let clients = u32::try_from(shared.answers.len()).unwrap_or(KEYS);
+    let width = clients.saturating_mul(KEYS_PER_CLIENT).clamp(1, KEYS);
     while !shared.is_over.load(Ordering::SeqCst) {
         let result = if random.random_bool(ANY_KEY) {
             client.get(random.random_range(0..KEYS)).map(|_| ())

@@ -94,8 +94,6 @@ pub struct Outcome {
 pub fn setup(folder: &Path, vcpus: u32, memory: &str, disk: Disk) -> Result<Setup> {
     let mut setup = Setup::verify(vcpus, memory);
     setup.command_line = format!("workload=kv vcpus={vcpus} ip={GUEST_IP} port={}", SERVER.port());
-    // Cards are refused to users until this proof stands.
-    setup.primary_environment = vec![("UNDERSTUDY_UNFINISHED".into(), "net".into())];
     setup.primary_arguments = vec!["--net".into(), format!("tap={PRIMARY_TAP},mac={MAC}")];
     setup.backup_arguments = vec!["--net".into(), format!("tap={BACKUP_TAP}")];
     let sides = [&mut setup.primary_arguments, &mut setup.backup_arguments];
