@@ -39,11 +39,14 @@ images() {
 
 acknowledged() { wc -l <"$CASE/acknowledged"; }
 
-# wait_keys COUNT LIMIT_S: as wait_for, and it notices when the writer gives up meanwhile.
+# wait_keys COUNT LIMIT_S: as wait_for, and it notices when the writer gives up or a guest panics.
 wait_keys() {
-    local end=$(($(seconds) + $2))
+    local end=$(($(seconds) + $2)) name
     while [ "$(acknowledged)" -lt "$1" ]; do
         still_up writer
+        for name in a b; do
+            serial_has "$name" "Kernel panic" && fail "$name's guest panicked: $(complaints "$name")"
+        done
         [ "$(seconds)" -lt "$end" ] || fail "waited $2 s for key $1; acknowledged: $(acknowledged)"
         sleep 0.2
     done
@@ -63,7 +66,6 @@ wait_protected() {
 }
 
 redis_survives() {
-    export UNDERSTUDY_UNFINISHED=net
     network
     images
     L2_CMDLINE="$L2_CMDLINE bed.ip=$GUEST_IP/24 bed.redis=1"
