@@ -70,7 +70,7 @@ impl Connection {
     /// to `log` as soon as it is acknowledged.
     pub fn write(&mut self, log: &mut impl Write, finish: impl Fn() -> bool) -> Result<Written> {
         let mut sent = 0;
-        let mut last = Instant::now();
+        let mut last: Option<Instant> = None;
         let mut written =
             Written { acknowledged: 0, silence_max: Duration::ZERO, silence_before: 0 };
         let mut finishing = false;
@@ -90,11 +90,12 @@ impl Connection {
             }
             written.acknowledged = number;
             writeln!(log, "{number}").context("Cannot write down what was acknowledged")?;
-            if last.elapsed() > written.silence_max {
-                written.silence_max = last.elapsed();
+            let silence = last.map_or(Duration::ZERO, |last| last.elapsed());
+            if silence > written.silence_max {
+                written.silence_max = silence;
                 written.silence_before = number;
             }
-            last = Instant::now();
+            last = Some(Instant::now());
         }
     }
 
