@@ -23,7 +23,8 @@ $(for file in "$BED"/suites/*.sh; do
     done)
 
 Options:
-  --binaries DIR    use cloud-hypervisor and ch-remote of DIR (default: build in release mode)
+  --binaries DIR    use cloud-hypervisor, ch-remote and (suite redis) redis-writer of DIR
+                    (default: build in release mode)
   --kvm-tests PATH  test programs for the suite "kvm": a folder of them, or a file that lists them
                     as PROGRAM<tab>WORKING-FOLDER; see docs/nested-bed.md. Adds "kvm" to the suites
   --set NAME=VALUE  a setting of a suite (LINUX_ROUNDS=2, say); they stand at the top of its file
@@ -61,10 +62,8 @@ parse() {
         shift
     done
     [ ${#SUITES[@]} -gt 0 ] || SUITES=("${DEFAULT_SUITES[@]}")
-    if [ -n "$KVM_TESTS" ] && [[ " ${SUITES[*]} " != *" kvm "* ]]; then SUITES+=(kvm); fi
-    if [ -z "$KVM_TESTS" ] && [[ " ${SUITES[*]} " == *" kvm "* ]]; then
-        usage_error "The suite kvm needs --kvm-tests"
-    fi
+    if [ -n "$KVM_TESTS" ] && ! wanted kvm; then SUITES+=(kvm); fi
+    if [ -z "$KVM_TESTS" ] && wanted kvm; then usage_error "The suite kvm needs --kvm-tests"; fi
 }
 
 option() {
@@ -81,11 +80,16 @@ option() {
     esac
 }
 
+# wanted SUITE: whether it is to run.
+wanted() { [[ " ${SUITES[*]} " == *" $1 "* ]]; }
+
 build_binaries() {
     [ -n "$BINARIES" ] && return
     log "Building the release binaries"
-    quietly "cargo build --release -p cloud-hypervisor" "$SCRATCH/cargo.log" \
-        cargo build --release -p cloud-hypervisor --manifest-path "$ROOT/Cargo.toml"
+    local packages=(-p cloud-hypervisor)
+    ! wanted redis || packages+=(-p redis-writer)
+    quietly "cargo build --release ${packages[*]}" "$SCRATCH/cargo.log" \
+        cargo build --release "${packages[@]}" --manifest-path "$ROOT/Cargo.toml"
     BINARIES=${CARGO_TARGET_DIR:-$ROOT/target}/release
 }
 
@@ -161,6 +165,18 @@ fill_share() {
         done
     } >"$SHARE/settings"
     [ -z "$KVM_TESTS" ] || list_kvm_tests
+    ! wanted redis || add_redis_tools
+}
+
+# The client, and what looks at the file system that the guest left.
+add_redis_tools() {
+    local program
+    [ -x "$BINARIES/redis-writer" ] || die "There is no redis-writer in $BINARIES"
+    add_program "$BINARIES/redis-writer"
+    for program in mke2fs e2fsck debugfs; do
+        add_program "$(ls -d "$BED_DIR"/root/{usr/,}sbin/"$program" 2>/dev/null | head -n 1)"
+    done
+    cp "$BED_DIR/root/etc/mke2fs.conf" "$SHARE/etc/"
 }
 
 keep_logs() {

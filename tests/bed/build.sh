@@ -4,9 +4,10 @@
 # What enters: the system's own APT configuration (for the mirror, the proxy, the keyring).
 # What leaves: one line on file descriptor 9, the folder that holds
 #     qemu/              QEMU, its libraries (the C library, too) and its firmware (unpacked)
-#     root/              busybox, iproute2, the RDMA userland (unpacked)
+#     root/              busybox, iproute2, e2fsprogs, the RDMA userland (unpacked)
 #     l1/vmlinux l1.img  the full Debian kernel and the initramfs of L1
 #     l2/vmlinux l2/bzImage l2.img   the Debian cloud kernel and the initramfs of L2
+#     l2/redis.img       the same with Redis, its libraries (the C library, too) and ext4
 #     packages.txt       what it was made of
 # What always holds: the folder's name is the recipe's hash, and it is complete: it is built beside
 # its place and renamed into it, under a lock. The system's packages and sources stay as they are.
@@ -21,10 +22,12 @@ KERNEL_SERIES='6\.12'
 QEMU_RELEASE=trixie
 # Versions of the closure come from the archive's resolver, started on an empty system.
 FROM_QEMU_BACKPORTS=(qemu-system-x86 seabios ipxe-qemu)
-FROM_RELEASE=(busybox-static iproute2 ibverbs-providers librdmacm1)
+FROM_RELEASE=(busybox-static iproute2 e2fsprogs ibverbs-providers librdmacm1)
+FROM_RELEASE_FOR_L2=(redis-server)
 L1_MODULES=kvm-amd,rdma_rxe,rdma_ucm,ib_uverbs,crc32_generic,tun,veth,dummy,bridge
 L1_MODULES+=,9p,9pnet_virtio,virtio_pci,virtio_net,virtio_console
 L2_MODULES=virtio_blk,failover,net_failover,virtio_net,virtio_rng
+REDIS_MODULES=$L2_MODULES,crc32c_generic,ext4
 KEEP_OLD_DAYS=7
 
 recipe_hash() {
@@ -105,6 +108,10 @@ fetch_packages() {
     done
     retry 3 quietly "fetching the userland" "$apt/log" "${APT_GET[@]}" install -y --download-only \
         "${FROM_RELEASE[@]}" || die "Cannot fetch ${FROM_RELEASE[*]}"
+    mkdir -p "$apt/cache/l2/partial"
+    retry 3 quietly "fetching L2's programs" "$apt/log" "${APT_GET[@]}" install -y --download-only \
+        -o "Dir::Cache::archives=$apt/cache/l2" "${FROM_RELEASE_FOR_L2[@]}" ||
+        die "Cannot fetch ${FROM_RELEASE_FOR_L2[*]}"
     (cd "$apt/cache" && retry 3 quietly "fetching the kernels" "$apt/log" "${APT_GET[@]}" download \
         "$(cat "$apt/kernel-amd64")" "$(cat "$apt/kernel-cloud-amd64")") ||
         die "Cannot fetch the kernels"
@@ -130,12 +137,31 @@ unpack() {
     # In L1 our binaries and these run with the host's C library: two of them do not go together.
     rm -f "$apt"/cache/archives/{libc6,libgcc-s1}_*.deb
     unpack_into "$out/root" "$out/packages.txt" "$apt"/cache/archives/*.deb
+    # L2 has nothing of the host's.
+    unpack_into "$apt/l2" "$out/packages.txt" "$apt"/cache/l2/*.deb
     for flavour in amd64 cloud-amd64; do
         deb=$(echo "$apt/cache/$(cat "$apt/kernel-$flavour")"_*.deb)
         dpkg -x "$deb" "$apt/$flavour" || die "Cannot unpack $(basename "$deb")"
         # Debian 13 and merged systems keep modules in /usr/lib.
         [ -d "$apt/$flavour/lib" ] || ln -s usr/lib "$apt/$flavour/lib"
         echo "$(basename "${deb%.deb}")" >>"$out/packages.txt"
+    done
+}
+
+# program_tree ROOT PROGRAM OUT: the program of an unpacked system as /bin/NAME, its loader and the
+# libraries that this loader finds for it.
+program_tree() {
+    local root=$1 program=$2 out=$3 lib library
+    lib=$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu
+    mkdir -p "$out/bin" "$out/lib64" "$out/lib/x86_64-linux-gnu"
+    cp -L "$root/$program" "$out/bin/"
+    cp -L "$root/lib64/ld-linux-x86-64.so.2" "$out/lib64/"
+    "$root/lib64/ld-linux-x86-64.so.2" --library-path "$lib" --list "$root/$program" >"$out.list" ||
+        { cat "$out.list" >&2 && die "$program lacks a library"; }
+    for library in $(grep -o " => /[^ ]*" "$out.list" | cut -c 5-); do
+        # Nothing may come from this system: it would not be there, or not fit, in L2.
+        [[ $library == "$root"/* ]] || die "$program takes $library"
+        cp -L "$library" "$out/lib/x86_64-linux-gnu/"
     done
 }
 
@@ -150,6 +176,10 @@ make_images() {
         --init "$BED/l1-init" --kernel-root "$apt/amd64" --modules "$L1_MODULES"
     python3 "$BED/make_initramfs.py" "$out/l2/l2.img" --busybox "$out/root/bin/busybox" \
         --init "$BED/l2-init" --kernel-root "$apt/cloud-amd64" --modules "$L2_MODULES"
+    program_tree "$apt/l2" usr/bin/redis-server "$apt/l2-tree"
+    python3 "$BED/make_initramfs.py" "$out/l2/redis.img" --busybox "$out/root/bin/busybox" \
+        --init "$BED/l2-init" --kernel-root "$apt/cloud-amd64" --modules "$REDIS_MODULES" \
+        --tree "$apt/l2-tree"
     "$BED/qemu" "$out" --version >"$apt/log" 2>&1 ||
         { cat "$apt/log" >&2 && die "The fetched QEMU does not run on this system"; }
     head -n 1 "$apt/log" >>"$out/packages.txt"
@@ -175,7 +205,7 @@ main() {
         exec 8>"$cache/.lock"
         flock -n 8 || { note "waiting for another build of the bed" && flock 8; }
         if [ ! -d "$place" ]; then
-            log "Building the nested bed (about 185 MB to fetch, once)"
+            log "Building the nested bed (about 210 MB to fetch, once)"
             need_packages python3 zstd
             drop_old "$cache" "$hash"
             work=$(mktemp -d "$cache/.building.XXXXXX")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes an initramfs: busybox, an init, and kernel modules with their dependencies.
+"""Writes an initramfs: busybox, an init, kernel modules with their dependencies, a folder's files.
 
-make_initramfs.py OUT --busybox FILE --init FILE [--kernel-root DIR --modules a,b,c]
+make_initramfs.py OUT --busybox FILE --init FILE [--kernel-root DIR --modules a,b,c] [--tree DIR]
 
 Modules land in /mod, and /mod/order names them in the order in which to insmod them, so that no
 kmod is needed on either side. The archive is `newc`, uncompressed: an emulated CPU would spend
@@ -86,6 +86,18 @@ def modules_in_order(kernel_root, wanted):
     return loaded.items()
 
 
+def add_tree(archive, tree):
+    """All folders and files of a folder, each under its path there, executable."""
+    for folder, folders, names in os.walk(tree):
+        folders.sort()
+        place = os.path.relpath(folder, tree)
+        if place not in [".", *FOLDERS]:
+            archive.entry(place, stat.S_IFDIR | 0o755)
+        for name in sorted(names):
+            path = os.path.normpath(f"{place}/{name}")
+            archive.entry(path, stat.S_IFREG | 0o755, read(f"{folder}/{name}"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out")
@@ -93,6 +105,7 @@ def main():
     parser.add_argument("--init", required=True)
     parser.add_argument("--kernel-root", help="an unpacked kernel package")
     parser.add_argument("--modules", default="", help="comma-separated names")
+    parser.add_argument("--tree", help="a folder whose files are added")
     options = parser.parse_args()
 
     archive = Archive()
@@ -103,6 +116,8 @@ def main():
     archive.entry("bin/busybox", stat.S_IFREG | 0o755, read(options.busybox))
     archive.entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox")
     archive.entry("init", stat.S_IFREG | 0o755, read(options.init))
+    if options.tree:
+        add_tree(archive, options.tree)
     order = []
     if options.modules:
         for name, data in modules_in_order(options.kernel_root, options.modules.split(",")):

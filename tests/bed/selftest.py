@@ -2,9 +2,10 @@
 """The bed's own judgement, tested without QEMU: what it must call a failure, it does. And how
 scripts/test.sh adds up what test runners say.
 
-Takes half a minute, most of it asleep, and needs busybox and bash: tests/bed/selftest.py
+Takes half a minute, most of it asleep, and needs busybox, bash and e2fsprogs: tests/bed/selftest.py
 """
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -141,6 +142,63 @@ class Judge(unittest.TestCase):
 
     def test_a_guest_that_started_anew(self):
         self.bad(counts(1, 12) + "Kernel Offset: dis", "set: disabled\r\n" + counts(1, 50), "")
+
+
+class Image(unittest.TestCase):
+    """The verdict of the suite `redis` over the backup's image, with a file system of e2fsprogs.
+
+    What the client says of keys has its own tests, in tests/redis-writer.
+    """
+
+    LOG = "/appendonlydir/appendonly.aof.1.incr.aof"
+    TOOLS = os.path.dirname(shutil.which("e2fsck", path="/usr/sbin:/sbin:/usr/bin") or "/sbin/x")
+
+    def judge(self, *changes, log=b"*0\r\n", client="exit 0"):
+        """The verdict over an image with `log`, after debugfs made `changes` to it."""
+        with tempfile.TemporaryDirectory() as case:
+            image = f"{case}/b.img"
+            with open(image, "wb") as file:
+                file.truncate(8 << 20)
+            with open(f"{case}/log", "wb") as file:
+                file.write(log)
+            with open(f"{case}/client", "w") as file:
+                file.write(f"#!/bin/sh\n[ -s $2 ] || exit 9\n{client}\n")
+            os.chmod(f"{case}/client", 0o755)
+            subprocess.run([f"{self.TOOLS}/mke2fs", "-q", "-F", "-t", "ext4", image], check=True)
+            for change in ("mkdir appendonlydir", f"write {case}/log {self.LOG}", *changes):
+                subprocess.run([f"{self.TOOLS}/debugfs", "-w", "-R", change, image], check=True,
+                               capture_output=True)
+            script = (
+                f"run_case() {{ :; }}; fail() {{ echo \"$*\"; exit 1; }}; CASE={case}; "
+                f"sed 's,^\\. /h/suites,. {BED}/suites,' {BED}/suites/redis.sh >{case}/suite.sh; "
+                f"TOOLS={self.TOOLS}; . {case}/suite.sh; WRITER={case}/client; "
+                f"image_holds_all {image}"
+            )
+            done = subprocess.run(["busybox", "sh", "-c", script], capture_output=True, text=True)
+            return done.returncode, done.stdout.strip() + done.stderr
+
+    def bad(self, says, *changes, **more):
+        status, text = self.judge(*changes, **more)
+        self.assertEqual(status, 1, text)
+        self.assertIn(says, text)
+
+    def test_a_whole_image(self):
+        self.assertEqual(self.judge(), (0, ""))
+
+    def test_a_damaged_file_system(self):
+        self.bad("e2fsck: status 4", "clri /appendonlydir")
+        self.bad("e2fsck: status 4", f"sif {self.LOG} links_count 3")
+        self.bad("e2fsck: status 4", "freeb 1 30")
+
+    def test_an_image_that_was_not_unmounted(self):
+        self.bad("was not unmounted", "feature needs_recovery")
+
+    def test_a_log_that_is_not_there(self):
+        self.bad(f"no {self.LOG} on the image", f"rm {self.LOG}")
+        self.bad(f"no {self.LOG} on the image", log=b"")
+
+    def test_a_log_that_lacks_a_key(self):
+        self.bad("on the image: key 7", client="echo key 7 >&2; exit 1")
 
 
 class Runner(unittest.TestCase):

@@ -228,3 +228,47 @@ fn is_zero(page: &[u8; PAGE_SIZE]) -> bool {
     let (chunks, _) = page.as_chunks::<64>();
     chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::ids::PageIndex;
+    use crate::ram::Mapping;
+    use crate::transport::memory;
+    use crate::wire::{FRAME_PAGES_MAX, FrameReader, SessionId};
+
+    /// A peer that sees no byte takes the sender for dead, and a big memory is mostly untouched.
+    #[test]
+    fn an_empty_memory_is_sent_in_many_frames() {
+        const FRAMES: usize = 5;
+        let size = FRAMES * FRAME_PAGES_MAX * PAGE_SIZE;
+        let mapping = Mapping::from_ranges(&[(GuestAddress(0), size)]).unwrap();
+        let ram = Ram::new(Arc::new(mapping));
+        let mut pages = PageSet::new(ram.pages());
+        (0..ram.pages()).for_each(|page| pages.insert(PageIndex(page)));
+        let (ours, theirs) = memory::pair().unwrap();
+        let session = SessionId(1);
+        let (done, sent) = unbounded();
+        let counters = Arc::<Counters>::default();
+        let writer = FrameWriter::new(ours, session);
+        let deliver = move |report: Sent| done.send(report.unwrap()).is_ok();
+        let senders = Senders::start(vec![writer], &ram, &counters, deliver).unwrap();
+        let source = Source::Live(Arc::new(pages));
+        senders.send(&Job { number: 7, epoch: EpochId(0), source });
+        assert_eq!(sent.recv(), Ok(7));
+        let threads = senders.close();
+        let mut reader = FrameReader::new(theirs, Some(session));
+        let mut frames = 0;
+        while let Ok(header) = reader.begin() {
+            assert_eq!(header.kind, Kind::Pages);
+            let mut payload = Vec::new();
+            reader.read_rest(&mut payload).unwrap();
+            reader.finish(&header).unwrap();
+            frames += 1;
+        }
+        assert_eq!(frames, FRAMES);
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+}

@@ -29,7 +29,8 @@ pub use message::{
     ABORT_BYTES_MAX, ConnectionPart, Hello, Message, Offer, REGIONS_MAX, Seal, Welcome, WireRegion,
 };
 pub use pages::{
-    End, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs, decode_pages_header, encode_pages_header,
+    End, FRAME_PAGES_MAX, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs, decode_pages_header,
+    encode_pages_header,
 };
 
 /// First bytes of every frame: "USTD".

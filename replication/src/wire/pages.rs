@@ -15,6 +15,11 @@ use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
 
 /// Most pages with content in one frame.
 pub const RAW_PAGES_MAX: usize = 64;
+/// Most pages of any kind that a sender puts into one frame. Zero pages cost next to nothing on the
+/// wire, but it takes time to look at them (the host has to make each that was never touched), and a
+/// peer's progress is seen by its frames: without this bound a large and empty memory looked like a
+/// sender that stands still.
+pub const FRAME_PAGES_MAX: usize = 1024;
 /// Most runs in one frame.
 pub const RUNS_MAX: usize = 256;
 const PREFIX_BYTES: usize = 16;
@@ -37,18 +42,18 @@ pub struct Run {
 pub struct Runs {
     runs: Vec<Run>,
     raw: usize,
+    pages: usize,
 }
 
 impl Runs {
     /// Adds a page; `false` if the frame is full and must go first.
     pub fn push(&mut self, page: PageIndex, zero: bool) -> bool {
-        if !zero && self.raw == RAW_PAGES_MAX {
+        if !zero && self.raw == RAW_PAGES_MAX || self.pages == FRAME_PAGES_MAX {
             return false;
         }
         if let Some(last) = self.runs.last_mut()
             && last.zero == zero
             && last.first.0 + u64::from(last.count) == page.0
-            && last.count < u32::MAX
         {
             last.count += 1;
         } else if self.runs.len() == RUNS_MAX {
@@ -57,6 +62,7 @@ impl Runs {
             self.runs.push(Run { first: page, count: 1, zero });
         }
         self.raw += usize::from(!zero);
+        self.pages += 1;
         true
     }
 
@@ -73,12 +79,13 @@ impl Runs {
     /// Number of pages, zero or not.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.runs.iter().map(|run| u64::from(run.count)).sum()
+        self.pages as u64
     }
 
     pub fn clear(&mut self) {
         self.runs.clear();
         self.raw = 0;
+        self.pages = 0;
     }
 }
 

@@ -5,6 +5,7 @@ LINUX_VCPUS=${LINUX_VCPUS-1 4}        # and one round with each of these
 LINUX_COUNTS=${LINUX_COUNTS:-120}     # counts until the guest shows its log and powers off
 LINUX_PAUSE=${LINUX_PAUSE:-0.1}       # seconds between two counts
 LINUX_EPOCH_MS=${LINUX_EPOCH_MS:-100}
+LINUX_TIMEOUT_MS=${LINUX_TIMEOUT_MS:-3000}
 LINUX_JUMP_S=${LINUX_JUMP_S:-60}      # seconds that the guest's clock may jump at the take-over
 PORT=7000
 
@@ -14,15 +15,15 @@ pair() { # VCPUS
     mkdir "$CASE/arbiter"
     start b "$VMM" --api-socket "path=$CASE/b.sock" \
         --receive-replica "receiver_url=tcp:127.0.0.1:$PORT,arbiter=file:$CASE/arbiter" \
-        --serial "file=$CASE/b.serial" --console off
+        --serial "file=$CASE/b.serial" --console off ${PAIR_MORE_BACKUP:-}
     wait_for 60 "the backup to listen on port $PORT" listens "$PORT"
     start a "$VMM" --api-socket "path=$CASE/a.sock" --kernel /bed/l2/vmlinux \
-        --initramfs /bed/l2/l2.img \
+        --initramfs "${PAIR_INITRAMFS:-/bed/l2/l2.img}" \
         --cmdline "$L2_CMDLINE bed.count=$LINUX_COUNTS bed.pause=$LINUX_PAUSE" \
         --cpus "boot=$1" --memory size=256M --serial "file=$CASE/a.serial" --console off \
         ${PAIR_MORE:-} \
         --replicate "destination_url=tcp:127.0.0.1:$PORT,arbiter=file:$CASE/arbiter,$(
-        )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=3000${PAIR_OPTIONS:-}"
+        )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=$LINUX_TIMEOUT_MS${PAIR_OPTIONS:-}"
 }
 
 survives() { # VCPUS
