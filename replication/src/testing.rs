@@ -519,16 +519,24 @@ impl Recorder {
         lock(&self.events).clone()
     }
 
-    /// Waits for an event; `None` if it has not come after a minute.
+    /// Waits for an event, which may have come long ago; `None` if it has not come after a minute.
     #[must_use]
     pub fn wait(&self, wanted: impl Fn(&Event) -> bool) -> Option<Event> {
+        self.wait_times(1, wanted)
+    }
+
+    /// Waits until so many such events have come; the first of them.
+    #[must_use]
+    pub fn wait_times(&self, times: usize, wanted: impl Fn(&Event) -> bool) -> Option<Event> {
         let events = lock(&self.events);
         let minute = std::time::Duration::from_secs(60);
-        let missing = |events: &mut Vec<Event>| !events.iter().any(&wanted);
+        let missing =
+            |events: &mut Vec<Event>| events.iter().filter(|event| wanted(event)).count() < times;
         let (events, _) = self
             .changed
             .wait_timeout_while(events, minute, missing)
             .unwrap_or_else(PoisonError::into_inner);
+        events.iter().filter(|event| wanted(event)).nth(times - 1)?;
         events.iter().find(|event| wanted(event)).cloned()
     }
 }
