@@ -15,7 +15,7 @@ needed here), a Debian kernel in it (L1) offers KVM and Soft-RoCE, and our VMMs 
 Debian guest (L2). The bed is built from Debian packages once and cached in
 $(cache_dir bed).
 When the bed itself fails (L1's kernel, QEMU), L1 boots again for the cases that are not settled, as
-long as that settles any; a case that fails has a second try in a new boot. See docs/nested-bed.md.
+long as that settles any; a case that fails is tried twice more, each time in a new boot. See docs/nested-bed.md.
 
 Suites (default: ${DEFAULT_SUITES[*]}):
 $(for file in "$BED"/suites/*.sh; do
@@ -30,7 +30,7 @@ Options:
   --set NAME=VALUE  a setting of a suite (LINUX_ROUNDS=2, say); they stand at the top of its file
   --timeout S       hard limit for the whole run, all boots of L1 (default: 3600)
   --memory MIB      L1's memory (default: 3072)
-  --tries N         tries of a case, each in a boot of its own (default: 2)
+  --tries N         tries of a case, each in a boot of its own (default: 3)
   --keep            keep all logs, those of cases that passed too
   --build-only      build or find the bed, print its folder, run nothing
   --help            this text
@@ -41,7 +41,7 @@ Logs of a run in which anything failed: target/nested/; those of a boot that fai
 END
 }
 
-SUITES=() BINARIES='' KVM_TESTS='' SETTINGS=() TIMEOUT=3600 MEMORY=3072 TRIES=2 KEEP='' BUILD_ONLY=''
+SUITES=() BINARIES='' KVM_TESTS='' SETTINGS=() TIMEOUT=3600 MEMORY=3072 TRIES=3 KEEP='' BUILD_ONLY=''
 
 parse() {
     while [ $# -gt 0 ]; do
