@@ -146,6 +146,7 @@ impl Vcpu {
     /// [`crate::Vm::restore_state`] has been called.
     pub fn restore(&mut self, state: &VcpuState) -> Result<(), VcpuError> {
         state.validate().map_err(|source| VcpuError::State { id: self.id, source })?;
+        self.loaded = Some(state.position());
         (self.io_pending, self.unseen) = (false, false);
         self.restore_tsc_khz(state.tsc_khz);
         self.restore_sregs(state)?;

@@ -19,6 +19,7 @@ use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::sys::XSAVE_SIZE_MIN;
+use crate::vcpu::position;
 
 /// Most MSRs of a vCPU; KVM lists a few hundred.
 pub const MSRS_MAX: usize = 1024;
@@ -133,6 +134,31 @@ pub struct VcpuState {
 }
 
 impl VcpuState {
+    /// Where the vCPU stood, in one line, with what was on its way into the guest.
+    #[must_use]
+    pub fn position(&self) -> String {
+        let (exception, interrupt) = (&self.events.0.exception, &self.events.0.interrupt);
+        format!(
+            "{} run state {} exception {}/{} of {:#x} (code {:#x}) interrupt {} of {:#x} shadow {:#x} \
+             nmi {}/{} tr {:#x} gdt {:#x} idt {:#x} gs {:#x}",
+            position(&self.regs.0, &self.sregs.0),
+            self.mp_state,
+            exception.injected,
+            exception.pending,
+            exception.nr,
+            exception.error_code,
+            interrupt.injected,
+            interrupt.nr,
+            interrupt.shadow,
+            self.events.0.nmi.injected,
+            self.events.0.nmi.pending,
+            self.sregs.0.tr.base,
+            self.sregs.0.gdt.base,
+            self.sregs.0.idt.base,
+            self.sregs.0.gs.base,
+        )
+    }
+
     /// Checks what KVM would not: every length that our own calls rely on.
     pub fn validate(&self) -> Result<(), StateError> {
         let size = self.xsave.0.len();

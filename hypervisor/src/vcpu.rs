@@ -17,7 +17,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kvm_bindings::Msrs;
+use kvm_bindings::{Msrs, kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 use vmm_sys_util::errno;
@@ -68,6 +68,8 @@ pub struct Vcpu {
     pub(crate) nesting: bool,
     /// The MSRs to save, ready for KVM_GET_MSRS; empty before the first save.
     pub(crate) msr_buffers: Vec<Msrs>,
+    /// The position of the state that was loaded last.
+    pub(crate) loaded: Option<String>,
 }
 
 impl Vcpu {
@@ -84,6 +86,7 @@ impl Vcpu {
             tsc_khz,
             nesting: true,
             msr_buffers: Vec::new(),
+            loaded: None,
         })
     }
 
@@ -164,23 +167,17 @@ impl Vcpu {
     /// there: on AMD the state of a reset.
     pub fn position(&self) -> String {
         match (self.fd.get_regs(), self.fd.get_sregs()) {
-            (Ok(regs), Ok(sregs)) => format!(
-                "rip {:#x} rsp {:#x} rflags {:#x} cs {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} \
-                 cr4 {:#x} efer {:#x}",
-                regs.rip,
-                regs.rsp,
-                regs.rflags,
-                sregs.cs.selector,
-                sregs.cr0,
-                sregs.cr2,
-                sregs.cr3,
-                sregs.cr4,
-                sregs.efer
-            ),
+            (Ok(regs), Ok(sregs)) => position(&regs, &sregs),
             (Err(error), _) | (_, Err(error)) => {
                 format!("registers that KVM does not give: {error}")
             }
         }
+    }
+
+    /// Where the state that was loaded last had stood, in one line, with what was on its way into
+    /// the guest; `None` for a vCPU that started by itself.
+    pub fn loaded_position(&self) -> Option<&str> {
+        self.loaded.as_deref()
     }
 
     /// The VM's set of MSRs, found out with this vCPU if it is the first.
@@ -200,6 +197,23 @@ impl Vcpu {
     pub(crate) fn set_error(&self, what: &'static str, source: errno::Error) -> VcpuError {
         VcpuError::Set { id: self.id, what, source }
     }
+}
+
+/// Registers that tell where a vCPU stands.
+pub(crate) fn position(regs: &kvm_regs, sregs: &kvm_sregs) -> String {
+    format!(
+        "rip {:#x} rsp {:#x} rflags {:#x} cs {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} \
+         efer {:#x}",
+        regs.rip,
+        regs.rsp,
+        regs.rflags,
+        sregs.cs.selector,
+        sregs.cr0,
+        sregs.cr2,
+        sregs.cr3,
+        sregs.cr4,
+        sregs.efer
+    )
 }
 
 /// Makes KVM_RUN of one vCPU return as soon as it starts, for as long as it is set. It stays

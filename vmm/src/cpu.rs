@@ -356,8 +356,10 @@ impl Worker {
             self.halted = true;
             if matches!(end, End::TripleFault) {
                 let position = self.vcpu.position();
+                let loaded = self.vcpu.loaded_position().unwrap_or("nothing");
                 tracing::warn!(
-                    "vCPU {} had a triple fault, its registers now: {position}",
+                    "vCPU {} had a triple fault, its registers now: {position}; loaded last: \
+                     {loaded}",
                     self.id
                 );
             }

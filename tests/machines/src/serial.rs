@@ -141,6 +141,16 @@ impl Serial {
         text
     }
 
+    /// Everything that came, once the other end has closed the port: of a VMM that is gone.
+    pub fn whole(&self, limit: Duration) -> Result<String> {
+        let log = self.lock();
+        let waited = self.log.1.wait_timeout_while(log, limit, |log| !log.ended);
+        let (log, _) = waited.expect("the reader never panics");
+        ensure!(log.ended, "The serial port is still open after {limit:?}");
+        drop(log);
+        Ok(self.text())
+    }
+
     /// When the first byte came.
     #[must_use]
     pub fn first_byte_us(&self) -> Option<u64> {
