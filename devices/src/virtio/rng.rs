@@ -44,6 +44,9 @@ const EVENT_IDX: u64 = 1 << 29;
 pub struct Rng {
     shared: Arc<Shared>,
     worker: Mutex<Option<JoinHandle<()>>>,
+    /// Nobody but [`Rng::turn`] works on the ring.
+    #[cfg(feature = "fuzzing")]
+    by_hand: AtomicBool,
 }
 
 struct Shared {
@@ -88,11 +91,20 @@ impl Rng {
             bytes: Counter::default(),
             source_errors: Counter::default(),
         };
-        Ok(Self { shared: Arc::new(shared), worker: Mutex::default() })
+        Ok(Self {
+            shared: Arc::new(shared),
+            worker: Mutex::default(),
+            #[cfg(feature = "fuzzing")]
+            by_hand: AtomicBool::new(false),
+        })
     }
 
     /// Starts the worker, which stays for the device's life.
     fn start(&self, source: Arc<File>) -> Result<(), ActivateError> {
+        #[cfg(feature = "fuzzing")]
+        if self.by_hand.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let mut worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
         if worker.as_ref().is_some_and(|worker| !worker.is_finished()) {
             return Ok(());
@@ -107,6 +119,21 @@ impl Rng {
             .map_err(ActivateError::Thread)?;
         *worker = Some(handle);
         Ok(())
+    }
+}
+
+#[cfg(feature = "fuzzing")]
+impl Rng {
+    /// The device gets no thread: [`Rng::turn`] does its work.
+    pub fn work_by_hand(&self) {
+        self.by_hand.store(true, Ordering::Relaxed);
+    }
+
+    /// Fills one buffer by way of `stock`. True if there may be more. Not while parked.
+    pub fn turn(&self, stock: &mut Vec<u8>) -> bool {
+        let Some(source) = self.shared.source().clone() else { return false };
+        let ready = self.shared.refill(&mut source.as_ref(), stock) == Source::Ready;
+        ready && self.shared.serve(stock) == Served::One
     }
 }
 

@@ -239,6 +239,15 @@ impl Message {
         tail
     }
 
+    /// [`Message::receive`] without the frame.
+    ///
+    /// # Errors
+    /// [`WireError::Malformed`] and [`WireError::Unexpected`].
+    #[cfg(feature = "fuzzing")]
+    pub fn from_payload(kind: Kind, payload: &[u8]) -> Result<Self, WireError> {
+        Self::decode(kind, payload)
+    }
+
     /// The message in a payload whose checksum was good.
     pub(super) fn decode(kind: Kind, payload: &[u8]) -> Result<Self, WireError> {
         let mut from = Fields { kind, rest: payload };

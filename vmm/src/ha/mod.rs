@@ -6,6 +6,8 @@
 
 mod codec;
 mod disks;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod overrides;
 mod protected;
 mod replica;

@@ -53,7 +53,7 @@ impl ReplicaVms {
 }
 
 /// Whether a machine of `config` could load `captured`.
-fn check(captured: &Captured, config: &VmConfig) -> Result<(), GuestError> {
+pub(super) fn check(captured: &Captured, config: &VmConfig) -> Result<(), GuestError> {
     let (found, expected) = (captured.machine.vcpus.len(), config.cpus.boot_vcpus);
     if u32::try_from(found) != Ok(expected) {
         return Err(ReplicaError::Vcpus { found, expected }.into());

@@ -22,6 +22,8 @@
 
 mod connection;
 mod descriptors;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod head;
 mod incoming;
 mod response;

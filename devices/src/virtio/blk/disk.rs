@@ -43,6 +43,9 @@ pub struct Disk {
     /// What the guest is told: the image's, or less after a restore.
     capacity_sectors: AtomicU64,
     life: Mutex<Life>,
+    /// Nobody but [`Disk::turn`] works on the rings.
+    #[cfg(feature = "fuzzing")]
+    by_hand: std::sync::atomic::AtomicBool,
 }
 
 impl Disk {
@@ -54,6 +57,8 @@ impl Disk {
             image_sectors,
             capacity_sectors: AtomicU64::new(image_sectors),
             life: Mutex::default(),
+            #[cfg(feature = "fuzzing")]
+            by_hand: std::sync::atomic::AtomicBool::new(false),
             config,
         })
     }
@@ -142,6 +147,10 @@ impl Disk {
     fn start_workers(&self, session: &Arc<Session>) -> Result<(), ActivateError> {
         let capacity = self.capacity_sectors.load(Ordering::Relaxed);
         let rules = rules(session.features, capacity, self.config.readonly);
+        #[cfg(feature = "fuzzing")]
+        if self.by_hand.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         for (at, queue) in session.queues.iter().enumerate() {
             let (core, session) = (Arc::clone(&self.core), Arc::clone(session));
             thread::Builder::new()
@@ -309,6 +318,23 @@ impl Drop for Disk {
         // A worker that is on its way out holds the core, and must not hold the image's lock.
         let image = self.image_slot().take();
         drop(image);
+    }
+}
+
+#[cfg(feature = "fuzzing")]
+impl Disk {
+    /// From its next activation on the disk has no threads: [`Disk::turn`] does their work.
+    pub fn work_by_hand(&self) {
+        self.by_hand.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes a worker's turn with each queue. True if there is more to do. Not while parked.
+    pub fn turn(&self) -> bool {
+        let Some(session) = self.life().session.clone() else { return false };
+        let capacity = self.capacity_sectors.load(Ordering::Relaxed);
+        let rules = rules(session.features, capacity, self.config.readonly);
+        let turn = |at| self.core.turn(&session, at, rules) == Some(true);
+        (0..session.queues.len()).fold(false, |more, at| more | turn(at))
     }
 }
 

@@ -95,8 +95,7 @@ impl Work {
 
 /// A worker's life. `rules` is what the session's driver may ask for.
 pub(super) fn run(core: &Arc<Core>, session: &Arc<Session>, queue: usize, rules: Rules) {
-    while let Some(more) = core.take(session, queue, rules) {
-        core.dispatch();
+    while let Some(more) = core.turn(session, queue, rules) {
         if !more && !session.queues[queue].wait() {
             return;
         }
@@ -129,6 +128,19 @@ impl Core {
 
     pub(super) fn schedule(&self) -> MutexGuard<'_, Schedule<Work>> {
         self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads some chains of a queue and gives the host what may start. False if there are no more
+    /// chains; none if the session is closed.
+    pub(super) fn turn(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        queue: usize,
+        rules: Rules,
+    ) -> Option<bool> {
+        let more = self.take(session, queue, rules)?;
+        self.dispatch();
+        Some(more)
     }
 
     /// Reads some chains of a queue. False if there are no more; none if the session is closed.

@@ -18,6 +18,9 @@
 
 /// When announcements are sent.
 mod announce;
+/// Workers without threads.
+#[cfg(feature = "fuzzing")]
+pub mod by_hand;
 /// Commands of the driver.
 mod control;
 /// Feature bits and configuration space.
@@ -52,8 +55,8 @@ use thiserror::Error;
 use virtio_queue::QueueT;
 
 use self::control::ControlState;
-pub use self::features::Offloads;
-use self::features::{ConfigSpace, GuestOffloads, MQ};
+use self::features::{ConfigSpace, MQ};
+pub use self::features::{GuestOffloads, Offloads};
 use self::gate::{Limits, TxGate};
 use self::mac::MacAddress;
 use self::shared::{ActivePair, Pair, Shared};

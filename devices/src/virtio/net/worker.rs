@@ -91,6 +91,16 @@ impl Worker {
         index: usize,
         taps: &[Arc<dyn TapQueue>],
     ) -> io::Result<JoinHandle<()>> {
+        let worker = Self::new(shared, index, taps)?;
+        thread::Builder::new().name(thread_name(&shared.id, index)).spawn(move || worker.run())
+    }
+
+    /// What the thread of pair `index` works with.
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        index: usize,
+        taps: &[Arc<dyn TapQueue>],
+    ) -> io::Result<Self> {
         let first = if index == 0 {
             let announcer = Announcer::new()?;
             let event = EpollEvent::new(EventSet::IN, Token::Timer as u64);
@@ -100,7 +110,7 @@ impl Worker {
         } else {
             None
         };
-        let worker = Self {
+        Ok(Self {
             shared: Arc::clone(shared),
             index,
             tap: Arc::clone(&taps[index]),
@@ -118,21 +128,32 @@ impl Worker {
             tx_scratch: tx::Scratch::default(),
             rx_scratch: rx::Scratch::default(),
             notices: Vec::new(),
-        };
-        thread::Builder::new().name(thread_name(&shared.id, index)).spawn(move || worker.run())
+        })
     }
 
     fn run(mut self) {
         while !self.shared.stop.load(Ordering::SeqCst) {
-            self.sync_host();
-            self.announce();
-            let mut again = self.control();
-            again |= self.transmit();
-            again |= self.write_tap();
-            again |= self.receive();
-            self.watch_tap();
+            let again = self.turn();
             self.wait(again);
         }
+    }
+
+    /// Does what may be done now. True if there may be more.
+    pub(super) fn turn(&mut self) -> bool {
+        self.sync_host();
+        self.announce();
+        let mut again = self.control();
+        again |= self.transmit();
+        again |= self.write_tap();
+        again |= self.receive();
+        self.watch_tap();
+        again
+    }
+
+    /// Fetches what has happened since the last time, without a wait.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn look(&mut self) {
+        self.wait(true);
     }
 
     fn pair(&self) -> &Pair {
