@@ -199,7 +199,7 @@ impl Card {
             queue_pairs: pairs,
             queue_size: SIZE_MAX,
             offloads: Offloads { csum: true, tso: true, ufo: true },
-            limits: Limits { frames: 16, bytes: 2 * FRAME_BYTES_MAX, ..Limits::default() },
+            limits: Limits { frames: 16, bytes: 2 * FRAME_BYTES_MAX },
         });
         let net = net.expect("a good configuration");
         let taps: Vec<_> = (0..pairs).map(|_| FakeTap::new(held)).collect();
