@@ -25,7 +25,7 @@ Runs fuzz targets, all of them without a name:
 Installs what is missing: a nightly toolchain, cargo-fuzz, a C++ compiler. What was found before is in
 fuzz/corpus and is gone on from. Says a line a target (runs, coverage, units that were new, crashes),
 and 'N passed, N failed'. On a crash it names the reproducer and exits 1; 'cargo +nightly fuzz run
---features targets TARGET FILE' in fuzz/ shows it again.
+--fuzz-dir . --features targets,machine TARGET FILE' in fuzz/ shows it again.
 TXT
 }
 
@@ -49,6 +49,11 @@ done
 [ ${#CHOSEN[@]} -gt 0 ] || CHOSEN=("${TARGETS[@]}")
 
 FUZZ=$ROOT/fuzz
+# The whole VMM takes long to build: only where a target needs it.
+FEATURES=targets
+for target in "${CHOSEN[@]}"; do
+    case $target in state | http | options) FEATURES=targets,machine ;; esac
+done
 # The longest input worth its time; libFuzzer takes 4096 on its own.
 INPUT_BYTES_MAX=4096
 # A unit that takes longer hangs.
@@ -73,14 +78,16 @@ need_tools() {
 in_fuzz() {
     local subcommand=$1
     shift
-    (cd "$FUZZ" && CARGO_NET_RETRY=3 cargo +nightly fuzz "$subcommand" --fuzz-dir . \
-        --features targets "$@")
+    (cd "$FUZZ" && cargo +nightly fuzz "$subcommand" --fuzz-dir . --features "$FEATURES" "$@")
 }
 
 build() {
     local target
     log "Building ${#CHOSEN[@]} targets"
-    (cd "$FUZZ" && cargo run --quiet --locked --example seeds -- corpus) || die "No seeds"
+    if [ "$FEATURES" != targets ]; then
+        (cd "$FUZZ" && cargo run --quiet --locked --features machine --example seeds -- corpus) ||
+            die "No seeds"
+    fi
     for target in "${CHOSEN[@]}"; do
         quietly "building $target" "$SCRATCH/build.log" in_fuzz build "$target" ||
             die "The build failed"

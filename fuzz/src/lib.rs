@@ -6,11 +6,13 @@
 
 pub mod blk;
 pub mod guest;
+#[cfg(feature = "machine")]
 pub mod http;
 pub mod net;
 pub mod options;
 pub mod pci;
 pub mod rng;
+#[cfg(feature = "machine")]
 pub mod state;
 pub mod wire;
 
