@@ -18,12 +18,35 @@ use devices::virtio::device::{QueuePosition, VirtioDevice};
 use devices::virtio::state::DeviceState;
 
 use crate::TURNS_MAX;
-use crate::guest::{Guest, GuestAct, Length, Place, SIZE_MAX, Slot, WRITE};
+use crate::guest::{Guest, GuestAct, Length, Place, Rest, SIZE_MAX, Slot, WRITE};
+use crate::reach::{reached, reached_all};
 
 const QUEUES: u16 = 2;
-const IMAGE_BYTES: usize = 256 << 10;
-const OUT: u32 = 1;
+const IMAGE_BYTES: usize = 64 << 10;
+/// Types of requests (virtio 1.2, 5.2.6).
 const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+/// Counters of the disk, and what becomes of states.
+pub const PLACES: &[&str] = &[
+    "read_ops",
+    "write_ops",
+    "flush_ops",
+    "discard_ops",
+    "write_zeroes_ops",
+    "errors",
+    "held_ops",
+    "blk: a ring that makes no sense",
+    "blk: saved with requests in flight",
+    "blk: taken over with requests in flight",
+    "blk: a made-up state with requests in flight is taken",
+    "blk: a made-up state is refused",
+    "blk: reset with requests in flight",
+];
 
 #[derive(Arbitrary, Debug)]
 pub struct Input {
@@ -31,7 +54,7 @@ pub struct Input {
     held: bool,
     features: u64,
     places: [Option<Place>; QUEUES as usize],
-    acts: Vec<Act>,
+    acts: Rest<Act>,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -75,7 +98,10 @@ struct Request {
     kind: u8,
     sector: Sector,
     len: Length,
-    range: Option<([u32; 2], u8)>,
+    /// Sectors of a discard or write zeroes, and its flags.
+    range: (Length, u8),
+    /// Now and then a request has what another kind has.
+    shape: u8,
     kick: bool,
 }
 
@@ -138,7 +164,10 @@ impl Engine for Host {
             _ => io.buffer.bytes().len() as u64,
         };
         range(io.offset, len);
-        assert!(io.offset % SECTOR_BYTES == 0 && len % SECTOR_BYTES == 0, "{io:?}");
+        assert!(
+            io.offset.is_multiple_of(SECTOR_BYTES) && len.is_multiple_of(SECTOR_BYTES),
+            "{io:?}"
+        );
         if io.operation != Operation::Read {
             assert!(!self.readonly || io.operation == Operation::Flush, "{io:?}");
             assert!(!self.holds.load(Ordering::Relaxed), "an uncommitted change: {io:?}");
@@ -238,13 +267,11 @@ impl Rig {
         self.active = true;
     }
 
-    fn turn(&mut self) {
-        for _ in 0..TURNS_MAX {
-            if !self.disk.turn() {
-                return;
-            }
-        }
-        self.lost = true;
+    /// False if the guest keeps its disk busy.
+    fn turn(&mut self) -> bool {
+        let idle = (0..TURNS_MAX).any(|_| !self.disk.turn());
+        self.lost |= !idle;
+        idle
     }
 
     fn state(&self) -> BlkState {
@@ -261,6 +288,9 @@ impl Rig {
         let bytes = postcard::to_stdvec(&state).expect("a state that can be encoded");
         assert_eq!(postcard::from_bytes::<BlkState>(&bytes).as_ref(), Ok(&state));
         self.disk.unpark();
+        if state.queues.iter().any(|queue| !queue.in_flight.is_empty()) {
+            reached("blk: saved with requests in flight");
+        }
         state
     }
 
@@ -282,8 +312,9 @@ impl Rig {
     /// What the transport does with a state.
     fn go_on(&mut self, state: &BlkState, positions: &[QueuePosition]) {
         if state.stopped {
+            // The driver finds a device that waits for its reset.
             self.disk.reset();
-            self.active = false;
+            self.reset();
         } else if self.active {
             self.guest.set_positions(positions);
             self.activate();
@@ -292,15 +323,20 @@ impl Rig {
 
     fn take_over(&mut self) {
         self.disk.park();
+        reached_all(self.disk.counters());
         let (state, positions) = (self.state(), self.disk.queue_positions());
+        if self.active && state.queues.iter().any(|queue| !queue.in_flight.is_empty()) {
+            reached("blk: taken over with requests in flight");
+        }
         let host = Arc::new(Host {
-            image: Mutex::new(self.host.image.lock().unwrap().clone()),
+            image: Mutex::new(std::mem::take(&mut *self.host.image.lock().unwrap())),
             jobs: Mutex::default(),
             readonly: self.host.readonly,
             holds: AtomicBool::new(false),
         });
         let next = disk(&host, false);
         next.restore(&DeviceState::Block(state.clone())).expect("the state of another disk");
+        // The lost host's jobs go with its disk, before anybody misses their image.
         (self.disk, self.host) = (next, host);
         self.go_on(&state, &positions);
     }
@@ -313,18 +349,28 @@ impl Rig {
         let positions: Vec<_> = state.queues.iter().map(|queue| queue.position).collect();
         if self.disk.restore(&DeviceState::Block(state.clone())).is_ok() {
             assert!(self.disk.capacity_bytes() <= IMAGE_BYTES as u64);
+            if state.queues.iter().any(|queue| !queue.in_flight.is_empty()) {
+                reached("blk: a made-up state with requests in flight is taken");
+            }
             self.active = true;
             self.go_on(state, &positions);
+            self.lost = true;
+        } else {
+            reached("blk: a made-up state is refused");
+            self.reset();
         }
-        self.lost = true;
     }
 
     fn reset(&mut self) {
+        if !self.host.jobs.lock().unwrap().is_empty() {
+            reached("blk: reset with requests in flight");
+        }
         self.disk.reset();
         self.guest.heard.resets.lock().unwrap().clear();
         // The driver sets its queues up as they were.
         self.activate();
         self.balance = self.balances();
+        self.lost = false;
     }
 
     fn request(&mut self, request: &Request) {
@@ -332,19 +378,25 @@ impl Rig {
         let sectors = (IMAGE_BYTES as u64) / SECTOR_BYTES;
         let sector = match request.sector {
             Sector::Near(sector) => sector.into(),
-            Sector::Last(before) => sectors - u64::from(before),
+            Sector::Last(before) => sectors.saturating_sub(before.into()),
             Sector::Any(sector) => sector,
         };
-        let kind = [IN, OUT, 4, 8, 11, 13, u32::from(request.kind)][usize::from(request.kind % 7)];
+        let kind = [IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, u32::from(request.kind)]
+            [usize::from(request.kind % 7)];
         let header = self.guest.place(at, &header(kind, sector));
         let mut parts = vec![(header, 16, 0)];
-        if let Some(([count, _], flags)) = request.range {
+        let wrong = request.shape.is_multiple_of(16);
+        if matches!(kind, DISCARD | WRITE_ZEROES) != wrong {
+            let (sectors, flags) = request.range;
             let mut bytes = sector.to_le_bytes().to_vec();
-            bytes.extend((count % 4096).to_le_bytes());
-            bytes.extend(u32::from(flags % 4).to_le_bytes());
+            bytes.extend(sectors.0.to_le_bytes());
+            bytes.extend(u32::from(flags & (request.shape % 4)).to_le_bytes());
             parts.push((self.guest.place(at, &bytes), 16, 0));
-        } else if kind != 4 {
-            let len = request.len.0 % 0x1_0000;
+        } else if kind != FLUSH {
+            let mut len = request.len.0 % 0x1_0000;
+            if !request.shape.is_multiple_of(8) {
+                len = len.next_multiple_of(512);
+            }
             let room = self.guest.room(at, usize::try_from(len).expect("small"));
             parts.push((room, len, if kind == OUT { 0 } else { WRITE }));
         }
@@ -360,7 +412,9 @@ impl Rig {
         match act {
             Act::Guest(act) => self.guest.act(act),
             Act::Request(request) => self.request(request),
-            Act::Turn => self.turn(),
+            Act::Turn => {
+                self.turn();
+            }
             Act::End { youngest, fails } => {
                 self.host.end(*youngest, *fails);
             }
@@ -377,7 +431,7 @@ impl Rig {
                     in_flight: queue.in_flight.iter().map(|slot| slot.0).collect(),
                 };
                 let queues = queues.iter().take(4).map(queue).collect();
-                let capacity_sectors = u64::from(*capacity % 600);
+                let capacity_sectors = u64::from(*capacity % 150);
                 self.hostile(&BlkState { capacity_sectors, stopped: *stopped, queues });
             }
             Act::Seal => {
@@ -404,7 +458,10 @@ impl Rig {
         self.host.holds.store(false, Ordering::Relaxed);
         self.disk.pass();
         for _ in 0..TURNS_MAX {
-            self.turn();
+            // A guest that keeps its disk busy would do so for as long as we look.
+            if !self.turn() {
+                break;
+            }
             while self.host.end(false, false) {}
         }
         if self.active && !self.lost && !self.guest.must_reset() {
@@ -440,10 +497,14 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
 
 pub fn run(input: Input) {
     let mut rig = Rig::new(&input);
-    for act in &input.acts {
+    for act in &input.acts.0 {
         rig.act(act);
     }
     rig.drain();
+    if rig.guest.must_reset() {
+        reached("blk: a ring that makes no sense");
+    }
+    reached_all(rig.disk.counters());
     rig.disk.reset();
     if rig.disk.capacity_bytes() < IMAGE_BYTES as u64 {
         // What a state said of it stays with the disk.

@@ -29,7 +29,7 @@ const RINGS: u64 = 0x1000;
 const RING_BYTES: u64 = 0x4000;
 /// Where the driver puts headers and data.
 pub const DATA: u64 = 0x2_0000;
-const DATA_END: u64 = 0x8_0000;
+const DATA_END: u64 = 0x4_0000;
 /// Places at whose sides things go wrong.
 const EDGES: [u64; 6] = [0, 0x8_0000, SECOND, END, 1 << 32, u64::MAX];
 
@@ -76,6 +76,37 @@ impl<'a> Arbitrary<'a> for Slot {
     fn arbitrary(from: &mut Unstructured<'a>) -> Result<Self> {
         let wild = from.ratio(1, 16)?;
         Ok(Self(if wild { from.arbitrary()? } else { from.int_in_range(0..=SIZE_MAX - 1)? }))
+    }
+}
+
+/// As many as there are bytes for, at the end of an input. A plain list ends, on average, after two
+/// elements: a bit of its own before each says whether there is one.
+#[derive(Debug)]
+pub struct Rest<T>(pub Vec<T>);
+
+impl<'a, T: Arbitrary<'a>> Arbitrary<'a> for Rest<T> {
+    fn arbitrary(from: &mut Unstructured<'a>) -> Result<Self> {
+        let mut list = Vec::new();
+        while !from.is_empty() {
+            list.push(from.arbitrary()?);
+        }
+        Ok(Self(list))
+    }
+}
+
+/// Bytes behind their number, which is often that of a small structure.
+#[derive(Clone, Debug)]
+pub struct Blob(pub Vec<u8>);
+
+impl<'a> Arbitrary<'a> for Blob {
+    fn arbitrary(from: &mut Unstructured<'a>) -> Result<Self> {
+        let len = match from.int_in_range(0..=9)? {
+            at @ 0..=7 => [0, 1, 2, 8, 16, 28, 32, 40][at],
+            8 => from.arbitrary::<u8>()?.into(),
+            _ => from.arbitrary::<u16>()?.into(),
+        };
+        let len = len.min(from.len());
+        Ok(Self(from.bytes(len)?.to_vec()))
     }
 }
 
@@ -132,7 +163,7 @@ pub enum GuestAct {
     },
     Poke {
         address: Address,
-        bytes: Vec<u8>,
+        bytes: Blob,
     },
     Kick {
         queue: u8,
@@ -266,7 +297,7 @@ impl Guest {
             }
             GuestAct::Poke { address, bytes } => {
                 // One that does not fit is none.
-                let _ = self.memory.write_slice(bytes, GuestAddress(address.0));
+                let _ = self.memory.write_slice(&bytes.0, GuestAddress(address.0));
             }
             GuestAct::Kick { queue } => self.rings[self.pick(*queue)].kick(),
         }

@@ -7,6 +7,35 @@ use vmm::http::fuzzing::{First, first};
 use vmm::http::{BODY_BYTES_MAX, HEAD_BYTES_MAX};
 use vmm::request::Request;
 
+use crate::reach::reached;
+
+/// Routes with a request that the control loop would get.
+pub const PLACES: &[&str] = &[
+    "vmm.ping",
+    "vmm.shutdown",
+    "vm.create",
+    "vm.delete",
+    "vm.boot",
+    "vm.pause",
+    "vm.resume",
+    "vm.shutdown",
+    "vm.reboot",
+    "vm.power-button",
+    "vm.info",
+    "vm.counters",
+    "vm.add-disk",
+    "vm.add-net",
+    "vm.snapshot",
+    "vm.restore",
+    "vm.send-migration",
+    "vm.receive-migration",
+    "vm.replicate",
+    "vm.receive-replica",
+    "vm.stop-replication",
+    "vm.failover",
+    "vm.replication-info",
+];
+
 /// The first byte says how many descriptors come along.
 pub fn run(bytes: &[u8]) {
     let Some((descriptors, bytes)) = bytes.split_first() else { return };
@@ -27,9 +56,40 @@ pub fn run(bytes: &[u8]) {
         assert!(early.is_incomplete() || cut == head, "{early:?} of {cut} bytes, then {found:?}");
     }
     match found {
-        First::Request { request, .. } => accepted(request),
+        First::Request { request, .. } => {
+            reached(route(&request));
+            accepted(request);
+        }
         First::Unrouted { line, .. } => assert!(line.starts_with("HTTP/1.1 4"), "{line}"),
         First::Incomplete | First::Refused { .. } => {}
+    }
+}
+
+fn route(request: &Request) -> &'static str {
+    match request {
+        Request::VmmPing => "vmm.ping",
+        Request::VmmShutdown => "vmm.shutdown",
+        Request::VmCreate(_) => "vm.create",
+        Request::VmDelete => "vm.delete",
+        Request::VmBoot => "vm.boot",
+        Request::VmPause => "vm.pause",
+        Request::VmResume => "vm.resume",
+        Request::VmShutdown => "vm.shutdown",
+        Request::VmReboot => "vm.reboot",
+        Request::VmPowerButton => "vm.power-button",
+        Request::VmInfo => "vm.info",
+        Request::VmCounters => "vm.counters",
+        Request::VmAddDisk(_) => "vm.add-disk",
+        Request::VmAddNet(_) => "vm.add-net",
+        Request::VmSnapshot(_) => "vm.snapshot",
+        Request::VmRestore(_) => "vm.restore",
+        Request::VmSendMigration(_) => "vm.send-migration",
+        Request::VmReceiveMigration(_) => "vm.receive-migration",
+        Request::VmReplicate(_) => "vm.replicate",
+        Request::VmReceiveReplica(_) => "vm.receive-replica",
+        Request::VmStopReplication => "vm.stop-replication",
+        Request::VmFailover(_) => "vm.failover",
+        Request::VmReplicationInfo => "vm.replication-info",
     }
 }
 

@@ -22,11 +22,31 @@ use devices::virtio::state::DeviceState;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::TURNS_MAX;
-use crate::guest::{EVENT_IDX, Guest, GuestAct, Length, Place, SIZE_MAX, WRITE};
+use crate::guest::{Blob, EVENT_IDX, Guest, GuestAct, Length, Place, Rest, SIZE_MAX, WRITE};
+use crate::reach::{reached, reached_all};
 
 const PAIRS_MAX: u16 = 2;
 /// VIRTIO_NET_F_MQ.
 const MQ: u64 = 1 << 22;
+/// Classes of commands (virtio 1.2, 5.1.6.5).
+const CLASS_MQ: u8 = 4;
+const CLASS_GUEST_OFFLOADS: u8 = 5;
+
+/// Counters of the card, and what becomes of states.
+pub const PLACES: &[&str] = &[
+    "rx_frames",
+    "rx_dropped",
+    "tx_frames",
+    "tx_dropped",
+    "tx_errors",
+    "tx_held_frames",
+    "tx_gate_full",
+    "net: a ring that makes no sense",
+    "net: a command changed the state",
+    "net: taken over while active",
+    "net: a made-up state is taken",
+    "net: a made-up state is refused",
+];
 
 #[derive(Arbitrary, Debug)]
 pub struct Input {
@@ -34,7 +54,7 @@ pub struct Input {
     held: bool,
     features: u64,
     places: [Option<Place>; 2 * PAIRS_MAX as usize + 1],
-    acts: Vec<Act>,
+    acts: Rest<Act>,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -54,9 +74,12 @@ enum Act {
     Command {
         class: u8,
         command: u8,
-        data: Vec<u8>,
+        data: Blob,
         answer: bool,
     },
+    /// Commands that the device knows.
+    Pairs(u8),
+    GuestOffloads(u8),
     /// A frame comes from the world.
     Frame {
         pair: bool,
@@ -78,6 +101,8 @@ enum Act {
         offloads: Option<u64>,
         pairs: u8,
         announce: bool,
+        /// As the device's own would be: its address, its queues.
+        near: bool,
         queues: Vec<Position>,
     },
     Announce,
@@ -146,6 +171,7 @@ impl TapQueue for FakeTap {
         self.event.as_raw_fd()
     }
 
+    /// Never broken: the card would read again after some time by the clock.
     fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
         let mut frames = self.frames.lock().unwrap();
         let Some(next) = frames.pop_front() else {
@@ -297,8 +323,8 @@ impl Rig {
     /// What the transport does with a state.
     fn go_on(&mut self, positions: &[QueuePosition]) {
         if self.guest.must_reset() {
-            self.card.net.reset();
-            self.active = false;
+            // The driver finds a device that waits for its reset.
+            self.reset();
         } else if self.active {
             self.guest.set_positions(positions);
             self.activate();
@@ -307,6 +333,10 @@ impl Rig {
 
     fn take_over(&mut self) {
         self.card.net.park();
+        reached_all(self.card.net.counters());
+        if self.active {
+            reached("net: taken over while active");
+        }
         let (state, positions) = (self.state(), self.card.net.queue_positions());
         let bytes = postcard::to_stdvec(&state).expect("a state that can be encoded");
         let decoded: NetState = postcard::from_bytes(&bytes).expect("what was encoded");
@@ -323,8 +353,12 @@ impl Rig {
         self.active = false;
         let positions = state.queues.clone();
         if self.card.net.restore(&DeviceState::Net(state)).is_ok() {
+            reached("net: a made-up state is taken");
             self.active = true;
             self.go_on(&positions);
+        } else {
+            reached("net: a made-up state is refused");
+            self.reset();
         }
     }
 
@@ -351,7 +385,13 @@ impl Rig {
                 }
             }
             Act::Command { class, command, data, answer } => {
-                self.command(*class, *command, data, *answer);
+                self.command(*class, *command, &data.0, *answer);
+            }
+            Act::Pairs(pairs) => self.command(CLASS_MQ, 0, &[pairs % 4, 0], true),
+            Act::GuestOffloads(set) => {
+                // The bits of GUEST_CSUM to GUEST_UFO, and some beside them.
+                let set = u64::from(*set) << 1;
+                self.command(CLASS_GUEST_OFFLOADS, 0, &set.to_le_bytes(), true);
             }
             Act::Frame { pair, header, len } => {
                 let frame = self.frame(header, *len);
@@ -373,19 +413,25 @@ impl Rig {
                 self.card.net.unpark();
             }
             Act::TakeOver => self.take_over(),
-            Act::Hostile { mac, offloads, pairs, announce, queues } => {
+            Act::Hostile { mac, offloads, pairs, announce, near, queues } => {
                 let position = |queue: &Position| QueuePosition {
                     index: u16::from(queue.index % 8),
                     next_avail: queue.next_avail,
                     next_used: queue.next_used,
                 };
-                self.hostile(NetState {
+                let mut state = NetState {
                     mac: *mac,
                     guest_offloads: *offloads,
                     active_pairs: u16::from(*pairs % 4),
                     announce: *announce,
                     queues: queues.iter().take(8).map(position).collect(),
-                });
+                };
+                if *near {
+                    state.mac = self.state().mac;
+                    state.guest_offloads = offloads.map(|set| set & 0x7e);
+                    (0..).zip(&mut state.queues).for_each(|(at, queue)| queue.index = at);
+                }
+                self.hostile(state);
             }
             Act::Announce => self.card.net.announce(),
             Act::Seal => {
@@ -408,8 +454,13 @@ impl Rig {
     }
 
     fn turn_all(&mut self) {
+        let said = |state: NetState| (state.mac, state.guest_offloads, state.active_pairs);
+        let before = said(self.state());
         self.guest.rings.iter().for_each(|ring| ring.kick());
         self.card.turn();
+        if said(self.state()) != before {
+            reached("net: a command changed the state");
+        }
     }
 
     /// A frame that a worker had read before the reset goes to a driver that forgets it.
@@ -461,9 +512,13 @@ pub fn run(input: Input) {
         epoch: 0,
     };
     rig.activate();
-    for act in &input.acts {
+    for act in &input.acts.0 {
         rig.act(act);
     }
+    if rig.guest.must_reset() {
+        reached("net: a ring that makes no sense");
+    }
+    reached_all(rig.card.net.counters());
     // What waited for the guest or for the tap goes.
     rig.card.taps.iter().for_each(|tap| tap.behave(false, false, false));
     rig.card.release();

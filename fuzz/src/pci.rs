@@ -4,6 +4,7 @@
 //! in memory; doorbells are bound once; what is saved can be restored, and is the same then; after
 //! all that, a driver that makes sense gets its device.
 
+use std::cell::Cell;
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -13,7 +14,7 @@ use devices::pci::access::{ConfigPorts, Ecam, Window};
 use devices::pci::bridge::HostBridge;
 use devices::pci::root::{PciRoot, Windows};
 use devices::pci::virtio::{BAR_BYTES, Doorbells, Host, VirtioPci, VirtioPciState};
-use devices::pci::{MessageSink, Region};
+use devices::pci::{MessageSink, PciFunction, Region};
 use devices::virtio::device::{
     ActivateError, Activation, ActiveQueue, AttachError, DeviceType, GuestMemory, QueuePosition,
     StateError, VirtioDevice,
@@ -22,6 +23,9 @@ use devices::virtio::state::DeviceState;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::guest::Rest;
+use crate::reach::reached;
 
 const RAM_BYTES: usize = 1 << 20;
 const LOW: Region = Region { base: 0xc000_0000, len: 0x1000_0000 };
@@ -33,11 +37,25 @@ const OFFERED: u64 = 0b1101 | 1 << 28 | 1 << 29;
 const VERSION_1: u64 = 1 << 32;
 /// ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK.
 const STEPS: [u8; 4] = [1, 3, 0xb, 0xf];
+const DRIVE_STEPS: u8 = 8;
+const NEEDS_RESET: u8 = 0x40;
+/// The capability of message signalled interrupts with a table.
+const MSIX: u8 = 0x11;
+
+/// What a driver brings about by single accesses, without [`Act::Drive`].
+pub const PLACES: &[&str] = &[
+    "pci: the driver's own steps activate the device",
+    "pci: rings outside of memory are refused",
+    "pci: the BAR has moved",
+    "pci: a message was sent",
+    "pci: saved while active",
+    "pci: saved while broken",
+];
 
 #[derive(Arbitrary, Debug)]
 pub struct Input {
     driven: bool,
-    acts: Vec<Act>,
+    acts: Rest<Act>,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -79,6 +97,15 @@ enum Act {
     },
     Status(u8),
     Drive,
+    /// The next of the things that [`Act::Drive`] does, one or more.
+    Next(u8),
+    /// An interrupt's place in the table, and which queue's it is.
+    Vector {
+        queue: u8,
+        vector: u8,
+        masked: bool,
+        on: bool,
+    },
     Interrupt {
         queue: u8,
         config: bool,
@@ -221,7 +248,9 @@ impl Doorbells for Bells {
 struct Deaf;
 
 impl MessageSink for Deaf {
-    fn send(&self, _address: u64, _data: u32) {}
+    fn send(&self, _address: u64, _data: u32) {
+        reached("pci: a message was sent");
+    }
 }
 
 /// What a function needs of its host.
@@ -241,6 +270,7 @@ struct Machine {
     windows: [Window; 2],
     function: Arc<VirtioPci>,
     probe: Arc<Probe>,
+    next: Cell<u8>,
 }
 
 impl Machine {
@@ -261,6 +291,7 @@ impl Machine {
             root,
             function,
             probe,
+            next: Cell::new(0),
         }
     }
 
@@ -290,21 +321,90 @@ impl Machine {
 
     /// All that a driver does until DRIVER_OK.
     fn drive(&self) {
-        self.config(0x10, &BAR.to_le_bytes());
-        self.config(4, &[6, 0]);
-        self.write(0x14, &[0]);
-        self.write(0x14, &STEPS[..1]);
-        self.write(0x14, &STEPS[1..2]);
-        for (half, features) in [(0u8, 1u32), (1, 1)] {
-            self.write(8, &[half, 0, 0, 0]);
-            self.write(0xc, &features.to_le_bytes());
+        (0..DRIVE_STEPS).for_each(|step| self.step(step));
+    }
+
+    fn step(&self, step: u8) {
+        match step {
+            0 => {
+                self.config(0x10, &BAR.to_le_bytes());
+                self.config(4, &[6, 0]);
+            }
+            1 => self.write(0x14, &[0]),
+            2 => self.write(0x14, &STEPS[..1]),
+            3 => self.write(0x14, &STEPS[1..2]),
+            4 => {
+                for (half, features) in [(0u8, 1u32), (1, 1)] {
+                    self.write(8, &[half, 0, 0, 0]);
+                    self.write(0xc, &features.to_le_bytes());
+                }
+            }
+            5 => self.write(0x14, &STEPS[2..3]),
+            6 => self.queue(0, 16, [0x1000, 0x2000, 0x3000], true),
+            _ => self.write(0x14, &STEPS[3..]),
         }
-        self.write(0x14, &STEPS[2..3]);
-        self.queue(0, 16, [0x1000, 0x2000, 0x3000], true);
-        self.write(0x14, &STEPS[3..]);
+    }
+
+    /// A capability's place in configuration space.
+    fn capability(&self, id: u8) -> u64 {
+        let byte = |offset: u64| {
+            let mut byte = [0];
+            self.ecam.read((u64::from(SLOT) << 15) + offset, &mut byte);
+            byte[0]
+        };
+        let mut at = u64::from(byte(0x34));
+        while byte(at) != id {
+            at = byte(at + 1).into();
+            assert_ne!(at, 0, "there is no capability {id:#x}");
+        }
+        at
+    }
+
+    fn vector(&self, queue: u8, vector: u8, masked: bool, on: bool) {
+        let capability = self.capability(MSIX);
+        self.config(capability + 2, &[0, if on { 0x80 } else { 0x40 }]);
+        let mut table = [0; 4];
+        self.ecam.read((u64::from(SLOT) << 15) + capability + 4, &mut table);
+        let entry = u64::from(u32::from_le_bytes(table) & !7) + 16 * u64::from(vector % 8);
+        let words = [0xfee0_0000, 0, u32::from(vector), masked.into()];
+        (0..).step_by(4).zip(words).for_each(|(at, word): (u64, u32)| {
+            self.write(entry + at, &word.to_le_bytes());
+        });
+        self.write(0x16, &[queue % 4, 0]);
+        self.write(0x1a, &[vector % 8, 0]);
+    }
+
+    fn is_active(&self) -> bool {
+        self.probe.active.lock().unwrap().is_some()
+    }
+
+    /// What came of an act.
+    fn look(&self, was_active: bool, was_broken: bool) {
+        if self.is_active() && !was_active {
+            reached("pci: the driver's own steps activate the device");
+        }
+        if self.is_broken() && !was_broken && !was_active {
+            reached("pci: rings outside of memory are refused");
+        }
+        let inside = |region: &Region| LOW.contains(*region) || HIGH.contains(*region);
+        if self.function.region().filter(inside).is_some_and(|region| region.base != BAR) {
+            reached("pci: the BAR has moved");
+        }
+    }
+
+    fn is_broken(&self) -> bool {
+        let mut status = [0];
+        self.function.read_memory(0x14, &mut status);
+        status[0] & NEEDS_RESET != 0
     }
 
     fn save(&self) {
+        if self.is_active() {
+            reached("pci: saved while active");
+        }
+        if self.is_broken() {
+            reached("pci: saved while broken");
+        }
         let state = self.function.save();
         let bytes = postcard::to_stdvec(&state).expect("a state that can be encoded");
         let decoded: VirtioPciState = postcard::from_bytes(&bytes).expect("what was encoded");
@@ -313,9 +413,7 @@ impl Machine {
         other.function.restore(&decoded).expect("the state of another function");
         other.root.place();
         other.function.nudge();
-        assert_eq!(other.probe.active.lock().unwrap().is_some(), {
-            self.probe.active.lock().unwrap().is_some() && state.common.status & 0x40 == 0
-        });
+        assert_eq!(other.is_active(), self.is_active() && state.common.status & NEEDS_RESET == 0);
     }
 
     fn interrupt(&self, queue: u8, config: bool, breaks: bool) {
@@ -348,10 +446,21 @@ impl Machine {
             }
             Act::Queue { index, size_shift, rings, enable } => {
                 let size = 1u16 << (size_shift % 8);
-                self.queue(index % 4, size, rings.map(|ring| u64::from(ring) << 4), *enable);
+                // Some are far outside of the memory.
+                let place = |ring: u16| u64::from(ring) << if ring > 0xf000 { 30 } else { 4 };
+                self.queue(index % 4, size, rings.map(place), *enable);
             }
             Act::Status(status) => self.write(0x14, &[*status]),
             Act::Drive => self.drive(),
+            Act::Next(count) => {
+                for _ in 0..=count % DRIVE_STEPS {
+                    self.step(self.next.get());
+                    self.next.set((self.next.get() + 1) % DRIVE_STEPS);
+                }
+            }
+            Act::Vector { queue, vector, masked, on } => {
+                self.vector(*queue, *vector, *masked, *on);
+            }
             Act::Interrupt { queue, config, breaks } => self.interrupt(*queue, *config, *breaks),
             Act::Save => self.save(),
             Act::Reset => {
@@ -374,11 +483,15 @@ pub fn run(input: Input) {
     if input.driven {
         machine.drive();
     }
-    for act in &input.acts {
+    for act in &input.acts.0 {
+        let (was_active, was_broken) = (machine.is_active(), machine.is_broken());
         machine.act(act);
+        if !matches!(act, Act::Drive) {
+            machine.look(was_active, was_broken);
+        }
     }
     machine.save();
     machine.drive();
     assert_eq!(machine.status(), STEPS[3]);
-    assert!(machine.probe.active.lock().unwrap().is_some());
+    assert!(machine.is_active());
 }

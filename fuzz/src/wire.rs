@@ -2,15 +2,38 @@
 //! line makes of them.
 //!
 //! Beside "no panic": frames that are whole are read as they were written; what decodes is encoded
-//! and decoded again to the same; no length makes the reader take memory that no byte came for.
+//! and decoded again to the same; what is within the limits is taken and what is not is refused; no
+//! length makes the reader take memory that no byte came for.
 
 use arbitrary::Arbitrary;
+use replication::disk::{CHANGE_BYTES_MAX, DISKS_MAX, Operation, SECTOR_BYTES};
+use replication::ids::{EpochId, Generation, PageIndex};
 use replication::wire::{
-    End, FrameReader, FrameWriter, HEADER_BYTES, Kind, Message, PagesHeader, RUNS_MAX, Runs,
-    SessionId, WireError, decode_pages_header, encode_pages_header,
+    CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, End, FrameReader, FrameWriter, HEADER_BYTES,
+    Kind, Message, Offer, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs, Seal, SessionId,
+    WireError, WireRegion, decode_pages_header, encode_pages_header,
 };
 
-const KINDS: [Kind; 15] = [
+use crate::guest::{Blob, Rest};
+use crate::reach::reached;
+
+/// Frames whose payload was taken.
+pub const PLACES: &[&str] = &[
+    "wire: Hello",
+    "wire: Offer with regions and disks",
+    "wire: Welcome",
+    "wire: Abort",
+    "wire: Seal with pages and a state",
+    "wire: Ack",
+    "wire: an empty message",
+    "wire: Paired or HandedOver",
+    "wire: Pages",
+    "wire: End",
+    "wire: Change",
+    "wire: three frames read, then a broken one",
+];
+
+const KINDS: [Kind; 16] = [
     Kind::Hello,
     Kind::Offer,
     Kind::Welcome,
@@ -26,58 +49,233 @@ const KINDS: [Kind; 15] = [
     Kind::HandedOver,
     Kind::Pages,
     Kind::End,
+    Kind::Change,
 ];
+/// Sizes of the disks that changes are for.
+const DISKS: [u64; 2] = [1 << 20, SECTOR_BYTES];
 
 #[derive(Arbitrary, Debug)]
 pub enum Input {
     /// Good frames, and then something happens to their bytes.
-    Frames { session: u64, frames: Vec<Frame>, changes: Vec<(u16, u8)>, cut: Option<u16> },
+    Frames { session: u64, changes: Vec<(u16, u8)>, cut: Option<u16>, frames: Rest<Frame> },
     /// Bytes of nobody.
-    Bytes(Vec<u8>),
+    Bytes(Rest<u8>),
 }
 
 #[derive(Arbitrary, Debug)]
 pub struct Frame {
-    kind: u8,
-    payload: Vec<u8>,
+    body: Body,
+    /// Pages of the memory.
     universe: u16,
+    /// What happens to the payload before its checksum is made.
+    dents: Vec<(u16, u8)>,
+}
+
+/// Payloads that are right but for their numbers, and some that are nothing.
+#[derive(Arbitrary, Debug)]
+enum Body {
+    Bytes { kind: u8, payload: Blob },
+    Hello { ids: [u8; 32], connection: u8, connections: u8 },
+    Offer { arbiter: bool, regions: Vec<(u64, u32)>, disks: Vec<(u8, u32)>, text: Blob },
+    Seal { numbers: [u64; 3], handover: bool, pages: Vec<u64>, state: Blob },
+    Pages { epoch: u64, runs: Vec<(u16, u8, bool)> },
+    Change { epoch: u64, disk: u8, operation: u8, sectors: [u16; 2], odd: u8, data: u8 },
+}
+
+/// A payload, and whether it is to be taken as long as nobody touches it.
+struct Payload {
+    kind: Kind,
+    bytes: Vec<u8>,
+    good: Option<bool>,
+}
+
+impl Payload {
+    fn of(message: &Message, good: bool) -> Self {
+        let mut writer = FrameWriter::new(Vec::new(), SessionId(1));
+        message.send(&mut writer).expect("less than the cap");
+        let bytes = writer.get_ref()[HEADER_BYTES..].to_vec();
+        Self { kind: message.kind(), bytes, good: Some(good) }
+    }
 }
 
 impl Frame {
-    fn kind(&self) -> Kind {
-        KINDS[usize::from(self.kind) % KINDS.len()]
+    fn payload(&self) -> Payload {
+        let mut payload = self.body.payload(self.universe.into());
+        for (at, value) in &self.dents {
+            if let Some(byte) = payload.bytes.get_mut(usize::from(*at)) {
+                *byte ^= value;
+                payload.good = None;
+            }
+        }
+        payload
     }
+}
+
+impl Body {
+    fn payload(&self, universe: u64) -> Payload {
+        match self {
+            Self::Bytes { kind, payload } => {
+                let kind = KINDS[usize::from(*kind) % KINDS.len()];
+                Payload { kind, bytes: payload.0.clone(), good: None }
+            }
+            Self::Hello { ids, connection, connections } => {
+                let numbers = [u32::from(*connection), u32::from(*connections)];
+                let mut bytes = ids.to_vec();
+                numbers.iter().for_each(|number| bytes.extend(number.to_le_bytes()));
+                let known = (1..=CONNECTIONS_MAX).contains(&numbers[1]);
+                // The control connection, those for data, the bell, the disks'.
+                let good = known && numbers[0] <= numbers[1] + 2;
+                Payload { kind: Kind::Hello, bytes, good: Some(good) }
+            }
+            Self::Offer { arbiter, regions, disks, text } => {
+                let size = |(odd, sectors): &(u8, u32)| {
+                    u64::from(*sectors) * SECTOR_BYTES + u64::from(odd.is_multiple_of(8))
+                };
+                let good =
+                    disks.len() <= DISKS_MAX && disks.iter().all(|(odd, _)| !odd.is_multiple_of(8));
+                let region = |(start, pages): &(u64, u32)| WireRegion {
+                    start: *start,
+                    pages: u64::from(*pages),
+                };
+                let offer = Offer {
+                    page_bytes: 4096,
+                    heartbeat_ms: 1,
+                    timeout_ms: 2,
+                    arbiter: *arbiter,
+                    regions: regions.iter().map(region).collect(),
+                    disks: disks.iter().map(size).collect(),
+                    description: text.0.clone(),
+                };
+                Payload::of(&Message::Offer(offer), good)
+            }
+            Self::Seal { numbers: [epoch, generation, changes], handover, pages, state } => {
+                let good = u32::try_from(pages.len()).is_ok_and(|count| count <= CONNECTIONS_MAX);
+                let seal = Seal {
+                    epoch: EpochId(*epoch),
+                    generation: Generation(*generation),
+                    handover: *handover,
+                    pages: pages.clone(),
+                    changes: *changes,
+                    state: state.0.clone(),
+                };
+                Payload::of(&Message::Seal(seal), good)
+            }
+            Self::Pages { epoch, runs } => pages_payload(*epoch, runs, universe),
+            Self::Change { .. } => self.change(),
+        }
+    }
+
+    fn change(&self) -> Payload {
+        let Self::Change { epoch, disk, operation, sectors, odd, data } = self else {
+            unreachable!("called for changes only")
+        };
+        let write = Operation::Write;
+        let zero = [false, true].map(|unmap| Operation::Zero { unmap });
+        let operations = [write, zero[0], zero[1], Operation::Discard, Operation::Flush];
+        let operation = operations[usize::from(*operation) % operations.len()];
+        // Now and then wrong.
+        let (odd, data) = (odd.is_multiple_of(8), !data.is_multiple_of(8));
+        let [offset, len] = sectors.map(|sectors| u64::from(sectors % 2050) * SECTOR_BYTES);
+        let offset = offset + u64::from(odd);
+        let (epoch, disk) = (EpochId(*epoch), u32::from(*disk % 4));
+        let mut bytes = ChangeHead { epoch, disk, operation, offset, len }.encode().to_vec();
+        // A megabyte is not worth its time.
+        let carried = if data { len.min(64 << 10) } else { 0 };
+        bytes.resize(CHANGE_HEAD_BYTES + usize::try_from(carried).expect("small"), 0x77);
+        let size = usize::try_from(disk).ok().and_then(|disk| DISKS.get(disk));
+        let inside = match operation {
+            Operation::Flush => offset == 0 && len == 0,
+            _ => !odd && len > 0 && size.is_some_and(|size| offset + len <= *size),
+        };
+        let wanted = if operation == write { len } else { 0 };
+        let good = size.is_some() && inside && carried == wanted;
+        Payload { kind: Kind::Change, bytes, good: Some(good) }
+    }
+}
+
+/// As [`encode_pages_header`] would write it, without its checks.
+fn pages_payload(epoch: u64, runs: &[(u16, u8, bool)], universe: u64) -> Payload {
+    let mut bytes = epoch.to_le_bytes().to_vec();
+    bytes.extend((runs.len() as u64).to_le_bytes());
+    let (mut raw, mut good) = (0, (1..=RUNS_MAX).contains(&runs.len()));
+    for (first, count, zero) in runs {
+        bytes.extend(u64::from(*first).to_le_bytes());
+        bytes.extend(u32::from(*count).to_le_bytes());
+        bytes.extend(u32::from(!zero).to_le_bytes());
+        good &= *count > 0 && u64::from(*first) + u64::from(*count) <= universe;
+        raw += if *zero { 0 } else { usize::from(*count) };
+    }
+    good &= raw <= RAW_PAGES_MAX;
+    Payload { kind: Kind::Pages, bytes, good: Some(good) }
 }
 
 pub fn run(input: Input) {
     match input {
         Input::Frames { session, frames, changes, cut } => {
-            frames.iter().for_each(payload);
-            stream(SessionId(session), &frames, &changes, cut);
+            let payloads: Vec<_> = frames.0.iter().map(Frame::payload).collect();
+            for (frame, payload) in frames.0.iter().zip(&payloads) {
+                taken(payload, frame.universe.into());
+            }
+            stream(SessionId(session), &payloads, &changes, cut);
         }
         Input::Bytes(bytes) => {
             for session in [None, Some(SessionId(0))] {
-                read_all(&bytes, session);
+                read_all(&bytes.0, session);
             }
         }
     }
 }
 
 /// A payload whose checksum was good, of a peer that is not.
-fn payload(frame: &Frame) {
-    match frame.kind() {
-        Kind::Pages => pages(&frame.payload, u64::from(frame.universe) % 2048),
-        Kind::End => {
-            if let Ok(end) = End::decode(&frame.payload) {
-                assert_eq!(end.encode(), frame.payload);
-            }
-        }
-        kind => message(kind, &frame.payload),
-    }
+fn taken(payload: &Payload, universe: u64) {
+    let Payload { kind, bytes, good } = payload;
+    let taken = match kind {
+        Kind::Pages => pages(bytes, universe),
+        Kind::End => end(bytes),
+        Kind::Change => change(bytes),
+        kind => message(*kind, bytes),
+    };
+    assert!(good.is_none_or(|good| good == taken), "{kind:?}: taken {taken}, good {good:?}");
 }
 
-fn message(kind: Kind, bytes: &[u8]) {
-    let Ok(message) = Message::from_payload(kind, bytes) else { return };
+fn end(bytes: &[u8]) -> bool {
+    let Ok(end) = End::decode(bytes) else { return false };
+    assert_eq!(end.encode(), bytes);
+    reached("wire: End");
+    true
+}
+
+fn change(bytes: &[u8]) -> bool {
+    let Some((head, data)) = bytes.split_first_chunk::<CHANGE_HEAD_BYTES>() else { return false };
+    let Ok(change) = ChangeHead::decode(head, &DISKS, data.len()) else { return false };
+    assert_eq!(change.encode(), *head);
+    let size = DISKS[usize::try_from(change.disk).expect("a disk that is there")];
+    let end = change.offset.checked_add(change.len).expect("no overflow");
+    assert!(end <= size && data.len() <= CHANGE_BYTES_MAX, "{change:?} is outside of the disk");
+    assert!(change.operation != Operation::Write || change.len == data.len() as u64, "{change:?}");
+    reached("wire: Change");
+    true
+}
+
+/// What a message that was taken is called in [`PLACES`].
+fn name(message: &Message) -> Option<&'static str> {
+    Some(match message {
+        Message::Hello(_) => "wire: Hello",
+        Message::Offer(offer) if offer.regions.is_empty() || offer.disks.is_empty() => return None,
+        Message::Offer(_) => "wire: Offer with regions and disks",
+        Message::Welcome(_) => "wire: Welcome",
+        Message::Abort(_) => "wire: Abort",
+        Message::Seal(seal) if seal.pages.is_empty() || seal.state.is_empty() => return None,
+        Message::Seal(_) => "wire: Seal with pages and a state",
+        Message::Ack { .. } => "wire: Ack",
+        Message::Paired(_) | Message::HandedOver(_) => "wire: Paired or HandedOver",
+        _ => "wire: an empty message",
+    })
+}
+
+fn message(kind: Kind, bytes: &[u8]) -> bool {
+    let Ok(message) = Message::from_payload(kind, bytes) else { return false };
+    name(&message).into_iter().for_each(reached);
     assert_eq!(message.kind(), kind);
     let mut writer = FrameWriter::new(Vec::new(), SessionId(1));
     if let Err(error) = message.send(&mut writer) {
@@ -87,9 +285,10 @@ fn message(kind: Kind, bytes: &[u8]) {
     let again = Message::receive(&mut reader, &mut Vec::new()).expect("what was sent");
     // The reason of an abort is text for people, and cut to a length.
     assert!(again == message || kind == Kind::Abort, "{message:?} became {again:?}");
+    true
 }
 
-fn pages(bytes: &[u8], universe: u64) {
+fn pages(bytes: &[u8], universe: u64) -> bool {
     let mut header = PagesHeader::default();
     let mut rest = bytes;
     let decoded = decode_pages_header(universe, &mut header, |into| {
@@ -99,19 +298,26 @@ fn pages(bytes: &[u8], universe: u64) {
         Ok(true)
     });
     if decoded.is_err() {
-        return;
+        return false;
     }
+    reached("wire: Pages");
     assert!(header.runs.len() <= RUNS_MAX && header.raw_bytes() <= Kind::Pages.cap());
+    let raw = header.runs.iter().filter(|run| !run.zero).map(|run| u64::from(run.count));
+    assert!(raw.sum::<u64>() <= RAW_PAGES_MAX as u64, "{header:?}");
     let mut runs = Runs::default();
-    for run in &header.runs {
-        assert!(run.first.0 + u64::from(run.count) <= universe, "{run:?} is outside of the memory");
-        for page in run.first.0..run.first.0 + u64::from(run.count) {
-            runs.push(replication::ids::PageIndex(page), run.zero);
-        }
+    let mut all = true;
+    for Run { first, count, zero } in &header.runs {
+        let end = first.0.checked_add(u64::from(*count)).expect("no overflow");
+        assert!(end <= universe, "{count} pages from {first:?} are outside of the memory");
+        all &= (first.0..end).all(|page| runs.push(PageIndex(page), *zero));
     }
     let mut encoded = Vec::new();
     encode_pages_header(header.epoch, &runs, &mut encoded);
     assert_eq!(encoded[..8], bytes[..8], "the epoch");
+    // Neighbours become one, so it may be shorter; the pages are the same.
+    let pages = header.runs.iter().map(|run| u64::from(run.count)).sum::<u64>();
+    assert!(!all || runs.pages() == pages);
+    true
 }
 
 /// Reads frames until an error. Those that were read, and the error.
@@ -133,14 +339,13 @@ fn read_all(bytes: &[u8], session: Option<SessionId>) -> (Vec<(Kind, Vec<u8>)>, 
     }
 }
 
-fn stream(session: SessionId, frames: &[Frame], changes: &[(u16, u8)], cut: Option<u16>) {
+fn stream(session: SessionId, payloads: &[Payload], changes: &[(u16, u8)], cut: Option<u16>) {
     let mut writer = FrameWriter::new(Vec::new(), session);
     let mut written = Vec::new();
-    for frame in frames {
-        let kind = frame.kind();
-        match writer.write(kind, &[&frame.payload]) {
-            Ok(_) => written.push((kind, frame.payload.clone())),
-            Err(error) => assert!(frame.payload.len() > kind.cap(), "{kind:?}: {error}"),
+    for Payload { kind, bytes, .. } in payloads {
+        match writer.write(*kind, &[bytes]) {
+            Ok(_) => written.push((*kind, bytes.clone())),
+            Err(error) => assert!(bytes.len() > kind.cap(), "{kind:?}: {error}"),
         }
     }
     let good = writer.get_ref();
@@ -156,7 +361,10 @@ fn stream(session: SessionId, frames: &[Frame], changes: &[(u16, u8)], cut: Opti
             *byte ^= value;
         }
     }
-    let (read, _) = read_all(&bad, Some(session));
+    let (read, error) = read_all(&bad, Some(session));
+    if read.len() >= 3 && !matches!(error, WireError::Closed) {
+        reached("wire: three frames read, then a broken one");
+    }
     let same = bad.iter().zip(good).take_while(|(one, other)| one == other).count();
     // Every frame before the first wrong byte is read, and none with one such byte alone.
     let mut end = 0;
