@@ -80,10 +80,11 @@ enum Act {
     /// Commands that the device knows.
     Pairs(u8),
     GuestOffloads(u8),
-    /// A frame comes from the world.
+    /// A frame comes from the world; most have a header that any driver takes.
     Frame {
         pair: bool,
         header: [u8; HEADER_BYTES],
+        plain: u8,
         len: Length,
     },
     /// What the tap says to writes and settings from now on.
@@ -286,16 +287,25 @@ impl Rig {
 
     fn frame(&mut self, header: &[u8; HEADER_BYTES], len: Length) -> Vec<u8> {
         let mut frame = header.to_vec();
-        // Longer than any frame, now and then.
-        frame.resize(HEADER_BYTES + usize::try_from(len.0 % 70_000).expect("small"), 0x5a);
+        let number = usize::try_from(len.0 >> 3).expect("small");
+        let len = match len.0 % 8 {
+            // About the shortest and the longest that is one.
+            0 => FRAME_BYTES_MIN - 2 + number % 4,
+            1 => FRAME_BYTES_MAX - 2 + number % 4,
+            // Longer than any frame, now and then.
+            _ => HEADER_BYTES + number % 70_000,
+        };
+        frame.resize(len, 0x5a);
         frame
     }
 
     fn send(&mut self, at: usize, frame: &[u8], split: u8) {
         let (first, rest) = frame.split_at(usize::from(split).min(frame.len()));
         let mut parts = Vec::new();
-        for part in [first, rest].into_iter().filter(|part| !part.is_empty()) {
-            let part = &part[..part.len().min(40_000)];
+        for part in std::iter::once(first).chain(rest.chunks(40_000)) {
+            if part.is_empty() {
+                continue;
+            }
             let place = self.guest.place(at, part);
             parts.push((place, u32::try_from(part.len()).expect("small"), 0));
         }
@@ -393,7 +403,9 @@ impl Rig {
                 let set = u64::from(*set) << 1;
                 self.command(CLASS_GUEST_OFFLOADS, 0, &set.to_le_bytes(), true);
             }
-            Act::Frame { pair, header, len } => {
+            Act::Frame { pair, header, plain, len } => {
+                let plain = !plain.is_multiple_of(4);
+                let header = if plain { &[0; HEADER_BYTES] } else { header };
                 let frame = self.frame(header, *len);
                 let tap = usize::from(*pair) % usize::from(self.pairs);
                 self.card.taps[tap].give(frame);

@@ -379,11 +379,11 @@ impl Machine {
     }
 
     /// What came of an act.
-    fn look(&self, was_active: bool, was_broken: bool) {
-        if self.is_active() && !was_active {
+    fn look(&self, (was_active, was_broken): (bool, bool), (active, broken): (bool, bool)) {
+        if active && !was_active {
             reached("pci: the driver's own steps activate the device");
         }
-        if self.is_broken() && !was_broken && !was_active {
+        if broken && !was_broken && !was_active {
             reached("pci: rings outside of memory are refused");
         }
         let inside = |region: &Region| LOW.contains(*region) || HIGH.contains(*region);
@@ -483,12 +483,14 @@ pub fn run(input: Input) {
     if input.driven {
         machine.drive();
     }
+    let mut before = (machine.is_active(), machine.is_broken());
     for act in &input.acts.0 {
-        let (was_active, was_broken) = (machine.is_active(), machine.is_broken());
         machine.act(act);
+        let now = (machine.is_active(), machine.is_broken());
         if !matches!(act, Act::Drive) {
-            machine.look(was_active, was_broken);
+            machine.look(before, now);
         }
+        before = now;
     }
     machine.save();
     machine.drive();

@@ -74,12 +74,40 @@ pub struct Frame {
 /// Payloads that are right but for their numbers, and some that are nothing.
 #[derive(Arbitrary, Debug)]
 enum Body {
-    Bytes { kind: u8, payload: Blob },
-    Hello { ids: [u8; 32], connection: u8, connections: u8 },
-    Offer { arbiter: bool, regions: Vec<(u64, u32)>, disks: Vec<(u8, u32)>, text: Blob },
-    Seal { numbers: [u64; 3], handover: bool, pages: Vec<u64>, state: Blob },
-    Pages { epoch: u64, runs: Vec<(u16, u8, bool)> },
-    Change { epoch: u64, disk: u8, operation: u8, sectors: [u16; 2], odd: u8, data: u8 },
+    Bytes {
+        kind: u8,
+        payload: Blob,
+    },
+    Hello {
+        ids: [u8; 32],
+        connection: u8,
+        connections: u8,
+    },
+    Offer {
+        arbiter: bool,
+        regions: Vec<(u64, u32)>,
+        disks: Vec<(u8, u32)>,
+        text: Blob,
+    },
+    Seal {
+        numbers: [u64; 3],
+        handover: bool,
+        pages: Vec<u64>,
+        state: Blob,
+    },
+    /// Some runs are counted from the end of the memory.
+    Pages {
+        epoch: u64,
+        runs: Vec<(u16, u8, bool, bool)>,
+    },
+    Change {
+        epoch: u64,
+        disk: u8,
+        operation: u8,
+        sectors: [u16; 2],
+        odd: u8,
+        data: u8,
+    },
 }
 
 /// A payload, and whether it is to be taken as long as nobody touches it.
@@ -160,7 +188,15 @@ impl Body {
                 };
                 Payload::of(&Message::Seal(seal), good)
             }
-            Self::Pages { epoch, runs } => pages_payload(*epoch, runs, universe),
+            Self::Pages { epoch, runs } => {
+                let run = |(first, count, zero, last): &(u16, u8, bool, bool)| {
+                    let before = u64::from(*first % 512);
+                    let first =
+                        if *last { universe.saturating_sub(before) } else { (*first).into() };
+                    (first, *count, *zero)
+                };
+                pages_payload(*epoch, &runs.iter().map(run).collect::<Vec<_>>(), universe)
+            }
             Self::Change { .. } => self.change(),
         }
     }
@@ -175,12 +211,16 @@ impl Body {
         let operation = operations[usize::from(*operation) % operations.len()];
         // Now and then wrong.
         let (odd, data) = (odd.is_multiple_of(8), !data.is_multiple_of(8));
-        let [offset, len] = sectors.map(|sectors| u64::from(sectors % 2050) * SECTOR_BYTES);
+        let [offset, len] = sectors.map(u64::from);
+        // About the end of the large disk, and of the small one.
+        let offset = if offset % 4 == 0 { 2040 + offset / 4 % 10 } else { offset % 2050 };
+        let offset = offset * SECTOR_BYTES;
+        // Mostly a few: what is carried takes time.
+        let len = if len < 0x2000 { len % 2050 } else { len % 9 } * SECTOR_BYTES;
         let offset = offset + u64::from(odd);
         let (epoch, disk) = (EpochId(*epoch), u32::from(*disk % 4));
         let mut bytes = ChangeHead { epoch, disk, operation, offset, len }.encode().to_vec();
-        // A megabyte is not worth its time.
-        let carried = if data { len.min(64 << 10) } else { 0 };
+        let carried = if data { len.min(8 << 10) } else { 0 };
         bytes.resize(CHANGE_HEAD_BYTES + usize::try_from(carried).expect("small"), 0x77);
         let size = usize::try_from(disk).ok().and_then(|disk| DISKS.get(disk));
         let inside = match operation {
@@ -194,15 +234,15 @@ impl Body {
 }
 
 /// As [`encode_pages_header`] would write it, without its checks.
-fn pages_payload(epoch: u64, runs: &[(u16, u8, bool)], universe: u64) -> Payload {
+fn pages_payload(epoch: u64, runs: &[(u64, u8, bool)], universe: u64) -> Payload {
     let mut bytes = epoch.to_le_bytes().to_vec();
     bytes.extend((runs.len() as u64).to_le_bytes());
     let (mut raw, mut good) = (0, (1..=RUNS_MAX).contains(&runs.len()));
     for (first, count, zero) in runs {
-        bytes.extend(u64::from(*first).to_le_bytes());
+        bytes.extend(first.to_le_bytes());
         bytes.extend(u32::from(*count).to_le_bytes());
         bytes.extend(u32::from(!zero).to_le_bytes());
-        good &= *count > 0 && u64::from(*first) + u64::from(*count) <= universe;
+        good &= *count > 0 && first + u64::from(*count) <= universe;
         raw += if *zero { 0 } else { usize::from(*count) };
     }
     good &= raw <= RAW_PAGES_MAX;
@@ -326,7 +366,14 @@ fn read_all(bytes: &[u8], session: Option<SessionId>) -> (Vec<(Kind, Vec<u8>)>, 
     let mut read = Vec::new();
     loop {
         let mut payload = Vec::new();
-        match reader.read(&mut payload) {
+        // In steps, as the receiver of pages does: a length is capped before a payload is read.
+        let begun = reader.begin().and_then(|header| {
+            assert!(header.length <= header.kind.cap(), "{header:?}");
+            reader.read_rest(&mut payload)?;
+            reader.finish(&header)?;
+            Ok(header)
+        });
+        match begun {
             Ok(header) => {
                 assert_eq!(header.length, payload.len());
                 read.push((header.kind, payload));
