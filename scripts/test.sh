@@ -10,10 +10,10 @@ usage() {
 usage: scripts/test.sh [--without kvm] [--without nested] [--help]
 
 Runs everything that says whether this tree works, on this machine: formatting, lints, the scripts'
-syntax, the nested bed's own judgement, the unit and property tests, the tests that need /dev/kvm,
-the tests with whole VMMs, and the nested bed with a stock Debian guest. Installs what is missing.
-Says how long each step took. Ends with 'N passed, N failed, N s in all'; exits 0 only if nothing
-failed.
+syntax, the fuzz targets over their seeds, the nested bed's own judgement, the unit and property
+tests, the tests that need /dev/kvm, the tests with whole VMMs, and the nested bed with a stock Debian
+guest. Installs what is missing. Says how long each step took. Ends with 'N passed, N failed, N s in
+all'; exits 0 only if nothing failed.
 
   --without kvm      leave out what needs a usable KVM (the nested bed brings its own)
   --without nested   leave out the nested bed
@@ -104,6 +104,13 @@ shell_syntax() {
     return "$status"
 }
 
+# fuzz_targets: a workspace of its own, which must build with what it tests. Fuzzing is fuzz.sh's.
+fuzz_targets() {
+    (cd "$ROOT/fuzz" && cargo fmt --check &&
+        cargo clippy --locked --features machine --all-targets -- -D warnings &&
+        cargo test --locked)
+}
+
 # kvm_test_list FILE: a line for each test program of a crate that needs KVM.
 kvm_test_list() {
     local crates=() crate
@@ -150,6 +157,7 @@ command -v busybox >/dev/null || need_packages busybox
 step "Formatting" cargo fmt --all --check
 step "Lints" cargo clippy --release --locked --workspace --all-targets -- -D warnings
 step "Syntax of the scripts" shell_syntax
+step "Fuzz targets, over their seeds" fuzz_targets
 step "The nested bed's own judgement" tests/bed/selftest.py
 timed "Build" build_release
 
