@@ -95,7 +95,7 @@ enum Body {
         pages: Vec<u64>,
         state: Blob,
     },
-    /// Some runs are counted from the end of the memory.
+    /// Some runs end about the end of the memory.
     Pages {
         epoch: u64,
         runs: Vec<(u16, u8, bool, bool)>,
@@ -190,10 +190,14 @@ impl Body {
             }
             Self::Pages { epoch, runs } => {
                 let run = |(first, count, zero, last): &(u16, u8, bool, bool)| {
-                    let before = u64::from(*first % 512);
-                    let first =
-                        if *last { universe.saturating_sub(before) } else { (*first).into() };
-                    (first, *count, *zero)
+                    let (before, past) = (u64::from(*first % 64), u64::from(*count % 4));
+                    if *last {
+                        // Ends two pages before the end of the memory up to one past it.
+                        let count = (before + past).saturating_sub(2);
+                        (universe.saturating_sub(before), count, *zero)
+                    } else {
+                        ((*first).into(), (*count).into(), *zero)
+                    }
                 };
                 pages_payload(*epoch, &runs.iter().map(run).collect::<Vec<_>>(), universe)
             }
@@ -234,16 +238,16 @@ impl Body {
 }
 
 /// As [`encode_pages_header`] would write it, without its checks.
-fn pages_payload(epoch: u64, runs: &[(u64, u8, bool)], universe: u64) -> Payload {
+fn pages_payload(epoch: u64, runs: &[(u64, u64, bool)], universe: u64) -> Payload {
     let mut bytes = epoch.to_le_bytes().to_vec();
     bytes.extend((runs.len() as u64).to_le_bytes());
     let (mut raw, mut good) = (0, (1..=RUNS_MAX).contains(&runs.len()));
     for (first, count, zero) in runs {
         bytes.extend(first.to_le_bytes());
-        bytes.extend(u32::from(*count).to_le_bytes());
+        bytes.extend(u32::try_from(*count).expect("small").to_le_bytes());
         bytes.extend(u32::from(!zero).to_le_bytes());
-        good &= *count > 0 && first + u64::from(*count) <= universe;
-        raw += if *zero { 0 } else { usize::from(*count) };
+        good &= *count > 0 && first + *count <= universe;
+        raw += if *zero { 0 } else { usize::try_from(*count).expect("small") };
     }
     good &= raw <= RAW_PAGES_MAX;
     Payload { kind: Kind::Pages, bytes, good: Some(good) }
