@@ -10,8 +10,8 @@ use replication::disk::{CHANGE_BYTES_MAX, DISKS_MAX, Operation, SECTOR_BYTES};
 use replication::ids::{EpochId, Generation, PageIndex};
 use replication::wire::{
     CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, End, FrameReader, FrameWriter, HEADER_BYTES,
-    Kind, Message, Offer, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs, Seal, SessionId,
-    WireError, WireRegion, decode_pages_header, encode_pages_header,
+    Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs, Seal, SessionId,
+    VERSION, WireError, WireRegion, decode_pages_header, encode_pages_header,
 };
 
 use crate::guest::{Blob, Rest};
@@ -31,6 +31,8 @@ pub const PLACES: &[&str] = &[
     "wire: End",
     "wire: Change",
     "wire: three frames read, then a broken one",
+    "wire: a length within its cap",
+    "wire: a length past its cap",
 ];
 
 const KINDS: [Kind; 16] = [
@@ -58,6 +60,8 @@ const DISKS: [u64; 2] = [1 << 20, SECTOR_BYTES];
 pub enum Input {
     /// Good frames, and then something happens to their bytes.
     Frames { session: u64, changes: Vec<(u16, u8)>, cut: Option<u16>, frames: Rest<Frame> },
+    /// A header alone, whose length is about the cap of its kind.
+    Header { kind: u8, below: u8, above: u32 },
     /// Bytes of nobody.
     Bytes(Rest<u8>),
 }
@@ -262,12 +266,35 @@ pub fn run(input: Input) {
             }
             stream(SessionId(session), &payloads, &changes, cut);
         }
+        Input::Header { kind, below, above } => {
+            // Mostly by a few bytes.
+            let above = if above < 1 << 24 { above } else { above % 4 };
+            header(KINDS[usize::from(kind) % KINDS.len()], below % 4, above);
+        }
         Input::Bytes(bytes) => {
             for session in [None, Some(SessionId(0))] {
                 read_all(&bytes.0, session);
             }
         }
     }
+}
+
+/// A length is refused before a payload is waited for.
+fn header(kind: Kind, below: u8, above: u32) {
+    let cap = u32::try_from(kind.cap()).expect("less than 4 GiB");
+    let length = cap.saturating_sub(below.into()).saturating_add(above);
+    let mut bytes = [0; HEADER_BYTES];
+    bytes[..4].copy_from_slice(&MAGIC.to_le_bytes());
+    bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[6] = kind as u8;
+    bytes[8..12].copy_from_slice(&length.to_le_bytes());
+    let begun = FrameReader::new(&bytes[..], None).begin();
+    assert_eq!(begun.is_ok(), length <= cap, "{kind:?} of {length} bytes: {begun:?}");
+    reached(if begun.is_ok() {
+        "wire: a length within its cap"
+    } else {
+        "wire: a length past its cap"
+    });
 }
 
 /// A payload whose checksum was good, of a peer that is not.
