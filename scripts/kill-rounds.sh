@@ -38,6 +38,8 @@ With --workload kv:
   --clients N       clients, 1 to 60 (default 16)
   --disk WHERE      the server's log: replicated (default, an image of each host), shared (one image
                     for both), none
+  --bare-first      the clients first work for as long without protection, which is then switched on
+                    with vm.replicate: the latency of both, in one round
   --without-gate    tests the checker: the primary lets frames out before their epoch is committed.
                     Exits 0 as soon as a round found that out, 1 if none did
 TXT

@@ -12,6 +12,7 @@ use super::commit::{CommitError, Epoch, Gather};
 use super::disks::{DiskConnection, DiskDelivery, DiskPart, Images};
 use super::receive::{DataConnection, OnItsWay, ReceiveError, Shared};
 use super::staging::{Budget, Part};
+use crate::checking::Equality;
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
 use crate::engine::control::{Control, Credit, Greeted, Pace};
 use crate::engine::heard::Heard;
@@ -99,6 +100,8 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     undecided_told: bool,
     times: TakeoverTimes,
     failover_answer: Vec<Sender<Result<(), Error>>>,
+    /// For tests: compares all of memory.
+    equality: Option<Equality>,
 }
 
 impl<B: ReplicaBuilder> Engine<B> {
@@ -128,6 +131,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             sessions: 0,
             replica: None,
             images: None,
+            equality: Equality::from_environment(),
             state: None,
             verified: None,
             early: None,

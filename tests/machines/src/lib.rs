@@ -11,6 +11,7 @@
 //! - [`statistics`]: minimum, median, maximum
 //! - [`timeline`]: a round as a picture
 
+pub mod equality;
 pub mod interrupt;
 pub mod kv;
 pub mod network;

@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use api::replication::{ReplicationInfo, ReplicationState};
+use api::replication::{ReplicateData, ReplicationInfo, ReplicationState};
 
 use crate::process::Vmm;
 use crate::serial::Serial;
+
+/// Longest wait for a serial port.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// How a pair is set up.
 #[derive(Clone, Debug)]
@@ -102,13 +105,15 @@ pub fn start_primary(folder: &Path, name: &str, url: Option<&str>, setup: &Setup
         arguments.extend(["--initramfs".to_owned(), initramfs.display().to_string()]);
     }
     if let Some(url) = url {
-        let arbiter = arbiter_option(folder, setup);
-        let options = &setup.replicate_options;
-        arguments
-            .extend(["--replicate".to_owned(), format!("destination_url={url}{arbiter}{options}")]);
+        arguments.extend(["--replicate".to_owned(), replicate_options(folder, url, setup)]);
     }
     arguments.extend(setup.primary_arguments.iter().cloned());
     Vmm::start_with(folder, name, &arguments, &setup.primary_environment)
+}
+
+fn replicate_options(folder: &Path, url: &str, setup: &Setup) -> String {
+    let arbiter = arbiter_option(folder, setup);
+    format!("destination_url={url}{arbiter}{}", setup.replicate_options)
 }
 
 fn arbiter_option(folder: &Path, setup: &Setup) -> String {
@@ -116,6 +121,48 @@ fn arbiter_option(folder: &Path, setup: &Setup) -> String {
         format!(",arbiter=file:{}", folder.join("arbiter").display())
     } else {
         String::new()
+    }
+}
+
+fn make_arbiter(folder: &Path) -> Result<PathBuf> {
+    let arbiter = folder.join("arbiter");
+    std::fs::create_dir(&arbiter).context("Cannot create the arbiter's directory")?;
+    Ok(arbiter)
+}
+
+fn connect_primary(folder: &Path, primary: &Vmm) -> Result<Serial> {
+    Serial::connect(&folder.join("primary.serial"), CONNECT_LIMIT)
+        .with_context(|| format!("The primary says:\n{}", primary.log()))
+}
+
+/// A VM without protection, and a backup that waits for one.
+pub struct Apart {
+    pub primary: Vmm,
+    pub primary_serial: Serial,
+    backup: Vmm,
+    arbiter: PathBuf,
+    /// What `vm.replicate` is given.
+    replicate: ReplicateData,
+}
+
+impl Apart {
+    /// Starts both in `folder`.
+    pub fn start(folder: &Path, setup: &Setup) -> Result<Self> {
+        let url = format!("tcp:127.0.0.1:{}", free_port()?);
+        let arbiter = make_arbiter(folder)?;
+        let backup = start_backup(folder, "backup", &url, setup)?;
+        let primary = start_primary(folder, "primary", None, setup)?;
+        let primary_serial = connect_primary(folder, &primary)?;
+        let replicate = replicate_options(folder, &url, setup).parse()?;
+        Ok(Self { primary, primary_serial, backup, arbiter, replicate })
+    }
+
+    /// Switches protection on; the first sync is under way when this returns.
+    pub fn protect(self, folder: &Path) -> Result<Pair> {
+        let Self { primary, primary_serial, backup, arbiter, replicate } = self;
+        primary.put_ok("vm.replicate", Some(&serde_json::to_string(&replicate)?))?;
+        let backup_serial = Serial::connect(&folder.join("backup.serial"), CONNECT_LIMIT)?;
+        Ok(Pair { primary, backup, primary_serial, backup_serial, arbiter })
     }
 }
 
@@ -127,15 +174,12 @@ impl Pair {
 
     /// As [`Pair::start`], with a backup that listens on `url`.
     pub fn start_at(folder: &Path, setup: &Setup, url: &str) -> Result<Self> {
-        let limit = Duration::from_secs(10);
-        let arbiter = folder.join("arbiter");
-        std::fs::create_dir(&arbiter).context("Cannot create the arbiter's directory")?;
+        let arbiter = make_arbiter(folder)?;
         let backup = start_backup(folder, "backup", url, setup)?;
         let primary = start_primary(folder, "primary", Some(url), setup)?;
-        let primary_serial = Serial::connect(&folder.join("primary.serial"), limit)
-            .with_context(|| format!("The primary says:\n{}", primary.log()))?;
+        let primary_serial = connect_primary(folder, &primary)?;
         // The backup's serial port is there once the machine is built.
-        let backup_serial = Serial::connect(&folder.join("backup.serial"), limit)?;
+        let backup_serial = Serial::connect(&folder.join("backup.serial"), CONNECT_LIMIT)?;
         Ok(Self { primary, backup, primary_serial, backup_serial, arbiter })
     }
 

@@ -14,6 +14,7 @@ fn plan(blow: Blow, disk: Disk) -> Plan {
         seed: 11,
         disk,
         protected_for: Duration::from_millis(300),
+        is_bare_first: false,
         silence_limit: Duration::from_secs(20),
     }
 }
@@ -42,15 +43,34 @@ fn clients_outlive_a_killed_primary() -> Result<()> {
     Ok(())
 }
 
+/// Protection is switched on while the clients are at work: nothing of it may reach them.
+#[test]
+fn clients_outlive_the_switch_to_protection_and_a_killed_primary() -> Result<()> {
+    let mut plan = plan(Blow::KillPrimary, Disk::Replicated);
+    plan.is_bare_first = true;
+    let outcome = passes(&plan, PATIENT)?;
+    ensure!(outcome.takeover_us.is_some(), "{outcome:?}");
+    ensure!(outcome.figures.bare.is_some_and(|bare| bare.p50_us > 0), "{outcome:?}");
+    Ok(())
+}
+
 #[test]
 fn clients_outlive_a_killed_backup() -> Result<()> {
-    passes(&plan(Blow::KillBackup, Disk::Shared), PATIENT).map(|_| ())
+    passes(&plan(Blow::KillBackup, Disk::Replicated), PATIENT).map(|_| ())
 }
 
 #[test]
 fn clients_outlive_a_frozen_primary_that_wakes() -> Result<()> {
     let outcome = passes(&plan(Blow::StopPrimary, Disk::None), ",timeout_ms=2000")?;
     ensure!(outcome.late_frames.is_some(), "{outcome:?}");
+    Ok(())
+}
+
+/// A frozen primary keeps the lock of the image that both use: its backup waits for it.
+#[test]
+fn clients_outlive_a_frozen_primary_that_holds_the_image() -> Result<()> {
+    let outcome = passes(&plan(Blow::StopPrimary, Disk::Shared), ",timeout_ms=2000")?;
+    ensure!(outcome.takeover_us.is_some(), "{outcome:?}");
     Ok(())
 }
 

@@ -115,6 +115,9 @@ impl<B: ReplicaBuilder> Engine<B> {
                 let _ = connection.spare.try_send(part);
             }
         }
+        if let Some(equality) = &self.equality {
+            equality.applied(&session.shared.ram, epoch.0);
+        }
     }
 
     fn drop_staging(&mut self) {

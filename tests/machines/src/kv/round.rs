@@ -10,15 +10,16 @@ use api::replication::{ReplicationState, TakeoverTimes};
 
 use super::client::Client;
 use super::crowd::{self, Crowd, Seen};
-use super::figures::Figures;
+use super::figures::{Figures, Moments};
 use super::judge;
 use super::linear::Extent;
 use super::violation::Violation;
 use crate::network::{BACKUP_TAP, GUEST_IP, Network, PRIMARY_TAP, SERVER};
 use crate::now_us;
-use crate::pair::{Pair, Setup};
+use crate::pair::{Apart, Pair, Setup};
 use crate::process::Vmm;
 use crate::scene;
+use crate::serial::Serial;
 
 /// Longest wait for anything in a round; a machine under load is slow, a broken one for ever.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -71,6 +72,8 @@ pub struct Plan {
     pub disk: Disk,
     /// How long the clients work before the blow.
     pub protected_for: Duration,
+    /// They first work for as long without protection, which is then switched on.
+    pub is_bare_first: bool,
     /// How long a client waits for an answer.
     pub silence_limit: Duration,
 }
@@ -119,12 +122,27 @@ pub fn run(folder: &Path, setup: &Setup, plan: &Plan) -> Result<Outcome> {
 }
 
 fn in_namespace(folder: &Path, setup: &Setup, plan: &Plan, network: &Network) -> Result<Outcome> {
-    let mut pair = Pair::start(folder, setup)?;
-    let synced = pair.wait_protected(LIMIT);
-    synced.with_context(|| format!("The backup says:\n{}", pair.backup.log()))?;
-    pair.primary_serial.wait_line("'KV READY'", 0, LIMIT, |line| line.starts_with("KV READY"))?;
-    let crowd = Crowd::start(&crowd_plan(plan), Some(&network.clients))?;
-    crowd.wait_answers(1, LIMIT)?;
+    let start = || {
+        let crowd = Crowd::start(&crowd_plan(plan), Some(&network.clients))?;
+        crowd.wait_answers(1, LIMIT)?;
+        anyhow::Ok(crowd)
+    };
+    let (mut pair, crowd, bare_until) = if plan.is_bare_first {
+        let apart = Apart::start(folder, setup)?;
+        wait_ready(&apart.primary_serial)?;
+        let crowd = start()?;
+        std::thread::sleep(plan.protected_for);
+        let until = Instant::now();
+        let mut pair = apart.protect(folder)?;
+        wait_protected(&mut pair)?;
+        (pair, crowd, Some(until))
+    } else {
+        let mut pair = Pair::start(folder, setup)?;
+        wait_protected(&mut pair)?;
+        wait_ready(&pair.primary_serial)?;
+        (pair, start()?, None)
+    };
+    let protected_from = Instant::now();
     std::thread::sleep(plan.protected_for);
     let info = pair.primary.replication()?;
     ensure!(info.state == ReplicationState::Protected, "before the blow: {info:?}");
@@ -145,13 +163,24 @@ fn in_namespace(folder: &Path, setup: &Setup, plan: &Plan, network: &Network) ->
     violations.extend(verdict.violations);
     Ok(Outcome {
         violations,
-        figures: Figures::of(&operations, blow),
+        figures: Figures::of(&operations, Moments { bare_until, protected_from, blow }),
         extent: verdict.extent,
         records: verdict.records,
         epoch: info.epoch_committed,
         takeover_us: struck.takeover_us,
         late_frames: struck.late_frames,
     })
+}
+
+fn wait_ready(serial: &Serial) -> Result<()> {
+    serial.wait_line("'KV READY'", 0, LIMIT, |line| line.starts_with("KV READY"))?;
+    Ok(())
+}
+
+fn wait_protected(pair: &mut Pair) -> Result<()> {
+    let synced = pair.wait_protected(LIMIT);
+    synced.with_context(|| format!("The backup says:\n{}", pair.backup.log()))?;
+    Ok(())
 }
 
 fn crowd_plan(plan: &Plan) -> crowd::Plan {

@@ -8,6 +8,7 @@ use anyhow::Result;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use understudy_tests::interrupt::Folder;
+use understudy_tests::kv::figures::Latency;
 use understudy_tests::kv::round::{self, Outcome, Plan};
 use understudy_tests::kv::violation::Violation;
 use understudy_tests::statistics::Summary;
@@ -82,6 +83,7 @@ fn one(options: &Options, folder: &Folder, random: &mut StdRng) -> Result<Outcom
         clients: options.clients,
         seed: random.random(),
         disk,
+        is_bare_first: options.bare_first,
         protected_for: Duration::from_millis(random.random_range(200..2000)),
         silence_limit: if options.without_gate {
             SILENCE_LIMIT_WITHOUT_GATE
@@ -120,11 +122,14 @@ fn line(outcome: &Outcome) -> String {
         parts.push(format!("detected {detected}, owned {owned}, resumed {resumed} after the blow"));
     }
     let figures = &outcome.figures;
+    if let Some(bare) = figures.bare {
+        parts.push(format!("latency bare p50 {}, p99 {}", ms(bare.p50_us), ms(bare.p99_us)));
+    }
     parts.push(format!(
-        "longest silence {}, latency before p50 {}, p99 {}; {} answered, {} of them writes",
+        "latency protected p50 {}, p99 {}; longest silence {}; {} answered, {} of them writes",
+        ms(figures.protected.p50_us),
+        ms(figures.protected.p99_us),
         ms(figures.silence_us),
-        ms(figures.p50_us),
-        ms(figures.p99_us),
         figures.answered,
         figures.writes,
     ));
@@ -157,6 +162,11 @@ fn summary(outcomes: &[Outcome]) {
     }
     let of = |figure: fn(&Outcome) -> u64| outcomes.iter().map(figure).collect();
     row("longest silence", of(|outcome| outcome.figures.silence_us));
-    row("latency p50", of(|outcome| outcome.figures.p50_us));
-    row("latency p99", of(|outcome| outcome.figures.p99_us));
+    let bare = |figure: fn(&Latency) -> u64| {
+        outcomes.iter().filter_map(|outcome| outcome.figures.bare.as_ref().map(figure)).collect()
+    };
+    row("bare p50", bare(|latency| latency.p50_us));
+    row("bare p99", bare(|latency| latency.p99_us));
+    row("protected p50", of(|outcome| outcome.figures.protected.p50_us));
+    row("protected p99", of(|outcome| outcome.figures.protected.p99_us));
 }

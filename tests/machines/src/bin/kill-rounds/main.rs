@@ -47,6 +47,10 @@ struct Options {
     /// --workload kv.
     #[arg(long, value_enum, default_value_t = Disk::Replicated)]
     disk: Disk,
+    /// The clients first work for as long without protection, which is then switched on: the
+    /// latency of both in one round. With --workload kv.
+    #[arg(long)]
+    bare_first: bool,
     /// Tests the checker: the primary lets frames out before their epoch is committed, and the run
     /// succeeds once that was found out. With --workload kv.
     #[arg(long)]
@@ -110,8 +114,9 @@ fn run(options: &Options) -> Result<bool> {
     println!("{} rounds, {} vCPUs, {}, seed {seed}", options.rounds, options.vcpus, options.memory);
     match options.workload {
         Workload::Verify => {
-            let others = options.without_gate || options.kill != Kill::Primary;
-            ensure!(!others, "--kill and --without-gate are for --workload kv");
+            let others =
+                options.without_gate || options.bare_first || options.kill != Kill::Primary;
+            ensure!(!others, "--kill, --bare-first and --without-gate are for --workload kv");
             verify::run(options, seed)
         }
         Workload::Kv => {

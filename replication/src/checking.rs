@@ -1,0 +1,130 @@
+//! Switches for tests that run the very program that ships. They are in the environment, where no
+//! client, no file and no peer can put them.
+//!
+//! - `UNDERSTUDY_TEST_EQUALITY=DIR`, for both sides of a pair on one host: at each seal the
+//!   primary leaves a checksum of every page in DIR, while the guest stands still; when the backup
+//!   has applied that epoch it compares its own memory, and adds a line to `DIR/verdict`:
+//!   `epoch pages different first`, the last being the guest address of the first page that
+//!   differs, or `-`.
+//! - `UNDERSTUDY_TEST_BREAK=cow`: pages are sent as they are when they are sent, not as they were
+//!   at the seal. The switch above must find that out.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use vm_memory::Bytes;
+
+use crate::ids::{PAGE_SIZE, PageIndex};
+use crate::ram::Ram;
+
+/// Pages that are read at a time.
+const BATCH: usize = 64;
+
+/// Whether a test wants to see that it finds out what happens without `part`.
+pub(crate) fn is_broken(part: &str) -> bool {
+    std::env::var_os("UNDERSTUDY_TEST_BREAK").is_some_and(|broken| broken == part)
+}
+
+/// Compares all of memory, epoch by epoch.
+#[derive(Debug)]
+pub(crate) struct Equality {
+    folder: PathBuf,
+}
+
+impl Equality {
+    pub(crate) fn from_environment() -> Option<Self> {
+        let folder = PathBuf::from(std::env::var_os("UNDERSTUDY_TEST_EQUALITY")?);
+        tracing::warn!("all of memory is compared at each epoch, in {}", folder.display());
+        Some(Self { folder })
+    }
+
+    /// The primary's side. Only while nobody writes `ram`, and before the epoch is sent.
+    pub(crate) fn sealed(&self, ram: &Ram, epoch: u64) {
+        if let Err(error) = self.leave(ram, epoch) {
+            tracing::error!("epoch {epoch} cannot be compared: {error}");
+        }
+    }
+
+    /// The backup's side. Only when all of the epoch is applied, and nothing of the next.
+    pub(crate) fn applied(&self, ram: &Ram, epoch: u64) {
+        if let Err(error) = self.compare(ram, epoch) {
+            tracing::error!("epoch {epoch} cannot be compared: {error}");
+        }
+    }
+
+    fn leave(&self, ram: &Ram, epoch: u64) -> io::Result<()> {
+        let bytes: Vec<u8> = checksums(ram)?.into_iter().flat_map(u32::to_le_bytes).collect();
+        fs::write(self.file(epoch), bytes)
+    }
+
+    fn compare(&self, ram: &Ram, epoch: u64) -> io::Result<()> {
+        let file = self.file(epoch);
+        let sealed = fs::read(&file)?;
+        fs::remove_file(file)?;
+        let applied = checksums(ram)?;
+        if sealed.len() != applied.len() * size_of::<u32>() {
+            return Err(io::Error::other("the two sides have not the same pages"));
+        }
+        let pairs = applied.iter().zip(sealed.chunks_exact(size_of::<u32>()));
+        let mut bad = (0..).zip(pairs).filter(|(_, (mine, theirs))| mine.to_le_bytes() != **theirs);
+        let first = bad.next().and_then(|(page, _)| ram.address(PageIndex(page)));
+        let count = bad.count() + usize::from(first.is_some());
+        let first = first.map_or_else(|| "-".to_owned(), |at| format!("{:#x}", at.0));
+        let line = format!("{epoch} {} {count} {first}\n", applied.len());
+        let mut verdict =
+            File::options().create(true).append(true).open(self.folder.join("verdict"))?;
+        verdict.write_all(line.as_bytes())
+    }
+
+    fn file(&self, epoch: u64) -> PathBuf {
+        self.folder.join(format!("epoch-{epoch}"))
+    }
+}
+
+/// One for each page.
+fn checksums(ram: &Ram) -> io::Result<Vec<u32>> {
+    let mut buffer = vec![0; BATCH * PAGE_SIZE];
+    let mut sums = Vec::new();
+    for region in ram.regions() {
+        let mut address = region.start;
+        let mut left = region.pages;
+        while left > 0 {
+            let count = left.min(BATCH as u64);
+            let bytes = &mut buffer[..usize::try_from(count).map_or(0, |n| n * PAGE_SIZE)];
+            ram.mapping().read_slice(bytes, address).map_err(io::Error::other)?;
+            sums.extend(bytes.chunks_exact(PAGE_SIZE).map(crc32fast::hash));
+            address.0 += count * PAGE_SIZE as u64;
+            left -= count;
+        }
+    }
+    Ok(sums)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::memory;
+
+    #[test]
+    fn a_page_that_differs_is_named() -> io::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let equality = Equality { folder: folder.path().to_owned() };
+        let (primary, backup) =
+            (memory(&[(0, 3), (0x10000, 70)]), memory(&[(0, 3), (0x10000, 70)]));
+        let page = [7; PAGE_SIZE];
+        for ram in [&primary, &backup] {
+            assert!(ram.write_page(PageIndex(2), &page));
+        }
+        equality.sealed(&primary, 1);
+        equality.applied(&backup, 1);
+        equality.sealed(&primary, 2);
+        assert!(backup.write_page(PageIndex(4), &page));
+        assert!(backup.write_page(PageIndex(72), &page));
+        equality.applied(&backup, 2);
+        let verdict = fs::read_to_string(folder.path().join("verdict"))?;
+        assert_eq!(verdict, "1 73 0 -\n2 73 2 0x11000\n");
+        assert_eq!(fs::read_dir(folder.path())?.count(), 1, "what was compared is gone");
+        Ok(())
+    }
+}

@@ -1,0 +1,165 @@
+//! Compares all of a backup's memory with its primary's, at each epoch.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use clap::{Parser, ValueEnum};
+use understudy_tests::equality::{Compared, Equality};
+use understudy_tests::interrupt::{self, Folder};
+use understudy_tests::kv::round::{self, Blow, Disk, Plan};
+use understudy_tests::pair::{Pair, Setup};
+
+/// Longest time without an epoch.
+const LIMIT: Duration = Duration::from_secs(120);
+const BEAT: Duration = Duration::from_secs(5);
+
+/// Runs a protected VM and compares, at each epoch, every page of the backup's memory with what
+/// the primary's was at the seal. Exits 0 only if no page ever differed.
+#[derive(Parser)]
+struct Options {
+    /// How many epochs to compare, at least.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
+    epochs: u64,
+    /// vCPUs of the guest.
+    #[arg(long, default_value_t = 2)]
+    vcpus: u32,
+    /// Memory of the guest, as --memory size= takes it.
+    #[arg(long, default_value = "256M")]
+    memory: String,
+    /// How pages are kept while they are sent: off, copy, protect or hybrid.
+    #[arg(long, default_value = "hybrid")]
+    cow: String,
+    /// Longest epoch in milliseconds.
+    #[arg(long, default_value_t = 10)]
+    epoch_ms: u64,
+    /// What the guest does: `hot`, all vCPUs rewrite a small set of pages, and verify the rest of
+    /// memory; `random`, they write anywhere; `kv`, clients, a card and a disk write it as well.
+    #[arg(long, value_enum, default_value_t = Workload::Hot)]
+    workload: Workload,
+    /// Tests the check: pages are sent as they are when they are sent. Exits 0 as soon as a page
+    /// differs, 1 if none does.
+    #[arg(long)]
+    without_cow: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Workload {
+    Hot,
+    Random,
+    Kv,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match interrupt::watch().and_then(|()| run(&options)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("Error: {error:#}");
+            println!("0 passed, 1 failed");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<bool> {
+    let mut all = Compared::default();
+    while all.epochs < options.epochs && (all.different == 0 || !options.without_cow) {
+        let folder = Folder::new()?;
+        let found = match options.workload {
+            Workload::Kv => serve(options, &folder, all.epochs)?,
+            Workload::Hot | Workload::Random => write(options, &folder)?,
+        };
+        all.epochs += found.epochs;
+        all.pages += found.pages;
+        all.different += found.different;
+        all.first = all.first.or(found.first);
+        say(&all)?;
+    }
+    if let Some((epoch, address)) = &all.first {
+        println!("the first page that differs is at {address}, in epoch {epoch} of its pair");
+    }
+    let is_found = all.different > 0;
+    if options.without_cow {
+        println!("{}", if is_found { "found, as it has to be" } else { "nothing was found" });
+    }
+    let is_good = is_found == options.without_cow;
+    println!("{} passed, {} failed", u32::from(is_good), u32::from(!is_good));
+    Ok(is_good)
+}
+
+fn say(compared: &Compared) -> Result<()> {
+    println!(
+        "{} epochs, {} pages compared, {} different",
+        compared.epochs, compared.pages, compared.different
+    );
+    Ok(std::io::stdout().flush()?)
+}
+
+fn switch(options: &Options, folder: &Folder, setup: &mut Setup) -> Result<Equality> {
+    let options_given =
+        format!(",epoch_ms={},cow={},timeout_ms=20000", options.epoch_ms, options.cow);
+    setup.replicate_options.push_str(&options_given);
+    setup.receive_options.push_str(",timeout_ms=20000");
+    if options.without_cow {
+        setup.primary_environment.push(("UNDERSTUDY_TEST_BREAK".into(), "cow".into()));
+    }
+    Equality::switch_on(folder.path(), setup)
+}
+
+/// One pair, until it has compared as many epochs as are wanted.
+fn write(options: &Options, folder: &Folder) -> Result<Compared> {
+    let mut setup = Setup::verify(options.vcpus, &options.memory);
+    let order = if options.workload == Workload::Hot { "hot" } else { "random" };
+    setup.command_line =
+        format!("workload=verify+dirty vcpus={} tick_ms=20 dirty_order={order}", options.vcpus);
+    let equality = switch(options, folder, &mut setup)?;
+    let mut pair = Pair::start(folder.path(), &setup)?;
+    let mut last = (Instant::now(), Compared::default());
+    let mut spoken = Instant::now();
+    loop {
+        std::thread::sleep(Duration::from_millis(100));
+        let compared = equality.compared()?;
+        let is_enough = compared.epochs >= options.epochs;
+        if is_enough || options.without_cow && compared.different > 0 {
+            return Ok(compared);
+        }
+        ensure!(pair.primary.is_alive(), "the primary is gone:\n{}", pair.primary.log());
+        ensure!(pair.backup.is_alive(), "the backup is gone:\n{}", pair.backup.log());
+        if compared.epochs > last.1.epochs {
+            last = (Instant::now(), compared.clone());
+        }
+        if last.0.elapsed() > LIMIT {
+            let (primary, backup) = (pair.primary.log(), pair.backup.log());
+            bail!("no epoch for {LIMIT:?}; the primary says:\n{primary}\nthe backup:\n{backup}");
+        }
+        if spoken.elapsed() > BEAT {
+            spoken = Instant::now();
+            say(&compared)?;
+        }
+    }
+}
+
+/// One kill round with clients; what they saw has to be right, too.
+fn serve(options: &Options, folder: &Folder, seed: u64) -> Result<Compared> {
+    let disk = Disk::Replicated;
+    let mut setup = round::setup(folder.path(), options.vcpus, &options.memory, disk)?;
+    let equality = switch(options, folder, &mut setup)?;
+    let plan = Plan {
+        blow: Blow::KillPrimary,
+        clients: 8,
+        seed,
+        disk,
+        protected_for: Duration::from_secs(5),
+        is_bare_first: false,
+        silence_limit: Duration::from_secs(20),
+    };
+    let outcome = round::run(folder.path(), &setup, &plan)?;
+    if !options.without_cow {
+        let found = outcome.violations.first().map(|violation| violation.chain());
+        ensure!(found.is_none(), "the clients found: {found:?}");
+    }
+    equality.compared()
+}
