@@ -15,7 +15,7 @@ ship do it themselves (replication/src/checking.rs). Exits 0 only if no page eve
   --epochs N        how many epochs to compare (default 1000)
   --vcpus N         vCPUs of the guest (default 2)
   --memory SIZE     memory of the guest (default 256M)
-  --cow MODE        how pages are kept while they are sent (default hybrid)
+  --cow MODE        how pages are kept while they are sent, as --replicate cow= takes it (default copy)
   --epoch-ms N      longest epoch (default 10)
   --workload W      hot (default): all vCPUs rewrite a small set of pages, and verify the rest;
                     random: they write anywhere; kv: clients, a card and a disk write memory, too

@@ -28,8 +28,8 @@ struct Options {
     /// Memory of the guest, as --memory size= takes it.
     #[arg(long, default_value = "256M")]
     memory: String,
-    /// How pages are kept while they are sent: off, copy, protect or hybrid.
-    #[arg(long, default_value = "hybrid")]
+    /// How pages are kept while they are sent, as --replicate cow= takes it.
+    #[arg(long, default_value = "copy")]
     cow: String,
     /// Longest epoch in milliseconds.
     #[arg(long, default_value_t = 10)]
