@@ -201,6 +201,10 @@ impl VirtioDevice for Probe {
         DeviceState::Stateless
     }
 
+    fn check(&self, _state: &DeviceState) -> Result<(), StateError> {
+        Ok(())
+    }
+
     fn restore(&self, _state: &DeviceState) -> Result<(), StateError> {
         assert!(self.active.lock().unwrap().is_none(), "restored while active");
         Ok(())

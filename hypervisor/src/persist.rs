@@ -52,6 +52,11 @@ impl Vcpu {
         state.tsc_khz = self.tsc_khz;
         state.mp_state =
             self.fd.get_mp_state().map_err(|e| self.get_error("the run state", e))?.mp_state;
+        if self.nesting {
+            // Moves what an exception brings along (CR2, DR6) to the registers that are read next.
+            // KVM puts that off for a guest that runs guests.
+            self.fd.get_vcpu_events().map_err(|e| self.get_error("pending events", e))?;
+        }
         self.save_registers(state)?;
         self.save_xsave(state)?;
         if self.shared.capabilities.xcrs {

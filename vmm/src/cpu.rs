@@ -20,6 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::Sender;
+use devices::acpi::pm::{PowerCallback, PowerEvent};
 use hypervisor::{Exit, ImmediateExit, Vcpu, VcpuError, VcpuState};
 use thiserror::Error;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -113,6 +114,7 @@ impl Vcpus {
         vcpus: Vec<Vcpu>,
         buses: &Arc<Buses>,
         events: &Sender<MachineEvent>,
+        on_power: &PowerCallback,
     ) -> Result<Self, CpuError> {
         install_kick_handler()?;
         let seats = vcpus.iter().map(|_| Seat::new()).collect();
@@ -131,6 +133,7 @@ impl Vcpus {
                 shared: Arc::clone(&shared),
                 buses: Arc::clone(buses),
                 events: events.clone(),
+                on_power: Arc::clone(on_power),
                 halted: false,
             };
             let handle = std::thread::Builder::new()
@@ -203,13 +206,15 @@ impl Vcpus {
         self.settle()
     }
 
-    /// Gives each vCPU a new state by a job on its own thread. Only while parked.
+    /// Does something with each vCPU on its own thread. Only while parked. `revives`: it gives
+    /// them a new state, so one that had given up may run again.
     pub fn each(
         &self,
+        revives: bool,
         job: impl Fn(usize, &mut Vcpu) -> Result<(), VcpuError> + Send + Sync + 'static,
     ) -> Result<(), CpuError> {
         let job = Arc::new(job);
-        self.queue(true, |id| {
+        self.queue(revives, |id| {
             let job = Arc::clone(&job);
             Box::new(move |vcpu| job(id, vcpu))
         });
@@ -288,6 +293,7 @@ struct Worker {
     shared: Arc<Shared>,
     buses: Arc<Buses>,
     events: Sender<MachineEvent>,
+    on_power: PowerCallback,
     /// After a triple fault or an error a vCPU does not run until it is given a new state.
     halted: bool,
 }
@@ -363,8 +369,22 @@ impl Worker {
                     self.id
                 );
             }
-            // A closed channel means that the VMM is on its way out.
-            let _ = self.events.send(end.event(self.id));
+            self.tell(end);
+        }
+    }
+
+    /// Before the vCPU parks, so that a capture that finds it dead finds the wish as well: what KVM
+    /// leaves of a vCPU after a triple fault (on AMD the state of a reset, and running) must not
+    /// run anywhere.
+    fn tell(&self, end: End) {
+        match end {
+            End::TripleFault | End::Reset => (self.on_power)(PowerEvent::Reset),
+            End::PowerOff => (self.on_power)(PowerEvent::Off),
+            End::Failed(what) => {
+                let what = format!("vCPU {} cannot go on: {what}", self.id);
+                // A closed channel means that the VMM is on its way out.
+                let _ = self.events.send(MachineEvent::Failed(what));
+            }
         }
     }
 }
@@ -376,16 +396,6 @@ enum End {
     Reset,
     PowerOff,
     Failed(String),
-}
-
-impl End {
-    fn event(self, id: usize) -> MachineEvent {
-        match self {
-            Self::TripleFault | Self::Reset => MachineEvent::Reset,
-            Self::PowerOff => MachineEvent::PowerOff,
-            Self::Failed(what) => MachineEvent::Failed(format!("vCPU {id} cannot go on: {what}")),
-        }
-    }
 }
 
 /// Does what the guest wanted of the VMM; `Some` if the vCPU is done for.

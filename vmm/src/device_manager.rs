@@ -309,6 +309,18 @@ impl Devices {
         self.pci.announce();
     }
 
+    /// What the guest asked of the machine as a whole, and no reset has fulfilled.
+    #[must_use]
+    pub fn wish(&self) -> Option<PowerEvent> {
+        self.wishes.asked()
+    }
+
+    /// For whoever hears of such a wish.
+    #[must_use]
+    pub fn on_power(&self) -> PowerCallback {
+        power_callback(&self.wishes)
+    }
+
     /// Back to power-on. Only while parked.
     pub fn reset(&self) -> Result<(), DeviceError> {
         self.pci.reset();
@@ -471,7 +483,7 @@ impl Devices {
 
 /// Whether a test wants to see that it finds out what happens without `part`. It is in the
 /// environment, where no client and no file can put it.
-fn broken_for_a_test(part: &str) -> bool {
+pub(crate) fn broken_for_a_test(part: &str) -> bool {
     std::env::var_os("UNDERSTUDY_TEST_BREAK").is_some_and(|broken| broken == part)
 }
 

@@ -14,6 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use api::config::{CpusConfig, VmConfig};
 use crossbeam_channel::{Receiver, unbounded};
+use devices::acpi::pm::PowerEvent;
 use hypervisor::{
     Hypervisor, StateError, Topology, Vcpu, VcpuError, VcpuState, Vm, VmError, VmState,
 };
@@ -154,7 +155,7 @@ impl Machine {
                 .map_err(|source| MachineError::Vcpu { id, source })?;
             vcpus.push(vcpu);
         }
-        let vcpus = Vcpus::start(vcpus, devices.buses(), &sender)?;
+        let vcpus = Vcpus::start(vcpus, devices.buses(), &sender, &devices.on_power())?;
         let power_on = PowerOn { vcpus: vcpus.park_and_save()?, vm: vm.save_state()? };
         let largest = memory.slots().iter().map(|slot| slot.size).max().unwrap_or(0);
         let words = usize::try_from((largest / PAGE_SIZE as u64).div_ceil(64)).unwrap_or(0);
@@ -232,7 +233,7 @@ impl Machine {
         let entry = payload.load(self.memory.mapping(), rsdp)?;
         self.vm.restore_state(&self.power_on.vm)?;
         self.vcpus.load(self.power_on.vcpus.clone())?;
-        self.vcpus.each(move |id, vcpu| if id == 0 { enter(vcpu, entry) } else { Ok(()) })?;
+        self.vcpus.each(true, move |id, vcpu| if id == 0 { enter(vcpu, entry) } else { Ok(()) })?;
         Ok(())
     }
 
@@ -261,7 +262,7 @@ impl Machine {
     /// Tells the guest that it stood still, so that its watchdogs do not take a long pause for a
     /// lockup. Not for an epoch's pause, which no watchdog sees.
     fn tell_pause(&self) -> Result<(), MachineError> {
-        Ok(self.vcpus.each(|_, vcpu| {
+        Ok(self.vcpus.each(false, |_, vcpu| {
             vcpu.signal_guest_paused();
             Ok(())
         })?)
@@ -340,6 +341,7 @@ impl Machine {
     /// owns what the devices use.
     pub fn restore(&self, state: MachineState) -> Result<(), MachineError> {
         self.life().user_paused = true;
+        let wish = state.devices.platform.wish;
         self.exclusively(|| {
             self.devices.attach()?;
             // Before the vCPUs: their kvmclock MSRs refer to the VM's clock.
@@ -352,7 +354,9 @@ impl Machine {
             self.tell_pause()?;
             self.life().started = true;
             Ok(())
-        })
+        })?;
+        // A vCPU that asked for it by a triple fault must not run as it is.
+        if wish == Some(PowerEvent::Reset) { self.reset() } else { Ok(()) }
     }
 
     /// Ends the guest for good: the threads stay parked and nothing more leaves the machine.

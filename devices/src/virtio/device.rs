@@ -136,6 +136,8 @@ pub trait VirtioDevice: Send + Sync {
     fn unpark(&self);
     /// The device's own state, queue positions included. Only while parked.
     fn save(&self) -> DeviceState;
+    /// Whether [`VirtioDevice::restore`] would take this, by an idle device.
+    fn check(&self, state: &DeviceState) -> Result<(), StateError>;
     /// Takes a saved state; an activation follows if the device was active. Only while parked and
     /// idle. Nothing of the state is trusted.
     fn restore(&self, state: &DeviceState) -> Result<(), StateError>;

@@ -205,12 +205,16 @@ impl VirtioDevice for Rng {
         DeviceState::Stateless
     }
 
-    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+    fn check(&self, state: &DeviceState) -> Result<(), StateError> {
         match state {
             DeviceState::Stateless => Ok(()),
             #[allow(unreachable_patterns, reason = "other devices have states of their own")]
             _ => Err(StateError::Kind),
         }
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        self.check(state)
     }
 
     fn queue_positions(&self) -> Vec<QueuePosition> {

@@ -371,7 +371,8 @@ impl<B: ReplicaBuilder> Engine<B> {
             built.map_err(|source| Error::Guest { what: "build the replica", source })?;
         let ram = replica.ram();
         if layout(&ram) != offer.regions {
-            let pages: u64 = offer.regions.iter().map(|region| region.pages).sum();
+            let pages =
+                offer.regions.iter().fold(0, |sum: u64, region| sum.saturating_add(region.pages));
             let found = ram.pages();
             return Err(Error::Memory(format!(
                 "the primary has {pages} pages in {} regions, the replica {found} in {}",

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use api::config::{DiskConfig, NetConfig, RestoreConfig, SnapshotConfig, VmConfig};
 use crossbeam_channel::Sender;
+use devices::acpi::pm::PowerEvent;
 use replication::HostIdentity;
 use serde_json::json;
 
@@ -13,6 +14,7 @@ use super::ending::After;
 use super::protection::Protection;
 use super::{Answer, Controller, Ending, Notice};
 use crate::cpu::MachineEvent;
+use crate::device_manager::broken_for_a_test;
 use crate::device_manager::taps::{self, TapDescriptors};
 use crate::device_manager::virtio::complete;
 use crate::machine::{Machine, MachineError};
@@ -231,6 +233,12 @@ impl Controller {
                 if let Some(reply) = reply {
                     let _ = reply.send(Ok(Reply::Empty));
                 }
+                // The guest may have asked again before this was heard.
+                match machine.devices().wish() {
+                    Some(PowerEvent::Reset) => self.reset(Arc::clone(machine), false, None),
+                    Some(PowerEvent::Off) => self.guest_ended(),
+                    None => {}
+                }
             }
             (Err(failure), Some(reply)) => drop(reply.send(Err(failure))),
             // The guest waits for a reset that cannot be.
@@ -318,8 +326,12 @@ impl Controller {
                 self.guest_ended();
             }
             MachineEvent::Reset => {
-                tracing::info!("the guest is reset");
-                if let (false, Some(machine)) = (self.resetting, &self.machine) {
+                if let (false, Some(machine)) = (self.resetting, &self.machine)
+                    // Another reset may have fulfilled the wish since.
+                    && machine.devices().wish() == Some(PowerEvent::Reset)
+                    && !broken_for_a_test("reset")
+                {
+                    tracing::info!("the guest is reset");
                     self.reset(Arc::clone(machine), false, None);
                 }
             }

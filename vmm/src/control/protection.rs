@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use super::{Answer, Controller, Ending, Notice};
 use crate::device_manager::Holds;
+use crate::device_manager::taps::TapDescriptors;
 use crate::ha::{Overrides, ProtectedVm, ReplicaVms};
 use crate::machine::Machine;
 use crate::request::{Failure, FailureKind, Reply};
@@ -30,9 +31,12 @@ pub(super) enum Protection {
     /// A backup was called for this machine and has not answered yet.
     Connecting {
         machine: Arc<Machine>,
+        shares_disks: bool,
     },
     Primary {
         handle: Arc<PrimaryHandle>,
+        /// The image of a disk that the guest writes is one that both hosts see.
+        shares_disks: bool,
     },
     Backup {
         handle: Arc<BackupHandle>,
@@ -50,7 +54,7 @@ impl Protection {
                 state: ReplicationState::Disconnected,
                 ..ReplicationInfo::default()
             }),
-            Self::Primary { handle } => Some(handle.info()),
+            Self::Primary { handle, .. } => Some(handle.info()),
             Self::Backup { handle, .. } => Some(handle.info()),
         }
     }
@@ -75,7 +79,7 @@ impl Protection {
             Self::None => true,
             Self::Connecting { .. } => false,
             // Its engine may still be closing: whoever comes next waits for that, see `protect`.
-            Self::Primary { handle } => has_ended(handle),
+            Self::Primary { handle, .. } => has_ended(handle),
             Self::Backup { handle, .. } => handle.is_finished(),
         }
     }
@@ -138,6 +142,15 @@ fn connecting() -> Failure {
     conflict("The backup was called and has not answered yet: try again")
 }
 
+/// The primary keeps the image's lock until its VM is gone, which is when the backup's runs, which
+/// waits for the lock.
+fn cannot_hand_over_shared_disks() -> Failure {
+    conflict(
+        "A VM whose disks are shared cannot be handed over yet: its image stays locked until this \
+         process ends. End the process, and the backup takes over",
+    )
+}
+
 impl Controller {
     /// Connects to the backup beside the loop: an unreachable one may take its time-out.
     pub(super) fn replicate(&mut self, data: ReplicateData, reply: Sender<Answer>) {
@@ -162,9 +175,10 @@ impl Controller {
             disks: data.disk_mode == DiskMode::Shared,
         };
         let guest = ProtectedVm::new(Arc::clone(&machine), holds);
+        let shares_disks = holds.disks && !machine.devices().writable_disks().is_empty();
         let called_for = Arc::clone(&machine);
         let before = match std::mem::replace(&mut self.protection, Protection::None) {
-            Protection::Primary { handle } => Some(handle),
+            Protection::Primary { handle, .. } => Some(handle),
             _ => None,
         };
         let identity = self.identity;
@@ -182,7 +196,7 @@ impl Controller {
             let _ = notices.send(Notice::Protected { machine: called_for, handle, reply });
         });
         match started {
-            Ok(_) => self.protection = Protection::Connecting { machine },
+            Ok(_) => self.protection = Protection::Connecting { machine, shares_disks },
             Err(error) => {
                 let failure = Failure::from_error(FailureKind::Internal, &error);
                 let _ = lost.send(Err(failure));
@@ -203,17 +217,22 @@ impl Controller {
         handle: Result<Arc<PrimaryHandle>, Failure>,
         reply: Sender<Answer>,
     ) {
-        let called_for_it = matches!(
-            &self.protection,
-            Protection::Connecting { machine: waits } if Arc::ptr_eq(waits, machine)
-        );
-        let answer = match handle {
-            Ok(handle) if called_for_it => {
-                self.protection = Protection::Primary { handle };
-                Ok(Reply::Empty)
+        let shares_disks = match &self.protection {
+            Protection::Connecting { machine: waits, shares_disks }
+                if Arc::ptr_eq(waits, machine) =>
+            {
+                Some(*shares_disks)
             }
-            // The VM was ended in the meantime, and another one may have come after.
+            _ => None,
+        };
+        let called_for_it = shares_disks.is_some();
+        let answer = match handle {
             Ok(handle) => {
+                if let Some(shares_disks) = shares_disks {
+                    self.protection = Protection::Primary { handle, shares_disks };
+                    return drop(reply.send(Ok(Reply::Empty)));
+                }
+                // The VM was ended in the meantime, and another one may have come after.
                 let stop = move || {
                     no_order(handle.stop());
                     Err(conflict("The VM was ended before it was protected"))
@@ -259,7 +278,7 @@ impl Controller {
                 self.protection = Protection::None;
                 let _ = reply.send(Ok(Reply::Empty));
             }
-            Protection::Primary { handle } => {
+            Protection::Primary { handle, .. } => {
                 let handle = Arc::clone(handle);
                 Self::beside("stop-replica", reply, move || stopped(handle.stop()));
             }
@@ -274,7 +293,10 @@ impl Controller {
         match &self.protection {
             Protection::None => drop(reply.send(Err(no_replication()))),
             Protection::Connecting { .. } => drop(reply.send(Err(connecting()))),
-            Protection::Primary { handle } => {
+            Protection::Primary { shares_disks: true, .. } => {
+                drop(reply.send(Err(cannot_hand_over_shared_disks())));
+            }
+            Protection::Primary { handle, .. } => {
                 let handle = Arc::clone(handle);
                 Self::beside("failover", reply, move || {
                     handle.failover(force).map(|()| Reply::Empty).map_err(|error| failure(&error))
@@ -297,6 +319,7 @@ impl Controller {
     pub(super) fn adopt(&mut self, machine: Arc<Machine>) {
         self.config = Some(machine.config().clone());
         self.machine = Some(machine);
+        self.taps = TapDescriptors::default();
         self.guest_is_down = false;
         if let Protection::Backup { handle, replica } = &mut self.protection {
             *replica = None;
@@ -332,6 +355,8 @@ impl Controller {
         self.replica_gone();
         if self.machine.take().is_some() {
             self.config = None;
+            // They may be of the very tap that this host needs when it is a backup.
+            self.taps = TapDescriptors::default();
             self.monitor.emit("vm", "deleted", None);
             if !self.has_api {
                 let what = format!("The VM goes on at its backup: {owner} owns it");

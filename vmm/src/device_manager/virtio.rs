@@ -67,10 +67,14 @@ impl VirtioDevices {
 /// # Errors
 /// The system gives no random bytes.
 pub fn complete(config: &mut VmConfig) -> std::io::Result<()> {
-    let mut count = 0..;
+    // Past all that were named before: devices may be added one by one.
+    let ids = config.disks.iter().flatten().map(|disk| &disk.id);
+    let ids = ids.chain(config.net.iter().flatten().map(|card| &card.id));
+    let used = ids.flatten().filter_map(|id| automatic_number(id)).max();
+    let mut count = used.map_or(0, |number| number.saturating_add(1))..;
     let mut name = |id: &mut Option<String>, kind: &str| {
         if id.is_none() {
-            *id = Some(format!("_{kind}{}", count.next().unwrap_or(0)));
+            *id = Some(format!("_{kind}{}", count.next().unwrap_or(u32::MAX)));
         }
     };
     for disk in config.disks.iter_mut().flatten() {
@@ -83,6 +87,11 @@ pub fn complete(config: &mut VmConfig) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The number in an id that [`complete`] gives.
+fn automatic_number(id: &str) -> Option<u32> {
+    id.strip_prefix("_disk").or_else(|| id.strip_prefix("_net"))?.parse().ok()
 }
 
 fn made<T>(
@@ -195,5 +204,11 @@ mod tests {
         let once = config.clone();
         complete(&mut config).unwrap();
         assert_eq!(config, once);
+        // One that is added later gets a name that nobody has.
+        config.net.as_mut().unwrap().push(NetConfig::default());
+        config.disks.as_mut().unwrap().insert(0, DiskConfig::default());
+        complete(&mut config).unwrap();
+        assert_eq!(config.disks.as_ref().unwrap()[0].id.as_deref(), Some("_disk3"));
+        assert_eq!(config.net.as_ref().unwrap()[1].id.as_deref(), Some("_net4"));
     }
 }

@@ -174,7 +174,7 @@ impl VirtioPci {
         }
     }
 
-    /// Whether [`VirtioPci::restore`] would load this, as far as the transport can say.
+    /// Whether [`VirtioPci::restore`] would load this, as far as that can be said before.
     pub fn check(&self, state: &VirtioPciState) -> Result<(), VirtioStateError> {
         state.validate()?;
         let id = self.device.id();
@@ -190,6 +190,8 @@ impl VirtioPci {
         config.map_err(|source| VirtioStateError::Config { id: id.to_owned(), source })?;
         let msix = self.interrupts.msix.check(&state.msix);
         msix.map_err(|source| VirtioStateError::Msix { id: id.to_owned(), source })?;
+        let device = self.device.check(&state.device);
+        device.map_err(|source| VirtioStateError::Device { id: id.to_owned(), source })?;
         state.common.check(id, &self.lock())
     }
 

@@ -192,7 +192,8 @@ pub(super) fn walk(memory: &GuestMemory, table: Table, head: u16) -> Result<Chai
 impl Walk<'_> {
     fn run(&mut self, mut table: Table, head: u16) -> Result<(), ChainError> {
         let mut index = head;
-        for _ in 0..DESCRIPTORS_MAX {
+        let mut left = DESCRIPTORS_MAX;
+        loop {
             if index >= table.size {
                 return Err(ChainError::Index(index));
             }
@@ -203,15 +204,16 @@ impl Walk<'_> {
             if descriptor.refers_to_indirect_table() {
                 table = indirect(table, &descriptor)?;
                 index = 0;
+                // It is not of the chain, and a table cannot refer to another one.
                 continue;
             }
+            left = left.checked_sub(1).ok_or(ChainError::TooLong)?;
             self.add(&descriptor);
             if !descriptor.has_next() {
                 return Ok(());
             }
             index = descriptor.next();
         }
-        Err(ChainError::TooLong)
     }
 
     fn add(&mut self, descriptor: &Descriptor) {

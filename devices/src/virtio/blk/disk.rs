@@ -269,9 +269,14 @@ impl VirtioDevice for Disk {
         DeviceState::Block(state)
     }
 
-    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+    fn check(&self, state: &DeviceState) -> Result<(), StateError> {
         let DeviceState::Block(state) = state else { return Err(StateError::Kind) };
-        state.validate(&self.config, self.image_sectors)?;
+        state.validate(&self.config, self.image_sectors)
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        self.check(state)?;
+        let DeviceState::Block(state) = state else { return Err(StateError::Kind) };
         let mut life = self.life();
         if life.session.is_some() {
             return Err(StateError::Unusable("the disk is active".into()));

@@ -170,9 +170,14 @@ impl VirtioDevice for Console {
         })
     }
 
-    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+    fn check(&self, state: &DeviceState) -> Result<(), StateError> {
         let DeviceState::Console(state) = state else { return Err(StateError::Kind) };
-        state.validate()?;
+        state.validate()
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        self.check(state)?;
+        let DeviceState::Console(state) = state else { return Err(StateError::Kind) };
         let mut slot = self.shared.slot();
         if slot.active.is_some() {
             return Err(StateError::Unusable("the device is active".to_owned()));

@@ -259,6 +259,10 @@ impl Net {
     }
 }
 
+fn mac_of(state: &NetState) -> Result<MacAddress, StateError> {
+    MacAddress::from_bytes(state.mac).map_err(|error| StateError::Unusable(error.to_string()))
+}
+
 impl VirtioDevice for Net {
     fn id(&self) -> &str {
         &self.shared.id
@@ -360,16 +364,10 @@ impl VirtioDevice for Net {
         })
     }
 
-    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+    fn check(&self, state: &DeviceState) -> Result<(), StateError> {
         let DeviceState::Net(state) = state else { return Err(StateError::Kind) };
         let unusable = |why: String| Err(StateError::Unusable(why));
-        if self.is_active() {
-            return unusable("the device is active".to_owned());
-        }
-        let mac = match MacAddress::from_bytes(state.mac) {
-            Ok(mac) => mac,
-            Err(error) => return unusable(error.to_string()),
-        };
+        mac_of(state)?;
         let pairs_max = self.shared.pairs_max();
         if !(1..=pairs_max).contains(&state.active_pairs) {
             return unusable(format!("{} of {pairs_max} queue pairs", state.active_pairs));
@@ -382,9 +380,18 @@ impl VirtioDevice for Net {
         if !ascending || state.queues.iter().any(|queue| queue.index > 2 * pairs_max) {
             return unusable("the queues are not those of the device".to_owned());
         }
-        self.shared.set_mac(mac);
+        Ok(())
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        self.check(state)?;
+        let DeviceState::Net(state) = state else { return Err(StateError::Kind) };
+        if self.is_active() {
+            return Err(StateError::Unusable("the device is active".to_owned()));
+        }
+        self.shared.set_mac(mac_of(state)?);
         *self.shared.control() = ControlState {
-            guest_offloads: offloads,
+            guest_offloads: state.guest_offloads,
             pairs: state.active_pairs,
             announce: state.announce,
             positions: state.queues.as_slice().into(),

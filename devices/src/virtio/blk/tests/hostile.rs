@@ -102,6 +102,25 @@ fn chains_that_never_end_are_answered() {
     assert_eq!(rig.counter("errors"), 11);
 }
 
+/// As many segments as the disk says that a request may have, all in one table: what Linux makes.
+#[test]
+fn the_longest_request_fits_a_table() {
+    let image = TestImage::new();
+    let mut rig = Rig::on(&image, 1);
+    let driver = &mut rig.drivers[0];
+    let (header, data) = (driver.header(IN, 0), driver.place(&[0; 512 * 254]));
+    let status = driver.place(&[UNTOUCHED]);
+    let (base, table) = (driver.base, driver.room(16 * 256));
+    driver.store(table, 0, Descriptor::new(header, 16, NEXT, 1));
+    for at in 1..255 {
+        let segment = data + 512 * u64::from(at - 1);
+        driver.store(table, at, Descriptor::new(segment, 512, NEXT | WRITE, at + 1));
+    }
+    driver.store(table, 255, Descriptor::new(status, 1, WRITE, 0));
+    driver.store(base, 0, Descriptor::new(table, 16 * 256, INDIRECT, 0));
+    assert_eq!(answer_of(&mut rig, 0, status), (OK, 512 * 254 + 1));
+}
+
 /// Does `spoil` to the ring of queue 0; the disk stops, and works again after a reset.
 fn stops(spoil: impl FnOnce(&mut Driver)) {
     let image = TestImage::new();

@@ -3,8 +3,8 @@
 //! What enters: a name or open descriptors, and what the interface shall be like. What leaves: a
 //! [`TapQueue`] for each queue pair. What always holds: queues never block; each frame has a
 //! header of [`HEADER_BYTES`] in front; a tap that was there before is changed only where the
-//! configuration asks for it, and is left as it is where it has that already, since that needs no
-//! privilege.
+//! configuration asks for it, or to be up, and is left as it is where it has that already, since
+//! that needs no privilege.
 
 #[allow(unsafe_code)]
 mod ioctl;
@@ -167,7 +167,6 @@ fn tun_offloads(offloads: GuestOffloads) -> u32 {
 
 fn open_named(name: &str, pairs: usize, settings: &TapSettings) -> Result<Vec<Queue>, TapError> {
     let mut bytes = name_bytes(name)?;
-    let existed = if_nametoindex(name).is_ok();
     let mut queues = Vec::with_capacity(pairs);
     for _ in 0..pairs {
         let file = OpenOptions::new()
@@ -188,7 +187,7 @@ fn open_named(name: &str, pairs: usize, settings: &TapSettings) -> Result<Vec<Qu
         prepare(&file).map_err(|source| configure_error(&bytes, "the header", source))?;
         queues.push(Queue(file));
     }
-    configure(&bytes, settings, !existed)?;
+    configure(&bytes, settings)?;
     Ok(queues)
 }
 
@@ -244,11 +243,7 @@ fn prepare(file: &File) -> io::Result<()> {
     ioctl::set_offloads(file.as_fd(), 0)
 }
 
-fn configure(
-    name: &[u8; NAME_BYTES],
-    settings: &TapSettings,
-    created: bool,
-) -> Result<(), TapError> {
+fn configure(name: &[u8; NAME_BYTES], settings: &TapSettings) -> Result<(), TapError> {
     let failed = |what| move |source| configure_error(name, what, source);
     // Any socket will do; it names the network namespace.
     let socket = UdpSocket::bind("0.0.0.0:0").map_err(failed("the interface"))?;
@@ -273,7 +268,7 @@ fn configure(
         Some(IpAddr::V6(address)) => set_ipv6(name, address, settings.mask)?,
         None => {}
     }
-    if created && !interface.is_up().map_err(failed("the link"))? {
+    if !interface.is_up().map_err(failed("the link"))? {
         interface.set_up().map_err(failed("the link"))?;
     }
     Ok(())
