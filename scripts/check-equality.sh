@@ -26,17 +26,4 @@ ship do it themselves (replication/src/checking.rs). Exits 0 only if no page eve
 TXT
 }
 
-for argument in "$@"; do
-    case "$argument" in
-    -h | --help) usage && exit 0 ;;
-    esac
-done
-
-need_build_tools
-need_kvm
-case " $* " in
-*" kv "* | *=kv\ *) need_packages iproute2 ;;
-esac
-build_release
-cd "$ROOT"
-exec target/release/check-equality "$@"
+run_release check-equality "$@"

@@ -23,14 +23,4 @@ if every check held.
 TXT
 }
 
-for argument in "$@"; do
-    case "$argument" in
-    -h | --help) usage && exit 0 ;;
-    esac
-done
-
-need_build_tools
-need_kvm
-build_release
-cd "$ROOT"
-exec target/release/demo "$@"
+run_release demo "$@"

@@ -45,17 +45,4 @@ With --workload kv:
 TXT
 }
 
-for argument in "$@"; do
-    case "$argument" in
-    -h | --help) usage && exit 0 ;;
-    esac
-done
-
-need_build_tools
-need_kvm
-case " $* " in
-*" kv "* | *=kv\ *) need_packages iproute2 ;;
-esac
-build_release
-cd "$ROOT"
-exec target/release/kill-rounds "$@"
+run_release kill-rounds "$@"

@@ -6,8 +6,10 @@
 //!   has applied that epoch it compares its own memory, and adds a line to `DIR/verdict`:
 //!   `epoch pages different first`, the last being the guest address of the first page that
 //!   differs, or `-`.
-//! - `UNDERSTUDY_TEST_BREAK=cow`: pages are sent as they are when they are sent, not as they were
-//!   at the seal. The switch above must find that out.
+//! - `UNDERSTUDY_TEST_BREAK=PART`, see [`is_broken`]. `cow`: pages are sent as they are when they
+//!   are sent, not as they were at the seal; the switch above must find that out. `net-gate`,
+//!   `disk-gate`: nothing waits for its epoch there. `reset`: the guest's wish for one is not
+//!   fulfilled.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -22,7 +24,8 @@ use crate::ram::Ram;
 const BATCH: usize = 64;
 
 /// Whether a test wants to see that it finds out what happens without `part`.
-pub(crate) fn is_broken(part: &str) -> bool {
+#[must_use]
+pub fn is_broken(part: &str) -> bool {
     std::env::var_os("UNDERSTUDY_TEST_BREAK").is_some_and(|broken| broken == part)
 }
 

@@ -15,7 +15,7 @@
 
 pub mod backup;
 pub mod capture;
-mod checking;
+pub mod checking;
 pub mod disk;
 mod engine;
 mod error;

@@ -30,3 +30,23 @@ need_kvm() {
     problem=$(kvm_problem)
     [ -z "$problem" ] || die "$problem"
 }
+
+# run_release PROGRAM ARGUMENT...: a program of ours that runs machines, built in release mode, in the
+# place of this script. With `--help` (or -h) among the arguments: the script's `usage`.
+run_release() {
+    local program=$1 argument
+    shift
+    for argument in "$@"; do
+        case "$argument" in
+        -h | --help) usage && exit 0 ;;
+        esac
+    done
+    need_build_tools
+    need_kvm
+    case " $* " in
+    *" kv "* | *=kv\ *) need_packages iproute2 ;;
+    esac
+    build_release
+    cd "$ROOT"
+    exec "target/release/$program" "$@"
+}

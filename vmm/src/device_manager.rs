@@ -43,6 +43,7 @@ use devices::serial::{
 use devices::virtio::blk::Disk;
 use devices::virtio::net::gate::TxGate;
 use hypervisor::{Vm, VmError};
+use replication::checking::is_broken;
 use replication::ram::Mapping;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -334,13 +335,13 @@ impl Devices {
 
     /// From now on output waits for the commit of its epoch.
     pub fn hold_output(&self, holds: Holds) {
-        if holds.disks && !broken_for_a_test("disk-gate") {
+        if holds.disks && !is_broken("disk-gate") {
             self.each_disk(Disk::hold);
         }
         if holds.console {
             self.each_gate(OutputGate::hold);
         }
-        if broken_for_a_test("net-gate") {
+        if is_broken("net-gate") {
             tracing::error!("FRAMES LEAVE BEFORE THEIR EPOCH IS COMMITTED: a test asked for that");
             return;
         }
@@ -479,12 +480,6 @@ impl Devices {
         let console = self.virtio.console.iter().map(|console| console.gate());
         self.serial().map(|serial| serial.gate()).into_iter().chain(console)
     }
-}
-
-/// Whether a test wants to see that it finds out what happens without `part`. It is in the
-/// environment, where no client and no file can put it.
-pub(crate) fn broken_for_a_test(part: &str) -> bool {
-    std::env::var_os("UNDERSTUDY_TEST_BREAK").is_some_and(|broken| broken == part)
 }
 
 fn save(serial: Option<&SerialPort>, pm: &PmDevice, cmos: &Cmos, i8042: &I8042) -> PlatformState {

@@ -157,10 +157,7 @@ impl Sealer {
         }
         let since = self.stands.unwrap_or_else(Instant::now);
         let runs_on = (frozen.is_some() || self.is_thawed) && !stay;
-        let stood = match runs_on {
-            true => self.release(guest)?,
-            false => since.elapsed(),
-        };
+        let stood = if runs_on { self.release(guest)? } else { since.elapsed() };
         let set = self.take();
         let source = frozen.map_or(Source::Live(set), Source::Frozen);
         Ok(Pause::Sealed(Sealed { state, source, log, stood }))

@@ -522,3 +522,30 @@ fn a_vm_with_a_shared_disk_is_not_handed_over() -> Result<()> {
     pair.primary_serial.wait_more("verify ok", 2, LIMIT)?;
     Ok(())
 }
+
+/// Its backup would only find out when it has to start the VM.
+#[test]
+fn a_backup_with_a_smaller_image_is_found_out_while_the_primary_runs() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut setup = setup(1, PATIENT);
+    // All but the path is the primary's.
+    let images = [("big", 2 << 20, ",readonly=on"), ("small", 1 << 20, "")];
+    let sides = [&mut setup.primary_arguments, &mut setup.backup_arguments];
+    for (arguments, (name, bytes, options)) in sides.into_iter().zip(images) {
+        let image = folder.path().join(name);
+        std::fs::File::create(&image)?.set_len(bytes)?;
+        arguments.extend(["--disk".to_owned(), format!("path={}{options}", image.display())]);
+    }
+    let mut pair = Pair::start(folder.path(), &setup)?;
+    let info = pair.primary.wait("an end of the first copy", LIMIT, |vmm| {
+        let info = vmm.replication().ok()?;
+        let is_under_way =
+            matches!(info.state, ReplicationState::Disconnected | ReplicationState::Syncing);
+        (!is_under_way).then_some(info)
+    })?;
+    ensure!(info.state != ReplicationState::Protected, "{info:?}");
+    let why = (info.last_error, pair.backup.replication()?.last_error);
+    ensure!(format!("{why:?}").contains("sectors"), "{why:?}");
+    pair.primary_serial.wait_more("verify ok", 2, LIMIT)?;
+    Ok(())
+}

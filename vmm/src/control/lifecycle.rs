@@ -8,13 +8,13 @@ use api::config::{DiskConfig, NetConfig, RestoreConfig, SnapshotConfig, VmConfig
 use crossbeam_channel::Sender;
 use devices::acpi::pm::PowerEvent;
 use replication::HostIdentity;
+use replication::checking::is_broken;
 use serde_json::json;
 
 use super::ending::After;
 use super::protection::Protection;
 use super::{Answer, Controller, Ending, Notice};
 use crate::cpu::MachineEvent;
-use crate::device_manager::broken_for_a_test;
 use crate::device_manager::taps::{self, TapDescriptors};
 use crate::device_manager::virtio::complete;
 use crate::machine::{Machine, MachineError};
@@ -329,7 +329,7 @@ impl Controller {
                 if let (false, Some(machine)) = (self.resetting, &self.machine)
                     // Another reset may have fulfilled the wish since.
                     && machine.devices().wish() == Some(PowerEvent::Reset)
-                    && !broken_for_a_test("reset")
+                    && !is_broken("reset")
                 {
                     tracing::info!("the guest is reset");
                     self.reset(Arc::clone(machine), false, None);
