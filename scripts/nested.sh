@@ -30,6 +30,8 @@ Options:
   --set NAME=VALUE  a setting of a suite (LINUX_ROUNDS=2, say); they stand at the top of its file
   --timeout S       hard limit for the whole run, all boots of L1 (default: 3600)
   --memory MIB      L1's memory (default: 3072)
+  --thread KIND     multi: each of L1's CPUs has a thread of the emulator to itself (default);
+                    single: all share one, without races between them, at half the speed
   --tries N         tries of a case, each in a boot of its own (default: 3)
   --keep            keep all logs, those of cases that passed too
   --build-only      build or find the bed, print its folder, run nothing
@@ -41,7 +43,7 @@ Logs of a run in which anything failed: target/nested/; those of a boot that fai
 END
 }
 
-SUITES=() BINARIES='' KVM_TESTS='' SETTINGS=() TIMEOUT=3600 MEMORY=3072 TRIES=3 KEEP='' BUILD_ONLY=''
+SUITES=() BINARIES='' KVM_TESTS='' SETTINGS=() TIMEOUT=3600 MEMORY=3072 TRIES=3 THREAD=multi KEEP='' BUILD_ONLY=''
 
 parse() {
     while [ $# -gt 0 ]; do
@@ -49,7 +51,7 @@ parse() {
             --help | -h) usage && exit 0 ;;
             --keep) KEEP=1 ;;
             --build-only) BUILD_ONLY=1 ;;
-            --binaries | --kvm-tests | --set | --timeout | --memory | --tries)
+            --binaries | --kvm-tests | --set | --timeout | --memory | --thread | --tries)
                 [ $# -ge 2 ] || usage_error "$1 needs a value"
                 option "$1" "$2" && shift
                 ;;
@@ -72,6 +74,7 @@ option() {
         --kvm-tests) KVM_TESTS=$(realpath -e "$2") || usage_error "There is no $2" ;;
         --timeout) [[ $2 =~ ^[1-9][0-9]*$ ]] && TIMEOUT=$2 || usage_error "$1 wants seconds" ;;
         --tries) [[ $2 =~ ^[1-9]$ ]] && TRIES=$2 || usage_error "$1 wants 1 to 9" ;;
+        --thread) [[ $2 =~ ^(multi|single)$ ]] && THREAD=$2 || usage_error "$1 wants multi or single" ;;
         --memory) [[ $2 =~ ^[1-9][0-9]*$ ]] && MEMORY=$2 || usage_error "$1 wants MiB" ;;
         --set)
             [[ $2 =~ ^[A-Z][A-Z0-9_]*=.*$ ]] || usage_error "$1 wants NAME=VALUE"
@@ -201,7 +204,7 @@ main() {
     local status=0 shares=(--share "h=$SHARE" --share "bed=$BED_DIR" --share "out=$OUT")
     [ -z "$KVM_TESTS" ] || shares+=(--share "w=$ROOT")
     python3 "$BED/run_l1.py" --bed "$BED_DIR" "${shares[@]}" --logs "$OUT" \
-        --timeout "$TIMEOUT" --memory "$MEMORY" --tries "$TRIES" "${SUITES[@]}" &
+        --timeout "$TIMEOUT" --memory "$MEMORY" --thread "$THREAD" --tries "$TRIES" "${SUITES[@]}" &
     RUNNER=$!
     on_exit stop_process "$RUNNER"
     wait "$RUNNER" || status=$?

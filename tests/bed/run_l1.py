@@ -230,7 +230,7 @@ def qemu_command(options, results):
     folder = os.path.dirname(os.path.abspath(__file__))
     command = [options.qemu or f"{folder}/qemu", options.bed]
     command += "-M q35 -nodefaults -no-user-config -nographic -no-reboot".split()
-    command += "-accel tcg,thread=multi -cpu EPYC,+svm,+npt,check=off -smp 2".split()
+    command += f"-accel tcg,thread={options.thread} -cpu EPYC,+svm,+npt,check=off -smp 2".split()
     command += ["-m", str(options.memory)]
     command += ["-kernel", f"{options.bed}/l1/vmlinux", "-initrd", f"{options.bed}/l1/l1.img"]
     command += ["-append", KERNEL_LINE, "-serial", "stdio", "-serial", f"file:{results}"]
@@ -348,6 +348,8 @@ def main():
     parser.add_argument("--memory", type=int, default=3072, metavar="MIB")
     parser.add_argument("--boots", type=int, default=BOOTS, help="at most, when the bed fails")
     parser.add_argument("--tries", type=int, default=1, help="of a case, each in its own boot")
+    parser.add_argument("--thread", choices=("multi", "single"), default="multi",
+                        help="whether each of L1's CPUs has a thread of the emulator to itself")
     parser.add_argument("suites", nargs="+")
     options = parser.parse_args()
 
