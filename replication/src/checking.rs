@@ -7,13 +7,20 @@
 //!   `epoch pages different first`, the last being the guest address of the first page that
 //!   differs, or `-`.
 //! - `UNDERSTUDY_TEST_BREAK=PART`, see [`is_broken`]. `cow`: pages are sent as they are when they
-//!   are sent, not as they were at the seal; the switch above must find that out. `net-gate`,
-//!   `disk-gate`: nothing waits for its epoch there. `reset`: the guest's wish for one is not
-//!   fulfilled.
+//!   are sent, not as they were at the seal; the switch above must find that out. `protect`: pages
+//!   that count as write-protected are not; so must it that. `net-gate`, `disk-gate`: nothing waits
+//!   for its epoch there. `reset`: the guest's wish for one is not fulfilled.
+//! - `UNDERSTUDY_TEST_DELAYS=POINT:MICROSECONDS[,...]`: at each such point of an epoch the thread
+//!   that gets there sleeps for a random time up to that: `seal` (pages are kept, the guest still
+//!   stands), `arm` (after each call that protects), `fault` (before one is served), `take` (between
+//!   claiming pages and copying them), `unprotect` (after that), `ack` (before an acknowledgement is
+//!   looked at).
 
 use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use vm_memory::Bytes;
 
@@ -27,6 +34,31 @@ const BATCH: usize = 64;
 #[must_use]
 pub fn is_broken(part: &str) -> bool {
     std::env::var_os("UNDERSTUDY_TEST_BREAK").is_some_and(|broken| broken == part)
+}
+
+/// Sleeps where a test wants to see what a race does.
+#[derive(Debug, Default)]
+pub(crate) struct Delays(Vec<(String, u64)>);
+
+impl Delays {
+    pub(crate) fn from_environment() -> Self {
+        let Ok(text) = std::env::var("UNDERSTUDY_TEST_DELAYS") else { return Self::default() };
+        tracing::warn!("threads sleep at random for a test: {text}");
+        let delay = |part: &str| {
+            let (point, most_us) = part.split_once(':')?;
+            Some((point.to_owned(), most_us.parse().ok()?))
+        };
+        Self(text.split(',').filter_map(delay).collect())
+    }
+
+    /// A point is reached.
+    pub(crate) fn at(&self, point: &str) {
+        if let Some((_, most_us)) = self.0.iter().find(|(at, _)| at == point) {
+            // Nothing needs a better dice: the hasher of each map has keys of its own.
+            let random = RandomState::new().hash_one(point);
+            std::thread::sleep(Duration::from_micros(random % (most_us + 1)));
+        }
+    }
 }
 
 /// Compares all of memory, epoch by epoch.

@@ -4,7 +4,7 @@
 //! A [`PageIndex`] counts pages through the regions in the order of their guest addresses, holes
 //! left out, so a set over all pages is a plain array of words.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -25,11 +25,25 @@ pub struct Region {
     pub first: PageIndex,
 }
 
+/// Who still needs bytes of a memory that a writer's page fault would save for it.
+pub trait Preserve: Send + Sync {
+    /// Returns once it needs the memory no longer as it is. Nobody writes memory meanwhile, and no
+    /// epoch is sealed.
+    fn preserve(&self);
+}
+
 /// Guest memory with densely numbered pages. Cheap to clone; all clones see the same memory.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Ram {
     mapping: Arc<Mapping>,
     regions: Arc<[Region]>,
+    preservers: Arc<Mutex<Vec<Weak<dyn Preserve>>>>,
+}
+
+impl std::fmt::Debug for Ram {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ram").field("regions", &self.regions).finish_non_exhaustive()
+    }
 }
 
 impl Ram {
@@ -50,7 +64,26 @@ impl Ram {
                 Region { start: region.start_addr(), pages, first }
             })
             .collect();
-        Self { mapping, regions }
+        Self { mapping, regions, preservers: Arc::default() }
+    }
+
+    fn preservers(&self) -> MutexGuard<'_, Vec<Weak<dyn Preserve>>> {
+        self.preservers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be asked by [`Ram::preserve`] for as long as it lives.
+    pub fn preserve_by(&self, preserver: Weak<dyn Preserve>) {
+        let mut preservers = self.preservers();
+        preservers.retain(|old| old.strong_count() > 0);
+        preservers.push(preserver);
+    }
+
+    /// To be called before memory changes in any way but by writes through the mapping (its pages
+    /// are given back to the host, say): returns once nobody needs its present bytes. Only while
+    /// nobody writes it and no epoch is sealed.
+    pub fn preserve(&self) {
+        let preservers: Vec<_> = self.preservers().iter().filter_map(Weak::upgrade).collect();
+        preservers.iter().for_each(|preserver| preserver.preserve());
     }
 
     /// The regions in the order of their addresses.
@@ -78,6 +111,14 @@ impl Ram {
         let region = self.regions.get(after.checked_sub(1)?)?;
         let offset = page.0 - region.first.0;
         (offset < region.pages).then(|| GuestAddress(region.start.0 + offset * PAGE_SIZE as u64))
+    }
+
+    /// Number of pages of a page's region from this one on; 0 past the end.
+    #[must_use]
+    pub fn pages_left(&self, page: PageIndex) -> u64 {
+        let after = self.regions.partition_point(|region| region.first <= page);
+        let region = after.checked_sub(1).and_then(|at| self.regions.get(at));
+        region.map_or(0, |region| (region.first.0 + region.pages).saturating_sub(page.0))
     }
 
     /// Copies a page out. `false` if there is no such page.

@@ -167,6 +167,8 @@ impl Memory {
     pub fn reset(&self) -> Result<(), MemoryError> {
         let length = i64::try_from(self.size)
             .map_err(|_| MemoryError::Size { size: self.size, granule: PAGE_SIZE as u64 })?;
+        // A hole takes pages away without a fault.
+        self.ram.preserve();
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: punching a hole has no effect on the mapping itself, only on its contents, and
         // every reader copes with any content.

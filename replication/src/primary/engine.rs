@@ -165,7 +165,7 @@ impl<G: Guest> Engine<G> {
             deliver.send(Input::Sent(sent)).is_ok()
         })?;
         let (output, waker) = Self::wake_by(&mut guest, inputs.clone());
-        let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages(), log_bytes_max);
+        let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages(), log_bytes_max)?;
         let disks = match (guest.disks(), disks) {
             (Some(disks), Some(writer)) => {
                 let journal = journal(&disks, waker);

@@ -1,6 +1,6 @@
 //! What a request asks for, checked against itself and against this build.
 
-use api::replication::{Compression, Cow, ReplicateData};
+use api::replication::{Compression, ReplicateData};
 
 use crate::error::Error;
 use crate::ownership::{Arbiter, ArbiterError, open};
@@ -64,9 +64,6 @@ impl Checked {
         validate_paces(options.heartbeat_ms, options.timeout_ms)?;
         if !matches!(options.compression, Compression::Auto | Compression::None) {
             return invalid("compression", "this build sends pages as they are");
-        }
-        if options.cow == Cow::Protect {
-            return invalid("cow", "this build has no write protection: hybrid, copy or off");
         }
         if options.tls_dir.is_some() {
             return invalid("tls_dir", "this build has no TLS");

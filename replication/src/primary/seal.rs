@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use api::replication::Cow;
 
 use super::send::Source;
-use crate::capture::cow::{CopyFreezer, Freezer};
+use crate::capture::cow::Freezer;
+use crate::capture::cow::copy::CopyFreezer;
+use crate::capture::cow::protect::ProtectFreezer;
 use crate::capture::dirty::Dirty;
-use crate::checking::{self, Equality};
+use crate::checking::{self, Delays, Equality};
 use crate::disk::{Journal, Log};
 use crate::error::{Error, chain};
 use crate::guest::{Guest, GuestError};
@@ -37,8 +39,8 @@ pub(super) enum Pause<S> {
 pub(super) struct Sealer {
     pub(super) ram: Ram,
     pub(super) dirty: Dirty,
-    freezer: CopyFreezer,
-    cow: Cow,
+    /// `None`: the guest stands until its pages are sent.
+    freezer: Option<Box<dyn Freezer>>,
     pages_max: u64,
     /// Of the log of the disks.
     log_bytes_max: u64,
@@ -50,20 +52,45 @@ pub(super) struct Sealer {
     /// For tests: compares all of memory, and sends pages that are not frozen.
     equality: Option<Equality>,
     is_thawed: bool,
+    delays: Delays,
 }
 
 fn failed(what: &'static str) -> impl FnOnce(GuestError) -> Error {
     move |source| Error::Guest { what, source }
 }
 
+/// How pages are kept. Where the kernel has no write protection for us, all are copied if that is
+/// left to us.
+fn freezer(ram: &Ram, cow: Cow, pages_max: u64) -> Result<Option<Box<dyn Freezer>>, Error> {
+    let copies = || Some(Box::new(CopyFreezer::new(pages_max)) as _);
+    Ok(match cow {
+        Cow::Off => None,
+        Cow::Copy => copies(),
+        Cow::Protect | Cow::Hybrid => match ProtectFreezer::new(ram, cow) {
+            Ok(freezer) => Some(Box::new(freezer) as _),
+            Err(error) if cow == Cow::Hybrid => {
+                tracing::warn!("no copy-on-write, dirty pages are copied: {}", chain(&error));
+                copies()
+            }
+            Err(error) => {
+                return Err(Error::Option { option: "cow", reason: chain(&error) });
+            }
+        },
+    })
+}
+
 impl Sealer {
-    pub(super) fn new(ram: Ram, cow: Cow, pages_max: u64, log_bytes_max: u64) -> Self {
+    pub(super) fn new(
+        ram: Ram,
+        cow: Cow,
+        pages_max: u64,
+        log_bytes_max: u64,
+    ) -> Result<Self, Error> {
         let pages = ram.pages();
-        Self {
-            ram,
+        Ok(Self {
             dirty: Dirty::new(pages),
-            freezer: CopyFreezer::new(pages_max),
-            cow,
+            freezer: freezer(&ram, cow, pages_max)?,
+            ram,
             pages_max,
             log_bytes_max,
             journal: None,
@@ -71,7 +98,20 @@ impl Sealer {
             stands: None,
             equality: Equality::from_environment(),
             is_thawed: checking::is_broken("cow"),
+            delays: Delays::from_environment(),
+        })
+    }
+
+    /// Makes ready, while the guest runs, for the next pause.
+    pub(super) fn prepare(&mut self) {
+        if let Some(freezer) = &mut self.freezer {
+            freezer.prepare();
         }
+    }
+
+    /// How often the guest waited for a protected page.
+    pub(super) fn cow_faults(&self) -> u64 {
+        self.freezer.as_ref().map_or(0, |freezer| freezer.faults())
     }
 
     /// Whether the guest stands still for this side.
@@ -141,14 +181,15 @@ impl Sealer {
         if open > self.log_bytes_max {
             return Ok(Pause::TooLarge { bytes: open });
         }
-        let frozen = match self.cow {
-            _ if self.is_thawed => None,
-            Cow::Off => None,
-            Cow::Hybrid | Cow::Protect | Cow::Copy => {
-                let frozen = self.freezer.freeze(&self.ram, self.dirty.pages());
+        let set = self.take();
+        let frozen = match &mut self.freezer {
+            Some(freezer) if !self.is_thawed => {
+                let frozen = freezer.freeze(&self.ram, &set);
                 Some(frozen.map_err(|error| Error::Memory(chain(&error)))?)
             }
+            _ => None,
         };
+        self.delays.at("seal");
         let state = guest.capture().map_err(failed("read the machine state"))?;
         guest.seal_output(epoch);
         let log = self.journal.as_ref().map(|journal| journal.seal()).unwrap_or_default();
@@ -158,7 +199,6 @@ impl Sealer {
         let since = self.stands.unwrap_or_else(Instant::now);
         let runs_on = (frozen.is_some() || self.is_thawed) && !stay;
         let stood = if runs_on { self.release(guest)? } else { since.elapsed() };
-        let set = self.take();
         let source = frozen.map_or(Source::Live(set), Source::Frozen);
         Ok(Pause::Sealed(Sealed { state, source, log, stood }))
     }

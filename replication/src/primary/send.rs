@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use crate::capture::cow::{Cursor, Frozen, Piece, Share};
+use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Page, Piece, Scratch, Share};
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
@@ -114,10 +114,11 @@ struct OneSender {
 impl OneSender {
     fn run(mut self, queue: &Receiver<Job>, deliver: impl Fn(Sent) -> bool) {
         let mut scratch = vec![[0; PAGE_SIZE]; RAW_PAGES_MAX];
+        let mut taken: Box<Scratch> = vec![[0; PAGE_SIZE]; GROUP_PAGES].try_into().expect("its length");
         for job in queue {
             let sent = match &job.source {
                 Source::Live(pages) => self.send_live(job.epoch, pages, &mut scratch),
-                Source::Frozen(frozen) => self.send_frozen(job.epoch, frozen.as_ref()),
+                Source::Frozen(frozen) => self.send_frozen(job.epoch, frozen.as_ref(), &mut taken),
             };
             let number = job.number;
             // What was frozen is free before the engine hears that it is out.
@@ -158,12 +159,17 @@ impl OneSender {
         self.end(epoch, part)
     }
 
-    fn send_frozen(&mut self, epoch: EpochId, frozen: &dyn Frozen) -> Result<(), WireError> {
+    fn send_frozen(
+        &mut self,
+        epoch: EpochId,
+        frozen: &dyn Frozen,
+        scratch: &mut Scratch,
+    ) -> Result<(), WireError> {
         let mut part = ConnectionPart::default();
         let mut cursor = Cursor::default();
-        let mut batch: Vec<Piece<'_>> = Vec::new();
         loop {
-            frozen.next(self.share, &mut cursor, RAW_PAGES_MAX, &mut batch);
+            let mut batch: Vec<Piece<'_>> = Vec::with_capacity(GROUP_PAGES);
+            frozen.next(self.share, &mut cursor, scratch, &mut batch);
             if batch.is_empty() {
                 break;
             }
@@ -176,8 +182,6 @@ impl OneSender {
                 }
             }
             self.flush(epoch, &contents, &mut part)?;
-            drop(contents);
-            frozen.done(self.share, &batch);
         }
         self.end(epoch, part)
     }
@@ -224,7 +228,7 @@ impl OneSender {
 }
 
 /// Whether a page is all zero; fails at the first word of most pages that are not.
-fn is_zero(page: &[u8; PAGE_SIZE]) -> bool {
+fn is_zero(page: &Page) -> bool {
     let (chunks, _) = page.as_chunks::<64>();
     chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }

@@ -132,12 +132,14 @@ impl<G: Guest> Engine<G> {
         }
         gathered.dirty_pages.add(pages);
         gathered.info.epoch_sealed = epoch.0;
+        gathered.info.cow_faults = self.sealer.cow_faults();
         drop(gathered);
         if handover {
             // The last one.
             self.work = Work::Nothing;
         }
         self.step(Event::Sealed(epoch));
+        self.sealer.prepare();
         Ok(())
     }
 
@@ -184,6 +186,7 @@ impl<G: Guest> Engine<G> {
         }
         self.work = Work::Copying { pass, pages };
         self.give(EpochId(0), Source::Live(set));
+        self.sealer.prepare();
     }
 
     fn copied(&mut self, pass: u32, pages: u64) {

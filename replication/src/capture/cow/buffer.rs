@@ -1,0 +1,72 @@
+//! Room for pages that are copied during a pause: made and touched before, in pieces that never move.
+
+use vm_memory::Bytes;
+
+use super::{CowError, Page};
+use crate::ids::{PAGE_SIZE, PageIndex};
+use crate::ram::Ram;
+
+/// Pages of a piece.
+const CHUNK_PAGES: usize = 256;
+
+/// Pages in the order in which they were copied.
+#[derive(Debug, Default)]
+pub(super) struct Buffer {
+    chunks: Vec<Box<[Page]>>,
+    len: usize,
+}
+
+impl Buffer {
+    /// Pages that fit without asking the host for memory.
+    pub(super) fn room(&self) -> usize {
+        self.chunks.len() * CHUNK_PAGES
+    }
+
+    /// Makes room for so many pages, with memory behind it.
+    pub(super) fn reserve(&mut self, pages: usize) {
+        while self.room() < pages {
+            self.grow();
+        }
+    }
+
+    fn grow(&mut self) {
+        let mut chunk = vec![[0; PAGE_SIZE]; CHUNK_PAGES].into_boxed_slice();
+        // Memory of zeros is not there before it is written, and the first touch of a page takes the
+        // host longer than all of its copying.
+        chunk.iter_mut().for_each(|page| page[0] = 1);
+        self.chunks.push(chunk);
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Copies `count` pages from `first` on, which lie in one region.
+    pub(super) fn copy(&mut self, ram: &Ram, first: PageIndex, count: u64) -> Result<(), CowError> {
+        let outside = || CowError::Outside(first);
+        let mut address = ram.address(first).ok_or_else(outside)?;
+        let mut left = usize::try_from(count).map_err(|_| outside())?;
+        while left > 0 {
+            let (chunk, at) = (self.len / CHUNK_PAGES, self.len % CHUNK_PAGES);
+            if chunk == self.chunks.len() {
+                self.grow();
+            }
+            let part = left.min(CHUNK_PAGES - at);
+            let bytes = self.chunks[chunk][at..at + part].as_flattened_mut();
+            ram.mapping().read_slice(bytes, address).map_err(|_| outside())?;
+            address.0 += (part * PAGE_SIZE) as u64;
+            self.len += part;
+            left -= part;
+        }
+        Ok(())
+    }
+
+    /// The page that was copied as the `at`-th.
+    pub(super) fn page(&self, at: usize) -> &Page {
+        &self.chunks[at / CHUNK_PAGES][at % CHUNK_PAGES]
+    }
+}

@@ -1,0 +1,162 @@
+//! The bytes of an epoch's pages as they were at the seal, while the guest runs.
+//!
+//! ```text
+//!   seal:  set ──> Freezer ──> Frozen          (guest stands still)
+//!                    │ copies what is cheaper copied, protects the rest
+//!   then:  Frozen ──> senders, each its share  (guest runs)
+//!                    │ a page that is written before it was taken is copied aside first
+//! ```
+//!
+//! Enters, during the pause: memory and the set to send. Leaves, while the guest runs: batches to
+//! the sender threads, each page once. Always holds: the bytes handed out for a page are its bytes
+//! at the seal.
+//!
+//! - [`buffer`]: pages copied aside during a pause;
+//! - [`copy`]: copies all;
+//! - [`table`]: which pages are protected, and what becomes of each;
+//! - [`protect`]: protects all (the fine-grained copy-on-write of Gerofi & Ishikawa, CLUSTER 2011),
+//!   or what is cheaper protected;
+//! - [`cost`]: what is cheaper;
+//! - [`handler`]: the thread that serves faults.
+
+mod buffer;
+pub mod copy;
+mod cost;
+mod handler;
+pub mod protect;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use userfault::UserfaultError;
+
+use crate::ids::{PAGE_SIZE, PageIndex};
+use crate::ram::{PageSet, Ram};
+
+/// Why pages could not be kept.
+#[derive(Debug, Error)]
+pub enum CowError {
+    #[error("Page {0} lies outside the memory")]
+    Outside(PageIndex),
+    #[error("{pages} pages do not fit the {capacity} that are set aside")]
+    Full { pages: u64, capacity: u64 },
+    #[error("Pages cannot be protected")]
+    Protect(#[source] UserfaultError),
+    #[error("The costs of protecting and copying cannot be measured")]
+    Measure(#[source] std::io::Error),
+    #[error("The thread that serves faults cannot be started")]
+    Thread(#[source] std::io::Error),
+}
+
+/// One sender's part of a set: every aligned group of 64 pages belongs to one share, so that
+/// copies of a page from different epochs travel in order on one connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub index: usize,
+    pub of: usize,
+}
+
+impl Share {
+    /// Whether a group belongs to this share.
+    #[must_use]
+    pub fn has(self, group: usize) -> bool {
+        group % self.of == self.index
+    }
+
+    /// Number of pages of `set` in this share.
+    #[must_use]
+    pub fn count(self, set: &PageSet) -> u64 {
+        let words = set.words().iter().skip(self.index).step_by(self.of);
+        words.map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// The pages of `set` in this share, ascending.
+    pub fn pages(self, set: &PageSet) -> impl Iterator<Item = PageIndex> + '_ {
+        let words = set.words().iter().enumerate().skip(self.index).step_by(self.of);
+        words.flat_map(|(at, word)| bits(*word).map(move |bit| PageIndex(at as u64 * 64 + bit)))
+    }
+}
+
+/// The numbers of the bits that are set, ascending.
+fn bits(word: u64) -> impl Iterator<Item = u64> {
+    let mut rest = word;
+    std::iter::from_fn(move || {
+        (rest != 0).then(|| {
+            let bit = u64::from(rest.trailing_zeros());
+            rest &= rest - 1;
+            bit
+        })
+    })
+}
+
+/// How many bits that are set lie below `bit`.
+fn rank(word: u64, bit: u64) -> usize {
+    (word & ((1 << bit) - 1)).count_ones() as usize
+}
+
+/// The runs of bits that are set, as first and count, ascending.
+fn runs(word: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut rest = word;
+    std::iter::from_fn(move || {
+        (rest != 0).then(|| {
+            let first = rest.trailing_zeros();
+            let count = (rest >> first).trailing_ones();
+            rest &= mask(first, count).map_or(0, |run| !run);
+            (u64::from(first), u64::from(count))
+        })
+    })
+}
+
+/// `count` bits from `first` on; `None` for no bit at all.
+fn mask(first: u32, count: u32) -> Option<u64> {
+    Some(u64::MAX.checked_shr(64_u32.checked_sub(count)?)? << first)
+}
+
+/// The bytes of a page.
+pub type Page = [u8; PAGE_SIZE];
+
+/// A page with its bytes at the seal.
+pub type Piece<'a> = (PageIndex, &'a Page);
+
+/// Where a sender is in a [`Frozen`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cursor(usize);
+
+/// Pages of a group: the least that a sender has room for.
+pub const GROUP_PAGES: usize = 64;
+
+/// Room of a sender for the pages that are copied when they are taken.
+pub type Scratch = [Page; GROUP_PAGES];
+
+/// Keeps pages during the pause.
+pub trait Freezer: Send {
+    /// Keeps the bytes of `pages`. Only while nobody writes memory.
+    ///
+    /// # Errors
+    /// [`CowError`]; then nothing is kept.
+    fn freeze(&mut self, ram: &Ram, pages: &Arc<PageSet>) -> Result<Arc<dyn Frozen>, CowError>;
+
+    /// Makes ready, outside of a pause, for what the last epochs would have needed.
+    fn prepare(&mut self);
+
+    /// How often the guest waited for a protected page, so far.
+    fn faults(&self) -> u64 {
+        0
+    }
+}
+
+/// The pages of one epoch. What was not taken is let go when this is dropped.
+pub trait Frozen: Send + Sync {
+    /// Fills `batch` with the next pages of `share`, in ascending order; none left: it stays empty.
+    /// At most [`GROUP_PAGES`].
+    fn next<'a>(
+        &'a self,
+        share: Share,
+        cursor: &mut Cursor,
+        scratch: &'a mut Scratch,
+        batch: &mut Vec<Piece<'a>>,
+    );
+}

@@ -1,0 +1,288 @@
+//! Protects the pages of an epoch and lets the guest run; copies aside what it then writes.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use api::replication::Cow;
+use userfault::Userfault;
+
+use super::buffer::Buffer;
+use super::copy::copy_group;
+use super::cost::{self, Costs};
+use super::handler::Handler;
+use super::table::{SLOTS, Table};
+use super::{
+    CowError, Cursor, Freezer, Frozen, GROUP_PAGES, Page, PageIndex, Piece, Scratch, Share, bits,
+    rank, runs,
+};
+use crate::checking;
+use crate::ram::{PageSet, Preserve, Ram};
+
+/// Pages that there is room to copy from the start.
+const START_PAGES: usize = 4096;
+
+/// Keeps by protecting, or by whatever is cheaper.
+pub struct ProtectFreezer {
+    shared: Arc<Shared>,
+    /// `None`: all that can be is protected.
+    costs: Option<Costs>,
+    /// Pages that there shall be room to copy.
+    wanted: usize,
+    is_broken: bool,
+}
+
+/// What the epochs under way have in common. The handler outlives all of them.
+struct Shared {
+    table: Arc<Table>,
+    idle: Mutex<Idle>,
+    _handler: Handler,
+}
+
+/// What no epoch uses at the moment.
+#[derive(Default)]
+struct Idle {
+    slots: Vec<usize>,
+    parts: Vec<Parts>,
+}
+
+/// The room of an epoch, used again and again.
+#[derive(Debug, Default)]
+struct Parts {
+    entries: Vec<Entry>,
+    buffer: Buffer,
+}
+
+/// A group of 64 pages of which some are in the epoch.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    group: usize,
+    word: u64,
+    /// Those that were copied during the pause, and the place of the first.
+    copied: u64,
+    at: usize,
+}
+
+/// The pages of one epoch.
+struct Held {
+    shared: Arc<Shared>,
+    /// `None`: all were copied.
+    slot: Option<usize>,
+    parts: Parts,
+}
+
+impl Shared {
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        // Nothing is half done under this lock.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Preserve for Shared {
+    fn preserve(&self) {
+        self.table.preserve();
+    }
+}
+
+impl ProtectFreezer {
+    /// Protects pages of `ram`: all ([`Cow::Protect`]), or those that are cheaper protected than
+    /// copied.
+    ///
+    /// # Errors
+    /// If the kernel lacks or does not permit what this needs.
+    pub fn new(ram: &Ram, cow: Cow) -> Result<Self, CowError> {
+        let costs = if cow == Cow::Protect { None } else { Some(Costs::measure()?) };
+        if let Some(costs) = costs {
+            tracing::info!("copy-on-write: {costs:?} (ns)");
+        }
+        let userfault = Userfault::new(Arc::clone(ram.mapping())).map_err(CowError::Protect)?;
+        let table = Arc::new(Table::new(ram.clone(), userfault));
+        let handler = Handler::start(&table)?;
+        let idle = Idle { slots: (0..SLOTS).collect(), parts: vec![] };
+        let shared = Arc::new(Shared { table, idle: Mutex::new(idle), _handler: handler });
+        let weak: Weak<Shared> = Arc::downgrade(&shared);
+        ram.preserve_by(weak);
+        let is_broken = checking::is_broken("protect");
+        Ok(Self { shared, costs, wanted: START_PAGES, is_broken })
+    }
+
+    /// From here on nothing is protected, though all counts as if it were.
+    #[cfg(test)]
+    pub(super) fn break_for_test(&mut self) {
+        self.is_broken = true;
+    }
+}
+
+impl Freezer for ProtectFreezer {
+    fn freeze(&mut self, ram: &Ram, pages: &Arc<PageSet>) -> Result<Arc<dyn Frozen>, CowError> {
+        let mut idle = self.shared.idle();
+        let slot = idle.slots.pop();
+        let mut parts = idle.parts.pop().unwrap_or_default();
+        drop(idle);
+        parts.entries.clear();
+        parts.buffer.clear();
+        // From here on an error lets go of what was armed.
+        let mut held = Held { shared: Arc::clone(&self.shared), slot, parts };
+        let mut arming = Arming::new(&self.shared.table, self.is_broken);
+        let began = Instant::now();
+        for (group, word) in pages.words().iter().enumerate().filter(|(_, word)| **word != 0) {
+            let buffer = &mut held.parts.buffer;
+            let room = buffer.room().saturating_sub(buffer.len());
+            let armed = match slot {
+                Some(slot) => arming.group(slot, group, *word, self.costs.as_ref(), room)?,
+                None => 0,
+            };
+            let copied = word & !armed;
+            held.parts.entries.push(Entry { group, word: *word, copied, at: buffer.len() });
+            copy_group(ram, group, copied, buffer)?;
+            if copied != 0 && self.costs.is_some() {
+                let heat = self.shared.table.heat(group);
+                bits(copied).for_each(|bit| cost::fade(&heat[bit as usize]));
+            }
+        }
+        arming.flush()?;
+        let copies = held.parts.buffer.len();
+        self.wanted = self.wanted.max(copies);
+        if let Some(costs) = &mut self.costs {
+            let copying = began.elapsed().saturating_sub(arming.took);
+            let copies = u32::try_from(copies).unwrap_or(u32::MAX);
+            costs.correct((arming.calls, arming.pages, arming.took), (copies, copying));
+        }
+        Ok(Arc::new(held))
+    }
+
+    fn prepare(&mut self) {
+        let mut parts = self.shared.idle().parts.pop().unwrap_or_default();
+        parts.buffer.reserve(self.wanted);
+        self.shared.idle().parts.push(parts);
+    }
+
+    fn faults(&self) -> u64 {
+        self.shared.table.faults()
+    }
+}
+
+/// The runs of a set that are protected, one call each.
+struct Arming<'a> {
+    table: &'a Table,
+    /// For tests: nothing is protected, though all counts as if it were.
+    is_off: bool,
+    /// The run that may go on.
+    first: u64,
+    end: u64,
+    calls: u32,
+    pages: u32,
+    took: Duration,
+}
+
+impl<'a> Arming<'a> {
+    fn new(table: &'a Table, is_off: bool) -> Self {
+        let took = Duration::ZERO;
+        Self { table, is_off, first: 0, end: 0, calls: 0, pages: 0, took }
+    }
+
+    /// Arms what is to be protected of a group, and returns it.
+    fn group(
+        &mut self,
+        slot: usize,
+        group: usize,
+        word: u64,
+        costs: Option<&Costs>,
+        room: usize,
+    ) -> Result<u64, CowError> {
+        let start = group as u64 * 64;
+        let continues = self.end == start && self.end > self.first;
+        let heat = self.table.heat(group);
+        let (armed, plan) = self.table.arm(slot, group, word, |free| match costs {
+            Some(costs) => costs.choose(free, heat, continues, room),
+            None => free,
+        });
+        for (first, count) in runs(plan) {
+            let first = start + first;
+            if first != self.end {
+                self.flush()?;
+                self.first = first;
+            }
+            self.end = first + count;
+        }
+        Ok(armed)
+    }
+
+    /// Protects the run that is open.
+    fn flush(&mut self) -> Result<(), CowError> {
+        let pages = self.end - self.first;
+        if pages > 0 && !self.is_off {
+            let began = Instant::now();
+            self.table.protect(self.first, pages)?;
+            self.took += began.elapsed();
+            self.calls += 1;
+            self.pages = self.pages.saturating_add(u32::try_from(pages).unwrap_or(u32::MAX));
+        }
+        self.first = self.end;
+        Ok(())
+    }
+}
+
+impl Frozen for Held {
+    fn next<'a>(
+        &'a self,
+        share: Share,
+        cursor: &mut Cursor,
+        scratch: &'a mut Scratch,
+        batch: &mut Vec<Piece<'a>>,
+    ) {
+        let mut free = scratch.as_mut_slice();
+        while let Some(entry) = self.parts.entries.get(cursor.0) {
+            let mine = share.has(entry.group);
+            if mine && batch.len() + entry.word.count_ones() as usize > GROUP_PAGES {
+                return;
+            }
+            cursor.0 += 1;
+            if mine {
+                let kept = (entry.word & !entry.copied).count_ones() as usize;
+                let (into, rest) = std::mem::take(&mut free).split_at_mut(kept);
+                free = rest;
+                self.hand_out(entry, into, batch);
+            }
+        }
+    }
+}
+
+impl Held {
+    /// Appends a group's pages; `into` has room for those that were not copied in the pause.
+    fn hand_out<'a>(&'a self, entry: &Entry, into: &'a mut [Page], batch: &mut Vec<Piece<'a>>) {
+        let Entry { group, word, copied, at } = *entry;
+        let kept = word & !copied;
+        let start = group as u64 * 64;
+        let table = &self.shared.table;
+        if let Some(slot) = self.slot.filter(|_| kept != 0) {
+            let taken = table.take(slot, group, kept, into);
+            for bit in bits(kept & !taken) {
+                table.take_aside(slot, start + bit, &mut into[rank(kept, bit)]);
+            }
+        }
+        let into: &'a [Page] = into;
+        batch.extend(bits(word).map(|bit| {
+            let bytes = if copied & (1 << bit) == 0 {
+                &into[rank(kept, bit)]
+            } else {
+                self.parts.buffer.page(at + rank(copied, bit))
+            };
+            (PageIndex(start + bit), bytes)
+        }));
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot {
+            // All was taken, unless the session ended in between: looking costs little.
+            for entry in self.parts.entries.iter().filter(|entry| entry.word != entry.copied) {
+                self.shared.table.let_go(slot, entry.group);
+            }
+            self.shared.table.forget(slot);
+        }
+        let mut idle = self.shared.idle();
+        idle.slots.extend(self.slot);
+        idle.parts.push(std::mem::take(&mut self.parts));
+    }
+}

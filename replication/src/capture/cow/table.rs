@@ -1,0 +1,249 @@
+//! Which pages are protected and for whom, group by group.
+//!
+//! ```text
+//!              armed for an epoch                      gap (beside one that is needed)
+//!               |             |                          |                |
+//!       sender takes it    the guest writes it     a sender comes by   the guest writes it
+//!               v             v                          v                |
+//!            taking        copied aside               taking              |
+//!               |             |                          |                |
+//!               +--- unprotected, free <-----------------+----------------+
+//! ```
+//!
+//! Always holds:
+//! - a page that is armed is protected from before the guest runs until it left `armed`, and then
+//!   until its bytes were copied. So only a page that is free is armed, and only under its group's
+//!   lock does it become so or cease to be;
+//! - what is unprotected is a page in `taking`, by its one taker, or one that is not armed, under
+//!   its group's lock;
+//! - a page that is protected and nothing else (that can come of races) is unprotected when it is
+//!   written: it costs time, never bytes.
+//!
+//! The order of locks: a group, then what was copied aside. Nothing waits under them but one system
+//! call that changes page tables, and no thread that writes guest memory holds one.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use userfault::Userfault;
+
+use super::{CowError, Page, bits, cost, rank, runs};
+use crate::checking::Delays;
+use crate::error::chain;
+use crate::ids::{PAGE_SIZE, PageIndex};
+use crate::ram::Ram;
+
+/// Epochs of which pages may be protected at a time.
+pub(super) const SLOTS: usize = 2;
+/// Buffers of pages copied aside that are kept for the next.
+const SPARE_PAGES_MAX: usize = 4096;
+
+/// 64 pages with consecutive numbers, a bit each.
+#[derive(Debug, Default)]
+struct Group {
+    /// Protected for the epoch in a slot, which needs them.
+    armed: [u64; SLOTS],
+    /// Protected, and needed by nobody.
+    gap: u64,
+    /// A sender copies them, and unprotects them then.
+    taking: u64,
+}
+
+/// Pages of one epoch that were written before a sender came.
+type Aside = Mutex<HashMap<u64, Box<Page>>>;
+
+/// The state of all pages.
+pub(super) struct Table {
+    groups: Box<[Mutex<Group>]>,
+    /// For each page, see [`cost`].
+    heat: Box<[AtomicU8]>,
+    aside: [Aside; SLOTS],
+    spare: Mutex<Vec<Box<Page>>>,
+    faults: AtomicU64,
+    userfault: Userfault,
+    ram: Ram,
+    delays: Delays,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics under these locks; and who does anyway ends the process or the protection.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Table {
+    pub(super) fn new(ram: Ram, userfault: Userfault) -> Self {
+        let groups = ram.pages().div_ceil(64);
+        Self {
+            groups: (0..groups).map(|_| Mutex::default()).collect(),
+            // Whole groups.
+            heat: (0..groups * 64).map(|_| AtomicU8::new(0)).collect(),
+            aside: Default::default(),
+            spare: Mutex::default(),
+            faults: AtomicU64::new(0),
+            userfault,
+            ram,
+            delays: Delays::from_environment(),
+        }
+    }
+
+    pub(super) fn userfault(&self) -> &Userfault {
+        &self.userfault
+    }
+
+    pub(super) fn faults(&self) -> u64 {
+        self.faults.load(Ordering::Relaxed)
+    }
+
+    /// Of the 64 pages of a group.
+    pub(super) fn heat(&self, group: usize) -> &[AtomicU8] {
+        &self.heat[group * 64..][..64]
+    }
+
+    /// Ends the process: a page stays protected, or faults are not served. The backup goes on.
+    pub(super) fn fatal(&self, error: &CowError) -> ! {
+        tracing::error!("copy-on-write fails, this host gives up: {}", chain(error));
+        std::process::abort();
+    }
+
+    /// Arms pages of a group for `slot`: `plan` is asked for the pages to protect, of those that are
+    /// free, and may name others between them. Returns those that are armed now. The caller
+    /// protects all that was planned, before the guest runs.
+    pub(super) fn arm(
+        &self,
+        slot: usize,
+        group: usize,
+        word: u64,
+        plan: impl FnOnce(u64) -> u64,
+    ) -> (u64, u64) {
+        let mut state = lock(&self.groups[group]);
+        let busy = state.armed.iter().fold(state.taking, |busy, armed| busy | armed);
+        let plan = plan(word & !busy);
+        let armed = plan & word & !busy;
+        state.armed[slot] |= armed;
+        state.gap = (state.gap | plan) & !busy & !armed;
+        (armed, plan)
+    }
+
+    /// Protects pages that were planned.
+    pub(super) fn protect(&self, first: u64, pages: u64) -> Result<(), CowError> {
+        self.userfault.protect(first, pages).map_err(CowError::Protect)?;
+        self.delays.at("arm");
+        Ok(())
+    }
+
+    fn unprotect(&self, group: usize, word: u64) {
+        for (first, count) in runs(word) {
+            // The last group may be longer than the memory, but not what was ever protected.
+            if let Err(error) = self.userfault.unprotect(group as u64 * 64 + first, count) {
+                self.fatal(&CowError::Protect(error));
+            }
+        }
+    }
+
+    fn copy(&self, page: u64, into: &mut Page) {
+        assert!(self.ram.read_page(PageIndex(page), into), "page {page} was armed");
+    }
+
+    fn spare_page(&self) -> Box<Page> {
+        let spare = lock(&self.spare).pop();
+        spare.unwrap_or_else(|| Box::new([0; PAGE_SIZE]))
+    }
+
+    /// Somebody waits to write `page`.
+    pub(super) fn fault(&self, page: u64) {
+        self.delays.at("fault");
+        let group = usize::try_from(page / 64).expect("a page of this memory");
+        let bit = 1 << (page % 64);
+        let mut state = lock(&self.groups[group]);
+        if state.taking & bit != 0 {
+            // Its taker unprotects it in a moment.
+            return;
+        }
+        if let Some(slot) = state.armed.iter().position(|armed| armed & bit != 0) {
+            self.set_aside(&mut state, slot, page);
+            self.faults.fetch_add(1, Ordering::Relaxed);
+            cost::heat_up(&self.heat(group)[(page % 64) as usize]);
+        }
+        state.gap &= !bit;
+        // Under the lock: an epoch that arms the page does so before or after, not in between.
+        self.unprotect(group, bit);
+    }
+
+    /// Copies an armed page aside, which is free then, but for its protection.
+    fn set_aside(&self, state: &mut Group, slot: usize, page: u64) {
+        let mut copy = self.spare_page();
+        self.copy(page, &mut copy);
+        lock(&self.aside[slot]).insert(page, copy);
+        state.armed[slot] &= !(1 << (page % 64));
+    }
+
+    /// Takes the pages of a group that are still armed for `slot`, copies them and unprotects them;
+    /// returns them. `into` has a place for each page of `kept`, in order.
+    pub(super) fn take(&self, slot: usize, group: usize, kept: u64, into: &mut [Page]) -> u64 {
+        self.take_with(slot, group, |mine| {
+            for bit in bits(mine) {
+                self.copy(group as u64 * 64 + bit, &mut into[rank(kept, bit)]);
+                cost::cool(&self.heat(group)[bit as usize]);
+            }
+        })
+    }
+
+    /// Unprotects the pages of a group that are still armed for `slot`: nobody needs them any more.
+    pub(super) fn let_go(&self, slot: usize, group: usize) {
+        self.take_with(slot, group, |_| ());
+    }
+
+    fn take_with(&self, slot: usize, group: usize, copy: impl FnOnce(u64)) -> u64 {
+        let mut state = lock(&self.groups[group]);
+        let mine = std::mem::take(&mut state.armed[slot]);
+        let taken = mine | std::mem::take(&mut state.gap);
+        state.taking |= taken;
+        drop(state);
+        if taken != 0 {
+            self.delays.at("take");
+            copy(mine);
+            self.unprotect(group, taken);
+            self.delays.at("unprotect");
+            lock(&self.groups[group]).taking &= !taken;
+        }
+        mine
+    }
+
+    /// Hands out a page that was copied aside for `slot`.
+    pub(super) fn take_aside(&self, slot: usize, page: u64, into: &mut Page) {
+        let copy = lock(&self.aside[slot]).remove(&page);
+        let copy = copy.expect("a page of an epoch is copied, armed, or copied aside");
+        *into = *copy;
+        let mut spare = lock(&self.spare);
+        if spare.len() < SPARE_PAGES_MAX {
+            spare.push(copy);
+        }
+    }
+
+    /// The epoch in `slot` is over.
+    pub(super) fn forget(&self, slot: usize) {
+        lock(&self.aside[slot]).clear();
+    }
+
+    /// Copies aside whatever is armed: memory is about to change without being written.
+    pub(super) fn preserve(&self) {
+        for (group, state) in self.groups.iter().enumerate() {
+            let mut state = lock(state);
+            let mut freed = std::mem::take(&mut state.gap);
+            for slot in 0..SLOTS {
+                let armed = state.armed[slot];
+                for bit in bits(armed) {
+                    self.set_aside(&mut state, slot, group as u64 * 64 + bit);
+                }
+                freed |= armed;
+            }
+            self.unprotect(group, freed);
+            drop(state);
+            // A sender may be copying others of this group.
+            while lock(&self.groups[group]).taking != 0 {
+                std::thread::yield_now();
+            }
+        }
+    }
+}

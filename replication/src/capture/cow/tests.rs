@@ -1,0 +1,274 @@
+//! Threads that write memory as fast as they can, and epochs of it that must not notice.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::thread::JoinHandle;
+
+use api::replication::Cow;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::copy::CopyFreezer;
+use super::protect::ProtectFreezer;
+use super::*;
+use crate::testing::memory;
+
+/// Two regions, neither of whole groups of 64.
+const LAYOUT: [(u64, u64); 2] = [(0, 90), (1 << 32, 317)];
+
+/// Memory, what was written of it, and a gate through which each write goes.
+struct Guest {
+    ram: Ram,
+    /// A bit a page, set by its writer.
+    dirty: Vec<AtomicU64>,
+    gate: RwLock<()>,
+    ends: AtomicBool,
+    writes: AtomicU64,
+}
+
+impl Guest {
+    fn new() -> Arc<Self> {
+        let ram = memory(&LAYOUT);
+        let groups = ram.pages().div_ceil(64);
+        Arc::new(Self {
+            ram,
+            dirty: (0..groups).map(|_| AtomicU64::new(0)).collect(),
+            gate: RwLock::new(()),
+            ends: AtomicBool::new(false),
+            writes: AtomicU64::new(0),
+        })
+    }
+
+    fn write(&self, page: u64, value: u64) {
+        let _inside = self.gate.read().unwrap();
+        let at = self.ram.address(PageIndex(page)).unwrap();
+        // Both ends of the page, so that a torn one shows.
+        self.ram.mapping().write_obj(value, at).unwrap();
+        self.dirty[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Relaxed);
+        let end = GuestAddress(at.0 + PAGE_SIZE as u64 - 8);
+        self.ram.mapping().write_obj(value, end).unwrap();
+        self.writes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Writers with a hot set, sequential runs, and pages at random.
+    fn start(self: &Arc<Self>, count: u64) -> Vec<JoinHandle<()>> {
+        let start = |number: u64| {
+            let guest = Arc::clone(self);
+            std::thread::spawn(move || {
+                let mut random = number + 1;
+                let pages = guest.ram.pages();
+                let mut value = 0;
+                while !guest.ends.load(Ordering::Relaxed) {
+                    value += 1;
+                    random ^= random << 13;
+                    random ^= random >> 7;
+                    random ^= random << 17;
+                    let page = match random % 4 {
+                        0 | 1 => (random >> 8) % 20,
+                        2 => value,
+                        _ => random >> 8,
+                    };
+                    guest.write(page % pages, value << 8 | number);
+                }
+            })
+        };
+        (0..count).map(start).collect()
+    }
+
+    fn harvest(&self) -> PageSet {
+        let mut set = PageSet::new(self.ram.pages());
+        for (group, word) in self.dirty.iter().enumerate() {
+            let word = word.swap(0, Ordering::Relaxed);
+            bits(word).for_each(|bit| set.insert(PageIndex(group as u64 * 64 + bit)));
+        }
+        set
+    }
+
+    fn contents(&self) -> Vec<Page> {
+        let page = |page| {
+            let mut bytes = [0; PAGE_SIZE];
+            assert!(self.ram.read_page(PageIndex(page), &mut bytes));
+            bytes
+        };
+        (0..self.ram.pages()).map(page).collect()
+    }
+}
+
+/// What senders do: each takes its share; returns the pages whose bytes are not `sealed`.
+fn send(frozen: &dyn Frozen, share: Share, sealed: &[Page]) -> (Vec<PageIndex>, u64) {
+    let mut scratch: Box<Scratch> = vec![[0; PAGE_SIZE]; GROUP_PAGES].try_into().unwrap();
+    let mut cursor = Cursor::default();
+    let (mut bad, mut count) = (vec![], 0);
+    let mut last = None;
+    loop {
+        let mut batch = Vec::new();
+        frozen.next(share, &mut cursor, &mut scratch, &mut batch);
+        if batch.is_empty() {
+            return (bad, count);
+        }
+        assert!(batch.len() <= GROUP_PAGES);
+        for (page, bytes) in batch {
+            assert!(last < Some(page), "each page once, ascending");
+            last = Some(page);
+            count += 1;
+            if *bytes != sealed[page.0 as usize] {
+                bad.push(page);
+            }
+        }
+    }
+}
+
+/// Seals `epochs` epochs of a guest of `vcpus` writers, the senders of one still at work when the
+/// next is sealed. Returns pages sent, and pages with other bytes than at their seal.
+fn seal(freezer: &mut dyn Freezer, guest: &Arc<Guest>, epochs: u64, vcpus: u64) -> (u64, u64) {
+    let writers = guest.start(vcpus);
+    let mut senders: Vec<JoinHandle<(u64, u64)>> = vec![];
+    let (mut sent, mut bad) = (0, 0);
+    for _ in 0..epochs {
+        while guest.writes.swap(0, Ordering::Relaxed) < 20 {
+            std::thread::yield_now();
+        }
+        let stands = guest.gate.write().unwrap();
+        let set = Arc::new(guest.harvest());
+        let frozen = freezer.freeze(&guest.ram, &set).unwrap();
+        let sealed = Arc::new(guest.contents());
+        drop(stands);
+        freezer.prepare();
+        // A sender takes the epochs in order.
+        let before = std::mem::take(&mut senders);
+        for (index, before) in (0..2).zip(before.into_iter().map(Some).chain([None, None])) {
+            let share = Share { index, of: 2 };
+            let (frozen, sealed, set) = (Arc::clone(&frozen), Arc::clone(&sealed), set.clone());
+            senders.push(std::thread::spawn(move || {
+                let (mut sent, mut wrong) = before.map_or((0, 0), |before| before.join().unwrap());
+                let (bad, count) = send(frozen.as_ref(), share, &sealed);
+                assert_eq!(count, share.count(&set));
+                sent += count;
+                wrong += bad.len() as u64;
+                (sent, wrong)
+            }));
+        }
+    }
+    for sender in senders {
+        let (count, wrong) = sender.join().unwrap();
+        sent += count;
+        bad += wrong;
+    }
+    guest.ends.store(true, Ordering::Relaxed);
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
+    (sent, bad)
+}
+
+#[test]
+fn what_is_copied_is_what_was_sealed() {
+    let guest = Guest::new();
+    let mut freezer = CopyFreezer::new(guest.ram.pages());
+    let (sent, bad) = seal(&mut freezer, &guest, 200, 3);
+    assert!(sent > 1000);
+    assert_eq!(bad, 0);
+}
+
+#[test]
+fn what_is_protected_is_what_was_sealed() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let (sent, bad) = seal(&mut freezer, &guest, 400, 3);
+    assert!(sent > 1000);
+    assert_eq!(bad, 0);
+    assert!(freezer.faults() > 100, "{} faults", freezer.faults());
+}
+
+#[test]
+fn what_is_cheaper_is_what_was_sealed() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Hybrid).unwrap();
+    let (sent, bad) = seal(&mut freezer, &guest, 400, 3);
+    assert!(sent > 1000);
+    assert_eq!(bad, 0);
+}
+
+/// The tests above tell protection from nothing.
+#[test]
+fn without_protection_other_bytes_are_sent() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    freezer.break_for_test();
+    let (_, bad) = seal(&mut freezer, &guest, 400, 3);
+    assert!(bad > 0);
+}
+
+#[test]
+fn an_epoch_that_nobody_takes_lets_the_guest_go_on() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut set = PageSet::new(guest.ram.pages());
+    (0..guest.ram.pages()).for_each(|page| set.insert(PageIndex(page)));
+    let frozen = freezer.freeze(&guest.ram, &Arc::new(set)).unwrap();
+    // Served by the thread, with the epoch there.
+    guest.write(5, 1);
+    assert_eq!(freezer.faults(), 1);
+    drop(frozen);
+    (0..guest.ram.pages()).for_each(|page| guest.write(page, 2));
+    assert_eq!(freezer.faults(), 1);
+}
+
+/// The senders of an ended session may be the last to hold an epoch.
+#[test]
+fn an_epoch_outlives_its_freezer() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut set = PageSet::new(guest.ram.pages());
+    set.insert(PageIndex(89));
+    set.insert(PageIndex(90));
+    let frozen = freezer.freeze(&guest.ram, &Arc::new(set)).unwrap();
+    drop(freezer);
+    let sealed = guest.contents();
+    guest.write(90, 7);
+    let (bad, count) = send(frozen.as_ref(), Share { index: 0, of: 2 }, &sealed);
+    assert_eq!((bad.len(), count), (0, 0));
+    let (bad, count) = send(frozen.as_ref(), Share { index: 1, of: 2 }, &sealed);
+    assert_eq!((bad.len(), count), (0, 2));
+    drop(frozen);
+    guest.write(89, 7);
+}
+
+#[test]
+fn memory_that_is_given_back_was_copied_before() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    (0..100).for_each(|page| guest.write(page, page + 1));
+    let frozen = freezer.freeze(&guest.ram, &Arc::new(guest.harvest())).unwrap();
+    let sealed = guest.contents();
+    guest.ram.preserve();
+    assert_eq!(freezer.faults(), 0);
+    (0..100).for_each(|page| guest.write(page, 0));
+    assert_eq!(freezer.faults(), 0, "nothing is protected any more");
+    let (bad, count) = send(frozen.as_ref(), Share { index: 0, of: 1 }, &sealed);
+    assert_eq!((bad.len(), count), (0, 100));
+}
+
+#[test]
+fn more_epochs_than_slots_are_copied() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut epochs = vec![];
+    for value in 1..5 {
+        guest.write(1, value);
+        guest.write(value + 10, value);
+        let frozen = freezer.freeze(&guest.ram, &Arc::new(guest.harvest())).unwrap();
+        epochs.push((frozen, guest.contents()));
+    }
+    for (frozen, sealed) in &epochs {
+        let (bad, count) = send(frozen.as_ref(), Share { index: 0, of: 1 }, sealed);
+        assert_eq!((bad.len(), count), (0, 2));
+    }
+}
+
+#[test]
+fn runs_and_ranks_of_bits() {
+    assert_eq!(runs(0).count(), 0);
+    assert_eq!(runs(u64::MAX).collect::<Vec<_>>(), [(0, 64)]);
+    assert_eq!(runs(0b1011 | 1 << 63).collect::<Vec<_>>(), [(0, 2), (3, 1), (63, 1)]);
+    assert_eq!(rank(0b1011, 0), 0);
+    assert_eq!(rank(0b1011, 3), 2);
+    assert_eq!(rank(u64::MAX, 63), 63);
+}
