@@ -29,14 +29,14 @@ pub const STAGING_SIZE_DEFAULT: u64 = 256 << 20;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cow {
-    /// Hot pages are copied, cold ones protected. Not built yet, so refused; it is to be the
-    /// default once it is.
+    /// Pages that the guest is likely to write soon, and single ones, are copied during the pause;
+    /// the others are protected. Where userfaultfd is not to be had, all are copied.
+    #[default]
     Hybrid,
-    /// Every page is write-protected and copied only when the guest writes it first. Not built
-    /// yet, so refused.
+    /// Every page is write-protected during the pause, and copied only if the guest writes it before
+    /// it was sent. Needs userfaultfd.
     Protect,
     /// Every page is copied aside during the pause.
-    #[default]
     Copy,
     /// The guest stands still until the epoch is sent.
     Off,

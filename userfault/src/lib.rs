@@ -40,6 +40,8 @@ pub enum UserfaultError {
     Address,
     #[error("Guest memory at {start:#x} cannot be registered with userfaultfd")]
     Register { start: u64, source: io::Error },
+    #[error("This memory cannot be protected page by page, as that of huge pages cannot")]
+    Granule(#[source] Box<UserfaultError>),
     #[error("{pages} pages from page {first} lie outside the memory")]
     Outside { first: u64, pages: u64 },
     #[error("Protection of {pages} pages from page {first} cannot be changed")]
@@ -104,7 +106,13 @@ impl Userfault {
             first += place.pages;
             places.push(place);
         }
-        Ok(Self { fd, places, _memory: memory })
+        let this = Self { fd, places, _memory: memory };
+        for Place { first, .. } in &this.places {
+            let tried = this.protect(*first, 1);
+            tried.map_err(|error| UserfaultError::Granule(Box::new(error)))?;
+            this.unprotect(*first, 1)?;
+        }
+        Ok(this)
     }
 
     /// Protects `pages` pages from `first` on: whoever writes one of them waits from here on.

@@ -5,15 +5,14 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use userfault::{PAGE_SIZE, Userfault, UserfaultError};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 type Memory = GuestMemoryMmap<()>;
 
 /// Two regions with a hole: pages 0 to 15 and 16 to 23.
 fn memory() -> Arc<Memory> {
     let bytes = usize::try_from(PAGE_SIZE).unwrap();
-    let ranges =
-        [(GuestAddress(0), 16 * bytes), (GuestAddress(1 << 32), 8 * bytes)];
+    let ranges = [(GuestAddress(0), 16 * bytes), (GuestAddress(1 << 32), 8 * bytes)];
     Arc::new(Memory::from_ranges(&ranges).unwrap())
 }
 
@@ -99,6 +98,29 @@ fn the_end_of_protection_lets_everybody_go_on() {
     drop(userfault);
     thread.join().unwrap();
     (0..24).for_each(|page| memory.write_obj(1_u64, address(page)).unwrap());
+}
+
+/// Huge pages are protected whole or not at all. No such page has to be free for this.
+#[test]
+fn memory_of_huge_pages_is_refused() {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the call takes a name and flags; the descriptor is ours.
+    let file = unsafe {
+        let flags = libc::MFD_CLOEXEC | libc::MFD_HUGETLB;
+        let fd = libc::memfd_create(c"huge".as_ptr(), flags);
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        std::fs::File::from_raw_fd(fd)
+    };
+    let bytes = 2 << 20;
+    file.set_len(bytes as u64).unwrap();
+    let (protection, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+    let region =
+        MmapRegion::build(Some(FileOffset::new(file, 0)), bytes, protection, flags).unwrap();
+    let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
+    let memory = Arc::new(Memory::from_regions(vec![region]).unwrap());
+    let refused = Userfault::new(memory);
+    assert!(matches!(refused, Err(UserfaultError::Granule(_))), "{refused:?}");
 }
 
 #[test]

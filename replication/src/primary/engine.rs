@@ -396,6 +396,7 @@ impl<G: Guest> Engine<G> {
     }
 
     fn acked(&mut self, epoch: EpochId, generation: Generation) {
+        self.sealer.delays.at("ack");
         self.step(Event::Acked { epoch, generation });
         if self.machine.in_flight().is_some() {
             return;

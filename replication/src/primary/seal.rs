@@ -52,7 +52,7 @@ pub(super) struct Sealer {
     /// For tests: compares all of memory, and sends pages that are not frozen.
     equality: Option<Equality>,
     is_thawed: bool,
-    delays: Delays,
+    pub(super) delays: Delays,
 }
 
 fn failed(what: &'static str) -> impl FnOnce(GuestError) -> Error {

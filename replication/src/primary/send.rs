@@ -114,7 +114,8 @@ struct OneSender {
 impl OneSender {
     fn run(mut self, queue: &Receiver<Job>, deliver: impl Fn(Sent) -> bool) {
         let mut scratch = vec![[0; PAGE_SIZE]; RAW_PAGES_MAX];
-        let mut taken: Box<Scratch> = vec![[0; PAGE_SIZE]; GROUP_PAGES].try_into().expect("its length");
+        let mut taken: Box<Scratch> =
+            vec![[0; PAGE_SIZE]; GROUP_PAGES].try_into().expect("its length");
         for job in queue {
             let sent = match &job.source {
                 Source::Live(pages) => self.send_live(job.epoch, pages, &mut scratch),

@@ -68,13 +68,7 @@ impl Costs {
     ///
     /// The cheapest of all ways, found page by page: the cheapest way to here that ends with a
     /// protected page, and the cheapest that does not.
-    pub(super) fn choose(
-        &self,
-        free: u64,
-        heat: &[AtomicU8],
-        continues: bool,
-        room: usize,
-    ) -> u64 {
+    pub(super) fn choose(&self, free: u64, heat: &[AtomicU8], continues: bool, room: usize) -> u64 {
         let copy = if room >= 64 { self.copy } else { self.copy + self.touch };
         let (first, end) = (free.trailing_zeros(), 64 - free.leading_zeros());
         let mut open = (if continues { 0.0 } else { self.call }, 0_u64);

@@ -28,9 +28,10 @@ struct Options {
     /// Memory of the guest, as --memory size= takes it.
     #[arg(long, default_value = "256M")]
     memory: String,
-    /// How pages are kept while they are sent, as --replicate cow= takes it.
-    #[arg(long, default_value = "copy")]
-    cow: String,
+    /// How pages are kept while they are sent, as --replicate cow= takes it; several, with commas
+    /// between them, one after the other; `all`: each.
+    #[arg(long, default_value = "hybrid", value_delimiter = ',')]
+    cow: Vec<String>,
     /// Longest epoch in milliseconds.
     #[arg(long, default_value_t = 10)]
     epoch_ms: u64,
@@ -42,6 +43,26 @@ struct Options {
     /// differs, 1 if none does.
     #[arg(long)]
     without_cow: bool,
+    /// Tests the check, with cow=protect and cow=hybrid: pages that count as write-protected are not.
+    #[arg(long)]
+    without_protection: bool,
+    /// Makes threads sleep at random: POINT:MICROSECONDS[,...]. Points: seal, arm, fault, take,
+    /// unprotect, ack; see replication/src/checking.rs.
+    #[arg(long, default_value = "")]
+    delays: String,
+}
+
+impl Options {
+    fn is_broken(&self) -> bool {
+        self.without_cow || self.without_protection
+    }
+
+    fn modes(&self) -> Vec<String> {
+        if self.cow == ["all"] {
+            return ["off", "copy", "protect", "hybrid"].map(str::to_owned).to_vec();
+        }
+        self.cow.clone()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -65,12 +86,27 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<bool> {
+    let (mut passed, mut failed) = (0, 0);
+    for mode in options.modes() {
+        println!("cow={mode}, {} vCPUs", options.vcpus);
+        if compare(options, &mode)? {
+            passed += 1;
+        } else {
+            failed += 1;
+        }
+    }
+    println!("{passed} passed, {failed} failed");
+    Ok(failed == 0)
+}
+
+/// As many epochs as are wanted, of one mode.
+fn compare(options: &Options, mode: &str) -> Result<bool> {
     let mut all = Compared::default();
-    while all.epochs < options.epochs && (all.different == 0 || !options.without_cow) {
+    while all.epochs < options.epochs && (all.different == 0 || !options.is_broken()) {
         let folder = Folder::new()?;
         let found = match options.workload {
-            Workload::Kv => serve(options, &folder, all.epochs)?,
-            Workload::Hot | Workload::Random => write(options, &folder)?,
+            Workload::Kv => serve(options, mode, &folder, all.epochs)?,
+            Workload::Hot | Workload::Random => write(options, mode, &folder)?,
         };
         all.epochs += found.epochs;
         all.pages += found.pages;
@@ -82,12 +118,10 @@ fn run(options: &Options) -> Result<bool> {
         println!("the first page that differs is at {address}, in epoch {epoch} of its pair");
     }
     let is_found = all.different > 0;
-    if options.without_cow {
+    if options.is_broken() {
         println!("{}", if is_found { "found, as it has to be" } else { "nothing was found" });
     }
-    let is_good = is_found == options.without_cow;
-    println!("{} passed, {} failed", u32::from(is_good), u32::from(!is_good));
-    Ok(is_good)
+    Ok(is_found == options.is_broken())
 }
 
 fn say(compared: &Compared) -> Result<()> {
@@ -98,24 +132,27 @@ fn say(compared: &Compared) -> Result<()> {
     Ok(std::io::stdout().flush()?)
 }
 
-fn switch(options: &Options, folder: &Folder, setup: &mut Setup) -> Result<Equality> {
-    let options_given =
-        format!(",epoch_ms={},cow={},timeout_ms=20000", options.epoch_ms, options.cow);
+fn switch(options: &Options, mode: &str, folder: &Folder, setup: &mut Setup) -> Result<Equality> {
+    let options_given = format!(",epoch_ms={},cow={mode},timeout_ms=20000", options.epoch_ms);
     setup.replicate_options.push_str(&options_given);
     setup.receive_options.push_str(",timeout_ms=20000");
-    if options.without_cow {
-        setup.primary_environment.push(("UNDERSTUDY_TEST_BREAK".into(), "cow".into()));
+    let broken = [(options.without_cow, "cow"), (options.without_protection, "protect")];
+    for (_, part) in broken.into_iter().filter(|(is_asked, _)| *is_asked) {
+        setup.primary_environment.push(("UNDERSTUDY_TEST_BREAK".into(), part.into()));
+    }
+    if !options.delays.is_empty() {
+        setup.primary_environment.push(("UNDERSTUDY_TEST_DELAYS".into(), options.delays.clone()));
     }
     Equality::switch_on(folder.path(), setup)
 }
 
 /// One pair, until it has compared as many epochs as are wanted.
-fn write(options: &Options, folder: &Folder) -> Result<Compared> {
+fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
     let mut setup = Setup::verify(options.vcpus, &options.memory);
     let order = if options.workload == Workload::Hot { "hot" } else { "random" };
     setup.command_line =
         format!("workload=verify+dirty vcpus={} tick_ms=20 dirty_order={order}", options.vcpus);
-    let equality = switch(options, folder, &mut setup)?;
+    let equality = switch(options, mode, folder, &mut setup)?;
     let mut pair = Pair::start(folder.path(), &setup)?;
     let mut last = (Instant::now(), Compared::default());
     let mut spoken = Instant::now();
@@ -123,7 +160,7 @@ fn write(options: &Options, folder: &Folder) -> Result<Compared> {
         std::thread::sleep(Duration::from_millis(100));
         let compared = equality.compared()?;
         let is_enough = compared.epochs >= options.epochs;
-        if is_enough || options.without_cow && compared.different > 0 {
+        if is_enough || options.is_broken() && compared.different > 0 {
             return Ok(compared);
         }
         ensure!(pair.primary.is_alive(), "the primary is gone:\n{}", pair.primary.log());
@@ -143,10 +180,10 @@ fn write(options: &Options, folder: &Folder) -> Result<Compared> {
 }
 
 /// One kill round with clients; what they saw has to be right, too.
-fn serve(options: &Options, folder: &Folder, seed: u64) -> Result<Compared> {
+fn serve(options: &Options, mode: &str, folder: &Folder, seed: u64) -> Result<Compared> {
     let disk = Disk::Replicated;
     let mut setup = round::setup(folder.path(), options.vcpus, &options.memory, disk)?;
-    let equality = switch(options, folder, &mut setup)?;
+    let equality = switch(options, mode, folder, &mut setup)?;
     let plan = Plan {
         blow: Blow::KillPrimary,
         clients: 8,
@@ -157,7 +194,7 @@ fn serve(options: &Options, folder: &Folder, seed: u64) -> Result<Compared> {
         silence_limit: Duration::from_secs(20),
     };
     let outcome = round::run(folder.path(), &setup, &plan)?;
-    if !options.without_cow {
+    if !options.is_broken() {
         let found = outcome.violations.first().map(|violation| violation.chain());
         ensure!(found.is_none(), "the clients found: {found:?}");
     }
