@@ -30,8 +30,8 @@ Options:
   --set NAME=VALUE  a setting of a suite (LINUX_ROUNDS=2, say); they stand at the top of its file
   --timeout S       hard limit for the whole run, all boots of L1 (default: 3600)
   --memory MIB      L1's memory (default: 3072)
-  --thread KIND     multi: each of L1's CPUs has a thread of the emulator to itself (default);
-                    single: all share one, without races between them, at half the speed
+  --thread KIND     single: L1's CPUs share one thread of the emulator (default); multi: each has its
+                    own, which is faster, and now and then a guest dies of it
   --tries N         tries of a case, each in a boot of its own (default: 3)
   --keep            keep all logs, those of cases that passed too
   --build-only      build or find the bed, print its folder, run nothing
@@ -43,7 +43,7 @@ Logs of a run in which anything failed: target/nested/; those of a boot that fai
 END
 }
 
-SUITES=() BINARIES='' KVM_TESTS='' SETTINGS=() TIMEOUT=3600 MEMORY=3072 TRIES=3 THREAD=multi KEEP='' BUILD_ONLY=''
+SUITES=() BINARIES='' KVM_TESTS='' SETTINGS=() TIMEOUT=3600 MEMORY=3072 TRIES=3 THREAD=single KEEP='' BUILD_ONLY=''
 
 parse() {
     while [ $# -gt 0 ]; do

@@ -30,12 +30,13 @@ pub const PLACES: &[&str] = &[
     "wire: Pages",
     "wire: End",
     "wire: Change",
+    "wire: Progress",
     "wire: three frames read, then a broken one",
     "wire: a length within its cap",
     "wire: a length past its cap",
 ];
 
-const KINDS: [Kind; 16] = [
+const KINDS: [Kind; 17] = [
     Kind::Hello,
     Kind::Offer,
     Kind::Welcome,
@@ -52,6 +53,7 @@ const KINDS: [Kind; 16] = [
     Kind::Pages,
     Kind::End,
     Kind::Change,
+    Kind::Progress,
 ];
 /// Sizes of the disks that changes are for.
 const DISKS: [u64; 2] = [1 << 20, SECTOR_BYTES];

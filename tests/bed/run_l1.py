@@ -348,7 +348,7 @@ def main():
     parser.add_argument("--memory", type=int, default=3072, metavar="MIB")
     parser.add_argument("--boots", type=int, default=BOOTS, help="at most, when the bed fails")
     parser.add_argument("--tries", type=int, default=1, help="of a case, each in its own boot")
-    parser.add_argument("--thread", choices=("multi", "single"), default="multi",
+    parser.add_argument("--thread", choices=("multi", "single"), default="single",
                         help="whether each of L1's CPUs has a thread of the emulator to itself")
     parser.add_argument("suites", nargs="+")
     options = parser.parse_args()

@@ -14,7 +14,7 @@ use super::receive::{DataConnection, OnItsWay, ReceiveError, Shared};
 use super::staging::{Budget, Part};
 use crate::checking::Equality;
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
-use crate::engine::control::{Control, Credit, Greeted, Pace};
+use crate::engine::control::{Control, Credit, Greeted, Pace, Progress};
 use crate::engine::heard::Heard;
 use crate::engine::spawn;
 use crate::engine::status::Status;
@@ -346,7 +346,10 @@ impl<B: ReplicaBuilder> Engine<B> {
     /// Starts the threads of the present session's control connection.
     fn listen(&self, greeted: Greeted, pace: Pace, heard: &Heard) -> Result<Control, Error> {
         let (number, deliver) = (self.sessions, self.inputs.clone());
-        Control::start(greeted, pace, heard.clone(), move |word, credit| {
+        let counters = Arc::clone(&self.status.counters);
+        let progress =
+            Progress { ours: Some(Arc::new(move || counters.done())), ..Progress::default() };
+        Control::start(greeted, pace, heard.clone(), progress, move |word, credit| {
             let input = match word {
                 Ok(message) => Input::Message(number, message, credit),
                 Err(error) => Input::Lost(number, error),
@@ -418,7 +421,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             let _ = deliver.send(Input::Images(number, done));
         };
         let limit = self.options.staging_size / 4;
-        self.images = Some((number, Images::start(disks, limit, tell)?));
+        self.images = Some((number, Images::start(disks, limit, &self.status.counters, tell)?));
         Ok(())
     }
 

@@ -14,6 +14,7 @@ mod journal;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use blocks::BLOCK_BYTES;
 pub use journal::{Journal, Log, Told};
@@ -115,15 +116,43 @@ pub trait ReplicaDisk: Send + Sync {
     fn flush(&self) -> io::Result<()>;
 }
 
-/// Carries out a change whose range was checked.
+/// Most bytes that are zeroed or discarded at a time: where the host has to write them, more would
+/// look like standing still.
+const PIECE_BYTES: u64 = 4 << 20;
+
+/// Carries out a change whose range was checked, and counts its bytes in `done` as it goes on.
 ///
 /// # Errors
 /// From the host.
-pub(crate) fn carry_out(disk: &dyn ReplicaDisk, change: &Change) -> io::Result<()> {
+pub(crate) fn carry_out(
+    disk: &dyn ReplicaDisk,
+    change: &Change,
+    done: &AtomicU64,
+) -> io::Result<()> {
+    let count = |bytes| done.fetch_add(bytes, Ordering::Relaxed);
+    let in_pieces = |piece: &dyn Fn(u64, u64) -> io::Result<()>| {
+        let end = change.offset + change.len;
+        let mut at = change.offset;
+        while at < end {
+            let len = PIECE_BYTES.min(end - at);
+            piece(at, len)?;
+            at += len;
+            count(len);
+        }
+        Ok(())
+    };
     match change.operation {
-        Operation::Write => disk.write(change.offset, &change.data),
-        Operation::Zero { unmap } => disk.zero(change.offset, change.len, unmap),
-        Operation::Discard => disk.discard(change.offset, change.len),
-        Operation::Flush => disk.flush(),
+        Operation::Write => {
+            disk.write(change.offset, &change.data)?;
+            count(change.data.len() as u64);
+            Ok(())
+        }
+        Operation::Zero { unmap } => in_pieces(&|offset, len| disk.zero(offset, len, unmap)),
+        Operation::Discard => in_pieces(&|offset, len| disk.discard(offset, len)),
+        Operation::Flush => {
+            disk.flush()?;
+            count(1);
+            Ok(())
+        }
     }
 }

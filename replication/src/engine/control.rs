@@ -5,6 +5,8 @@
 //! reader waits while the engine has not dealt with what it read before: a peer cannot fill this
 //! side's memory, and one that keeps to the protocol is never slowed.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -63,6 +65,15 @@ pub(crate) struct Pace {
     pub(crate) linger: Duration,
 }
 
+/// What a side has done for the other so far, as it says with its heartbeats: bytes taken, applied
+/// or written. Only that it grows is of meaning.
+#[derive(Clone, Default)]
+pub(crate) struct Progress {
+    /// `None`: this side's heartbeats say nothing of it.
+    pub(crate) ours: Option<Arc<dyn Fn() -> u64 + Send + Sync>>,
+    pub(crate) theirs: Arc<AtomicU64>,
+}
+
 impl Control {
     /// Starts reader and writer. `deliver` gets every message but heartbeats, then the error that
     /// ended the stream; it returns `false` when nobody listens any more. The credit is dropped
@@ -71,10 +82,12 @@ impl Control {
         greeted: Greeted,
         pace: Pace,
         heard: Heard,
+        progress: Progress,
         deliver: impl FnMut(Result<Message, WireError>, Credit) -> bool + Send + 'static,
     ) -> Result<Self, Error> {
         let setup = |error| Error::Wire(WireError::Io(error));
         let Greeted { reader, writer } = greeted;
+        let Progress { ours, theirs } = progress;
         let closer = Closer(writer.get_ref().duplicate().map_err(setup)?);
         writer.get_ref().set_read_timeout(None).map_err(setup)?;
         writer.get_ref().set_write_timeout(Some(pace.linger)).map_err(setup)?;
@@ -83,11 +96,11 @@ impl Control {
         let (writes, written) = bounded(0);
         let threads = vec![
             spawn("repl-ctl", None, move || {
-                read(listening(reader, heard), deliver);
+                read(listening(reader, heard), &theirs, deliver);
                 drop::<Sender<()>>(ends);
             })?,
             spawn("repl-beat", None, move || {
-                write(writer, &queue, &ended, pace);
+                write(writer, &queue, &ended, pace, ours.as_deref());
                 drop::<Sender<()>>(writes);
             })?,
         ];
@@ -125,6 +138,7 @@ impl Control {
 
 fn read(
     mut reader: FrameReader<Listening<Box<dyn Stream>>>,
+    progress: &AtomicU64,
     mut deliver: impl FnMut(Result<Message, WireError>, Credit) -> bool,
 ) {
     let mut payload = Vec::new();
@@ -135,6 +149,10 @@ fn read(
         let ended = message.is_err();
         let wanted = match message {
             Ok(Message::Heartbeat) => true,
+            Ok(Message::Progress(bytes)) => {
+                progress.store(bytes, Ordering::Relaxed);
+                true
+            }
             other => {
                 places.recv().expect("this end holds both");
                 deliver(other, Credit(free.clone()))
@@ -156,11 +174,14 @@ fn write(
     queue: &Receiver<Message>,
     reader: &Receiver<()>,
     pace: Pace,
+    progress: Option<&(dyn Fn() -> u64 + Send + Sync)>,
 ) {
     loop {
         let message = match queue.recv_timeout(pace.heartbeat) {
             Ok(message) => message,
-            Err(RecvTimeoutError::Timeout) => Message::Heartbeat,
+            Err(RecvTimeoutError::Timeout) => {
+                progress.map_or(Message::Heartbeat, |done| Message::Progress(done()))
+            }
             Err(RecvTimeoutError::Disconnected) => break,
         };
         if message.send(&mut writer).is_err() {

@@ -23,6 +23,8 @@ pub(crate) struct Gathered {
 pub(crate) struct Counters {
     pub(crate) wire_bytes: AtomicU64,
     pub(crate) raw_bytes: AtomicU64,
+    /// Bytes of disks' images that a backup has written, zeroed or discarded.
+    pub(crate) image_bytes: AtomicU64,
     /// Pages of the first copy that are through.
     pub(crate) synced_pages: AtomicU64,
     /// Pages of its first pass.
@@ -34,6 +36,12 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
+    /// What a backup says it has done: it grows with whatever it does.
+    pub(crate) fn done(&self) -> u64 {
+        let sum = |sum: u64, bytes: &AtomicU64| sum.wrapping_add(bytes.load(Ordering::Relaxed));
+        [&self.wire_bytes, &self.image_bytes].into_iter().fold(0, sum)
+    }
+
     /// Share of the first pass that is through; whole only once the engine says so.
     fn progress(&self) -> f64 {
         let page = PAGE_SIZE as u64;

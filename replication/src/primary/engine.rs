@@ -1,7 +1,7 @@
 //! The primary's engine: carries out what [`crate::protocol::primary`] decides.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use api::replication::{Cow, Degrade, ReplicateData};
@@ -15,7 +15,7 @@ use super::session::{self, Session};
 use crate::capture::epoch::Cadence;
 use crate::disk::{Disks, Journal};
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
-use crate::engine::control::{Control, Credit, Greeted, Pace};
+use crate::engine::control::{Control, Credit, Greeted, Pace, Progress};
 use crate::engine::heard::Heard;
 use crate::engine::status::Status;
 use crate::error::Error;
@@ -110,6 +110,8 @@ pub(super) struct Engine<G: Guest> {
     disks_copy: bool,
     log_bytes_max: u64,
     heard: Heard,
+    /// What the backup says it has done.
+    done: Arc<AtomicU64>,
     cadence: Cadence,
     sealer: Sealer,
     work: Work,
@@ -124,7 +126,8 @@ pub(super) struct Engine<G: Guest> {
     too_large: u32,
     good: u32,
     output: Arc<AtomicBool>,
-    /// Bytes on the wire when something last went on, and when that was.
+    /// Bytes that were sent, and dealt with by the backup, when something last went on, and when
+    /// that was.
     progress: (u64, Instant),
     retry_at: Option<Instant>,
     undecided_told: bool,
@@ -158,7 +161,9 @@ impl<G: Guest> Engine<G> {
         let deliver = inputs.clone();
         let asker =
             Asker::start(arbiter, move |report| deliver.send(Input::Arbiter(report)).is_ok())?;
-        let control = Self::listen(control, &options, &heard, inputs.clone())?;
+        let done = Arc::<AtomicU64>::default();
+        let theirs = Progress { ours: None, theirs: Arc::clone(&done) };
+        let control = Self::listen(control, &options, &heard, theirs, inputs.clone())?;
         let ram = guest.ram();
         let deliver = inputs.clone();
         let senders = Senders::start(data, &ram, &status.counters, move |sent| {
@@ -196,6 +201,7 @@ impl<G: Guest> Engine<G> {
             control: Some(control),
             senders: Some(senders),
             heard,
+            done,
             cadence,
             work: Work::Nothing,
             job: 0,
@@ -220,12 +226,13 @@ impl<G: Guest> Engine<G> {
         greeted: Greeted,
         options: &ReplicateData,
         heard: &Heard,
+        progress: Progress,
         inputs: Sender<Input>,
     ) -> Result<Control, Error> {
         let millis = Duration::from_millis;
         let pace =
             Pace { heartbeat: millis(options.heartbeat_ms), linger: millis(options.timeout_ms) };
-        Control::start(greeted, pace, heard.clone(), move |word, credit| {
+        Control::start(greeted, pace, heard.clone(), progress, move |word, credit| {
             let input = match word {
                 Ok(message) => Input::Message(message, credit),
                 Err(error) => Input::Lost(error),
@@ -305,11 +312,13 @@ impl<G: Guest> Engine<G> {
         self.control.is_some() && busy
     }
 
-    /// A peer whose heart beats but that takes nothing and acknowledges nothing is no backup.
+    /// A peer whose heart beats but that takes nothing, does nothing by its own account and
+    /// acknowledges nothing is no backup.
     fn is_stalled(&mut self) -> bool {
         let counters = &self.status.counters;
         let zeroes = counters.synced_disk_bytes.load(Ordering::Relaxed);
-        let bytes = counters.wire_bytes.load(Ordering::Relaxed).wrapping_add(zeroes);
+        let sent = counters.wire_bytes.load(Ordering::Relaxed).wrapping_add(zeroes);
+        let bytes = sent.wrapping_add(self.done.load(Ordering::Relaxed));
         if !self.awaits_peer() || bytes != self.progress.0 {
             self.progress = (bytes, Instant::now());
         }

@@ -111,7 +111,7 @@ fn first_word(reader: &mut FrameReader<Box<dyn Stream>>) -> Result<Message, Wire
     let mut payload = Vec::new();
     loop {
         match Message::receive(reader, &mut payload)? {
-            Message::Heartbeat => {}
+            Message::Heartbeat | Message::Progress(_) => {}
             word => return Ok(word),
         }
     }

@@ -101,7 +101,7 @@ impl Session {
     fn next(&mut self) -> Message {
         loop {
             match Message::receive(&mut self.reader, &mut Vec::new()).unwrap() {
-                Message::Heartbeat => {}
+                Message::Heartbeat | Message::Progress(_) => {}
                 word => return word,
             }
         }
@@ -138,7 +138,7 @@ impl Session {
         self.reader.get_ref().set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         while Instant::now() < until {
             match Message::receive(&mut self.reader, &mut Vec::new()) {
-                Ok(Message::Heartbeat) | Err(WireError::Io(_)) => {}
+                Ok(Message::Heartbeat | Message::Progress(_)) | Err(WireError::Io(_)) => {}
                 Ok(word) => return Some(word),
                 Err(error) => panic!("{error}"),
             }
@@ -253,6 +253,34 @@ fn one_that_lives_but_takes_nothing_is_given_up() {
     primary.handle.join();
     assert!(machine.is_running() && !machine.is_holding() && !machine.is_tracking());
     beats.join().unwrap();
+}
+
+/// A backup whose disk is slow: it takes nothing for longer than one that is dead, but says that it
+/// goes on with what it has. Then it stops.
+#[test]
+fn one_that_is_slow_is_waited_for_as_long_as_it_says_that_it_goes_on() {
+    let fake = Fake::start();
+    let machine = large_machine();
+    write_all(&machine, 1);
+    let primary = fake.protect(&machine, hurried);
+    let Session { reader, mut writer, data } = fake.session();
+    let primary = primary.join().unwrap().unwrap();
+    // Four time-outs are 1200 ms.
+    let until = Instant::now() + Duration::from_millis(3000);
+    let mut bytes = 0;
+    while Instant::now() < until {
+        bytes += 1;
+        Message::Progress(bytes).send(&mut writer).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(!primary.events.events().iter().any(is_failed), "{:?}", primary.events.events());
+    while Message::Progress(bytes).send(&mut writer).is_ok() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let Some(Event::Failed { error }) = primary.events.wait(is_failed) else { panic!("not told") };
+    assert!(error.contains("neither takes nor acknowledges"), "{error}");
+    primary.handle.join();
+    drop((reader, data));
 }
 
 #[test]

@@ -141,7 +141,7 @@ impl Script {
 fn next(reader: &mut FrameReader<TcpStream>) -> Message {
     loop {
         match Message::receive(reader, &mut Vec::new()).unwrap() {
-            Message::Heartbeat => {}
+            Message::Heartbeat | Message::Progress(_) => {}
             word => return word,
         }
     }

@@ -36,11 +36,12 @@ pub enum Kind {
     Pages = 14,
     End = 15,
     Change = 16,
+    Progress = 17,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        const ALL: [Kind; 16] = [
+        const ALL: [Kind; 17] = [
             Kind::Hello,
             Kind::Offer,
             Kind::Welcome,
@@ -57,6 +58,7 @@ impl Kind {
             Kind::Pages,
             Kind::End,
             Kind::Change,
+            Kind::Progress,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -68,7 +70,7 @@ impl Kind {
             Self::Hello | Self::Welcome => 64,
             Self::Offer => DESCRIPTION_BYTES_MAX + DESCRIPTION_SLACK_BYTES,
             Self::Abort => ABORT_BYTES_MAX,
-            Self::Paired | Self::HandedOver => 8,
+            Self::Paired | Self::HandedOver | Self::Progress => 8,
             Self::Resync | Self::ResyncReady | Self::Heartbeat | Self::Stop | Self::StopDone => 0,
             Self::Seal => STATE_BYTES_MAX + SEAL_SLACK_BYTES,
             Self::Ack => 16,

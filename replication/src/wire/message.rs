@@ -117,6 +117,9 @@ pub enum Message {
         generation: Generation,
     },
     Heartbeat,
+    /// A heartbeat of a backup that says how many bytes it has taken, applied or written in all, so
+    /// that one that is slow is told from one that does nothing.
+    Progress(u64),
     /// Protection ends; the replica is to be discarded.
     Stop,
     StopDone,
@@ -139,6 +142,7 @@ impl Message {
             Self::Seal(_) => Kind::Seal,
             Self::Ack { .. } => Kind::Ack,
             Self::Heartbeat => Kind::Heartbeat,
+            Self::Progress(_) => Kind::Progress,
             Self::Stop => Kind::Stop,
             Self::StopDone => Kind::StopDone,
             Self::HandedOver(_) => Kind::HandedOver,
@@ -221,6 +225,7 @@ impl Message {
             Self::Paired(generation) | Self::HandedOver(generation) => {
                 out.extend(generation.0.to_le_bytes());
             }
+            Self::Progress(bytes) => out.extend(bytes.to_le_bytes()),
             Self::Seal(seal) => {
                 out.extend(seal.epoch.0.to_le_bytes());
                 out.extend(seal.generation.0.to_le_bytes());
@@ -272,6 +277,7 @@ impl Message {
             Kind::Resync => Self::Resync,
             Kind::ResyncReady => Self::ResyncReady,
             Kind::Heartbeat => Self::Heartbeat,
+            Kind::Progress => Self::Progress(from.u64()?),
             Kind::Stop => Self::Stop,
             Kind::StopDone => Self::StopDone,
             Kind::Pages | Kind::End | Kind::Change => {

@@ -36,7 +36,7 @@ pub use pages::{
 /// First bytes of every frame: "USTD".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"USTD");
 /// The version that this build speaks.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Most data connections of a session.
 pub const CONNECTIONS_MAX: u32 = 128;
 

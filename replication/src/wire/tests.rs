@@ -50,6 +50,7 @@ fn any_message() -> impl Strategy<Value = Message> {
             generation: Generation(generation),
         }),
         Just(Message::Heartbeat),
+        any::<u64>().prop_map(Message::Progress),
         Just(Message::Stop),
         Just(Message::StopDone),
         Just(Message::Resync),
@@ -118,11 +119,12 @@ proptest! {
     }
 
     #[test]
-    fn random_payloads_never_panic(kind in 1u8..=16, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn random_payloads_never_panic(kind in 1u8..=17, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         let all = [
             Kind::Hello, Kind::Offer, Kind::Welcome, Kind::Abort, Kind::Paired, Kind::Resync,
             Kind::ResyncReady, Kind::Seal, Kind::Ack, Kind::Heartbeat, Kind::Stop,
             Kind::StopDone, Kind::HandedOver, Kind::Pages, Kind::End, Kind::Change,
+            Kind::Progress,
         ];
         let _ = Message::decode(all[usize::from(kind) - 1], &bytes);
         let _ = End::decode(&bytes);

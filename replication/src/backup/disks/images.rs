@@ -13,10 +13,11 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use super::ImageError;
 use crate::disk::{Change, ReplicaDisk, carry_out};
 use crate::engine::spawn;
+use crate::engine::status::Counters;
 use crate::error::{Error, chain};
 
 enum Job {
-    Apply(Vec<Change>, u64),
+    Apply(Vec<Change>),
     Settle(Sender<Result<(), String>>),
 }
 
@@ -36,6 +37,7 @@ impl Images {
     pub(in crate::backup) fn start(
         disks: Vec<Arc<dyn ReplicaDisk>>,
         limit_bytes: u64,
+        counters: &Arc<Counters>,
         tell: impl Fn(Result<(), String>) + Send + 'static,
     ) -> Result<Self, Error> {
         let (jobs, queue) = unbounded();
@@ -45,6 +47,7 @@ impl Images {
             disks: disks.clone(),
             waiting_bytes: Arc::clone(&waiting_bytes),
             ended: Arc::clone(&ended),
+            counters: Arc::clone(counters),
             failed: None,
         };
         let thread = spawn("repl-image", None, move || writer.run(&queue, tell))?;
@@ -63,7 +66,7 @@ impl Images {
         }
         let cost = changes.iter().map(Change::cost_bytes).sum();
         self.waiting_bytes.fetch_add(cost, Ordering::AcqRel);
-        self.give(Job::Apply(changes, cost));
+        self.give(Job::Apply(changes));
     }
 
     /// So much waits for the images that another epoch is not to be acknowledged.
@@ -103,6 +106,7 @@ struct Writer {
     disks: Vec<Arc<dyn ReplicaDisk>>,
     waiting_bytes: Arc<AtomicU64>,
     ended: Arc<AtomicBool>,
+    counters: Arc<Counters>,
     failed: Option<String>,
 }
 
@@ -110,11 +114,9 @@ impl Writer {
     fn run(mut self, queue: &Receiver<Job>, tell: impl Fn(Result<(), String>)) {
         for job in queue {
             match job {
-                Job::Apply(changes, cost) => {
+                Job::Apply(changes) => {
                     let before = self.failed.is_some();
-                    self.apply(&changes);
-                    drop(changes);
-                    self.waiting_bytes.fetch_sub(cost, Ordering::AcqRel);
+                    self.apply(changes);
                     match &self.failed {
                         None => tell(Ok(())),
                         Some(error) if !before => tell(Err(error.clone())),
@@ -130,15 +132,15 @@ impl Writer {
         }
     }
 
-    fn apply(&mut self, changes: &[Change]) {
+    fn apply(&mut self, changes: Vec<Change>) {
         for change in changes {
-            if self.failed.is_some() || self.ended.load(Ordering::Acquire) {
-                return;
+            if self.failed.is_none() && !self.ended.load(Ordering::Acquire) {
+                let disk = self.disks[change.disk as usize].as_ref();
+                if let Err(source) = carry_out(disk, &change, &self.counters.image_bytes) {
+                    self.failed = Some(chain(&ImageError { disk: change.disk, source }));
+                }
             }
-            let disk = self.disks[change.disk as usize].as_ref();
-            if let Err(source) = carry_out(disk, change) {
-                self.failed = Some(chain(&ImageError { disk: change.disk, source }));
-            }
+            self.waiting_bytes.fetch_sub(change.cost_bytes(), Ordering::AcqRel);
         }
     }
 

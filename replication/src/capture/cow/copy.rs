@@ -115,7 +115,7 @@ impl Frozen for Copies {
             }
             cursor.0 += 1;
             if mine {
-                let pages = bits(*word).map(|bit| PageIndex(*group as u64 * 64 + bit));
+                let pages = bits(*word).map(|bit| super::page(*group, bit));
                 batch.extend(pages.zip(*at..).map(|(page, at)| (page, self.buffer.page(at))));
             }
         }

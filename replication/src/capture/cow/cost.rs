@@ -24,21 +24,21 @@ use crate::ids::PAGE_SIZE;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Costs {
     /// Of a protecting system call, whatever its length.
-    pub(super) call: f32,
+    pub(super) call: f64,
     /// Of each page that it protects.
-    pub(super) protect: f32,
+    pub(super) protect: f64,
     /// Of copying a page.
-    pub(super) copy: f32,
+    pub(super) copy: f64,
     /// Of a page's copy where the room for it has to come from the host first.
-    pub(super) touch: f32,
+    pub(super) touch: f64,
     /// Of a write to a protected page, until it goes on.
-    pub(super) fault: f32,
+    pub(super) fault: f64,
 }
 
 /// What a heat of all ones stands for.
-const HEAT_WHOLE: f32 = 256.0;
+const HEAT_WHOLE: f64 = 256.0;
 /// Share of the past in a corrected cost.
-const INERTIA: f32 = 15.0 / 16.0;
+const INERTIA: f64 = 15.0 / 16.0;
 
 /// After a fault: at once at least every other time, and from then on nearer to always.
 pub(super) fn heat_up(heat: &AtomicU8) {
@@ -72,10 +72,10 @@ impl Costs {
         let copy = if room >= 64 { self.copy } else { self.copy + self.touch };
         let (first, end) = (free.trailing_zeros(), 64 - free.leading_zeros());
         let mut open = (if continues { 0.0 } else { self.call }, 0_u64);
-        let mut shut = (0.0_f32, 0_u64);
+        let mut shut = (0.0_f64, 0_u64);
         let first = if continues { 0 } else { first };
         for (at, heat) in (0..end).zip(heat).skip(first as usize) {
-            let chance = f32::from(heat.load(Ordering::Relaxed)) / HEAT_WHOLE;
+            let chance = f64::from(heat.load(Ordering::Relaxed)) / HEAT_WHOLE;
             let bit = 1_u64 << at;
             let begun = (shut.0 + self.call, shut.1);
             let before = if begun.0 < open.0 { begun } else { open };
@@ -98,16 +98,16 @@ impl Costs {
         (calls, pages, took): (u32, u32, Duration),
         (copies, copying): (u32, Duration),
     ) {
-        let nanos = |time: Duration| time.as_nanos() as f32;
+        let nanos = |time: Duration| time.as_secs_f64() * 1e9;
         if calls > 0 {
-            let expected = self.call * calls as f32 + self.protect * pages as f32;
+            let expected = self.call * f64::from(calls) + self.protect * f64::from(pages);
             let scale = (nanos(took) / expected).clamp(0.25, 4.0);
             let scale = INERTIA + (1.0 - INERTIA) * scale;
             self.call *= scale;
             self.protect *= scale;
         }
         if copies >= 16 {
-            let seen = (nanos(copying) / copies as f32).clamp(self.copy / 4.0, self.copy * 4.0);
+            let seen = (nanos(copying) / f64::from(copies)).clamp(self.copy / 4.0, self.copy * 4.0);
             self.copy = INERTIA * self.copy + (1.0 - INERTIA) * seen;
         }
     }
@@ -153,13 +153,13 @@ fn at(page: u64) -> GuestAddress {
     GuestAddress(page * PAGE_SIZE as u64)
 }
 
-fn median(mut times: Vec<Duration>) -> f32 {
+fn median(mut times: Vec<Duration>) -> f64 {
     times.sort_unstable();
-    times.get(times.len() / 2).map_or(0.0, |time| time.as_nanos() as f32)
+    times.get(times.len() / 2).map_or(0.0, |time| time.as_secs_f64() * 1e9)
 }
 
 /// Times of protecting one page, and a run of 64.
-fn protections(userfault: &Userfault) -> Result<(f32, f32), userfault::UserfaultError> {
+fn protections(userfault: &Userfault) -> Result<(f64, f64), userfault::UserfaultError> {
     let mut times = [vec![], vec![]];
     for start in (0..SCRATCH_PAGES as u64).step_by(64) {
         for (pages, times) in [1, 64].into_iter().zip(&mut times) {
@@ -174,7 +174,7 @@ fn protections(userfault: &Userfault) -> Result<(f32, f32), userfault::Userfault
 }
 
 /// Time of copying a page into memory as it is.
-fn copies(memory: &Memory, into: &mut [Page]) -> io::Result<f32> {
+fn copies(memory: &Memory, into: &mut [Page]) -> io::Result<f64> {
     let mut times = Vec::new();
     for (page, into) in (0..).zip(into.iter_mut()) {
         let began = Instant::now();
@@ -186,7 +186,7 @@ fn copies(memory: &Memory, into: &mut [Page]) -> io::Result<f32> {
 }
 
 /// Time of a write that waits for another thread to end the protection.
-fn faults(memory: &Arc<Memory>, userfault: &Userfault) -> Result<f32, CowError> {
+fn faults(memory: &Arc<Memory>, userfault: &Userfault) -> Result<f64, CowError> {
     userfault.protect(0, FAULTS).map_err(CowError::Protect)?;
     let writer = Arc::clone(memory);
     let done = Arc::new(AtomicBool::new(false));

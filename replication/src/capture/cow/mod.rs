@@ -76,16 +76,21 @@ impl Share {
     /// The pages of `set` in this share, ascending.
     pub fn pages(self, set: &PageSet) -> impl Iterator<Item = PageIndex> + '_ {
         let words = set.words().iter().enumerate().skip(self.index).step_by(self.of);
-        words.flat_map(|(at, word)| bits(*word).map(move |bit| PageIndex(at as u64 * 64 + bit)))
+        words.flat_map(|(at, word)| bits(*word).map(move |bit| page(at, bit)))
     }
 }
 
+/// The page of a bit of a group.
+fn page(group: usize, bit: usize) -> PageIndex {
+    PageIndex((group * 64 + bit) as u64)
+}
+
 /// The numbers of the bits that are set, ascending.
-fn bits(word: u64) -> impl Iterator<Item = u64> {
+fn bits(word: u64) -> impl Iterator<Item = usize> {
     let mut rest = word;
     std::iter::from_fn(move || {
         (rest != 0).then(|| {
-            let bit = u64::from(rest.trailing_zeros());
+            let bit = rest.trailing_zeros() as usize;
             rest &= rest - 1;
             bit
         })
@@ -93,7 +98,7 @@ fn bits(word: u64) -> impl Iterator<Item = u64> {
 }
 
 /// How many bits that are set lie below `bit`.
-fn rank(word: u64, bit: u64) -> usize {
+fn rank(word: u64, bit: usize) -> usize {
     (word & ((1 << bit) - 1)).count_ones() as usize
 }
 

@@ -12,8 +12,8 @@ use super::cost::{self, Costs};
 use super::handler::Handler;
 use super::table::{SLOTS, Table};
 use super::{
-    CowError, Cursor, Freezer, Frozen, GROUP_PAGES, Page, PageIndex, Piece, Scratch, Share, bits,
-    rank, runs,
+    CowError, Cursor, Freezer, Frozen, GROUP_PAGES, Page, Piece, Scratch, Share, bits, page, rank,
+    runs,
 };
 use crate::checking;
 use crate::ram::{PageSet, Preserve, Ram};
@@ -136,7 +136,7 @@ impl Freezer for ProtectFreezer {
             copy_group(ram, group, copied, buffer)?;
             if copied != 0 && self.costs.is_some() {
                 let heat = self.shared.table.heat(group);
-                bits(copied).for_each(|bit| cost::fade(&heat[bit as usize]));
+                bits(copied).for_each(|bit| cost::fade(&heat[bit]));
             }
         }
         arming.flush()?;
@@ -252,12 +252,11 @@ impl Held {
     fn hand_out<'a>(&'a self, entry: &Entry, into: &'a mut [Page], batch: &mut Vec<Piece<'a>>) {
         let Entry { group, word, copied, at } = *entry;
         let kept = word & !copied;
-        let start = group as u64 * 64;
         let table = &self.shared.table;
         if let Some(slot) = self.slot.filter(|_| kept != 0) {
             let taken = table.take(slot, group, kept, into);
             for bit in bits(kept & !taken) {
-                table.take_aside(slot, start + bit, &mut into[rank(kept, bit)]);
+                table.take_aside(slot, page(group, bit), &mut into[rank(kept, bit)]);
             }
         }
         let into: &'a [Page] = into;
@@ -267,7 +266,7 @@ impl Held {
             } else {
                 self.parts.buffer.page(at + rank(copied, bit))
             };
-            (PageIndex(start + bit), bytes)
+            (page(group, bit), bytes)
         }));
     }
 }

@@ -28,7 +28,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use userfault::Userfault;
 
-use super::{CowError, Page, bits, cost, rank, runs};
+use super::{CowError, Page, bits, cost, page, rank, runs};
 use crate::checking::Delays;
 use crate::error::chain;
 use crate::ids::{PAGE_SIZE, PageIndex};
@@ -51,7 +51,7 @@ struct Group {
 }
 
 /// Pages of one epoch that were written before a sender came.
-type Aside = Mutex<HashMap<u64, Box<Page>>>;
+type Aside = Mutex<HashMap<PageIndex, Box<Page>>>;
 
 /// The state of all pages.
 pub(super) struct Table {
@@ -141,8 +141,8 @@ impl Table {
         }
     }
 
-    fn copy(&self, page: u64, into: &mut Page) {
-        assert!(self.ram.read_page(PageIndex(page), into), "page {page} was armed");
+    fn copy(&self, page: PageIndex, into: &mut Page) {
+        assert!(self.ram.read_page(page, into), "page {page} was armed");
     }
 
     fn spare_page(&self) -> Box<Page> {
@@ -150,32 +150,33 @@ impl Table {
         spare.unwrap_or_else(|| Box::new([0; PAGE_SIZE]))
     }
 
-    /// Somebody waits to write `page`.
-    pub(super) fn fault(&self, page: u64) {
+    /// Somebody waits to write the page of this index.
+    pub(super) fn fault(&self, index: u64) {
         self.delays.at("fault");
-        let group = usize::try_from(page / 64).expect("a page of this memory");
-        let bit = 1 << (page % 64);
+        let index = usize::try_from(index).expect("a page of this memory");
+        let (group, bit) = (index / 64, index % 64);
+        let word = 1 << bit;
         let mut state = lock(&self.groups[group]);
-        if state.taking & bit != 0 {
+        if state.taking & word != 0 {
             // Its taker unprotects it in a moment.
             return;
         }
-        if let Some(slot) = state.armed.iter().position(|armed| armed & bit != 0) {
-            self.set_aside(&mut state, slot, page);
+        if let Some(slot) = state.armed.iter().position(|armed| armed & word != 0) {
+            self.set_aside(&mut state, slot, group, bit);
             self.faults.fetch_add(1, Ordering::Relaxed);
-            cost::heat_up(&self.heat(group)[(page % 64) as usize]);
+            cost::heat_up(&self.heat(group)[bit]);
         }
-        state.gap &= !bit;
+        state.gap &= !word;
         // Under the lock: an epoch that arms the page does so before or after, not in between.
-        self.unprotect(group, bit);
+        self.unprotect(group, word);
     }
 
     /// Copies an armed page aside, which is free then, but for its protection.
-    fn set_aside(&self, state: &mut Group, slot: usize, page: u64) {
+    fn set_aside(&self, state: &mut Group, slot: usize, group: usize, bit: usize) {
         let mut copy = self.spare_page();
-        self.copy(page, &mut copy);
-        lock(&self.aside[slot]).insert(page, copy);
-        state.armed[slot] &= !(1 << (page % 64));
+        self.copy(page(group, bit), &mut copy);
+        lock(&self.aside[slot]).insert(page(group, bit), copy);
+        state.armed[slot] &= !(1 << bit);
     }
 
     /// Takes the pages of a group that are still armed for `slot`, copies them and unprotects them;
@@ -183,8 +184,8 @@ impl Table {
     pub(super) fn take(&self, slot: usize, group: usize, kept: u64, into: &mut [Page]) -> u64 {
         self.take_with(slot, group, |mine| {
             for bit in bits(mine) {
-                self.copy(group as u64 * 64 + bit, &mut into[rank(kept, bit)]);
-                cost::cool(&self.heat(group)[bit as usize]);
+                self.copy(page(group, bit), &mut into[rank(kept, bit)]);
+                cost::cool(&self.heat(group)[bit]);
             }
         })
     }
@@ -211,7 +212,7 @@ impl Table {
     }
 
     /// Hands out a page that was copied aside for `slot`.
-    pub(super) fn take_aside(&self, slot: usize, page: u64, into: &mut Page) {
+    pub(super) fn take_aside(&self, slot: usize, page: PageIndex, into: &mut Page) {
         let copy = lock(&self.aside[slot]).remove(&page);
         let copy = copy.expect("a page of an epoch is copied, armed, or copied aside");
         *into = *copy;
@@ -234,7 +235,7 @@ impl Table {
             for slot in 0..SLOTS {
                 let armed = state.armed[slot];
                 for bit in bits(armed) {
-                    self.set_aside(&mut state, slot, group as u64 * 64 + bit);
+                    self.set_aside(&mut state, slot, group, bit);
                 }
                 freed |= armed;
             }

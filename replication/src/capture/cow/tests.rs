@@ -78,7 +78,7 @@ impl Guest {
         let mut set = PageSet::new(self.ram.pages());
         for (group, word) in self.dirty.iter().enumerate() {
             let word = word.swap(0, Ordering::Relaxed);
-            bits(word).for_each(|bit| set.insert(PageIndex(group as u64 * 64 + bit)));
+            bits(word).for_each(|bit| set.insert(page(group, bit)));
         }
         set
     }
@@ -110,7 +110,7 @@ fn send(frozen: &dyn Frozen, share: Share, sealed: &[Page]) -> (Vec<PageIndex>, 
             assert!(last < Some(page), "each page once, ascending");
             last = Some(page);
             count += 1;
-            if *bytes != sealed[page.0 as usize] {
+            if *bytes != sealed[usize::try_from(page.0).unwrap()] {
                 bad.push(page);
             }
         }
