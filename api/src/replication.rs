@@ -228,6 +228,9 @@ pub struct ReplicationInfo {
     pub epoch_committed: u64,
     /// How long the guest stood still for a seal.
     pub pause_us: Percentiles,
+    /// Of what the pauses consist: the median of each step.
+    #[serde(default)]
+    pub pause_steps_us: PauseSteps,
     /// From seal to the backup's acknowledgement.
     pub commit_latency_us: Percentiles,
     pub dirty_pages: PageCounts,
@@ -248,6 +251,21 @@ pub struct ReplicationInfo {
     /// Take-over steps in microseconds since the UNIX epoch, on the side that took over.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub takeover: Option<TakeoverTimes>,
+}
+
+/// The steps of a pause in microseconds, in their order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PauseSteps {
+    /// Until the vCPUs stand and have saved their state, and the devices are parked.
+    pub stop: u64,
+    /// Reading the dirty pages and re-arming their tracking.
+    pub harvest: u64,
+    /// Copying or protecting them.
+    pub keep: u64,
+    /// Reading the devices' state, tagging the output.
+    pub capture: u64,
+    /// Until the vCPUs were told to run.
+    pub release: u64,
 }
 
 /// When the steps of a take-over happened: microseconds since the UNIX epoch.

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use api::replication::ReplicationInfo;
+use api::replication::{PauseSteps, ReplicationInfo};
 
 use super::stats::Window;
 use crate::ids::PAGE_SIZE;
@@ -14,6 +14,8 @@ pub(crate) struct Gathered {
     /// All but the distributions and counters.
     pub(crate) info: ReplicationInfo,
     pub(crate) pause_us: Window,
+    /// Of each step in turn, as in [`PauseSteps`].
+    pub(crate) steps_us: [Window; 5],
     pub(crate) commit_us: Window,
     pub(crate) dirty_pages: Window,
 }
@@ -79,6 +81,9 @@ impl Status {
         let mut info = gathered.info.clone();
         info.sync_progress = info.sync_progress.max(self.counters.progress());
         info.pause_us = gathered.pause_us.percentiles();
+        let [stop, harvest, keep, capture, release] =
+            gathered.steps_us.each_ref().map(|step| step.percentiles().p50);
+        info.pause_steps_us = PauseSteps { stop, harvest, keep, capture, release };
         info.commit_latency_us = gathered.commit_us.percentiles();
         info.dirty_pages = gathered.dirty_pages.page_counts();
         info.bytes_sent = self.counters.wire_bytes.load(Ordering::Relaxed);

@@ -25,6 +25,28 @@ pub(super) struct Sealed<S> {
     pub(super) log: Log,
     /// How long the guest stood still.
     pub(super) stood: Duration,
+    /// Of that, each step's part: stop, harvest, keep, capture, release.
+    pub(super) steps: [Duration; 5],
+}
+
+/// Times the steps of a pause.
+struct Steps {
+    began: Instant,
+    steps: [Duration; 5],
+    next: usize,
+}
+
+impl Steps {
+    fn since(began: Instant) -> Self {
+        Self { began, steps: Default::default(), next: 0 }
+    }
+
+    /// The next step is over.
+    fn done(&mut self) {
+        let now = Instant::now();
+        self.steps[self.next] = now.duration_since(self.began);
+        (self.began, self.next) = (now, self.next + 1);
+    }
 }
 
 /// What a pause brought.
@@ -166,12 +188,15 @@ impl Sealer {
         quiet: impl FnOnce(),
     ) -> Result<Pause<G::State>, Error> {
         self.quiesce(guest)?;
+        let mut steps = Steps::since(self.stands.unwrap_or_else(Instant::now));
+        steps.done();
         if stay {
             guest.settle_output();
         }
         // Nothing more is sent from here on: a wish for an early seal is fulfilled.
         quiet();
         self.harvest(guest)?;
+        steps.done();
         let pages = self.dirty.pages().len();
         if pages > self.pages_max {
             return Ok(Pause::TooLarge { bytes: pages * PAGE_SIZE as u64 });
@@ -190,16 +215,19 @@ impl Sealer {
             _ => None,
         };
         self.delays.at("seal");
+        steps.done();
         let state = guest.capture().map_err(failed("read the machine state"))?;
         guest.seal_output(epoch);
         let log = self.journal.as_ref().map(|journal| journal.seal()).unwrap_or_default();
+        steps.done();
         if let Some(equality) = &self.equality {
             equality.sealed(&self.ram, epoch.0);
         }
         let since = self.stands.unwrap_or_else(Instant::now);
         let runs_on = (frozen.is_some() || self.is_thawed) && !stay;
         let stood = if runs_on { self.release(guest)? } else { since.elapsed() };
+        steps.done();
         let source = frozen.map_or(Source::Live(set), Source::Frozen);
-        Ok(Pause::Sealed(Sealed { state, source, log, stood }))
+        Ok(Pause::Sealed(Sealed { state, source, log, stood, steps: steps.steps }))
     }
 }

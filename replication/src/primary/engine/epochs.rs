@@ -99,7 +99,7 @@ impl<G: Guest> Engine<G> {
         sealed: Sealed<G::State>,
         took: Duration,
     ) -> Result<(), Error> {
-        let Sealed { state, source, log, stood } = sealed;
+        let Sealed { state, source, log, stood, steps } = sealed;
         let sealed_at = Instant::now();
         self.sealed = epoch;
         self.first = false;
@@ -129,6 +129,9 @@ impl<G: Guest> Engine<G> {
         let mut gathered = self.status.lock();
         if handover || self.options.cow != Cow::Off {
             gathered.pause_us.add_time(stood);
+        }
+        for (window, step) in gathered.steps_us.iter_mut().zip(steps) {
+            window.add_time(step);
         }
         gathered.dirty_pages.add(pages);
         gathered.info.epoch_sealed = epoch.0;
