@@ -1,10 +1,14 @@
-//! Commit: an epoch is whole once its seal and a matching part of every connection are here.
+//! Commit: an epoch is whole once its seal and a matching part of every connection are here. Those
+//! in flight after it are gathered meanwhile, and handed out in their order.
+
+use std::collections::VecDeque;
 
 use thiserror::Error;
 
 use super::disks::DiskPart;
 use super::staging::Part;
 use crate::ids::EpochId;
+use crate::protocol::primary::IN_FLIGHT_MAX;
 use crate::wire::Seal;
 
 /// Why what arrived is no epoch.
@@ -31,44 +35,66 @@ pub(super) struct Epoch {
     pub(super) disks: DiskPart,
 }
 
-/// Gathers one epoch.
+impl Epoch {
+    /// What it took of the staging.
+    pub(super) fn cost_bytes(&self) -> u64 {
+        let pages: u64 = self.parts.iter().map(|part| part.cost_bytes).sum();
+        pages + self.disks.cost_bytes
+    }
+}
+
+/// An epoch of which something is here.
 #[derive(Debug)]
-pub(super) struct Gather {
+struct Gathering {
     seal: Option<Seal>,
     parts: Vec<Option<Part>>,
-    /// Whether one is due, and the one that is here.
-    has_disks: bool,
     disks: Option<DiskPart>,
+}
+
+/// Gathers the epochs that are in flight.
+#[derive(Debug)]
+pub(super) struct Gather {
+    connections: usize,
+    /// Whether each epoch has a part of the disks.
+    has_disks: bool,
+    /// The one that is due, and those after it.
+    epochs: VecDeque<Gathering>,
 }
 
 impl Gather {
     pub(super) fn new(connections: usize, has_disks: bool) -> Self {
-        let parts = (0..connections).map(|_| None).collect();
-        Self { seal: None, parts, has_disks, disks: None }
+        Self { connections, has_disks, epochs: VecDeque::new() }
     }
 
     /// Forgets everything.
     pub(super) fn clear(&mut self) {
-        self.seal = None;
-        self.parts.iter_mut().for_each(|part| *part = None);
-        self.disks = None;
+        self.epochs.clear();
     }
 
-    /// A seal arrived, where `due` is the epoch that may.
-    pub(super) fn seal(&mut self, seal: Seal, due: EpochId) -> Result<Option<Epoch>, CommitError> {
-        let epoch = seal.epoch;
-        if epoch != due {
-            return Err(CommitError::Order { due, found: epoch });
+    /// What is here of `epoch`, where `due` is the first that may come.
+    fn of(&mut self, epoch: EpochId, due: EpochId) -> Result<&mut Gathering, CommitError> {
+        let order = CommitError::Order { due, found: epoch };
+        let ahead = epoch.0.checked_sub(due.0).filter(|ahead| *ahead < IN_FLIGHT_MAX);
+        let ahead = ahead.and_then(|ahead| usize::try_from(ahead).ok()).ok_or(order)?;
+        while self.epochs.len() <= ahead {
+            let parts = (0..self.connections).map(|_| None).collect();
+            self.epochs.push_back(Gathering { seal: None, parts, disks: None });
         }
-        if self.seal.is_some() {
+        Ok(&mut self.epochs[ahead])
+    }
+
+    /// A seal arrived.
+    pub(super) fn seal(&mut self, seal: Seal, due: EpochId) -> Result<(), CommitError> {
+        let (epoch, expected, found) = (seal.epoch, self.connections, seal.pages.len());
+        let of = self.of(epoch, due)?;
+        if of.seal.is_some() {
             return Err(CommitError::Twice(epoch));
         }
-        if seal.pages.len() != self.parts.len() {
-            let (expected, found) = (self.parts.len(), seal.pages.len());
+        if found != expected {
             return Err(CommitError::Connections { epoch, expected, found });
         }
-        self.seal = Some(seal);
-        self.whole()
+        of.seal = Some(seal);
+        Ok(())
     }
 
     /// A connection's part arrived.
@@ -77,46 +103,45 @@ impl Gather {
         connection: usize,
         part: Part,
         due: EpochId,
-    ) -> Result<Option<Epoch>, CommitError> {
-        if part.epoch != due {
-            return Err(CommitError::Order { due, found: part.epoch });
-        }
-        match self.parts.get_mut(connection) {
+    ) -> Result<(), CommitError> {
+        let epoch = part.epoch;
+        match self.of(epoch, due)?.parts.get_mut(connection) {
             Some(slot @ None) => *slot = Some(part),
-            _ => return Err(CommitError::Twice(due)),
+            _ => return Err(CommitError::Twice(epoch)),
         }
-        self.whole()
+        Ok(())
     }
 
     /// The disks' part arrived.
-    pub(super) fn disk_part(
-        &mut self,
-        part: DiskPart,
-        due: EpochId,
-    ) -> Result<Option<Epoch>, CommitError> {
-        if part.epoch != due {
-            return Err(CommitError::Order { due, found: part.epoch });
+    pub(super) fn disk_part(&mut self, part: DiskPart, due: EpochId) -> Result<(), CommitError> {
+        let epoch = part.epoch;
+        if self.of(epoch, due)?.disks.replace(part).is_some() {
+            return Err(CommitError::Twice(epoch));
         }
-        if self.disks.replace(part).is_some() {
-            return Err(CommitError::Twice(due));
-        }
-        self.whole()
+        Ok(())
     }
 
-    fn whole(&mut self) -> Result<Option<Epoch>, CommitError> {
-        let lacks_disks = self.has_disks && self.disks.is_none();
-        if self.seal.is_none() || lacks_disks || self.parts.iter().any(Option::is_none) {
+    /// Hands out the epoch that is due once it is whole.
+    pub(super) fn whole(&mut self) -> Result<Option<Epoch>, CommitError> {
+        let has_disks = self.has_disks;
+        let is_whole = |of: &Gathering| {
+            let disks = !has_disks || of.disks.is_some();
+            of.seal.is_some() && disks && of.parts.iter().all(Option::is_some)
+        };
+        if !self.epochs.front().is_some_and(is_whole) {
             return Ok(None);
         }
-        let Some(seal) = self.seal.take() else { return Ok(None) };
-        let parts: Vec<Part> = self.parts.iter_mut().filter_map(Option::take).collect();
+        let Some(Gathering { seal: Some(seal), parts, disks }) = self.epochs.pop_front() else {
+            return Ok(None);
+        };
+        let parts: Vec<Part> = parts.into_iter().flatten().collect();
         for (connection, (part, sealed)) in parts.iter().zip(&seal.pages).enumerate() {
             let (epoch, found, sealed) = (seal.epoch, part.sum.pages, *sealed);
             if found != sealed {
                 return Err(CommitError::Pages { epoch, connection, found, sealed });
             }
         }
-        let disks = self.disks.take().unwrap_or_default();
+        let disks = disks.unwrap_or_default();
         if disks.sum.pages != seal.changes {
             let (epoch, found, sealed) = (seal.epoch, disks.sum.pages, seal.changes);
             return Err(CommitError::Changes { epoch, found, sealed });

@@ -92,8 +92,6 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     state: Option<<B::Replica as Replica>::State>,
     /// Checked, waiting for its acknowledgement's side effects: what is applied next.
     verified: Option<Epoch>,
-    /// Whole, while the arbiter's record is being looked at or the images are behind.
-    early: Option<Epoch>,
     /// The generation whose record is being looked at.
     pairing: Option<Generation>,
     retry_at: Option<Instant>,
@@ -134,7 +132,6 @@ impl<B: ReplicaBuilder> Engine<B> {
             equality: Equality::from_environment(),
             state: None,
             verified: None,
-            early: None,
             pairing: None,
             retry_at: None,
             undecided_told: false,
@@ -211,8 +208,8 @@ impl<B: ReplicaBuilder> Engine<B> {
                 if self.is_current(number) && self.is_receiving() {
                     let due = self.machine.expected();
                     let Some(session) = &mut self.session else { return };
-                    let whole = session.gather.disk_part(part, due);
-                    self.gathered(whole);
+                    let gathered = session.gather.disk_part(part, due);
+                    self.gathered(gathered);
                 }
             }
             Input::Images(number, done) => {
@@ -513,11 +510,11 @@ impl<B: ReplicaBuilder> Engine<B> {
             Message::Seal(seal) => {
                 self.status.lock().info.epoch_sealed = seal.epoch.0;
                 let due = self.machine.expected();
-                let whole = match &mut self.session {
+                let gathered = match &mut self.session {
                     Some(session) => session.gather.seal(seal, due),
                     None => return,
                 };
-                self.gathered(whole);
+                self.gathered(gathered);
             }
             Message::Resync => self.step(Event::ResyncTold),
             Message::Stop => self.step(Event::StopTold),
@@ -566,13 +563,15 @@ impl<B: ReplicaBuilder> Engine<B> {
         self.pairing.is_some() || self.images.as_ref().is_some_and(|(_, images)| images.is_behind())
     }
 
-    /// Looks at an epoch that had to wait.
+    /// Looks at the epochs that are whole.
     fn go_on(&mut self) {
-        if !self.is_busy()
-            && self.is_receiving()
-            && let Some(epoch) = self.early.take()
-        {
-            self.verify(epoch);
+        while !self.is_busy() && self.is_receiving() {
+            let Some(session) = &mut self.session else { return };
+            match session.gather.whole() {
+                Ok(None) => return,
+                Ok(Some(epoch)) => self.verify(epoch),
+                Err(error) => return self.step(Event::Bad(error.to_string())),
+            }
         }
     }
 
@@ -584,15 +583,13 @@ impl<B: ReplicaBuilder> Engine<B> {
     fn part(&mut self, index: usize, part: Part) {
         let due = self.machine.expected();
         let Some(session) = &mut self.session else { return };
-        let whole = session.gather.part(index, part, due);
-        self.gathered(whole);
+        let gathered = session.gather.part(index, part, due);
+        self.gathered(gathered);
     }
 
-    fn gathered(&mut self, whole: Result<Option<Epoch>, CommitError>) {
-        match whole {
-            Ok(None) => {}
-            Ok(Some(epoch)) if self.is_busy() => self.early = Some(epoch),
-            Ok(Some(epoch)) => self.verify(epoch),
+    fn gathered(&mut self, gathered: Result<(), CommitError>) {
+        match gathered {
+            Ok(()) => self.go_on(),
             Err(error) => self.step(Event::Bad(error.to_string())),
         }
     }
@@ -606,7 +603,7 @@ impl<B: ReplicaBuilder> Engine<B> {
                 let (id, generation, handover) = (seal.epoch, seal.generation, seal.handover);
                 let before = self.machine.committed();
                 if let Some(session) = &self.session {
-                    session.shared.budget.reset();
+                    session.shared.budget.give_back(epoch.cost_bytes());
                 }
                 self.verified = Some(epoch);
                 let parsed = self.state.replace(state);

@@ -1,7 +1,7 @@
 //! The receiver threads, one for each data connection: frames in, staged parts out.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -16,6 +16,7 @@ use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
 use crate::ids::{EpochId, PAGE_SIZE};
+use crate::protocol::primary::IN_FLIGHT_MAX;
 use crate::ram::Ram;
 use crate::transport::Stream;
 use crate::wire::{
@@ -34,7 +35,7 @@ pub(super) enum ReceiveError {
     Mixed { current: EpochId, found: EpochId },
     #[error("Pages of a first copy arrived after a committed epoch")]
     LateCopy,
-    #[error("Epoch {0} ended before the one before it was acknowledged")]
+    #[error("Epoch {0} ended before those before it were acknowledged")]
     Ahead(EpochId),
     #[error("The end of epoch {0} does not match what arrived")]
     Mismatch(EpochId),
@@ -63,13 +64,27 @@ pub(super) struct Shared {
     pub(super) counters: Arc<Counters>,
 }
 
-/// A part on its way to the engine, which drops this when it takes the part: one is as much as a
-/// primary may send ahead, since it waits for acknowledgements.
-pub(super) struct OnItsWay(pub(super) Arc<AtomicBool>);
+/// A part on its way to the engine, which drops this when it takes the part: as many as may be in
+/// flight are as much as a primary may send ahead, since it waits for acknowledgements.
+pub(super) struct OnItsWay(Arc<AtomicU64>);
+
+impl OnItsWay {
+    /// How many are, of one connection.
+    pub(super) fn none() -> Arc<AtomicU64> {
+        Arc::default()
+    }
+
+    /// One more, if there may be.
+    pub(super) fn another(under_way: &Arc<AtomicU64>) -> Option<Self> {
+        let more = |count: u64| (count < IN_FLIGHT_MAX).then_some(count + 1);
+        let counted = under_way.fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
+        counted.is_ok().then(|| Self(Arc::clone(under_way)))
+    }
+}
 
 impl Drop for OnItsWay {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Release);
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -95,7 +110,8 @@ impl DataConnection {
         let io = |error| Error::Wire(WireError::Io(error));
         let closer = reader.get_ref().duplicate().map_err(io)?;
         closer.set_read_timeout(None).map_err(io)?;
-        let (spare, spares) = bounded(2);
+        // Those in flight, and one that is being filled.
+        let (spare, spares) = bounded(3);
         let receiver = Receiving {
             reader: listening(reader, shared.heard.clone()),
             shared,
@@ -129,17 +145,17 @@ struct Receiving {
 
 impl Receiving {
     fn run(mut self, mut deliver: impl FnMut(Delivery) -> bool) {
-        let under_way = Arc::new(AtomicBool::new(false));
+        let under_way = OnItsWay::none();
         let mut scratch = vec![0; RAW_PAGES_MAX * PAGE_SIZE];
         loop {
             match self.frame(&mut scratch) {
                 Ok(None) => {}
                 Ok(Some(part)) => {
-                    if under_way.swap(true, Ordering::AcqRel) {
+                    let Some(on_its_way) = OnItsWay::another(&under_way) else {
                         deliver(Err(ReceiveError::Ahead(part.epoch)));
                         return;
-                    }
-                    if !deliver(Ok((part, OnItsWay(Arc::clone(&under_way))))) {
+                    };
+                    if !deliver(Ok((part, on_its_way))) {
                         return;
                     }
                 }
@@ -201,11 +217,11 @@ impl Receiving {
             return Err(ReceiveError::Mixed { current: self.part.epoch, found: epoch });
         }
         let runs = self.part.runs.len() + self.header.runs.len();
-        let fits = runs <= runs_max(self.shared.ram.pages())
-            && self.shared.budget.take(Part::cost(&self.header.runs));
-        if !fits {
+        let cost = Part::cost(&self.header.runs);
+        if runs > runs_max(self.shared.ram.pages()) || !self.shared.budget.take(cost) {
             return Err(ReceiveError::Full { epoch, bytes: self.shared.budget.whole() });
         }
+        self.part.cost_bytes += cost;
         self.reader.read_into(self.part.room(bytes))?;
         let crc = self.reader.finish(frame)?;
         let pages = self.header.runs.iter().map(|run| u64::from(run.count)).sum();

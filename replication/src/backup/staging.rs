@@ -1,7 +1,7 @@
-//! Staging: pages of the epoch that is not committed yet, invisible to the image.
+//! Staging: pages of epochs that are not committed yet, invisible to the image.
 //!
 //! Enters: checked frames of one data connection. Leaves: one [`Part`] at its end marker. Always
-//! holds: the parts of an epoch together have at most the bytes that were set aside for it.
+//! holds: the parts of all such epochs have at most the bytes that were set aside together.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::ids::{EpochId, PAGE_SIZE};
 use crate::wire::{ConnectionPart, Run};
 
-/// What is left of the bytes set aside for the epoch that is being staged.
+/// What is left of the bytes set aside for the epochs that are being staged.
 #[derive(Clone, Debug)]
 pub(super) struct Budget {
     left: Arc<AtomicU64>,
@@ -27,7 +27,13 @@ impl Budget {
         self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).is_ok()
     }
 
-    /// The epoch is staged whole, or dropped: the next one begins.
+    /// What an epoch took is free again.
+    pub(super) fn give_back(&self, bytes: u64) {
+        let more = |left: u64| Some(left.saturating_add(bytes).min(self.whole));
+        let _ = self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
+    }
+
+    /// Everything is dropped.
     pub(super) fn reset(&self) {
         self.left.store(self.whole, Ordering::Release);
     }
@@ -42,6 +48,8 @@ impl Budget {
 pub(super) struct Part {
     pub(super) epoch: EpochId,
     pub(super) sum: ConnectionPart,
+    /// What it took of the budget.
+    pub(super) cost_bytes: u64,
     pub(super) runs: Vec<Run>,
     /// Contents of the runs that are not zero, in their order.
     pub(super) bytes: Vec<u8>,
@@ -52,6 +60,7 @@ impl Part {
     pub(super) fn clear(&mut self) {
         self.epoch = EpochId(0);
         self.sum = ConnectionPart::default();
+        self.cost_bytes = 0;
         self.runs.clear();
         self.bytes.clear();
     }

@@ -18,9 +18,9 @@ use crate::error::Error;
 use crate::transport::Stream;
 use crate::wire::{FrameReader, FrameWriter, Message, WireError};
 
-/// Messages read ahead of the engine. One epoch is in flight, so a seal and the few words around
-/// it are all that a peer may have sent.
-const AHEAD_MAX: usize = 4;
+/// Messages read ahead of the engine. Two epochs are in flight, so their seals and the few words
+/// around them are all that a peer may have sent.
+const AHEAD_MAX: usize = 6;
 
 /// A place in the engine's queue; free again when this is dropped.
 #[derive(Debug)]

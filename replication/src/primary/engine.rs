@@ -1,5 +1,6 @@
 //! The primary's engine: carries out what [`crate::protocol::primary`] decides.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ use crate::ids::{EpochId, Generation};
 use crate::observer::{Event as Told, Observer};
 use crate::ownership::{HostId, HostIdentity, Record, Standing};
 use crate::protocol::ownership::{Claim, Verdict};
-use crate::protocol::primary::{Action, Event, Primary, Report, State};
+use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Report, State};
 use crate::wire::{Message, WireError};
 
 /// Passes of a copy after which the rest goes into the first epoch, however large.
@@ -85,9 +86,11 @@ enum Work {
     Epochs,
 }
 
-/// The epoch that waits for its acknowledgement.
+/// An epoch that waits for its acknowledgement, and what it needs of the backup's staging.
 struct InFlight {
     sealed_at: Instant,
+    pages: u64,
+    log_bytes: u64,
 }
 
 pub(super) struct Engine<G: Guest> {
@@ -118,9 +121,12 @@ pub(super) struct Engine<G: Guest> {
     /// Number of the job that is out, and senders that still work on it.
     job: u64,
     unsent: usize,
-    in_flight: Option<InFlight>,
+    /// In their order.
+    in_flight: VecDeque<InFlight>,
     sealed: EpochId,
     last_seal: Instant,
+    /// When the dirty set was looked at last while nothing could be sealed.
+    last_look: Instant,
     first: bool,
     handover: bool,
     too_large: u32,
@@ -170,7 +176,7 @@ impl<G: Guest> Engine<G> {
             deliver.send(Input::Sent(sent)).is_ok()
         })?;
         let (output, waker) = Self::wake_by(&mut guest, inputs.clone());
-        let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages(), log_bytes_max)?;
+        let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages())?;
         let disks = match (guest.disks(), disks) {
             (Some(disks), Some(writer)) => {
                 let journal = journal(&disks, waker);
@@ -206,9 +212,10 @@ impl<G: Guest> Engine<G> {
             work: Work::Nothing,
             job: 0,
             unsent: 0,
-            in_flight: None,
+            in_flight: VecDeque::new(),
             sealed: EpochId(0),
             last_seal: Instant::now(),
+            last_look: Instant::now(),
             first: true,
             handover: false,
             too_large: 0,
@@ -308,7 +315,7 @@ impl<G: Guest> Engine<G> {
 
     /// Whether the peer has something to take or to acknowledge.
     fn awaits_peer(&self) -> bool {
-        let busy = self.unsent > 0 || self.in_flight.is_some() || self.disks_copy;
+        let busy = self.unsent > 0 || !self.in_flight.is_empty() || self.disks_copy;
         self.control.is_some() && busy
     }
 
@@ -327,17 +334,28 @@ impl<G: Guest> Engine<G> {
 
     fn output_waiting(&self) -> bool {
         self.output.load(Ordering::Acquire)
-            || (self.in_flight.is_none() && self.guest.output_waiting())
+            || (self.in_flight.is_empty() && self.guest.output_waiting())
     }
 
-    /// When to seal, or, with an epoch in flight, when to look at the dirty set.
+    /// Whether another epoch may be sealed now. Not before all of the last one is out: what waits
+    /// behind it on the link is better gathered in one epoch.
+    fn may_seal(&self) -> bool {
+        let sent = self.unsent == 0 && self.options.cow != Cow::Off && !self.first;
+        let room = (self.in_flight.len() as u64) < IN_FLIGHT_MAX;
+        self.in_flight.is_empty() || sent && room && !self.handover
+    }
+
+    /// When to seal, or, while that may not be, when to look at the dirty set.
     fn seal_due(&self) -> Instant {
-        let output = self.in_flight.is_none() && self.output_waiting();
-        if self.in_flight.is_some() && self.sealer.stands() {
+        if !self.in_flight.is_empty() && self.sealer.stands() {
             // Only the acknowledgement can change anything.
             return Instant::now() + Duration::from_secs(3600);
         }
-        self.last_seal + self.cadence.interval(output)
+        if self.may_seal() {
+            self.last_seal + self.cadence.interval(self.output_waiting())
+        } else {
+            self.last_seal.max(self.last_look) + self.cadence.interval(false)
+        }
     }
 
     fn input(&mut self, input: Input) {
@@ -407,10 +425,11 @@ impl<G: Guest> Engine<G> {
     fn acked(&mut self, epoch: EpochId, generation: Generation) {
         self.sealer.delays.at("ack");
         self.step(Event::Acked { epoch, generation });
-        if self.machine.in_flight().is_some() {
+        // One that was refused took the session with it.
+        if self.machine.in_flight() >= self.in_flight.len() as u64 {
             return;
         }
-        if let Some(in_flight) = self.in_flight.take() {
+        if let Some(in_flight) = self.in_flight.pop_front() {
             let mut gathered = self.status.lock();
             gathered.commit_us.add_time(in_flight.sealed_at.elapsed());
             drop(gathered);
@@ -423,7 +442,8 @@ impl<G: Guest> Engine<G> {
         // acknowledgement may overtake: there is nothing to seal then.
         let sending = self.options.cow == Cow::Off && self.unsent > 0;
         let waits = self.sealer.stands() && !sending;
-        if self.work == Work::Epochs && (self.handover || waits) {
+        let handover = self.handover && self.in_flight.is_empty();
+        if self.work == Work::Epochs && (handover || waits && !self.handover) {
             self.seal();
         }
     }

@@ -57,15 +57,19 @@ pub(super) enum Pause<S> {
     TooLarge { bytes: u64 },
 }
 
+/// What an epoch may have at most.
+pub(super) struct Room {
+    pub(super) pages: u64,
+    /// Of the log of the disks.
+    pub(super) log_bytes: u64,
+}
+
 /// The parts of a primary that a seal needs.
 pub(super) struct Sealer {
     pub(super) ram: Ram,
     pub(super) dirty: Dirty,
     /// `None`: the guest stands until its pages are sent.
     freezer: Option<Box<dyn Freezer>>,
-    pages_max: u64,
-    /// Of the log of the disks.
-    log_bytes_max: u64,
     pub(super) journal: Option<Arc<Journal>>,
     /// The set that was sealed last: its pages are on their way.
     sealed: Arc<PageSet>,
@@ -102,19 +106,13 @@ fn freezer(ram: &Ram, cow: Cow, pages_max: u64) -> Result<Option<Box<dyn Freezer
 }
 
 impl Sealer {
-    pub(super) fn new(
-        ram: Ram,
-        cow: Cow,
-        pages_max: u64,
-        log_bytes_max: u64,
-    ) -> Result<Self, Error> {
+    /// Keeps pages as `cow` says, `pages_max` an epoch.
+    pub(super) fn new(ram: Ram, cow: Cow, pages_max: u64) -> Result<Self, Error> {
         let pages = ram.pages();
         Ok(Self {
             dirty: Dirty::new(pages),
             freezer: freezer(&ram, cow, pages_max)?,
             ram,
-            pages_max,
-            log_bytes_max,
             journal: None,
             sealed: Arc::new(PageSet::new(pages)),
             stands: None,
@@ -185,6 +183,7 @@ impl Sealer {
         guest: &mut G,
         epoch: EpochId,
         stay: bool,
+        room: &Room,
         quiet: impl FnOnce(),
     ) -> Result<Pause<G::State>, Error> {
         self.quiesce(guest)?;
@@ -198,12 +197,12 @@ impl Sealer {
         self.harvest(guest)?;
         steps.done();
         let pages = self.dirty.pages().len();
-        if pages > self.pages_max {
+        if pages > room.pages {
             return Ok(Pause::TooLarge { bytes: pages * PAGE_SIZE as u64 });
         }
         // Changes that were under way before the journal was there have no room in it.
         let open = self.journal.as_ref().map_or(0, |journal| journal.open_bytes());
-        if open > self.log_bytes_max {
+        if open > room.log_bytes {
             return Ok(Pause::TooLarge { bytes: open });
         }
         let set = self.take();

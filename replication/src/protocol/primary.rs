@@ -23,6 +23,9 @@
 use crate::ids::{EpochId, Generation};
 use crate::protocol::ownership::Verdict;
 
+/// Most epochs that are sealed and not acknowledged. Both sides count on it.
+pub const IN_FLIGHT_MAX: u64 = 2;
+
 /// Where the primary stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -148,7 +151,9 @@ pub struct Primary {
     state: State,
     arbiter: bool,
     generation: Generation,
-    in_flight: Option<EpochId>,
+    /// The last epoch that was sealed, and how many up to it wait for their acknowledgement.
+    sealed: EpochId,
+    in_flight: u64,
     committed: EpochId,
     /// Whether an epoch was committed since the last copy.
     protected: bool,
@@ -169,7 +174,8 @@ impl Primary {
             state: State::Syncing,
             arbiter,
             generation,
-            in_flight: None,
+            sealed: EpochId(0),
+            in_flight: 0,
             committed: EpochId(0),
             protected: false,
             resync: false,
@@ -195,9 +201,9 @@ impl Primary {
         self.committed
     }
 
-    /// The epoch that waits for its acknowledgement.
+    /// How many epochs wait for their acknowledgement.
     #[must_use]
-    pub fn in_flight(&self) -> Option<EpochId> {
+    pub fn in_flight(&self) -> u64 {
         self.in_flight
     }
 
@@ -249,7 +255,7 @@ impl Primary {
             }
             (State::Claiming(purpose), Verdict::Owned(generation)) => {
                 self.generation = generation;
-                self.in_flight = None;
+                self.in_flight = 0;
                 self.owned(purpose)
             }
             (State::Claiming(_), Verdict::Lost(_)) => {
@@ -292,8 +298,10 @@ impl Primary {
 
     fn sealed(&mut self, epoch: EpochId) -> Vec<Action> {
         assert!(matches!(self.state, State::Protected | State::HandingOver));
-        assert_eq!(self.in_flight, None, "one epoch is in flight");
-        self.in_flight = Some(epoch);
+        assert!(self.in_flight < IN_FLIGHT_MAX, "too many epochs are in flight");
+        assert!(self.in_flight == 0 || epoch == self.sealed.next(), "epochs follow each other");
+        self.in_flight += 1;
+        self.sealed = epoch;
         self.handed = self.state == State::HandingOver;
         vec![]
     }
@@ -306,11 +314,14 @@ impl Primary {
         if !waits {
             return vec![];
         }
-        if self.in_flight != Some(epoch) || generation != self.generation {
+        // They are acknowledged in their order.
+        let last = epoch.0.checked_add(self.in_flight).and_then(|after| after.checked_sub(1));
+        let is_due = self.in_flight > 0 && last == Some(self.sealed.0);
+        if !is_due || generation != self.generation {
             let reason = format!("The backup acknowledged epoch {epoch}, which was not sent");
             return self.peer_lost(reason);
         }
-        self.in_flight = None;
+        self.in_flight -= 1;
         self.committed = epoch;
         // What the last epoch of a switch-over said is in its machine state: the backup says it.
         let handed = self.state == State::HandingOver && self.handed;
@@ -422,7 +433,7 @@ impl Primary {
     fn handed_over(&mut self, generation: Generation) -> Vec<Action> {
         // Only what was asked for is believed.
         let asked = self.handed
-            && self.in_flight.is_none()
+            && self.in_flight == 0
             && generation.0.checked_sub(1) == Some(self.generation.0);
         match self.state {
             State::HandingOver | State::Undecided if asked => {

@@ -52,6 +52,27 @@ fn an_ack_of_what_was_not_sent_is_suspicion() {
 }
 
 #[test]
+fn epochs_in_flight_are_acknowledged_in_their_order() {
+    let mut primary = protected();
+    primary.step(Event::Sealed(EpochId(2)));
+    primary.step(Event::Sealed(EpochId(3)));
+    assert_eq!(primary.in_flight(), IN_FLIGHT_MAX);
+    assert_eq!(primary.step(ack(2)), [Action::Commit(EpochId(2))]);
+    primary.step(Event::Sealed(EpochId(4)));
+    assert_eq!(primary.step(ack(3)), [Action::Commit(EpochId(3))]);
+    assert_eq!(primary.step(ack(4)), [Action::Commit(EpochId(4))]);
+    assert_eq!(primary.in_flight(), 0);
+    primary.step(Event::Sealed(EpochId(5)));
+    primary.step(Event::Sealed(EpochId(6)));
+    for epoch in [6, 4, 7, u64::MAX] {
+        let mut primary = primary.clone();
+        let actions = primary.step(ack(epoch));
+        assert_eq!(actions.last(), Some(&Action::Claim { expected: G1 }), "{epoch}");
+        assert_eq!(primary.committed(), EpochId(4));
+    }
+}
+
+#[test]
 fn a_won_claim_passes_and_a_lost_one_destroys() {
     let mut primary = protected();
     primary.step(Event::PeerLost("gone".into()));

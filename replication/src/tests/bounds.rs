@@ -57,11 +57,12 @@ fn parts_cannot_pile_up_behind_a_busy_backup() {
     let guard = busy(&mut script, &log.busy);
     script.end(2);
     script.end(3);
-    // Long enough for both to be read while the first epoch is held up.
+    script.end(4);
+    // Long enough for all to be read while the first epoch is held up.
     std::thread::sleep(Duration::from_millis(300));
     drop(guard);
     script.acked(1);
-    script.aborted("ended before the one before it was acknowledged");
+    script.aborted("ended before those before it were acknowledged");
 }
 
 /// A primary with a record in `dir` that pairs it with a backup of short patience.

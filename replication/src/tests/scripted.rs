@@ -159,8 +159,7 @@ fn a_page_count_that_does_not_match_is_no_epoch() {
 #[test]
 fn epochs_are_consecutive() {
     let mut script = Script::start();
-    script.end(2);
-    script.seal(2, 1, 0);
+    script.end(3);
     script.aborted("where 1 was due");
     let mut script = Script::start();
     script.end(1);
@@ -168,6 +167,53 @@ fn epochs_are_consecutive() {
     script.acked(1);
     script.seal(1, 1, 0);
     script.aborted("where 2 was due");
+}
+
+#[test]
+fn an_epoch_that_is_whole_before_the_one_that_is_due_waits_for_it() {
+    let mut script = Script::start();
+    script.seal(1, 1, 2);
+    script.seal(2, 1, 1);
+    script.pages(1, 3..5);
+    script.end(1);
+    script.acked(1);
+    script.pages(2, 4..5);
+    script.end(2);
+    script.acked(2);
+    // The other way round: all pages, then the seals.
+    script.end(3);
+    script.end(4);
+    script.seal(4, 1, 0);
+    script.seal(3, 1, 0);
+    script.acked(3);
+    script.acked(4);
+    script.seal(5, 1, 0);
+    script.seal(5, 1, 0);
+    script.aborted("sealed twice");
+}
+
+/// What two epochs in flight take of the staging together is bounded, and free again after each.
+#[test]
+fn epochs_in_flight_share_the_staging() {
+    let mut script = Script::start();
+    // 4 MiB are 1024 pages: 500 and 500 fit, again and again.
+    for epoch in 1..5 {
+        for from in (0..448).step_by(64) {
+            script.pages(epoch, from..from + 64);
+        }
+        script.end(epoch);
+        if epoch > 1 {
+            script.seal(epoch - 1, 1, 448);
+            script.acked(epoch - 1);
+        }
+    }
+    for from in (0..512).step_by(64) {
+        script.pages(5, from..from + 64);
+    }
+    // 448 of the fourth and these 576 are all there is.
+    script.pages(5, 0..64);
+    script.pages(5, 0..64);
+    script.aborted("exceeds the staging");
 }
 
 #[test]

@@ -35,5 +35,7 @@ pub(super) struct DiskPart {
     pub(super) epoch: EpochId,
     /// `pages` counts changes.
     pub(super) sum: ConnectionPart,
+    /// What it took of the staging.
+    pub(super) cost_bytes: u64,
     pub(super) changes: Vec<Change>,
 }

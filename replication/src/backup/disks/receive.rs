@@ -1,7 +1,7 @@
 //! The receiver of the disks' connection.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 use super::{DiskPart, ImageError};
@@ -70,16 +70,16 @@ struct Receiving {
 
 impl Receiving {
     fn run(mut self, mut deliver: impl FnMut(DiskDelivery) -> bool) {
-        let under_way = Arc::new(AtomicBool::new(false));
+        let under_way = OnItsWay::none();
         loop {
             match self.frame() {
                 Ok(None) => {}
                 Ok(Some(part)) => {
-                    if under_way.swap(true, Ordering::AcqRel) {
+                    let Some(on_its_way) = OnItsWay::another(&under_way) else {
                         deliver(Err(ReceiveError::Ahead(part.epoch)));
                         return;
-                    }
-                    if !deliver(Ok((part, OnItsWay(Arc::clone(&under_way))))) {
+                    };
+                    if !deliver(Ok((part, on_its_way))) {
                         return;
                     }
                 }
@@ -149,6 +149,7 @@ impl Receiving {
         if !self.shared.budget.take(cost) {
             return Err(ReceiveError::Full { epoch, bytes: self.shared.budget.whole() });
         }
+        self.part.cost_bytes += cost;
         Ok(())
     }
 

@@ -121,7 +121,6 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 
     fn drop_staging(&mut self) {
-        self.early = None;
         self.verified = None;
         self.pairing = None;
         if let Some(session) = &mut self.session {

@@ -52,7 +52,7 @@ impl<G: Guest> Engine<G> {
             }
             Action::SealHandover => {
                 self.handover = true;
-                if self.in_flight.is_none() {
+                if self.in_flight.is_empty() {
                     self.seal();
                 }
             }
@@ -83,7 +83,7 @@ impl<G: Guest> Engine<G> {
 
     fn degrade(&mut self) {
         self.handover = false;
-        self.in_flight = None;
+        self.in_flight.clear();
         if self.options.degrade == Degrade::Pause
             && let Err(source) = self.guest.suspend()
         {
@@ -110,7 +110,7 @@ impl<G: Guest> Engine<G> {
         // What the senders still report belongs to nothing any more.
         self.job += 1;
         self.unsent = 0;
-        self.in_flight = None;
+        self.in_flight.clear();
     }
 
     fn report(&mut self, report: Report) {

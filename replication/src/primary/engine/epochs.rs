@@ -11,17 +11,18 @@ use super::{
     Source, TOO_LARGE_MAX, Work,
 };
 use crate::capture::cow::Share;
+use crate::disk::Change;
 use crate::guest::{MachineState, STATE_BYTES_MAX};
 use crate::ids::{EpochId, PAGE_SIZE};
 use crate::primary::disk::Job as DiskJob;
-use crate::primary::seal::Sealed;
+use crate::primary::seal::{Room, Sealed};
 use crate::ram::PageSet;
 use crate::wire::Seal;
 
 impl<G: Guest> Engine<G> {
     /// The interval is over.
     pub(super) fn due(&mut self) {
-        let busy = self.in_flight.is_some();
+        let busy = !self.may_seal();
         if busy || !(self.first || self.output_waiting()) {
             // What is harvested while the guest runs need not be harvested in the pause.
             if let Err(error) = self.sealer.harvest(&mut self.guest) {
@@ -29,7 +30,7 @@ impl<G: Guest> Engine<G> {
             }
         }
         if busy {
-            self.last_seal = Instant::now();
+            self.last_look = Instant::now();
             if self.cadence.is_near_full(self.sealer.dirty.pages().len())
                 && let Err(error) = self.sealer.quiesce(&mut self.guest)
             {
@@ -52,7 +53,8 @@ impl<G: Guest> Engine<G> {
         let began = Instant::now();
         let output = Arc::clone(&self.output);
         let quiet = move || output.store(false, Ordering::Release);
-        let pause = self.sealer.seal(&mut self.guest, epoch, handover, quiet);
+        let room = self.room();
+        let pause = self.sealer.seal(&mut self.guest, epoch, handover, &room, quiet);
         match pause {
             Ok(Pause::Sealed(sealed)) => {
                 let took = began.duration_since(self.last_seal);
@@ -61,6 +63,8 @@ impl<G: Guest> Engine<G> {
                     self.step(Event::GiveUp(error.chain()));
                 }
             }
+            // The guest stands until there is room: the backup is to have all of this in one epoch.
+            Ok(Pause::TooLarge { .. }) if !self.in_flight.is_empty() => {}
             Ok(Pause::TooLarge { .. }) if self.first && self.log_is_over() => {
                 // Nothing is committed yet: what was logged is marked and copied again.
                 if let Err(error) = self.sealer.release(&mut self.guest) {
@@ -77,6 +81,16 @@ impl<G: Guest> Engine<G> {
             }
             Ok(Pause::TooLarge { bytes }) => self.too_large(bytes),
             Err(error) => self.step(Event::GiveUp(error.chain())),
+        }
+    }
+
+    /// What the backup can stage beside what is in flight.
+    fn room(&self) -> Room {
+        let pages: u64 = self.in_flight.iter().map(|epoch| epoch.pages).sum();
+        let log_bytes: u64 = self.in_flight.iter().map(|epoch| epoch.log_bytes).sum();
+        Room {
+            pages: self.cadence.staging_pages().saturating_sub(pages),
+            log_bytes: self.log_bytes_max.saturating_sub(log_bytes),
         }
     }
 
@@ -110,6 +124,7 @@ impl<G: Guest> Engine<G> {
         self.cadence.sealed(pages, took);
         self.give(epoch, source);
         let changes = log.changes.len() as u64;
+        let log_bytes = log.changes.iter().map(Change::cost_bytes).sum();
         if let Some(disks) = &self.disks {
             disks.give(DiskJob::Epoch { epoch, log });
         }
@@ -125,7 +140,7 @@ impl<G: Guest> Engine<G> {
         let generation = self.machine.generation();
         let seal = Seal { epoch, generation, handover, pages: counts, changes, state: bytes };
         self.tell(Message::Seal(seal));
-        self.in_flight = Some(InFlight { sealed_at });
+        self.in_flight.push_back(InFlight { sealed_at, pages, log_bytes });
         let mut gathered = self.status.lock();
         if handover || self.options.cow != Cow::Off {
             gathered.pause_us.add_time(stood);
