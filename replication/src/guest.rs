@@ -60,6 +60,13 @@ pub trait Guest: Send + 'static {
     /// than the truth, never smaller) and re-arms the tracking. Allowed while the guest runs.
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError>;
 
+    /// Removes from `pages` those that nobody ever wrote, as far as that is known: they read as zero,
+    /// and reading them would cost the host a page each. Asked after a harvest, while the guest runs;
+    /// what is written after that harvest is in the next one.
+    fn drop_untouched(&mut self, pages: &mut PageSet) {
+        let _ = pages;
+    }
+
     /// Reads vCPU and device state. Only between quiesce and release.
     fn capture(&mut self) -> Result<Self::State, GuestError>;
 

@@ -227,6 +227,33 @@ impl PageSet {
         }
     }
 
+    /// Removes every page that is not in `other`.
+    ///
+    /// # Panics
+    /// If the universes differ.
+    pub fn intersect(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "sets over different memories");
+        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
+            *mine &= theirs;
+        }
+    }
+
+    /// Adds `count` pages from `first` on.
+    ///
+    /// # Panics
+    /// If a page lies past the universe.
+    pub fn insert_range(&mut self, first: PageIndex, count: u64) {
+        let end = first.0.checked_add(count).filter(|end| *end <= self.pages);
+        let end = end.expect("pages of this memory");
+        let mut at = first.0;
+        while at < end {
+            let part = (64 - at % 64).min(end - at);
+            let word = usize::try_from(at / 64).expect("checked against the universe");
+            self.words[word] |= (u64::MAX >> (64 - part)) << (at % 64);
+            at += part;
+        }
+    }
+
     pub fn clear(&mut self) {
         self.words.fill(0);
     }
@@ -243,5 +270,26 @@ impl PageSet {
                 })
             })
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_inserted_and_intersected() {
+        for (first, count) in
+            [(0, 0), (0, 1), (5, 59), (5, 60), (0, 64), (63, 2), (60, 200), (0, 300)]
+        {
+            let mut set = PageSet::new(300);
+            set.insert_range(PageIndex(first), count);
+            let pages: Vec<_> = set.iter().map(|page| page.0).collect();
+            assert_eq!(pages, (first..first + count).collect::<Vec<_>>());
+            let mut other = PageSet::new(300);
+            other.insert_range(PageIndex(62), 10);
+            set.intersect(&other);
+            assert!(set.iter().all(|page| (62..72).contains(&page.0) && page.0 >= first));
+        }
     }
 }

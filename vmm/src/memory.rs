@@ -163,6 +163,29 @@ impl Memory {
         }
     }
 
+    /// Removes from `pages` those that were never touched.
+    pub fn drop_unpopulated(&self, pages: &mut PageSet) {
+        let mut populated = PageSet::new(pages.universe());
+        let mut next = PageIndex(0);
+        while let Some(first) = self.next_populated(next) {
+            let end = self.next_hole(first);
+            populated.insert_range(first, end.0 - first.0);
+            next = end;
+        }
+        pages.intersect(&populated);
+    }
+
+    /// The first page after `page`, which is populated, that is not; the end if there is none.
+    fn next_hole(&self, page: PageIndex) -> PageIndex {
+        let hole = i64::try_from(page.0 * PAGE_SIZE as u64)
+            .ok()
+            .and_then(|at| lseek(&*self.file, at, Whence::SeekHole).ok())
+            .and_then(|hole| u64::try_from(hole).ok());
+        let end = hole.map_or(self.ram.pages(), |hole| hole / PAGE_SIZE as u64);
+        // It may have been given back in between.
+        PageIndex(end.clamp(page.0 + 1, self.ram.pages()))
+    }
+
     /// Gives all pages back to the host, so that they read as zero, and marks them all written.
     pub fn reset(&self) -> Result<(), MemoryError> {
         let length = i64::try_from(self.size)
@@ -278,6 +301,20 @@ mod tests {
         dirty.clear();
         memory.harvest_own_writes(&mut dirty);
         assert!(dirty.is_empty());
+    }
+
+    #[test]
+    fn pages_that_were_never_touched_are_known() {
+        let memory = Memory::new(&config(8 << 20)).unwrap();
+        let pages = memory.ram().pages();
+        for page in [3, 4, 70, pages - 1] {
+            memory.mapping().write_obj(7_u64, GuestAddress(page * 4096)).unwrap();
+        }
+        let mut set = PageSet::new(pages);
+        set.insert_range(PageIndex(4), pages - 4);
+        memory.drop_unpopulated(&mut set);
+        let left: Vec<_> = set.iter().map(|page| page.0).collect();
+        assert_eq!(left, [4, 70, pages - 1]);
     }
 
     #[test]

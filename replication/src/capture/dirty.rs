@@ -27,6 +27,11 @@ impl Dirty {
         guest.harvest(&mut self.pending)
     }
 
+    /// Forgets pages that were never written, see [`Guest::drop_untouched`].
+    pub fn drop_untouched(&mut self, guest: &mut impl Guest) {
+        guest.drop_untouched(&mut self.pending);
+    }
+
     #[must_use]
     pub fn pages(&self) -> &PageSet {
         &self.pending

@@ -127,6 +127,8 @@ pub(super) struct Engine<G: Guest> {
     last_seal: Instant,
     /// When the dirty set was looked at last while nothing could be sealed.
     last_look: Instant,
+    /// Nothing was sent to this backup yet.
+    fresh: bool,
     first: bool,
     handover: bool,
     too_large: u32,
@@ -216,6 +218,7 @@ impl<G: Guest> Engine<G> {
             sealed: EpochId(0),
             last_seal: Instant::now(),
             last_look: Instant::now(),
+            fresh: true,
             first: true,
             handover: false,
             too_large: 0,

@@ -63,6 +63,10 @@ impl Guest for ProtectedVm {
         Ok(self.machine.harvest(dirty)?)
     }
 
+    fn drop_untouched(&mut self, pages: &mut PageSet) {
+        self.machine.memory().drop_unpopulated(pages);
+    }
+
     fn capture(&mut self) -> Result<Captured, GuestError> {
         let paused = self.machine.is_paused();
         self.captured_paused = paused;

@@ -194,6 +194,10 @@ impl<G: Guest> Engine<G> {
         if let Err(error) = self.sealer.harvest(&mut self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
+        if std::mem::take(&mut self.fresh) {
+            // The backup's memory is new: it reads as zero, too.
+            self.sealer.dirty.drop_untouched(&mut self.guest);
+        }
         let set = self.sealer.take();
         let pages = set.len();
         if pass == 0 {
