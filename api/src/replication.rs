@@ -235,6 +235,9 @@ pub struct ReplicationInfo {
     pub commit_latency_us: Percentiles,
     pub dirty_pages: PageCounts,
     pub cow_faults: u64,
+    /// How long the guest stood, in all, because the link or the backup did not keep up.
+    #[serde(default)]
+    pub throttled_us: u64,
     /// Bytes that went to the peer (on a backup: came from it).
     pub bytes_sent: u64,
     /// Bytes of pages and state before encoding.

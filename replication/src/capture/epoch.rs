@@ -1,11 +1,21 @@
-//! When to seal: a pure rule over times that the engine gives.
+//! When to seal, and when the guest has to wait: a pure rule over times that the engine gives.
 //!
 //! Late when the guest is quiet, early when somebody waits for its output, and early when the
-//! dirty set would outgrow what the backup can stage.
+//! dirty set would outgrow what the backup can stage or what the link carries in a moment. A guest
+//! that writes faster than the link stands still a little in each epoch, not long in one.
 
 use std::time::Duration;
 
 use crate::ids::PAGE_SIZE;
+
+/// Longest epochs that an epoch's sending may take: what the guest may have to wait.
+const SEND_EPOCHS_MAX: u32 = 4;
+/// Least time for it, so that short epochs are not all pause.
+const SEND_TIME_MIN: Duration = Duration::from_millis(20);
+/// Fewer pages say little about the link: latency is most of their time.
+const TELLING_PAGES: u64 = 256;
+/// Pages that an epoch may have on any link.
+const PAGES_MIN: u64 = 256;
 
 /// The rule and what it has learnt.
 #[derive(Clone, Debug)]
@@ -14,6 +24,8 @@ pub struct Cadence {
     shortest: Duration,
     staging_pages: u64,
     limit: Duration,
+    /// Pages that the link carries in a second, once that is known.
+    link_pages_per_s: Option<u64>,
 }
 
 impl Cadence {
@@ -21,7 +33,7 @@ impl Cadence {
     #[must_use]
     pub fn new(shortest: Duration, longest: Duration, staging_bytes: u64) -> Self {
         let staging_pages = staging_bytes / PAGE_SIZE as u64;
-        Self { longest, shortest, staging_pages, limit: longest }
+        Self { longest, shortest, staging_pages, limit: longest, link_pages_per_s: None }
     }
 
     /// Most pages of an epoch.
@@ -36,9 +48,28 @@ impl Cadence {
         if output_waiting { self.shortest } else { self.limit.max(self.shortest) }
     }
 
-    /// Learns from an epoch: at the same rate the next one shall fill half the staging at most.
+    /// Learns from an epoch whose pages are all out.
+    pub fn sent(&mut self, pages: u64, took: Duration) {
+        if pages < TELLING_PAGES {
+            return;
+        }
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+        let seen = pages.saturating_mul(1_000_000) / micros;
+        let old = self.link_pages_per_s.unwrap_or(seen);
+        self.link_pages_per_s = Some(old - old / 4 + seen / 4);
+    }
+
+    /// Pages that the link carries in the time that sending an epoch may take.
+    fn link_pages(&self) -> u64 {
+        let time = (self.longest * SEND_EPOCHS_MAX).max(SEND_TIME_MIN);
+        let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let rate = self.link_pages_per_s.unwrap_or(u64::MAX);
+        (rate.saturating_mul(millis) / 1000).max(PAGES_MIN)
+    }
+
+    /// Learns from an epoch: at the same rate the next one shall fill half of what it may.
     pub fn sealed(&mut self, pages: u64, took: Duration) {
-        let half = (self.staging_pages / 2).max(1);
+        let half = (self.staging_pages.min(self.link_pages()) / 2).max(1);
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
         let room = match pages {
             0 => u64::MAX,
@@ -50,10 +81,11 @@ impl Cadence {
         self.limit = room.min(up).min(self.longest);
     }
 
-    /// The dirty set has reached the point where waiting longer risks not fitting.
+    /// The guest has to wait: the dirty set is about to outgrow the staging, or the link carries no
+    /// more in a moment.
     #[must_use]
     pub fn is_near_full(&self, pages: u64) -> bool {
-        pages >= self.staging_pages - self.staging_pages / 4
+        pages >= (self.staging_pages - self.staging_pages / 4).min(self.link_pages())
     }
 }
 
@@ -78,6 +110,28 @@ mod tests {
         assert_eq!(cadence.interval(false), 25 * MS);
         cadence.sealed(u64::MAX, MS);
         assert_eq!(cadence.interval(false), MS);
+    }
+
+    #[test]
+    fn a_slow_link_makes_epochs_small() {
+        let mut cadence = Cadence::new(MS, 25 * MS, 65536 * PAGE_SIZE as u64);
+        cadence.sealed(10_000, 25 * MS);
+        assert_eq!(cadence.interval(false), 25 * MS);
+        // 100 MiB/s: 2560 pages in 100 ms.
+        cadence.sent(2560, 100 * MS);
+        assert!(cadence.is_near_full(2560) && !cadence.is_near_full(2559));
+        cadence.sealed(10_000, 25 * MS);
+        assert_eq!(cadence.interval(false), Duration::from_micros(3200));
+        cadence.sent(10, 1000 * MS);
+        assert!(!cadence.is_near_full(2559), "a few pages say nothing");
+        for _ in 0..20 {
+            cadence.sent(1_000_000, MS);
+        }
+        assert!(!cadence.is_near_full(40_000), "a fast one does not bound");
+        for _ in 0..50 {
+            cadence.sent(256, 1000 * MS);
+        }
+        assert!(cadence.is_near_full(256) && !cadence.is_near_full(255), "never less");
     }
 
     #[test]

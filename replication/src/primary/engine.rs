@@ -121,6 +121,8 @@ pub(super) struct Engine<G: Guest> {
     /// Number of the job that is out, and senders that still work on it.
     job: u64,
     unsent: usize,
+    /// What stands to be sealed does not fit beside what is in flight.
+    awaits_room: bool,
     /// In their order.
     in_flight: VecDeque<InFlight>,
     sealed: EpochId,
@@ -214,6 +216,7 @@ impl<G: Guest> Engine<G> {
             work: Work::Nothing,
             job: 0,
             unsent: 0,
+            awaits_room: false,
             in_flight: VecDeque::new(),
             sealed: EpochId(0),
             last_seal: Instant::now(),
@@ -350,9 +353,10 @@ impl<G: Guest> Engine<G> {
 
     /// When to seal, or, while that may not be, when to look at the dirty set.
     fn seal_due(&self) -> Instant {
+        let far = || Instant::now() + Duration::from_secs(3600);
         if !self.in_flight.is_empty() && self.sealer.stands() {
-            // Only the acknowledgement can change anything.
-            return Instant::now() + Duration::from_secs(3600);
+            // The guest waits: as soon as it may be, and not before there is room.
+            return if self.may_seal() && !self.awaits_room { self.last_seal } else { far() };
         }
         if self.may_seal() {
             self.last_seal + self.cadence.interval(self.output_waiting())
@@ -432,6 +436,7 @@ impl<G: Guest> Engine<G> {
         if self.machine.in_flight() >= self.in_flight.len() as u64 {
             return;
         }
+        self.awaits_room = false;
         if let Some(in_flight) = self.in_flight.pop_front() {
             let mut gathered = self.status.lock();
             gathered.commit_us.add_time(in_flight.sealed_at.elapsed());

@@ -75,6 +75,9 @@ pub(super) struct Sealer {
     sealed: Arc<PageSet>,
     /// Since when the guest stands still.
     stands: Option<Instant>,
+    /// It does so because there is no room for more, and how long it did in all.
+    waits: bool,
+    waited: Duration,
     /// For tests: compares all of memory, and sends pages that are not frozen.
     equality: Option<Equality>,
     is_thawed: bool,
@@ -116,6 +119,8 @@ impl Sealer {
             journal: None,
             sealed: Arc::new(PageSet::new(pages)),
             stands: None,
+            waits: false,
+            waited: Duration::ZERO,
             equality: Equality::from_environment(),
             is_thawed: checking::is_broken("cow"),
             delays: Delays::from_environment(),
@@ -169,8 +174,30 @@ impl Sealer {
         Ok(())
     }
 
+    /// Has the guest wait until there is room for what it writes.
+    pub(super) fn hold_up(&mut self, guest: &mut impl Guest) -> Result<(), Error> {
+        self.quiesce(guest)?;
+        self.waits = true;
+        Ok(())
+    }
+
+    /// How long the guest waited for room, in all.
+    pub(super) fn waited(&self) -> Duration {
+        self.waited
+    }
+
+    /// From here on the guest stands for a seal.
+    fn end_wait(&mut self) {
+        if std::mem::take(&mut self.waits)
+            && let Some(since) = self.stands.replace(Instant::now())
+        {
+            self.waited += since.elapsed();
+        }
+    }
+
     /// Lets the guest run if it stands still; returns how long it did.
     pub(super) fn release(&mut self, guest: &mut impl Guest) -> Result<Duration, Error> {
+        self.end_wait();
         let Some(since) = self.stands.take() else { return Ok(Duration::ZERO) };
         guest.release().map_err(failed("let the vCPUs run"))?;
         Ok(since.elapsed())
@@ -186,6 +213,7 @@ impl Sealer {
         room: &Room,
         quiet: impl FnOnce(),
     ) -> Result<Pause<G::State>, Error> {
+        self.end_wait();
         self.quiesce(guest)?;
         let mut steps = Steps::since(self.stands.unwrap_or_else(Instant::now));
         steps.done();

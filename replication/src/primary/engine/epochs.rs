@@ -32,9 +32,9 @@ impl<G: Guest> Engine<G> {
         if busy {
             self.last_look = Instant::now();
             if self.cadence.is_near_full(self.sealer.dirty.pages().len())
-                && let Err(error) = self.sealer.quiesce(&mut self.guest)
+                && let Err(error) = self.sealer.hold_up(&mut self.guest)
             {
-                // Bounded memory slows the guest: it waits for the acknowledgement.
+                // Bounded memory slows the guest, as does the link.
                 self.step(Event::GiveUp(error.chain()));
             }
             return;
@@ -64,7 +64,12 @@ impl<G: Guest> Engine<G> {
                 }
             }
             // The guest stands until there is room: the backup is to have all of this in one epoch.
-            Ok(Pause::TooLarge { .. }) if !self.in_flight.is_empty() => {}
+            Ok(Pause::TooLarge { .. }) if !self.in_flight.is_empty() => {
+                self.awaits_room = true;
+                if let Err(error) = self.sealer.hold_up(&mut self.guest) {
+                    self.step(Event::GiveUp(error.chain()));
+                }
+            }
             Ok(Pause::TooLarge { .. }) if self.first && self.log_is_over() => {
                 // Nothing is committed yet: what was logged is marked and copied again.
                 if let Err(error) = self.sealer.release(&mut self.guest) {
@@ -151,6 +156,8 @@ impl<G: Guest> Engine<G> {
         gathered.dirty_pages.add(pages);
         gathered.info.epoch_sealed = epoch.0;
         gathered.info.cow_faults = self.sealer.cow_faults();
+        let waited_us = self.sealer.waited().as_micros();
+        gathered.info.throttled_us = u64::try_from(waited_us).unwrap_or(u64::MAX);
         drop(gathered);
         if handover {
             // The last one.
@@ -185,7 +192,12 @@ impl<G: Guest> Engine<G> {
                     Err(error) => self.step(Event::GiveUp(error.chain())),
                 }
             }
-            Work::Epochs | Work::Nothing | Work::AwaitingDisks | Work::Settling | Work::Rest => {}
+            Work::Epochs => {
+                if let Some(last) = self.in_flight.back() {
+                    self.cadence.sent(last.pages, last.sealed_at.elapsed());
+                }
+            }
+            Work::Nothing | Work::AwaitingDisks | Work::Settling | Work::Rest => {}
         }
     }
 
