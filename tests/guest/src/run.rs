@@ -187,6 +187,7 @@ struct Reporter {
     still_ticks: [u64; VCPUS_MAX as usize],
     silent: u64,
     filled: bool,
+    dirty_filled: bool,
 }
 
 impl Reporter {
@@ -201,6 +202,7 @@ impl Reporter {
             still_ticks: [0; VCPUS_MAX as usize],
             silent: 0,
             filled: false,
+            dirty_filled: false,
         }
     }
 
@@ -263,6 +265,11 @@ impl Reporter {
 
     fn report_dirty(&mut self, elapsed_us: u64) {
         let all = shared::first(self.world.participants);
+        let filled = shared::sum(all, |shared| &shared.dirty_filled);
+        if !self.dirty_filled && Some(filled) == Dirty::to_fill(self.world) {
+            self.dirty_filled = true;
+            say!("dirty filled pages={filled}");
+        }
         let total = shared::sum(all, |shared| &shared.dirtied);
         let pages = total - self.last_dirtied;
         self.last_dirtied = total;
