@@ -2,7 +2,7 @@
 //! no engine, no peer and nothing to send.
 //!
 //! ```text
-//! run 25 ms ── kick ── save ── harvest ── keep ── capture ── release ── run 25 ms ...
+//! run an epoch ── kick ── save ── harvest ── keep ── capture ── release ── run an epoch ...
 //! ```
 //!
 //! Enters: the guest that a row's pair runs, too. Leaves: how long it stood still, and for what.
@@ -23,47 +23,64 @@ use vmm::machine::Machine;
 
 use crate::guest::Spec;
 use crate::row::Step;
-use crate::samples::Samples;
+use crate::samples::{Samples, float};
 
-/// The guest runs so long between two pauses, as under the engine's default.
-const EPOCH: Duration = Duration::from_millis(25);
 const LIMIT: Duration = Duration::from_secs(120);
 /// Pauses before the first that counts.
-const WARM_UP: u32 = 5;
+const WARM_UP: u32 = 3;
 
-/// What turns of the floor brought.
-#[derive(Default)]
+const STEPS: [&str; 6] = ["kick", "save vCPUs", "harvest", "keep pages", "capture VM", "release"];
+
+/// A machine that runs during its turns, and what they brought.
 pub struct Floor {
+    bare: Bare,
+    keeper: Keeper,
+    epoch: Duration,
     /// Microseconds from the kick to the release.
     pub pause: Samples,
     pub pages: Samples,
     steps: [Samples; STEPS.len()],
 }
 
-const STEPS: [&str; 6] = ["kick", "save vCPUs", "harvest", "keep pages", "capture VM", "release"];
-
 impl Floor {
-    /// One turn of a machine that is built for it.
-    pub fn turn(&mut self, spec: &Spec, pauses: u32) -> Result<()> {
-        let folder = Folder::new()?;
-        let bare = Bare::start(&folder, spec)?;
-        let mut keeper = Keeper::new(bare.machine.memory().ram(), spec.set);
+    /// Builds the machine; it stands until its first turn.
+    pub fn start(spec: &Spec) -> Result<Self> {
+        let bare = Bare::start(Folder::new()?, spec)?;
+        bare.machine.pause()?;
+        Ok(Self {
+            keeper: Keeper::new(bare.machine.memory().ram(), spec.set),
+            bare,
+            epoch: Duration::from_millis(spec.epoch_ms),
+            pause: Samples::default(),
+            pages: Samples::default(),
+            steps: Default::default(),
+        })
+    }
+
+    /// One turn of `pauses` pauses, and as many that are taken apart, as far as `limit` lasts.
+    pub fn turn(&mut self, pauses: u32, limit: Duration) -> Result<()> {
+        self.bare.machine.resume()?;
         for _ in 0..WARM_UP {
-            std::thread::sleep(EPOCH);
-            bare.pause(&mut keeper)?;
+            std::thread::sleep(self.epoch);
+            self.bare.pause(&mut self.keeper)?;
         }
         let (mut whole, mut pages, mut steps) = (vec![], vec![], vec![vec![]; STEPS.len()]);
+        let start = Instant::now();
         // Every other pause is taken apart, which costs it a second round of wake-ups.
         for number in 0..2 * pauses {
-            std::thread::sleep(EPOCH);
+            if start.elapsed() > limit {
+                break;
+            }
+            std::thread::sleep(self.epoch);
             if number % 2 == 0 {
-                whole.push(micros(bare.pause(&mut keeper)?));
-                pages.push(crate::samples::float(keeper.dirty.len()));
+                whole.push(micros(self.bare.pause(&mut self.keeper)?));
+                pages.push(float(self.keeper.dirty.len()));
             } else {
-                let times = bare.pause_in_steps(&mut keeper)?;
+                let times = self.bare.pause_in_steps(&mut self.keeper)?;
                 steps.iter_mut().zip(times).for_each(|(step, time)| step.push(micros(time)));
             }
         }
+        self.bare.machine.pause()?;
         self.pause.add(whole);
         self.pages.add(pages);
         self.steps.iter_mut().zip(steps).for_each(|(step, times)| step.add(times));
@@ -124,10 +141,11 @@ impl Keeper {
 struct Bare {
     machine: Machine,
     _serial: Serial,
+    _folder: Folder,
 }
 
 impl Bare {
-    fn start(folder: &Folder, spec: &Spec) -> Result<Self> {
+    fn start(folder: Folder, spec: &Spec) -> Result<Self> {
         let socket = folder.path().join("floor.serial");
         let config = json!({
             "payload": {"kernel": guest_image::PATH, "cmdline": spec.command_line()},
@@ -143,7 +161,9 @@ impl Bare {
         let serial = Serial::connect(&socket, LIMIT)?;
         spec.wait_filled(&serial)?;
         machine.set_tracking(true)?;
-        Ok(Self { machine, _serial: serial })
+        // At first all pages count as dirty: a first sync would have sent them.
+        machine.harvest(&mut PageSet::new(machine.memory().ram().pages()))?;
+        Ok(Self { machine, _serial: serial, _folder: folder })
     }
 
     /// Stops the guest as the engine does.

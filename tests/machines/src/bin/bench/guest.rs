@@ -7,8 +7,6 @@ use understudy_tests::pair::Setup;
 use understudy_tests::serial::Serial;
 
 const LIMIT: Duration = Duration::from_secs(120);
-/// Each page of the set is written at least twice in an epoch, so that each epoch has all of it.
-const PERIOD_MS: u64 = 10;
 
 /// A guest that rewrites a set of pages in each epoch.
 #[derive(Clone, Debug)]
@@ -18,6 +16,9 @@ pub struct Spec {
     /// Pages of the set, and how many of them are adjacent.
     pub set: u64,
     pub run: u64,
+    /// Long enough for the guest to write all of its set: a page's first write in an epoch is a
+    /// fault, which costs microseconds where KVM is a software one.
+    pub epoch_ms: u64,
 }
 
 impl Spec {
@@ -25,9 +26,18 @@ impl Spec {
     pub fn command_line(&self) -> String {
         format!(
             "workload=dirty vcpus={} tick_ms=250 dirty_set={} dirty_run={} dirty_fill=set \
-             dirty_period_ms={PERIOD_MS}",
-            self.vcpus, self.set, self.run
+             dirty_period_ms={}",
+            self.vcpus,
+            self.set,
+            self.run,
+            self.period_ms()
         )
+    }
+
+    /// Shorter than an epoch, so that each epoch has a write to each page of the set, wherever in
+    /// the period it begins.
+    fn period_ms(&self) -> u64 {
+        (self.epoch_ms * 4 / 5).max(1)
     }
 
     #[must_use]
@@ -40,7 +50,7 @@ impl Spec {
     pub fn setup(&self) -> Setup {
         let mut setup = Setup::verify(self.vcpus, &format!("{}M", self.memory_mib));
         setup.command_line = self.command_line();
-        setup.replicate_options = ",console_output=pass".into();
+        setup.replicate_options = format!(",console_output=pass,epoch_ms={}", self.epoch_ms);
         setup
     }
 

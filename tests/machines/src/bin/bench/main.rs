@@ -11,7 +11,7 @@ mod turns;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -43,8 +43,9 @@ pub struct Effort {
     pub is_full: bool,
     /// Turns of each column.
     pub turns: u32,
-    /// Pauses of a turn.
+    /// Pauses of a turn, as far as `limit` lasts.
     pub pauses: u32,
+    pub limit: Duration,
     /// Seconds of a turn of what is measured over time.
     pub seconds: u64,
 }
@@ -80,10 +81,11 @@ fn run(options: &Options) -> Result<()> {
         "{} cores, {} MiB ({} MiB available), Linux {}, {}, {}",
         host.cores, host.memory_mib, host.available_mib, host.kernel, host.kvm, host.cpu
     );
+    let secs = Duration::from_secs;
     let effort = if options.full {
-        Effort { is_full: true, turns: 5, pauses: 200, seconds: 10 }
+        Effort { is_full: true, turns: 5, pauses: 200, limit: secs(15), seconds: 10 }
     } else {
-        Effort { is_full: false, turns: 3, pauses: 40, seconds: 2 }
+        Effort { is_full: false, turns: 4, pauses: 30, limit: secs(3), seconds: 2 }
     };
     let start = Instant::now();
     let mut done = Vec::new();

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use api::replication::Cow;
+use api::replication::{Cow, ReplicationState};
 use understudy_tests::interrupt::Folder;
 use understudy_tests::pair::Pair;
 
@@ -13,21 +13,26 @@ use crate::samples::{Samples, float};
 const LIMIT: Duration = Duration::from_secs(120);
 /// More often than an epoch ends, so that each one's pause is read.
 const LOOK: Duration = Duration::from_millis(20);
-/// Epochs before the first that counts: buffers that are used for the first time.
-const WARM_UP: u64 = 10;
+/// Epochs of a turn before the first that counts.
+const WARM_UP: u64 = 3;
 
-/// What turns of a pair brought, one figure for each epoch.
-#[derive(Default)]
-pub struct Pauses {
+/// A pair whose guest runs during its turns, and what they brought: a figure for each epoch.
+pub struct Protected {
+    pair: Pair,
+    _folder: Folder,
+    /// Microseconds that the guest stood still, as `replication-info` says.
     pub pause: Samples,
     pub pages: Samples,
+    /// From the seal to the acknowledgement.
+    pub commit: Samples,
     /// Epochs that were over before anybody looked.
     pub unseen: u64,
 }
 
-impl Pauses {
-    /// One turn of a pair that is started for it. Without a `cow`: as it is delivered.
-    pub fn turn(&mut self, spec: &Spec, cow: Option<Cow>, epochs: u32) -> Result<()> {
+impl Protected {
+    /// Starts a pair and waits until it is protected; its guest stands until the first turn.
+    /// Without a `cow`: as it is delivered.
+    pub fn start(spec: &Spec, cow: Option<Cow>) -> Result<Self> {
         let folder = Folder::new()?;
         let mut setup = spec.setup();
         if let Some(cow) = cow {
@@ -36,14 +41,30 @@ impl Pauses {
         let mut pair = Pair::start(folder.path(), &setup)?;
         spec.wait_filled(&pair.primary_serial)?;
         let protected = pair.wait_protected(LIMIT);
-        let start = protected.with_context(|| format!("The backup says:\n{}", pair.backup.log()))?;
-        let (mut seen, mut pauses, mut pages) = (start.epoch_sealed, vec![], vec![]);
+        protected.with_context(|| format!("The backup says:\n{}", pair.backup.log()))?;
+        pair.primary.put_ok("vm.pause", None)?;
+        Ok(Self {
+            pair,
+            _folder: folder,
+            pause: Samples::default(),
+            pages: Samples::default(),
+            commit: Samples::default(),
+            unseen: 0,
+        })
+    }
+
+    /// One turn of `epochs` epochs, as far as `limit` lasts.
+    pub fn turn(&mut self, epochs: u32, limit: Duration) -> Result<()> {
+        let primary = &self.pair.primary;
+        let start = primary.replication()?.epoch_sealed;
+        primary.put_ok("vm.resume", None)?;
+        let (mut seen, mut pauses, mut pages, mut commits) = (start, vec![], vec![], vec![]);
         let began = Instant::now();
-        while pauses.len() < usize::try_from(epochs)? {
-            ensure!(began.elapsed() < LIMIT, "only {} epochs in {LIMIT:?}", pauses.len());
+        while pauses.len() < usize::try_from(epochs)? && began.elapsed() < limit {
             std::thread::sleep(LOOK);
-            let info = pair.primary.replication()?;
-            if info.epoch_sealed == seen || info.epoch_sealed < start.epoch_sealed + WARM_UP {
+            let info = primary.replication()?;
+            ensure!(info.state == ReplicationState::Protected, "it is no longer protected: {info:?}");
+            if info.epoch_sealed == seen || info.epoch_sealed < start + WARM_UP {
                 continue;
             }
             if !pauses.is_empty() {
@@ -52,9 +73,12 @@ impl Pauses {
             seen = info.epoch_sealed;
             pauses.push(float(info.pause_us.last));
             pages.push(float(info.dirty_pages.last));
+            commits.push(float(info.commit_latency_us.last));
         }
+        primary.put_ok("vm.pause", None)?;
         self.pause.add(pauses);
         self.pages.add(pages);
+        self.commit.add(commits);
         Ok(())
     }
 }

@@ -7,16 +7,18 @@ use crate::floor::Floor;
 use crate::guest::Spec;
 use crate::host;
 use crate::row::{Bound, FLOOR, OURS, Row};
-use crate::turns::{Pauses, is_built, name};
+use crate::turns::{Protected, is_built, name};
 use crate::Effort;
 
 const UNIT: &str = "us";
 const MIB_SMALL: u64 = 1024;
 const MIB_LARGE: u64 = 16 * 1024;
+/// A first sync takes seconds for each GiB.
+const MIB_LARGE_QUICK: u64 = 4 * 1024;
 const HYBRID: &str = "hybrid";
 
 pub fn thousand(effort: &Effort) -> Result<Row> {
-    let spec = Spec { vcpus: 1, memory_mib: MIB_SMALL, set: 1000, run: 1 };
+    let spec = Spec { vcpus: 1, memory_mib: MIB_SMALL, set: 1000, run: 1, epoch_ms: 25 };
     let row = Row::new("pause-1k", "1,000 scattered pages, 1 vCPU, 1 GiB", UNIT);
     let mut row = measure(effort, row, &spec, &[Cow::Off])?;
     row.check_medians(OURS, FLOOR, Bound::AtMost(1.5));
@@ -25,7 +27,7 @@ pub fn thousand(effort: &Effort) -> Result<Row> {
 }
 
 pub fn runs(effort: &Effort) -> Result<Row> {
-    let spec = Spec { vcpus: 1, memory_mib: MIB_SMALL, set: 10_000, run: 64 };
+    let spec = Spec { vcpus: 1, memory_mib: MIB_SMALL, set: 10_000, run: 64, epoch_ms: 60 };
     let row = Row::new("pause-10k-runs", "10,000 pages in runs of 64, 1 vCPU, 1 GiB", UNIT);
     let mut row = measure(effort, row, &spec, &[Cow::Off, Cow::Copy])?;
     let ours = if Cow::default() == Cow::Hybrid { OURS } else { HYBRID };
@@ -38,13 +40,13 @@ pub fn runs(effort: &Effort) -> Result<Row> {
 }
 
 pub fn four(effort: &Effort) -> Result<Row> {
-    let spec = Spec { vcpus: 4, memory_mib: MIB_SMALL, set: 4000, run: 1 };
+    let spec = Spec { vcpus: 4, memory_mib: MIB_SMALL, set: 4000, run: 1, epoch_ms: 25 };
     let row = Row::new("pause-4-vcpus", "4,000 scattered pages, 4 vCPUs, 1 GiB", UNIT);
     several(effort, row, &spec)
 }
 
 pub fn sixteen(effort: &Effort) -> Result<Row> {
-    let spec = Spec { vcpus: 16, memory_mib: MIB_SMALL, set: 16_000, run: 1 };
+    let spec = Spec { vcpus: 16, memory_mib: MIB_SMALL, set: 16_000, run: 1, epoch_ms: 100 };
     let row = Row::new("pause-16-vcpus", "16,000 scattered pages, 16 vCPUs, 1 GiB", UNIT);
     several(effort, row, &spec)
 }
@@ -62,28 +64,28 @@ fn several(effort: &Effort, row: Row, spec: &Spec) -> Result<Row> {
 
 /// Takes turns: the floor, each way to keep pages that this build has, and ours.
 fn measure(effort: &Effort, mut row: Row, spec: &Spec, baselines: &[Cow]) -> Result<Row> {
-    let mut floor = Floor::default();
-    let mut kinds: Vec<(String, Option<Cow>, Pauses)> = Vec::new();
+    let mut floor = Floor::start(spec)?;
+    let mut kinds: Vec<(&str, Protected)> = Vec::new();
     // A way that is not the default has a column of its own, once it is built.
     for cow in [Cow::Off, Cow::Copy, Cow::Protect, Cow::Hybrid] {
         let is_wanted = baselines.contains(&cow) || !matches!(cow, Cow::Off | Cow::Copy);
         if is_wanted && cow != Cow::default() && is_built(&format!(",cow={}", name(cow))) {
-            kinds.push((name(cow).to_owned(), Some(cow), Pauses::default()));
+            kinds.push((name(cow), Protected::start(spec, Some(cow))?));
         }
     }
-    kinds.push((OURS.to_owned(), None, Pauses::default()));
+    kinds.push((OURS, Protected::start(spec, None)?));
     for _ in 0..effort.turns {
-        floor.turn(spec, effort.pauses)?;
-        for (_, cow, pauses) in &mut kinds {
-            pauses.turn(spec, *cow, effort.pauses)?;
+        floor.turn(effort.pauses, effort.limit)?;
+        for (_, pair) in &mut kinds {
+            pair.turn(effort.pauses, effort.limit)?;
         }
     }
     row.column(FLOOR, &floor.pause);
     row.profile = floor.profile();
-    note_pages(&mut row, FLOOR, floor.pages.median(), 0);
-    for (label, _, pauses) in &kinds {
-        row.column(label.clone(), &pauses.pause);
-        note_pages(&mut row, label, pauses.pages.median(), pauses.unseen);
+    row.note(format!("floor: {:.0} pages an epoch", floor.pages.median().unwrap_or(0.0)));
+    for (label, pair) in &kinds {
+        row.column(*label, &pair.pause);
+        note_pair(&mut row, label, pair);
     }
     if baselines.contains(&Cow::default())
         && let Some(stats) = row.stats(OURS).cloned()
@@ -94,14 +96,19 @@ fn measure(effort: &Effort, mut row: Row, spec: &Spec, baselines: &[Cow]) -> Res
     Ok(row)
 }
 
-fn note_pages(row: &mut Row, label: &str, pages: Option<f64>, unseen: u64) {
-    let unseen = if unseen > 0 { format!(", {unseen} epochs not seen") } else { String::new() };
-    row.note(format!("{label}: {:.0} pages an epoch{unseen}", pages.unwrap_or(0.0)));
+fn note_pair(row: &mut Row, label: &str, pair: &Protected) {
+    let [pages, commit] =
+        [&pair.pages, &pair.commit].map(|samples| samples.median().unwrap_or(0.0));
+    row.note(format!(
+        "{label}: {pages:.0} pages an epoch, committed {:.1} ms after the seal; {} epochs not seen",
+        commit / 1000.0,
+        pair.unseen
+    ));
 }
 
 pub fn memory(effort: &Effort) -> Result<Row> {
     let row = Row::new("pause-16-gib", "1,000 scattered pages, 1 GiB and 16 GiB of memory", UNIT);
-    let mut large_mib = MIB_LARGE;
+    let mut large_mib = if effort.is_full { MIB_LARGE } else { MIB_LARGE_QUICK };
     // A pair may come to touch all of its memory, on both sides.
     let room_mib = host::memory_mib("MemAvailable:").saturating_sub(2048) / 2;
     while large_mib > room_mib {
@@ -112,19 +119,23 @@ pub fn memory(effort: &Effort) -> Result<Row> {
     }
     let mut row = row;
     if large_mib < MIB_LARGE {
-        row.note(format!("{} GiB instead of 16: this host has no more", large_mib / 1024));
+        let why = if effort.is_full { "this host has no more" } else { "quick" };
+        row.note(format!("{} GiB instead of 16: {why}", large_mib / 1024));
     }
     let sizes = [("1 GiB", MIB_SMALL), (OURS, large_mib)];
-    let mut columns = sizes.map(|(label, mib)| (label, mib, Pauses::default()));
+    let mut pairs = Vec::new();
+    for (label, memory_mib) in sizes {
+        let spec = Spec { vcpus: 1, memory_mib, set: 1000, run: 1, epoch_ms: 25 };
+        pairs.push((label, Protected::start(&spec, None)?));
+    }
     for _ in 0..effort.turns {
-        for (_, memory_mib, pauses) in &mut columns {
-            let spec = Spec { vcpus: 1, memory_mib: *memory_mib, set: 1000, run: 1 };
-            pauses.turn(&spec, None, effort.pauses)?;
+        for (_, pair) in &mut pairs {
+            pair.turn(effort.pauses, effort.limit)?;
         }
     }
-    for (label, _, pauses) in &columns {
-        row.column(*label, &pauses.pause);
-        note_pages(&mut row, label, pauses.pages.median(), pauses.unseen);
+    for (label, pair) in &pairs {
+        row.column(*label, &pair.pause);
+        note_pair(&mut row, label, pair);
     }
     row.check_medians(OURS, "1 GiB", Bound::AtMost(1.3));
     Ok(row)
