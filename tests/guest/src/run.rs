@@ -166,7 +166,8 @@ fn run_first(cpu: &mut Cpu) -> ! {
             }
             cpu.standstill.skip(world.clock.now_ns());
         }
-        let nap_ns = if world.config.workloads.is_idle() { NAP_NS } else { FIRST_NAP_NS };
+        let idle_nap_ns = world.config.nap_ms * MS;
+        let nap_ns = if world.config.workloads.is_idle() { idle_nap_ns } else { FIRST_NAP_NS };
         cpu.nap(due_ns.min(next_ns).min(now_ns + nap_ns));
     }
 }

@@ -64,6 +64,8 @@ pub struct Config {
     /// None: ask CPUID.
     pub tsc_khz: Option<u64>,
     pub wait: Wait,
+    /// Longest nap of `idle`, whose waking up writes memory.
+    pub nap_ms: u64,
     pub end: End,
     /// None: all free memory.
     pub verify_mib: Option<u64>,
@@ -100,6 +102,7 @@ impl Default for Config {
             seed: 1,
             tsc_khz: None,
             wait: Wait::Halt,
+            nap_ms: 20,
             end: End::PowerOff,
             verify_mib: None,
             verify_rate: 2000,
@@ -187,6 +190,7 @@ impl Config {
                     _ => return Err(bad),
                 }
             }
+            "nap_ms" => self.nap_ms = number(1, TICK_MS_MAX)?,
             "end" => {
                 self.end = match value {
                     "off" => End::PowerOff,
@@ -333,7 +337,7 @@ mod tests {
     fn all_keys() {
         let config = Config::parse(
             "workload=verify+dirty vcpus=4 ticks=10 tick_ms=50 seed=9 tsc_khz=2000000 wait=spin \
-             end=reset verify_mib=64 verify_rate=0 dirty_pages=500 dirty_order=hot dirty_mib=8 \
+             nap_ms=90 end=reset verify_mib=64 verify_rate=0 dirty_pages=500 dirty_order=hot dirty_mib=8 \
              hot_pages=32 dirty_set=100 dirty_run=4 dirty_period_ms=25 dirty_bytes=64 \
              dirty_fill=all ip=10.0.0.2/24 port=700",
         )
@@ -346,6 +350,7 @@ mod tests {
             seed: 9,
             tsc_khz: Some(2_000_000),
             wait: Wait::Spin,
+            nap_ms: 90,
             end: End::Reset,
             verify_mib: Some(64),
             verify_rate: 0,

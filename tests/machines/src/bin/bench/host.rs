@@ -37,6 +37,40 @@ impl Host {
     }
 }
 
+/// Seconds of processor time since the boot: of all processes, and of this one and those that it
+/// has waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct Busy {
+    all: f64,
+    ours: f64,
+}
+
+/// USER_HZ, which Linux gives everybody on x86 (proc_stat(5)).
+const TICKS_PER_S: f64 = 100.0;
+
+impl Busy {
+    #[must_use]
+    pub fn now() -> Self {
+        let sum = |fields: &str, skip: usize, take: usize| -> f64 {
+            let numbers = fields.split_whitespace().skip(skip).take(take);
+            let ticks: u64 = numbers.filter_map(|number| number.parse::<u64>().ok()).sum();
+            crate::samples::float(ticks) / TICKS_PER_S
+        };
+        let all = read("/proc/stat");
+        let own = read("/proc/self/stat");
+        // user, nice, system; idle and iowait; irq, softirq, steal. A name may hold blanks.
+        let head = all.lines().next().unwrap_or_default();
+        let own = own.rsplit_once(')').map_or("", |(_, fields)| fields);
+        Self { all: sum(head, 1, 3) + sum(head, 6, 3), ours: sum(own, 11, 4) }
+    }
+
+    /// Seconds that others took since an earlier moment.
+    #[must_use]
+    pub fn others_since(self, before: Self) -> f64 {
+        ((self.all - before.all) - (self.ours - before.ours)).max(0.0)
+    }
+}
+
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }

@@ -1,11 +1,14 @@
 //! The benchmark: each figure beside the least that the same machine can do, in the same run.
 
+mod bare;
 mod floor;
 mod guest;
 mod host;
+mod picture;
 mod row;
 mod rows;
 mod samples;
+mod stream;
 mod table;
 mod turns;
 
@@ -18,7 +21,7 @@ use clap::Parser;
 use serde::Serialize;
 use understudy_tests::interrupt;
 
-use crate::host::Host;
+use crate::host::{Busy, Host};
 use crate::row::Row;
 
 /// Measures what docs/SPECIFICATION.md promises under "Performance": a table, bench.json, pictures.
@@ -41,6 +44,8 @@ struct Options {
 /// How much is measured.
 pub struct Effort {
     pub is_full: bool,
+    /// Rows were asked for by name.
+    pub is_named: bool,
     /// Turns of each column.
     pub turns: u32,
     /// Pauses of a turn, as far as `limit` lasts.
@@ -82,10 +87,11 @@ fn run(options: &Options) -> Result<()> {
         host.cores, host.memory_mib, host.available_mib, host.kernel, host.kvm, host.cpu
     );
     let secs = Duration::from_secs;
+    let is_named = !options.rows.is_empty();
     let effort = if options.full {
-        Effort { is_full: true, turns: 5, pauses: 200, limit: secs(15), seconds: 10 }
+        Effort { is_full: true, is_named, turns: 5, pauses: 200, limit: secs(15), seconds: 10 }
     } else {
-        Effort { is_full: false, turns: 4, pauses: 30, limit: secs(3), seconds: 2 }
+        Effort { is_full: false, is_named, turns: 3, pauses: 40, limit: secs(3), seconds: 2 }
     };
     let start = Instant::now();
     let mut done = Vec::new();
@@ -93,10 +99,12 @@ fn run(options: &Options) -> Result<()> {
         if !options.rows.is_empty() && !options.rows.iter().any(|wanted| wanted == name) {
             continue;
         }
-        let began = Instant::now();
-        let row = measure(&effort)
+        let (began, before) = (Instant::now(), Busy::now());
+        let mut row = measure(&effort)
             .unwrap_or_else(|error| Row::new(name, "", "").not_run(format!("{error:#}")));
-        println!("{name}: measured in {} s", began.elapsed().as_secs());
+        let took = began.elapsed();
+        row.others_cores = Busy::now().others_since(before) / took.as_secs_f64().max(0.01);
+        println!("{name}: {} s, others took {:.2} cores", took.as_secs(), row.others_cores);
         done.push(row);
     }
     println!("\n{}{}", table::text(&done), table::details(&done));
@@ -106,6 +114,7 @@ fn run(options: &Options) -> Result<()> {
     let report = Report { host, mode, seconds, rows: &done };
     std::fs::write(&path, serde_json::to_vec_pretty(&report)?)
         .with_context(|| format!("Cannot write {}", path.display()))?;
-    println!("\n{} in {seconds} s", path.display());
+    let pictures = picture::draw(&done, &options.out)?;
+    println!("\n{} in {seconds} s, beside it {}", path.display(), pictures.join(", "));
     Ok(())
 }

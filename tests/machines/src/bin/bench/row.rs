@@ -63,6 +63,8 @@ pub struct Row {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub profile: Vec<Step>,
     pub notes: Vec<String>,
+    /// Cores that processes of others took while this was measured: it disturbs.
+    pub others_cores: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not_run: Option<String>,
 }
@@ -78,6 +80,7 @@ impl Row {
             checks: vec![],
             profile: vec![],
             notes: vec![],
+            others_cores: 0.0,
             not_run: None,
         }
     }

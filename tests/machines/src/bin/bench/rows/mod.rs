@@ -1,6 +1,11 @@
 //! The rows, each in the order in which the table has it.
 
+mod idle;
 mod pause;
+mod rate;
+mod sync;
+mod takeover;
+mod wire;
 
 use anyhow::Result;
 
@@ -16,4 +21,14 @@ pub const ALL: &[Entry] = &[
     ("pause-4-vcpus", pause::four),
     ("pause-16-vcpus", pause::sixteen),
     ("pause-16-gib", pause::memory),
+    ("rate-compute-1", rate::compute_1),
+    ("rate-compute-16", rate::compute_16),
+    ("rate-1k-pages", rate::thousand),
+    ("slow-link", wire::slow_link),
+    ("first-sync", sync::first),
+    ("latency", takeover::latency),
+    ("takeover-kill", takeover::kill),
+    ("takeover-silence", takeover::silence),
+    ("wire-64-bytes", wire::delta),
+    ("idle", idle::idle),
 ];
