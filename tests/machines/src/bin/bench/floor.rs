@@ -110,7 +110,11 @@ impl Keeper {
     fn new(ram: &Ram, set: u64) -> Self {
         // Beside its set, the guest writes stacks and counters.
         let room = usize::try_from(set + set / 4 + 2048).unwrap_or(0);
-        Self { dirty: PageSet::new(ram.pages()), kept: vec![[1; PAGE_SIZE]; room], ram: ram.clone() }
+        Self {
+            dirty: PageSet::new(ram.pages()),
+            kept: vec![[1; PAGE_SIZE]; room],
+            ram: ram.clone(),
+        }
     }
 
     /// Keeps the dirty pages as they are now: by the cheaper of copying and protecting, once this

@@ -41,6 +41,9 @@ struct Options {
     out: PathBuf,
 }
 
+/// From here on what others do on this host is said beside the figures.
+const DISTURBED_CORES: f64 = 0.2;
+
 /// How much is measured.
 pub struct Effort {
     pub is_full: bool,
@@ -104,6 +107,9 @@ fn run(options: &Options) -> Result<()> {
             .unwrap_or_else(|error| Row::new(name, "", "").not_run(format!("{error:#}")));
         let took = began.elapsed();
         row.others_cores = Busy::now().others_since(before) / took.as_secs_f64().max(0.01);
+        if row.others_cores > DISTURBED_CORES {
+            row.note(format!("disturbed: others took {:.1} cores meanwhile", row.others_cores));
+        }
         println!("{name}: {} s, others took {:.2} cores", took.as_secs(), row.others_cores);
         done.push(row);
     }

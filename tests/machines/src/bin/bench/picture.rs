@@ -52,7 +52,8 @@ fn bars(row: &Row, path: &Path) -> Drawn {
     for (number, column) in (1..).zip(&row.columns) {
         let (stats, middle) = (&column.stats, f64::from(count - number) + 0.5);
         let color = if column.label == "ours" { BLUE.mix(0.7) } else { BLACK.mix(0.3) };
-        let bar = Rectangle::new([(0.0, middle - 0.3), (stats.median, middle + 0.3)], color.filled());
+        let bar =
+            Rectangle::new([(0.0, middle - 0.3), (stats.median, middle + 0.3)], color.filled());
         chart.draw_series([bar])?;
         let whisker = vec![(stats.p25, middle), (stats.p75, middle)];
         chart.draw_series([PathElement::new(whisker, BLACK.stroke_width(2))])?;

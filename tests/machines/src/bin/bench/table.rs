@@ -32,7 +32,7 @@ pub fn text(rows: &[Row]) -> String {
 fn lines_of(row: &Row) -> Vec<[String; HEAD.len()]> {
     let mut lines: Vec<[String; HEAD.len()]> = Vec::new();
     let baselines = row.columns.iter().filter(|c| !["floor", "ours"].contains(&&*c.label));
-    let mut baselines: Vec<String> = baselines
+    let baselines: Vec<String> = baselines
         .map(|column| format!("{} {}", column.label, figure(column.stats.median)))
         .collect();
     let cell = |label: &str| {
@@ -51,12 +51,10 @@ fn lines_of(row: &Row) -> Vec<[String; HEAD.len()]> {
             Verdict::Unknown => "unknown",
         };
         let value = check.value.map_or("-".into(), figure);
-        lines.push([const { String::new() }; 4].into_iter().chain([
-            check.what.clone(),
-            value,
-            promise,
-            verdict.into(),
-        ]).collect::<Vec<_>>().try_into().unwrap_or_default());
+        let mut line: [String; HEAD.len()] = Default::default();
+        line[4] = check.what.clone();
+        [line[5], line[6], line[7]] = [value, promise, verdict.to_owned()];
+        lines.push(line);
     }
     if lines.is_empty() {
         lines.push(Default::default());
@@ -71,7 +69,7 @@ fn lines_of(row: &Row) -> Vec<[String; HEAD.len()]> {
     }
     lines[0][1] = cell("floor");
     lines[0][3] = cell("ours");
-    lines.iter_mut().zip(baselines.drain(..)).for_each(|(line, cell)| line[2] = cell);
+    lines.iter_mut().zip(baselines).for_each(|(line, cell)| line[2] = cell);
     lines
 }
 
@@ -92,7 +90,8 @@ pub fn details(rows: &[Row]) -> String {
     let mut text = String::new();
     for row in rows.iter().filter(|row| !row.profile.is_empty()) {
         let whole: f64 = row.profile.iter().map(|step| step.us).sum();
-        let _ = writeln!(text, "\na pause of {}, taken apart (medians, the floor's loop):", row.name);
+        let _ =
+            writeln!(text, "\na pause of {}, taken apart (medians, the floor's loop):", row.name);
         for step in &row.profile {
             let share = 100.0 * step.us / whole.max(1.0);
             let _ = writeln!(text, "  {:<12} {:>8} us  {share:>3.0} %", step.name, figure(step.us));

@@ -63,7 +63,10 @@ impl Protected {
         while pauses.len() < usize::try_from(epochs)? && began.elapsed() < limit {
             std::thread::sleep(LOOK);
             let info = primary.replication()?;
-            ensure!(info.state == ReplicationState::Protected, "it is no longer protected: {info:?}");
+            ensure!(
+                info.state == ReplicationState::Protected,
+                "it is no longer protected: {info:?}"
+            );
             if info.epoch_sealed == seen || info.epoch_sealed < start + WARM_UP {
                 continue;
             }

@@ -32,9 +32,10 @@ pub fn idle(effort: &Effort) -> Result<Row> {
         let before = machine.primary.replication()?.epoch_sealed;
         let [primary_load, backup_load] = loads([&machine.primary, &machine.backup], window)?;
         let sealed = machine.primary.replication()?.epoch_sealed - before;
+        let needed = window.as_secs() + 1;
         ours.add(vec![primary_load]);
         backup.add(vec![backup_load]);
-        epochs.add(vec![float(sealed)]);
+        epochs.add(vec![float(sealed.saturating_sub(needed))]);
         machine.set_free()?;
     }
     row.column(BARE, &bare);
@@ -42,8 +43,9 @@ pub fn idle(effort: &Effort) -> Result<Row> {
     row.column(OURS, &ours);
     row.check("primary", ours.median(), Bound::AtMost(1.0));
     row.check("backup", backup.median(), Bound::AtMost(1.0));
-    row.check("epochs in a window", epochs.median(), Bound::AtMost(0.0));
+    row.check("epochs without need", epochs.median(), Bound::AtMost(0.0));
     row.note(format!("windows of {} s; bare: the primary without protection", window.as_secs()));
+    row.note("the guest wakes up once a second, and writes memory then: such an epoch is needed");
     Ok(row)
 }
 

@@ -3,12 +3,12 @@
 use anyhow::Result;
 use api::replication::Cow;
 
+use crate::Effort;
 use crate::floor::Floor;
 use crate::guest::Spec;
 use crate::host;
 use crate::row::{Bound, FLOOR, OURS, Row};
 use crate::turns::{Protected, is_built, name};
-use crate::Effort;
 
 const UNIT: &str = "us";
 const MIB_SMALL: u64 = 1024;

@@ -36,13 +36,7 @@ pub fn thousand(effort: &Effort) -> Result<Row> {
 }
 
 /// Bare and protected by turns, in one VM.
-fn measure(
-    effort: &Effort,
-    mut row: Row,
-    vcpus: u32,
-    workload: &str,
-    least: f64,
-) -> Result<Row> {
+fn measure(effort: &Effort, mut row: Row, vcpus: u32, workload: &str, least: f64) -> Result<Row> {
     // A first sync competes with the vCPUs, and there is one in each turn: a small memory.
     let mut setup = Setup::verify(vcpus, "64M");
     setup.command_line = format!("vcpus={vcpus} tick_ms={TICK_MS} workload=count+{workload}");

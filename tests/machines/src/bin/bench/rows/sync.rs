@@ -31,9 +31,9 @@ pub fn first(effort: &Effort) -> Result<Row> {
         .into();
     setup.replicate_options = ",console_output=pass".into();
     let mut machine = Bare::start(setup)?;
-    machine.serial.wait_line("'dirty filled'", 0, FILL_LIMIT, |line| {
-        line.starts_with("dirty filled")
-    })?;
+    machine
+        .serial
+        .wait_line("'dirty filled'", 0, FILL_LIMIT, |line| line.starts_with("dirty filled"))?;
     let (mut floor, mut ours) = (Samples::default(), Samples::default());
     let turns = if effort.is_full { 3 } else { 2 };
     for _ in 0..turns {

@@ -90,7 +90,9 @@ pub fn kill(effort: &Effort) -> Result<Row> {
     }
     row.column(OURS, &samples);
     let [detected, owned, resumed] = steps.map(|step| step.median().unwrap_or(0.0));
-    row.note(format!("detected {detected:.1}, owned {owned:.1}, resumed {resumed:.1} ms (medians)"));
+    row.note(format!(
+        "detected {detected:.1}, owned {owned:.1}, resumed {resumed:.1} ms (medians)"
+    ));
     row.check("median", samples.median(), Bound::AtMost(50.0));
     Ok(row)
 }
