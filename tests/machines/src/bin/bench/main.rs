@@ -94,7 +94,7 @@ fn run(options: &Options) -> Result<()> {
     let effort = if options.full {
         Effort { is_full: true, is_named, turns: 5, pauses: 200, limit: secs(15), seconds: 10 }
     } else {
-        Effort { is_full: false, is_named, turns: 3, pauses: 40, limit: secs(3), seconds: 2 }
+        Effort { is_full: false, is_named, turns: 3, pauses: 30, limit: secs(2), seconds: 2 }
     };
     let start = Instant::now();
     let mut done = Vec::new();

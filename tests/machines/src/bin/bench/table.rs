@@ -63,8 +63,9 @@ fn lines_of(row: &Row) -> Vec<[String; HEAD.len()]> {
         lines.push(Default::default());
     }
     lines[0][0] = format!("{} [{}]", row.name, row.unit);
-    if let Some(why) = &row.not_run {
-        lines[0][4] = format!("not run: {why}");
+    if row.not_run.is_some() {
+        // Why is said below the table, where there is room for it.
+        lines[0][7] = "not run".into();
         return lines;
     }
     lines[0][1] = cell("floor");
@@ -97,8 +98,11 @@ pub fn details(rows: &[Row]) -> String {
             let _ = writeln!(text, "  {:<12} {:>8} us  {share:>3.0} %", step.name, figure(step.us));
         }
     }
-    for row in rows.iter().filter(|row| !row.notes.is_empty()) {
+    for row in rows.iter().filter(|row| !row.notes.is_empty() || row.not_run.is_some()) {
         let _ = writeln!(text, "\n{}: {}", row.name, row.what);
+        if let Some(why) = &row.not_run {
+            let _ = writeln!(text, "  not run: {}", why.replace('\n', " "));
+        }
         for note in &row.notes {
             let _ = writeln!(text, "  {note}");
         }

@@ -10,7 +10,7 @@ use understudy_tests::pair::Pair;
 use crate::guest::Spec;
 use crate::samples::{Samples, float};
 
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(300);
 /// More often than an epoch ends, so that each one's pause is read.
 const LOOK: Duration = Duration::from_millis(20);
 /// Epochs of a turn before the first that counts.

@@ -45,18 +45,23 @@ fn measure(effort: &Effort, mut row: Row, vcpus: u32, workload: &str, least: f64
     // All processors are there and at work.
     machine.serial.wait_more("compute ops=", 3, START_LIMIT)?;
     let (mut bare, mut protected) = (Samples::default(), Samples::default());
-    let mut pages = Samples::default();
+    let (mut pages, mut pauses) = <(Samples, Samples)>::default();
     let window = Duration::from_secs(effort.seconds);
     for _ in 0..effort.turns {
         bare.add(rates(&machine.serial, window)?);
         machine.protect()?;
         protected.add(rates(&machine.serial, window)?);
-        pages.add(vec![float(machine.primary.replication()?.dirty_pages.p50)]);
+        let info = machine.primary.replication()?;
+        pages.add(vec![float(info.dirty_pages.p50)]);
+        pauses.add(vec![float(info.pause_us.p50)]);
         machine.set_free()?;
     }
     row.column(BARE, &bare);
     row.column(OURS, &protected);
-    row.note(format!("{:.0} pages an epoch", pages.median().unwrap_or(0.0)));
+    let [pages, pause_us] = [pages, pauses].map(|samples| samples.median().unwrap_or(0.0));
+    row.note(format!(
+        "{pages:.0} pages an epoch, for which the guest stood still {pause_us:.0} us"
+    ));
     row.check_medians(OURS, BARE, Bound::AtLeast(least));
     Ok(row)
 }
