@@ -337,8 +337,8 @@ mod tests {
     fn all_keys() {
         let config = Config::parse(
             "workload=verify+dirty vcpus=4 ticks=10 tick_ms=50 seed=9 tsc_khz=2000000 wait=spin \
-             nap_ms=90 end=reset verify_mib=64 verify_rate=0 dirty_pages=500 dirty_order=hot dirty_mib=8 \
-             hot_pages=32 dirty_set=100 dirty_run=4 dirty_period_ms=25 dirty_bytes=64 \
+             nap_ms=90 end=reset verify_mib=64 verify_rate=0 dirty_pages=500 dirty_order=hot \
+             dirty_mib=8 hot_pages=32 dirty_set=100 dirty_run=4 dirty_period_ms=25 dirty_bytes=64 \
              dirty_fill=all ip=10.0.0.2/24 port=700",
         )
         .unwrap();

@@ -116,7 +116,8 @@ fn guest_note(lines: &[String]) -> String {
         return "the guest said nothing".into();
     };
     format!(
-        "the guest wrote {:.0} pages/s (least in a tick {:.0}), and stood still for {:.0} ms at most",
+        "the guest wrote {:.0} pages/s (least in a tick {:.0}), and stood still for {:.0} ms at \
+         most",
         rates.median,
         rates.min,
         stood.max / 1000.0
