@@ -166,7 +166,8 @@ fn run_first(cpu: &mut Cpu) -> ! {
             }
             cpu.standstill.skip(world.clock.now_ns());
         }
-        let nap_ns = if world.config.workloads.is_idle() { NAP_NS } else { FIRST_NAP_NS };
+        let idle_nap_ns = world.config.nap_ms * MS;
+        let nap_ns = if world.config.workloads.is_idle() { idle_nap_ns } else { FIRST_NAP_NS };
         cpu.nap(due_ns.min(next_ns).min(now_ns + nap_ns));
     }
 }
@@ -187,6 +188,7 @@ struct Reporter {
     still_ticks: [u64; VCPUS_MAX as usize],
     silent: u64,
     filled: bool,
+    dirty_filled: bool,
 }
 
 impl Reporter {
@@ -201,6 +203,7 @@ impl Reporter {
             still_ticks: [0; VCPUS_MAX as usize],
             silent: 0,
             filled: false,
+            dirty_filled: false,
         }
     }
 
@@ -263,6 +266,11 @@ impl Reporter {
 
     fn report_dirty(&mut self, elapsed_us: u64) {
         let all = shared::first(self.world.participants);
+        let filled = shared::sum(all, |shared| &shared.dirty_filled);
+        if !self.dirty_filled && Some(filled) == Dirty::to_fill(self.world) {
+            self.dirty_filled = true;
+            say!("dirty filled pages={filled}");
+        }
         let total = shared::sum(all, |shared| &shared.dirtied);
         let pages = total - self.last_dirtied;
         self.last_dirtied = total;

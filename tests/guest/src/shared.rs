@@ -23,6 +23,8 @@ pub struct Shared {
     pub table: AtomicU64,
     pub dirtied: AtomicU64,
     pub operations: AtomicU64,
+    /// Pages that `dirty` has filled.
+    pub dirty_filled: AtomicU64,
 }
 
 static ALL: [Shared; VCPUS_MAX as usize] = [const { Shared::new() }; VCPUS_MAX as usize];
@@ -42,6 +44,7 @@ impl Shared {
             table: AtomicU64::new(0),
             dirtied: AtomicU64::new(0),
             operations: AtomicU64::new(0),
+            dirty_filled: AtomicU64::new(0),
         }
     }
 

@@ -70,6 +70,26 @@ fn dirty_in_every_order() {
 }
 
 #[test]
+fn a_set_is_filled_once_and_rewritten_in_rounds() {
+    for vcpus in [1, 2, 4] {
+        for fill in ["set", "all"] {
+            let options = format!(
+                "workload=dirty dirty_set=1001 dirty_run=8 dirty_period_ms=10 dirty_bytes=64 \
+                 dirty_mib=16 dirty_fill={fill}"
+            );
+            let filled = if fill == "set" { 1001 } else { 16 * 256 };
+            let mut machine = Machine::start(vcpus, 512, &options);
+            machine.wait_for(&format!("dirty filled pages={filled}"));
+            machine.wait_for("dirty pages=");
+            machine.type_in("q");
+            assert_eq!(machine.wait_for_end(), Ended::PowerOff, "{machine}");
+            assert_eq!(machine.count("dirty filled"), 1, "{machine}");
+            assert!(machine.lines.last().unwrap().starts_with("stopped"), "{machine}");
+        }
+    }
+}
+
+#[test]
 fn compute_gets_its_sums_right() {
     for vcpus in [1, 2, 4] {
         let machine = run(vcpus, 512, "workload=compute ticks=5");

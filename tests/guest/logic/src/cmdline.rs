@@ -4,7 +4,7 @@
 use core::fmt;
 use core::net::Ipv4Addr;
 
-use crate::machine::VCPUS_MAX;
+use crate::machine::{PAGE_SIZE, VCPUS_MAX};
 use crate::order::Pattern;
 
 /// What the guest does; several at once are possible.
@@ -34,6 +34,16 @@ pub enum End {
     TripleFault,
 }
 
+/// What `dirty` writes once before it begins, so that no page is empty or easily compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    Nothing,
+    /// The pages of `dirty_set`.
+    Set,
+    /// The whole working area.
+    All,
+}
+
 /// The guest's own address and its network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ipv4Cidr {
@@ -54,6 +64,8 @@ pub struct Config {
     /// None: ask CPUID.
     pub tsc_khz: Option<u64>,
     pub wait: Wait,
+    /// Longest nap of `idle`, whose waking up writes memory.
+    pub nap_ms: u64,
     pub end: End,
     /// None: all free memory.
     pub verify_mib: Option<u64>,
@@ -65,6 +77,15 @@ pub struct Config {
     /// None: all free memory, or 64 MiB where `verify` runs too.
     pub dirty_mib: Option<u64>,
     pub hot_pages: u64,
+    /// Pages that are rewritten in rounds, instead of any order and rate; 0: none.
+    pub dirty_set: u64,
+    /// Adjacent pages of the set.
+    pub dirty_run: u64,
+    /// From the start of one round to the next; 0: without a wait.
+    pub dirty_period_ms: u64,
+    /// Bytes of a page that a round changes.
+    pub dirty_bytes: u64,
+    pub dirty_fill: Fill,
     /// Never None with the workload `kv`.
     pub ip: Option<Ipv4Cidr>,
     /// Where `kv` listens.
@@ -81,6 +102,7 @@ impl Default for Config {
             seed: 1,
             tsc_khz: None,
             wait: Wait::Halt,
+            nap_ms: 20,
             end: End::PowerOff,
             verify_mib: None,
             verify_rate: 2000,
@@ -88,6 +110,11 @@ impl Default for Config {
             dirty_order: Pattern::Sequential,
             dirty_mib: None,
             hot_pages: 256,
+            dirty_set: 0,
+            dirty_run: 1,
+            dirty_period_ms: 0,
+            dirty_bytes: 8,
+            dirty_fill: Fill::Nothing,
             ip: None,
             port: 7,
         }
@@ -145,10 +172,7 @@ impl Config {
 
     fn set<'a>(&mut self, key: &'a str, value: &'a str) -> Result<(), CmdlineError<'a>> {
         let bad = CmdlineError::BadValue { key, value };
-        let number = |least: u64, most: u64| {
-            let number = value.parse::<u64>().map_err(|_| bad)?;
-            (least..=most).contains(&number).then_some(number).ok_or(bad)
-        };
+        let number = |least, most| number(key, value, least, most);
         match key {
             "workload" => self.workloads = Workloads::parse(value).ok_or(bad)?,
             "vcpus" => {
@@ -166,6 +190,7 @@ impl Config {
                     _ => return Err(bad),
                 }
             }
+            "nap_ms" => self.nap_ms = number(1, TICK_MS_MAX)?,
             "end" => {
                 self.end = match value {
                     "off" => End::PowerOff,
@@ -176,7 +201,22 @@ impl Config {
             }
             "verify_mib" => self.verify_mib = Some(number(1, MIB_MAX)?),
             "verify_rate" => self.verify_rate = number(0, u64::from(u32::MAX))?,
-            "dirty_pages" => self.dirty_pages = number(0, u64::from(u32::MAX))?,
+            _ if key.starts_with("dirty_") || key == "hot_pages" => {
+                return self.set_dirty(key, value);
+            }
+            "ip" => self.ip = Some(Ipv4Cidr::parse(value).ok_or(bad)?),
+            "port" => self.port = u16::try_from(number(1, 65535)?).map_err(|_| bad)?,
+            _ => return Err(CmdlineError::UnknownKey(key)),
+        }
+        Ok(())
+    }
+
+    fn set_dirty<'a>(&mut self, key: &'a str, value: &'a str) -> Result<(), CmdlineError<'a>> {
+        let bad = CmdlineError::BadValue { key, value };
+        let number = |least, most| number(key, value, least, most);
+        let many = u64::from(u32::MAX);
+        match key {
+            "dirty_pages" => self.dirty_pages = number(0, many)?,
             "dirty_order" => {
                 self.dirty_order = match value {
                     "seq" => Pattern::Sequential,
@@ -186,13 +226,37 @@ impl Config {
                 }
             }
             "dirty_mib" => self.dirty_mib = Some(number(1, MIB_MAX)?),
-            "hot_pages" => self.hot_pages = number(1, u64::from(u32::MAX))?,
-            "ip" => self.ip = Some(Ipv4Cidr::parse(value).ok_or(bad)?),
-            "port" => self.port = u16::try_from(number(1, 65535)?).map_err(|_| bad)?,
+            "hot_pages" => self.hot_pages = number(1, many)?,
+            "dirty_set" => self.dirty_set = number(0, many)?,
+            "dirty_run" => self.dirty_run = number(1, many)?,
+            "dirty_period_ms" => self.dirty_period_ms = number(0, TICK_MS_MAX)?,
+            "dirty_bytes" => {
+                let is_words = |bytes: &u64| bytes.is_multiple_of(8);
+                self.dirty_bytes = Some(number(8, PAGE_SIZE)?).filter(is_words).ok_or(bad)?;
+            }
+            "dirty_fill" => {
+                self.dirty_fill = match value {
+                    "nothing" => Fill::Nothing,
+                    "set" => Fill::Set,
+                    "all" => Fill::All,
+                    _ => return Err(bad),
+                }
+            }
             _ => return Err(CmdlineError::UnknownKey(key)),
         }
         Ok(())
     }
+}
+
+fn number<'a>(
+    key: &'a str,
+    value: &'a str,
+    least: u64,
+    most: u64,
+) -> Result<u64, CmdlineError<'a>> {
+    let bad = CmdlineError::BadValue { key, value };
+    let number = value.parse::<u64>().map_err(|_| bad)?;
+    (least..=most).contains(&number).then_some(number).ok_or(bad)
 }
 
 impl Ipv4Cidr {
@@ -273,8 +337,9 @@ mod tests {
     fn all_keys() {
         let config = Config::parse(
             "workload=verify+dirty vcpus=4 ticks=10 tick_ms=50 seed=9 tsc_khz=2000000 wait=spin \
-             end=reset verify_mib=64 verify_rate=0 dirty_pages=500 dirty_order=hot dirty_mib=8 \
-             hot_pages=32 ip=10.0.0.2/24 port=700",
+             nap_ms=90 end=reset verify_mib=64 verify_rate=0 dirty_pages=500 dirty_order=hot \
+             dirty_mib=8 hot_pages=32 dirty_set=100 dirty_run=4 dirty_period_ms=25 dirty_bytes=64 \
+             dirty_fill=all ip=10.0.0.2/24 port=700",
         )
         .unwrap();
         let expected = Config {
@@ -285,6 +350,7 @@ mod tests {
             seed: 9,
             tsc_khz: Some(2_000_000),
             wait: Wait::Spin,
+            nap_ms: 90,
             end: End::Reset,
             verify_mib: Some(64),
             verify_rate: 0,
@@ -292,6 +358,11 @@ mod tests {
             dirty_order: Pattern::Hot { hot: 32 },
             dirty_mib: Some(8),
             hot_pages: 32,
+            dirty_set: 100,
+            dirty_run: 4,
+            dirty_period_ms: 25,
+            dirty_bytes: 64,
+            dirty_fill: Fill::All,
             ip: Some(Ipv4Cidr { address: Ipv4Addr::new(10, 0, 0, 2), prefix: 24 }),
             port: 700,
         };
@@ -329,6 +400,11 @@ mod tests {
             ("ticks=99999999999999999999", "Bad value '99999999999999999999' of 'ticks'"),
             ("tick_ms=0", "Bad value '0' of 'tick_ms'"),
             ("dirty_order=hottest", "Bad value 'hottest' of 'dirty_order'"),
+            ("dirty_bytes=12", "Bad value '12' of 'dirty_bytes'"),
+            ("dirty_bytes=4104", "Bad value '4104' of 'dirty_bytes'"),
+            ("dirty_run=0", "Bad value '0' of 'dirty_run'"),
+            ("dirty_fill=some", "Bad value 'some' of 'dirty_fill'"),
+            ("dirty_rate=1", "Unknown key 'dirty_rate'"),
             ("wait=", "Bad value '' of 'wait'"),
             ("end=now", "Bad value 'now' of 'end'"),
             ("ip=10.0.0.2", "Bad value '10.0.0.2' of 'ip'"),

@@ -1,6 +1,8 @@
 //! The order in which pages are visited.
 
-use crate::random::Random;
+use core::ops::Range;
+
+use crate::random::{Random, mix};
 
 /// Visits in a row, and then somewhere else.
 const STRETCH: u64 = 64;
@@ -88,6 +90,83 @@ impl Writes {
     }
 }
 
+/// A fixed set of pages: runs of adjacent ones, each somewhere in a cell of its own of all memory.
+/// Slots of the set ascend as its pages do, and no two have the same page.
+#[derive(Clone, Debug)]
+pub struct Scatter {
+    pages: u64,
+    run: u64,
+    /// Pages from the start of one run's cell to the next one's.
+    cell: u64,
+    seed: u64,
+}
+
+impl Scatter {
+    /// `set` of `count` pages, in runs of `run`. What does not fit becomes one run.
+    #[must_use]
+    pub fn new(count: u64, set: u64, run: u64, seed: u64) -> Self {
+        let pages = set.min(count);
+        let run = run.clamp(1, pages.max(1));
+        let cell = count.checked_div(pages.div_ceil(run)).unwrap_or(0);
+        let (run, cell) = if cell < run { (pages.max(1), count) } else { (run, cell) };
+        Self { pages, run, cell, seed }
+    }
+
+    /// Pages of the set.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The page of a slot below [`Scatter::pages`].
+    #[must_use]
+    pub fn page(&self, slot: u64) -> u64 {
+        let (run, within) = (slot / self.run, slot % self.run);
+        let room = self.cell - self.run.min(self.cell) + 1;
+        run * self.cell + mix(self.seed ^ mix(run)) % room + within
+    }
+}
+
+/// Goes through slots once in each period, as fast as it can, and then waits for the next one.
+#[derive(Clone, Debug)]
+pub struct Rounds {
+    slots: Range<u64>,
+    next: u64,
+    period_ns: u64,
+    /// When the next round begins.
+    round_ns: u64,
+}
+
+impl Rounds {
+    /// The first round begins now. A period of 0 has no waits.
+    #[must_use]
+    pub fn new(slots: Range<u64>, period_ns: u64, now_ns: u64) -> Self {
+        let next = slots.end;
+        Self { slots, next, period_ns, round_ns: now_ns }
+    }
+
+    /// The slots whose turn it is, at most `batch`. A round that is late is not made up for.
+    pub fn due(&mut self, now_ns: u64, batch: u64) -> Range<u64> {
+        if self.next == self.slots.end && now_ns >= self.round_ns {
+            self.next = self.slots.start;
+            self.round_ns = self.round_ns.saturating_add(self.period_ns).max(now_ns);
+        }
+        let start = self.next;
+        self.next = self.slots.end.min(start.saturating_add(batch));
+        start..self.next
+    }
+
+    /// When there is something to do; `u64::MAX` without slots.
+    #[must_use]
+    pub fn next_ns(&self) -> u64 {
+        match (self.slots.is_empty(), self.next < self.slots.end) {
+            (true, _) => u64::MAX,
+            (false, true) => 0,
+            (false, false) => self.round_ns,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,5 +209,66 @@ mod tests {
     fn sequential_writes_wrap() {
         let mut writes = Writes::new(Pattern::Sequential, 3, 0);
         assert_eq!([(); 5].map(|()| writes.slot()), [0, 1, 2, 0, 1]);
+    }
+
+    #[test]
+    fn a_scattered_set_has_its_pages_once_each_in_runs() {
+        for (count, set, run) in
+            [(262_144, 1000, 1), (262_144, 10_000, 64), (1000, 1000, 7), (70, 65, 64), (5, 9, 2)]
+        {
+            let scatter = Scatter::new(count, set, run, 11);
+            assert_eq!(scatter.pages(), set.min(count));
+            let pages: Vec<u64> = (0..scatter.pages()).map(|slot| scatter.page(slot)).collect();
+            assert!(pages.is_sorted_by(|a, b| a < b), "{count} {set} {run}");
+            assert!(pages.iter().all(|page| *page < count));
+        }
+        let scatter = Scatter::new(262_144, 10_000, 64, 11);
+        let pages: Vec<u64> = (0..10_000).map(|slot| scatter.page(slot)).collect();
+        let breaks = pages.windows(2).filter(|pair| pair[1] != pair[0] + 1).count();
+        assert!((150..157).contains(&breaks), "{breaks}");
+        assert!(pages[9999] > 255_000);
+        assert_eq!(Scatter::new(0, 10, 4, 1).pages(), 0);
+    }
+
+    #[test]
+    fn another_seed_is_another_set() {
+        let set = |seed| -> Vec<u64> {
+            let scatter = Scatter::new(262_144, 1000, 1, seed);
+            (0..1000).map(|slot| scatter.page(slot)).collect()
+        };
+        assert_eq!(set(1), set(1));
+        let (first, second) = (set(1), set(2));
+        let same = first.iter().zip(&second).filter(|(a, b)| a == b).count();
+        assert!(same < 50, "{same}");
+    }
+
+    #[test]
+    fn a_round_goes_through_the_slots_once_a_period() {
+        let mut rounds = Rounds::new(10..15, 100, 1000);
+        assert_eq!(rounds.next_ns(), 1000);
+        assert!(rounds.due(999, 3).is_empty());
+        assert_eq!(rounds.due(1000, 3), 10..13);
+        assert_eq!(rounds.next_ns(), 0);
+        assert_eq!(rounds.due(1050, 3), 13..15);
+        assert_eq!(rounds.next_ns(), 1100);
+        assert!(rounds.due(1099, 3).is_empty());
+        assert_eq!(rounds.due(1100, 9), 10..15);
+        // Late by many rounds: the next one at once, no more.
+        assert_eq!(rounds.due(1990, 9), 10..15);
+        assert_eq!(rounds.next_ns(), 1990);
+        assert_eq!(rounds.due(1990, 9), 10..15);
+        assert_eq!(rounds.next_ns(), 2090);
+    }
+
+    #[test]
+    fn no_period_no_wait_and_no_slots_no_work() {
+        let mut rounds = Rounds::new(0..2, 0, 5);
+        for _ in 0..3 {
+            assert_eq!(rounds.due(5, 9), 0..2);
+            assert!(rounds.next_ns() <= 5);
+        }
+        let mut none = Rounds::new(3..3, 0, 5);
+        assert!(none.due(5, 9).is_empty());
+        assert_eq!(none.next_ns(), u64::MAX);
     }
 }

@@ -1,0 +1,62 @@
+//! The guest of a row: how large it is and what it writes.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use understudy_tests::pair::Setup;
+use understudy_tests::serial::Serial;
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A guest that rewrites a set of pages in each epoch.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    pub vcpus: u32,
+    pub memory_mib: u64,
+    /// Pages of the set, and how many of them are adjacent.
+    pub set: u64,
+    pub run: u64,
+    /// Long enough for the guest to write all of its set: a page's first write in an epoch is a
+    /// fault, which costs microseconds where KVM is a software one.
+    pub epoch_ms: u64,
+}
+
+impl Spec {
+    #[must_use]
+    pub fn command_line(&self) -> String {
+        format!(
+            "workload=dirty vcpus={} tick_ms=250 dirty_set={} dirty_run={} dirty_fill=set \
+             dirty_period_ms={}",
+            self.vcpus,
+            self.set,
+            self.run,
+            self.period_ms()
+        )
+    }
+
+    /// Shorter than an epoch, so that each epoch has a write to each page of the set, wherever in
+    /// the period it begins.
+    fn period_ms(&self) -> u64 {
+        (self.epoch_ms * 4 / 5).max(1)
+    }
+
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_mib << 20
+    }
+
+    /// A pair with this guest, whose output does not wait: no epoch is sealed early for it.
+    #[must_use]
+    pub fn setup(&self) -> Setup {
+        let mut setup = Setup::verify(self.vcpus, &format!("{}M", self.memory_mib));
+        setup.command_line = self.command_line();
+        setup.replicate_options = format!(",console_output=pass,epoch_ms={}", self.epoch_ms);
+        setup
+    }
+
+    /// Waits until each page of the set has its first content.
+    pub fn wait_filled(&self, serial: &Serial) -> Result<()> {
+        serial.wait_line("'dirty filled'", 0, LIMIT, |line| line.starts_with("dirty filled"))?;
+        Ok(())
+    }
+}

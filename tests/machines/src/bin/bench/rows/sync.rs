@@ -1,0 +1,50 @@
+//! How fast a VM becomes protected.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use understudy_tests::pair::Setup;
+
+use crate::Effort;
+use crate::bare::Bare;
+use crate::host;
+use crate::row::{Bound, FLOOR, OURS, Row};
+use crate::samples::Samples;
+use crate::stream::Source;
+
+const FILL_LIMIT: Duration = Duration::from_secs(180);
+/// As `--replicate` has it by default.
+const CONNECTIONS: usize = 1;
+
+pub fn first(effort: &Effort) -> Result<Row> {
+    let wanted_mib: u64 = if effort.is_full { 4096 } else { 1024 };
+    let what = format!("first sync of {} MiB, every page with a content", wanted_mib);
+    let mut row = Row::new("first-sync", what, "MiB/s");
+    // The primary, its backup, and the source of the bare stream.
+    if host::memory_mib("MemAvailable:") < 3 * wanted_mib + 1024 {
+        return Ok(row.not_run(format!("three memories of {wanted_mib} MiB do not fit this host")));
+    }
+    let mib = f64::from(u32::try_from(wanted_mib)?);
+    let mut setup = Setup::verify(1, &format!("{wanted_mib}M"));
+    setup.command_line = "workload=dirty vcpus=1 tick_ms=250 dirty_set=100 dirty_period_ms=25 \
+                          dirty_fill=all"
+        .into();
+    setup.replicate_options = ",console_output=pass".into();
+    let mut machine = Bare::start(setup)?;
+    machine
+        .serial
+        .wait_line("'dirty filled'", 0, FILL_LIMIT, |line| line.starts_with("dirty filled"))?;
+    let (mut floor, mut ours) = (Samples::default(), Samples::default());
+    let turns = if effort.is_full { 3 } else { 2 };
+    for _ in 0..turns {
+        // The source goes before the backup comes: all of them together need not fit.
+        floor.add(vec![mib / Source::new(wanted_mib << 20)?.send(CONNECTIONS)?.as_secs_f64()]);
+        ours.add(vec![mib / machine.protect()?.as_secs_f64()]);
+        machine.set_free()?;
+    }
+    row.column(FLOOR, &floor);
+    row.column(OURS, &ours);
+    row.note(format!("{CONNECTIONS} data connection; the guest rewrites 100 pages each 25 ms"));
+    row.check_medians(OURS, FLOOR, Bound::AtLeast(0.85));
+    Ok(row)
+}

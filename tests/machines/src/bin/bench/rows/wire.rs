@@ -1,0 +1,125 @@
+//! What goes over the wire.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use api::replication::ReplicationInfo;
+use understudy_tests::interrupt::Folder;
+use understudy_tests::network::Namespace;
+use understudy_tests::pair::{Pair, Setup};
+
+use crate::Effort;
+use crate::row::{Bound, FLOOR, OURS, Row};
+use crate::samples::{Samples, float};
+use crate::turns::is_built;
+
+const LIMIT: Duration = Duration::from_secs(180);
+/// Of the link that is slower than the guest.
+const LINK_MBIT: u64 = 400;
+
+pub fn delta(effort: &Effort) -> Result<Row> {
+    let what = "bytes on the wire for each byte of an epoch whose pages have 64 bytes changed";
+    let mut row = Row::new("wire-64-bytes", what, "bytes/byte");
+    let mut none = Samples::default();
+    none.add(vec![sent_of_raw(effort, ",compression=none")?]);
+    row.column("none", &none);
+    if is_built(",compression=delta") {
+        let mut delta = Samples::default();
+        delta.add(vec![sent_of_raw(effort, ",compression=delta")?]);
+        row.column(OURS, &delta);
+    } else {
+        row.note("compression=delta is not built");
+    }
+    row.check("delta", row.stats(OURS).map(|stats| stats.median), Bound::AtMost(0.1));
+    Ok(row)
+}
+
+/// Bytes sent over bytes of pages and state, over a window of epochs.
+fn sent_of_raw(effort: &Effort, options: &str) -> Result<f64> {
+    let folder = Folder::new()?;
+    let mut setup = Setup::verify(1, "256M");
+    setup.command_line = "workload=dirty vcpus=1 tick_ms=250 dirty_set=1000 dirty_period_ms=20 \
+                          dirty_bytes=64 dirty_fill=set"
+        .into();
+    setup.replicate_options = format!(",console_output=pass{options}");
+    let mut pair = Pair::start(folder.path(), &setup)?;
+    pair.primary_serial.wait_line("'filled'", 0, LIMIT, |line| line.contains("filled"))?;
+    let before = pair.wait_protected(LIMIT)?;
+    std::thread::sleep(Duration::from_secs(effort.seconds));
+    let after = pair.primary.replication()?;
+    let more = |of: fn(&ReplicationInfo) -> u64| float(of(&after) - of(&before));
+    Ok(more(|info| info.bytes_sent) / more(|info| info.bytes_raw).max(1.0))
+}
+
+pub fn slow_link(effort: &Effort) -> Result<Row> {
+    let what = format!("streaming writes over a link of {LINK_MBIT} Mbit/s");
+    let row = Row::new("slow-link", what, "MB/s");
+    if !effort.is_full && !effort.is_named {
+        return Ok(row.not_run("with --full, or by its name"));
+    }
+    let link = Namespace::new()?;
+    // The VMMs live no longer than the thread that starts them, and are in its namespace.
+    link.within(|| in_namespace(effort, row))?
+}
+
+fn in_namespace(effort: &Effort, mut row: Row) -> Result<Row> {
+    let bytes_per_s = LINK_MBIT * 125_000;
+    // Both ways share it, and one of them is acknowledgements only.
+    let shape = format!("qdisc add dev lo root tbf rate {LINK_MBIT}mbit burst 1mb latency 50ms");
+    let output = Command::new("tc").args(shape.split(' ')).output().context("Cannot run 'tc'")?;
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    ensure!(output.status.success(), "tc {shape}: {said}");
+    let folder = Folder::new()?;
+    let mut setup = Setup::verify(1, "128M");
+    setup.command_line = "workload=dirty vcpus=1 tick_ms=200".into();
+    setup.replicate_options = ",console_output=pass".into();
+    let mut pair = Pair::start(folder.path(), &setup)?;
+    let mut before = pair.wait_protected(LIMIT)?;
+    let mark = pair.primary_serial.mark();
+    let mut useful = Samples::default();
+    for _ in 0..effort.turns {
+        let start = Instant::now();
+        std::thread::sleep(Duration::from_secs(effort.seconds.max(5)));
+        let after = pair.primary.replication()?;
+        let bytes = after.bytes_raw - before.bytes_raw;
+        useful.add(vec![float(bytes) / start.elapsed().as_secs_f64() / 1e6]);
+        before = after;
+    }
+    let mut link = Samples::default();
+    link.add(vec![float(bytes_per_s) / 1e6]);
+    row.column(FLOOR, &link);
+    row.column(OURS, &useful);
+    row.check_medians(OURS, FLOOR, Bound::AtLeast(0.85));
+    let lines = pair.primary_serial.lines();
+    row.note(guest_note(lines.get(mark..).unwrap_or_default()));
+    row.note(format!(
+        "pause p50 {:.1} ms, p99 {:.1} ms, {} pages an epoch",
+        float(before.pause_us.p50) / 1000.0,
+        float(before.pause_us.p99) / 1000.0,
+        before.dirty_pages.p50
+    ));
+    Ok(row)
+}
+
+/// How evenly the guest went on.
+fn guest_note(lines: &[String]) -> String {
+    let number = |line: &String, key: &str| {
+        let (_, rest) = line.split_once(key)?;
+        rest.split_whitespace().next()?.parse::<u64>().ok().map(float)
+    };
+    let mut rates = Samples::default();
+    rates.add(lines.iter().filter_map(|line| number(line, "per_s=")).collect());
+    let mut stood = Samples::default();
+    stood.add(lines.iter().filter_map(|line| number(line, "standstill_us max=")).collect());
+    let (Some(rates), Some(stood)) = (rates.stats(), stood.stats()) else {
+        return "the guest said nothing".into();
+    };
+    format!(
+        "the guest wrote {:.0} pages/s (least in a tick {:.0}), and stood still for {:.0} ms at \
+         most",
+        rates.median,
+        rates.min,
+        stood.max / 1000.0
+    )
+}

@@ -1,0 +1,106 @@
+//! Turns of a real pair: two VMM processes, TCP over the loopback.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use api::replication::{Cow, ReplicationState};
+use understudy_tests::interrupt::Folder;
+use understudy_tests::pair::Pair;
+
+use crate::guest::Spec;
+use crate::samples::{Samples, float};
+
+const LIMIT: Duration = Duration::from_secs(300);
+/// More often than an epoch ends, so that each one's pause is read.
+const LOOK: Duration = Duration::from_millis(20);
+/// Epochs of a turn before the first that counts.
+const WARM_UP: u64 = 3;
+
+/// A pair whose guest runs during its turns, and what they brought: a figure for each epoch.
+pub struct Protected {
+    pair: Pair,
+    _folder: Folder,
+    /// Microseconds that the guest stood still, as `replication-info` says.
+    pub pause: Samples,
+    pub pages: Samples,
+    /// From the seal to the acknowledgement.
+    pub commit: Samples,
+    /// Epochs that were over before anybody looked.
+    pub unseen: u64,
+}
+
+impl Protected {
+    /// Starts a pair and waits until it is protected; its guest stands until the first turn.
+    /// Without a `cow`: as it is delivered.
+    pub fn start(spec: &Spec, cow: Option<Cow>) -> Result<Self> {
+        let folder = Folder::new()?;
+        let mut setup = spec.setup();
+        if let Some(cow) = cow {
+            setup.replicate_options.push_str(&format!(",cow={}", name(cow)));
+        }
+        let mut pair = Pair::start(folder.path(), &setup)?;
+        spec.wait_filled(&pair.primary_serial)?;
+        let protected = pair.wait_protected(LIMIT);
+        protected.with_context(|| format!("The backup says:\n{}", pair.backup.log()))?;
+        pair.primary.put_ok("vm.pause", None)?;
+        Ok(Self {
+            pair,
+            _folder: folder,
+            pause: Samples::default(),
+            pages: Samples::default(),
+            commit: Samples::default(),
+            unseen: 0,
+        })
+    }
+
+    /// One turn of `epochs` epochs, as far as `limit` lasts.
+    pub fn turn(&mut self, epochs: u32, limit: Duration) -> Result<()> {
+        let primary = &self.pair.primary;
+        let start = primary.replication()?.epoch_sealed;
+        primary.put_ok("vm.resume", None)?;
+        let (mut seen, mut pauses, mut pages, mut commits) = (start, vec![], vec![], vec![]);
+        let began = Instant::now();
+        while pauses.len() < usize::try_from(epochs)? && began.elapsed() < limit {
+            std::thread::sleep(LOOK);
+            let info = primary.replication()?;
+            ensure!(
+                info.state == ReplicationState::Protected,
+                "it is no longer protected: {info:?}"
+            );
+            if info.epoch_sealed == seen || info.epoch_sealed < start + WARM_UP {
+                continue;
+            }
+            if !pauses.is_empty() {
+                self.unseen += info.epoch_sealed - seen - 1;
+            }
+            seen = info.epoch_sealed;
+            pauses.push(float(info.pause_us.last));
+            pages.push(float(info.dirty_pages.last));
+            commits.push(float(info.commit_latency_us.last));
+        }
+        primary.put_ok("vm.pause", None)?;
+        self.pause.add(pauses);
+        self.pages.add(pages);
+        self.commit.add(commits);
+        Ok(())
+    }
+}
+
+/// As `cow=` takes it.
+#[must_use]
+pub fn name(cow: Cow) -> &'static str {
+    match cow {
+        Cow::Hybrid => "hybrid",
+        Cow::Protect => "protect",
+        Cow::Copy => "copy",
+        Cow::Off => "off",
+    }
+}
+
+/// Whether this build takes options of `--replicate`.
+#[must_use]
+pub fn is_built(options: &str) -> bool {
+    let data = format!("destination_url=tcp:127.0.0.1:1{options}");
+    let data = data.parse::<api::replication::ReplicateData>();
+    data.is_ok_and(|data| data.validate().is_empty())
+}
