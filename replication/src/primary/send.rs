@@ -1,16 +1,19 @@
 //! The sender threads, one for each data connection.
 //!
 //! Enters: jobs. Leaves: frames. A page of the guest's live memory is read once, into a buffer of
-//! one frame, so that what is sent is what was checksummed; a frozen page goes out from where it
-//! was kept, without a copy.
+//! one frame, so that what is sent is what was checksummed; a frozen page that is not encoded goes
+//! out from where it was kept, without a copy.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
+use api::replication::Compression;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Page, Piece, Scratch, Share};
+use crate::encode::Encoder;
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
@@ -18,7 +21,8 @@ use crate::ids::{EpochId, PAGE_SIZE};
 use crate::ram::{PageSet, Ram};
 use crate::transport::Stream;
 use crate::wire::{
-    ConnectionPart, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, WireError, encode_pages_header,
+    ConnectionPart, Encoding, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, WireError,
+    encode_pages_header,
 };
 
 /// Where the bytes of a job come from.
@@ -54,6 +58,7 @@ impl Senders {
     pub(super) fn start(
         writers: Vec<FrameWriter<Box<dyn Stream>>>,
         ram: &Ram,
+        compression: Compression,
         counters: &Arc<Counters>,
         deliver: impl Fn(Sent) -> bool + Clone + Send + 'static,
     ) -> Result<Self, Error> {
@@ -68,6 +73,7 @@ impl Senders {
                 share: Share { index, of },
                 ram: ram.clone(),
                 writer,
+                encoder: Encoder::new(compression, of),
                 counters: Arc::clone(counters),
                 runs: Runs::default(),
                 head: Vec::new(),
@@ -104,6 +110,7 @@ struct OneSender {
     share: Share,
     ram: Ram,
     writer: FrameWriter<Box<dyn Stream>>,
+    encoder: Encoder,
     counters: Arc<Counters>,
     runs: Runs,
     head: Vec<u8>,
@@ -117,6 +124,7 @@ impl OneSender {
         let mut taken: Box<Scratch> =
             vec![[0; PAGE_SIZE]; GROUP_PAGES].try_into().expect("its length");
         for job in queue {
+            self.encoder.begin(job.epoch);
             let sent = match &job.source {
                 Source::Live(pages) => self.send_live(job.epoch, pages, &mut scratch),
                 Source::Frozen(frozen) => self.send_frozen(job.epoch, frozen.as_ref(), &mut taken),
@@ -140,23 +148,17 @@ impl OneSender {
         let mut part = ConnectionPart::default();
         let mut filled = 0;
         for page in self.share.pages(pages) {
+            if self.runs.is_full() {
+                self.flush(epoch, &Vec::from_iter(&scratch[..filled]), &mut part)?;
+                filled = 0;
+            }
             let buffer = &mut scratch[filled];
             assert!(self.ram.read_page(page, buffer), "a dirty set is over the memory");
-            let zero = is_zero(buffer);
-            if !self.runs.push(page, zero) {
-                let contents: Vec<&[u8]> = vec![scratch[..filled].as_flattened()];
-                self.flush(epoch, &contents, &mut part)?;
-                scratch.swap(0, filled);
-                filled = 0;
-                assert!(self.runs.push(page, zero), "an empty frame has room");
-            }
-            filled += usize::from(!zero);
-            if filled == scratch.len() {
-                self.flush(epoch, &[scratch.as_flattened()], &mut part)?;
-                filled = 0;
-            }
+            let encoding = self.encoder.encode(page, buffer);
+            assert!(self.runs.push(page, encoding), "a frame that is not full has room");
+            filled += usize::from(encoding == Encoding::Raw);
         }
-        self.flush(epoch, &[scratch[..filled].as_flattened()], &mut part)?;
+        self.flush(epoch, &Vec::from_iter(&scratch[..filled]), &mut part)?;
         self.end(epoch, part)
     }
 
@@ -174,33 +176,36 @@ impl OneSender {
             if batch.is_empty() {
                 break;
             }
-            let mut contents: Vec<&[u8]> = Vec::with_capacity(batch.len());
+            let mut kept: Vec<&Page> = Vec::with_capacity(batch.len());
             for (page, bytes) in &batch {
-                let zero = is_zero(bytes);
-                assert!(self.runs.push(*page, zero), "a batch fits a frame");
-                if !zero {
-                    contents.push(&bytes[..]);
+                let encoding = self.encoder.encode(*page, bytes);
+                assert!(self.runs.push(*page, encoding), "a batch fits a frame");
+                if encoding == Encoding::Raw {
+                    kept.push(bytes);
                 }
             }
-            self.flush(epoch, &contents, &mut part)?;
+            self.flush(epoch, &kept, &mut part)?;
         }
         self.end(epoch, part)
     }
 
+    /// Sends the frame that was gathered; `kept` are its raw pages.
     fn flush(
         &mut self,
         epoch: EpochId,
-        contents: &[&[u8]],
+        kept: &[&Page],
         part: &mut ConnectionPart,
     ) -> Result<(), WireError> {
         if self.runs.is_empty() {
             return Ok(());
         }
         encode_pages_header(epoch, &self.runs, &mut self.head);
-        let mut parts: Vec<&[u8]> = Vec::with_capacity(contents.len() + 1);
+        let mut parts: Vec<&[u8]> = Vec::with_capacity(RAW_PAGES_MAX + 1);
         parts.push(&self.head);
-        parts.extend(contents);
+        self.encoder.contents(kept, &mut parts);
+        let began = Instant::now();
         let crc = self.writer.write(Kind::Pages, &parts)?;
+        self.encoder.sent(self.writer.bytes() - self.counted, began.elapsed());
         let pages = self.runs.pages();
         self.runs.clear();
         part.add(pages, crc);
@@ -228,12 +233,6 @@ impl OneSender {
     }
 }
 
-/// Whether a page is all zero; fails at the first word of most pages that are not.
-fn is_zero(page: &Page) -> bool {
-    let (chunks, _) = page.as_chunks::<64>();
-    chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use vm_memory::GuestAddress;
@@ -259,7 +258,8 @@ mod tests {
         let counters = Arc::<Counters>::default();
         let writer = FrameWriter::new(ours, session);
         let deliver = move |report: Sent| done.send(report.unwrap()).is_ok();
-        let senders = Senders::start(vec![writer], &ram, &counters, deliver).unwrap();
+        let none = Compression::None;
+        let senders = Senders::start(vec![writer], &ram, none, &counters, deliver).unwrap();
         let source = Source::Live(Arc::new(pages));
         senders.send(&Job { number: 7, epoch: EpochId(0), source });
         assert_eq!(sent.recv(), Ok(7));

@@ -1,0 +1,1 @@
+//! What is encoded is what a backup makes of it.
