@@ -25,14 +25,17 @@ pub const DELTA_BYTES_MAX: usize = PAGE_SIZE / 2;
 /// Equal bytes between two changes that go along: a range of its own costs two bytes, and its own
 /// step when it is applied.
 const BRIDGE_BYTES: usize = 4;
+const NUMBER_BYTES_MAX: usize = 2;
 /// Bytes that are compared at a time.
 const CHUNK_BYTES: usize = 64;
 const WORD_BYTES: usize = size_of::<u64>();
+const CHUNK_WORDS: usize = CHUNK_BYTES / WORD_BYTES;
 
 /// Appends what makes `new` of `old` to `out`, and makes `old` equal to `new`. `false`, with
 /// nothing appended, if that is longer than [`DELTA_BYTES_MAX`].
 pub fn diff(old: &mut Page, new: &Page, out: &mut Vec<u8>) -> bool {
     let from = out.len();
+    out.reserve(DELTA_BYTES_MAX + 2 * NUMBER_BYTES_MAX);
     let mut ranges = Ranges { old, new, out, limit: from + DELTA_BYTES_MAX, at: 0, open: None };
     let fits = ranges.compare();
     if !fits {
@@ -57,14 +60,16 @@ struct Ranges<'a> {
 
 impl Ranges<'_> {
     fn compare(&mut self) -> bool {
-        for chunk in (0..PAGE_SIZE).step_by(CHUNK_BYTES) {
-            let end = chunk + CHUNK_BYTES;
-            if self.old[chunk..end] == self.new[chunk..end] {
+        let new = self.new;
+        for (chunk, now) in new.as_chunks::<CHUNK_BYTES>().0.iter().enumerate() {
+            let from = chunk * CHUNK_BYTES;
+            let before = &self.old.as_chunks::<CHUNK_BYTES>().0[chunk];
+            let differs = differences(before, now);
+            if differs.iter().fold(0, |any, word| any | word) == 0 {
                 continue;
             }
-            for word in (chunk..end).step_by(WORD_BYTES) {
-                let differs = word_at(self.old, word) ^ word_at(self.new, word);
-                if differs != 0 && !self.change(word, differs) {
+            for (word, differs) in differs.into_iter().enumerate() {
+                if differs != 0 && !self.change(from + word * WORD_BYTES, differs) {
                     return false;
                 }
             }
@@ -76,11 +81,12 @@ impl Ranges<'_> {
     fn change(&mut self, word: usize, differs: u64) -> bool {
         let first = word + differs.trailing_zeros() as usize / 8;
         let end = word + WORD_BYTES - differs.leading_zeros() as usize / 8;
-        if let Some((_, open)) = &mut self.open
+        if let Some((from, open)) = &mut self.open
             && first - *open <= BRIDGE_BYTES
         {
             *open = end;
-            return true;
+            // Given up as soon as it is too long.
+            return self.out.len() + (end - *from) <= self.limit;
         }
         let fits = self.close();
         self.open = Some((first, end));
@@ -100,9 +106,10 @@ impl Ranges<'_> {
     }
 }
 
-fn word_at(page: &Page, at: usize) -> u64 {
-    let (words, _) = page[at..].as_chunks::<WORD_BYTES>();
-    u64::from_le_bytes(words[0])
+/// The bits that differ, by words.
+fn differences(before: &[u8; CHUNK_BYTES], now: &[u8; CHUNK_BYTES]) -> [u64; CHUNK_WORDS] {
+    let (before, now) = (before.as_chunks::<WORD_BYTES>().0, now.as_chunks::<WORD_BYTES>().0);
+    std::array::from_fn(|at| u64::from_le_bytes(before[at]) ^ u64::from_le_bytes(now[at]))
 }
 
 /// Numbers of a page have 13 bits at most.

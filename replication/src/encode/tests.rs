@@ -383,7 +383,10 @@ fn costs_of_encodings() {
         std::mem::swap(&mut now, &mut next);
     });
     line("delta given up, all bytes changed", took, 0);
-    for (name, pages) in [("noise", &noise), ("text", &text)] {
+    let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+    let program = program.as_chunks::<PAGE_SIZE>().0.iter().filter(|page| !is_zero(page));
+    let program: Vec<Page> = program.take(COUNT).copied().collect();
+    for (name, pages) in [("noise", &noise), ("text", &text), ("this program", &program)] {
         let (mut compressor, mut block) = (Compressor::default(), Vec::with_capacity(8 << 20));
         let took = ns(COUNT, || {
             block.clear();

@@ -261,3 +261,81 @@ fn an_epoch_of_deltas_fits_a_small_staging() {
     script.seal(1, 1, 1024);
     script.acked(1);
 }
+
+/// What the pages of the measurement below become in each epoch.
+fn rewrite(machine: &Machine, work: &str, epoch: u64) {
+    write(machine, 1..1001, |page| {
+        let mut content = [0; PAGE_SIZE];
+        let mut state = page.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let noise = if work == "noise" { epoch << 20 } else { 0 };
+        state ^= noise;
+        for (at, byte) in content.iter_mut().enumerate() {
+            if work != "text" || at % 8 == 0 {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+            }
+            *byte = state.to_le_bytes()[3];
+        }
+        let fill = if work == "text" { epoch } else { page };
+        content[..8].copy_from_slice(&fill.to_le_bytes());
+        if work != "noise" {
+            content[512..576].fill(epoch.to_le_bytes()[0]);
+        }
+        content
+    });
+}
+
+/// `cargo test --release -p replication costs_of_an_epoch -- --ignored --nocapture`: commit latency
+/// of epochs of 1000 pages, and their bytes, over loopback and over a slow link. Nothing is asserted.
+#[test]
+#[ignore = "measures, asserts nothing"]
+fn costs_of_an_epoch() {
+    let all = [Compression::None, Compression::Auto, Compression::Delta, Compression::Lz4];
+    for megabytes_s in [0, 100] {
+        for work in ["noise", "64 bytes", "text"] {
+            for round in 0..3 {
+                for compression in all {
+                    let (us, bytes) = epoch_costs(compression, megabytes_s << 20, work);
+                    let link = if megabytes_s == 0 { "loopback" } else { "100 MB/s" };
+                    println!("{link} {work:9} {round} {compression:5?} {us:6} us {bytes:8} bytes");
+                }
+            }
+        }
+    }
+}
+
+/// Median commit latency in microseconds, and bytes of an epoch.
+fn epoch_costs(compression: Compression, bytes_s: u64, work: &str) -> (u64, u64) {
+    const EPOCHS: u64 = 60;
+    let mut options = receive_options(None);
+    options.staging_size = 64 << 20;
+    let builder = MemoryBuilder { lenient: true, ..MemoryBuilder::default() };
+    let backup = Backup::with(builder, options);
+    let link = (bytes_s > 0).then(|| Proxy::slow(backup.port(), bytes_s));
+    let url = link.as_ref().map_or_else(|| backup.url(), Proxy::url);
+    let machine = Machine::new(memory(&[(0, 2048)]));
+    rewrite(&machine, work, 0);
+    let mut options = replicate(&url, None);
+    (options.compression, options.connections, options.epoch_ms) = (compression, 1, 1000);
+    options.epoch_min_ms = 1;
+    let primary = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    let (mut times, mut start) = (vec![], 0);
+    for epoch in 1..=EPOCHS {
+        if epoch == EPOCHS / 2 {
+            start = primary.handle.info().bytes_sent;
+        }
+        let before = primary.handle.info().epoch_committed;
+        rewrite(&machine, work, epoch);
+        machine.work(0, PageIndex(0), 0).unwrap();
+        let info = until(|| primary.handle.info(), |info| info.epoch_committed > before);
+        if epoch >= EPOCHS / 2 {
+            times.push(info.commit_latency_us.last);
+        }
+    }
+    let bytes = (primary.handle.info().bytes_sent - start) / (EPOCHS / 2 + 1);
+    primary.handle.stop().unwrap();
+    times.sort_unstable();
+    (times[times.len() / 2], bytes)
+}
