@@ -178,14 +178,23 @@ impl OneSender {
             }
             let mut kept: Vec<&Page> = Vec::with_capacity(batch.len());
             for (page, bytes) in &batch {
+                if self.runs.is_full() {
+                    self.flush(epoch, &kept, &mut part)?;
+                    kept.clear();
+                }
                 let encoding = self.encoder.encode(*page, bytes);
-                assert!(self.runs.push(*page, encoding), "a batch fits a frame");
+                assert!(self.runs.push(*page, encoding), "a frame that is not full has room");
                 if encoding == Encoding::Raw {
                     kept.push(bytes);
                 }
             }
-            self.flush(epoch, &kept, &mut part)?;
+            // What is encoded waits for company: a guest's pages are scattered, and a frame for a few
+            // bytes costs more than they do.
+            if !kept.is_empty() {
+                self.flush(epoch, &kept, &mut part)?;
+            }
         }
+        self.flush(epoch, &[], &mut part)?;
         self.end(epoch, part)
     }
 
@@ -243,37 +252,89 @@ mod tests {
     use crate::transport::memory;
     use crate::wire::{FRAME_PAGES_MAX, FrameReader, SessionId};
 
-    /// A peer that sees no byte takes the sender for dead, and a big memory is mostly untouched.
-    #[test]
-    fn an_empty_memory_is_sent_in_many_frames() {
-        const FRAMES: usize = 5;
-        let size = FRAMES * FRAME_PAGES_MAX * PAGE_SIZE;
-        let mapping = Mapping::from_ranges(&[(GuestAddress(0), size)]).unwrap();
-        let ram = Ram::new(Arc::new(mapping));
-        let mut pages = PageSet::new(ram.pages());
-        (0..ram.pages()).for_each(|page| pages.insert(PageIndex(page)));
+    /// Senders over `ram`, what they report, and the peer's end.
+    fn start(
+        ram: &Ram,
+        compression: Compression,
+    ) -> (Senders, Receiver<u64>, FrameReader<Box<dyn Stream>>) {
         let (ours, theirs) = memory::pair().unwrap();
         let session = SessionId(1);
         let (done, sent) = unbounded();
         let counters = Arc::<Counters>::default();
         let writer = FrameWriter::new(ours, session);
         let deliver = move |report: Sent| done.send(report.unwrap()).is_ok();
-        let none = Compression::None;
-        let senders = Senders::start(vec![writer], &ram, none, &counters, deliver).unwrap();
+        let senders = Senders::start(vec![writer], ram, compression, &counters, deliver).unwrap();
+        (senders, sent, FrameReader::new(theirs, Some(session)))
+    }
+
+    fn ram(pages: usize) -> Ram {
+        let mapping = Mapping::from_ranges(&[(GuestAddress(0), pages * PAGE_SIZE)]).unwrap();
+        Ram::new(Arc::new(mapping))
+    }
+
+    /// Lengths of the frames of pages until the stream or an epoch ends.
+    fn frames(reader: &mut FrameReader<Box<dyn Stream>>) -> Vec<usize> {
+        let mut lengths = vec![];
+        while let Ok(header) = reader.begin() {
+            let mut payload = Vec::new();
+            reader.read_rest(&mut payload).unwrap();
+            reader.finish(&header).unwrap();
+            if header.kind == Kind::End {
+                break;
+            }
+            assert_eq!(header.kind, Kind::Pages);
+            lengths.push(payload.len());
+        }
+        lengths
+    }
+
+    /// A peer that sees no byte takes the sender for dead, and a big memory is mostly untouched.
+    #[test]
+    fn an_empty_memory_is_sent_in_many_frames() {
+        const FRAMES: usize = 5;
+        let ram = ram(FRAMES * FRAME_PAGES_MAX);
+        let mut pages = PageSet::new(ram.pages());
+        (0..ram.pages()).for_each(|page| pages.insert(PageIndex(page)));
+        let (senders, sent, mut reader) = start(&ram, Compression::None);
         let source = Source::Live(Arc::new(pages));
         senders.send(&Job { number: 7, epoch: EpochId(0), source });
         assert_eq!(sent.recv(), Ok(7));
         let threads = senders.close();
-        let mut reader = FrameReader::new(theirs, Some(session));
-        let mut frames = 0;
-        while let Ok(header) = reader.begin() {
-            assert_eq!(header.kind, Kind::Pages);
-            let mut payload = Vec::new();
-            reader.read_rest(&mut payload).unwrap();
-            reader.finish(&header).unwrap();
-            frames += 1;
-        }
-        assert_eq!(frames, FRAMES);
+        assert_eq!(frames(&mut reader).len(), FRAMES);
         threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// Pages that come one at a time, as scattered ones do.
+    struct Scattered(Vec<(PageIndex, Page)>);
+
+    impl Frozen for Scattered {
+        fn next<'a>(
+            &'a self,
+            _: Share,
+            cursor: &mut Cursor,
+            _: &'a mut Scratch,
+            batch: &mut Vec<Piece<'a>>,
+        ) {
+            batch.extend(self.0.get(cursor.0).map(|(page, bytes)| (*page, bytes)));
+            cursor.0 += 1;
+        }
+    }
+
+    #[test]
+    fn scattered_pages_that_changed_a_little_share_a_frame() {
+        const PAGES: u64 = 160;
+        let (senders, _sent, mut reader) = start(&ram(1), Compression::Delta);
+        for (epoch, count) in [(1, 160), (2, 3)] {
+            let mut content = [7; PAGE_SIZE];
+            content[9] = u8::try_from(epoch).unwrap();
+            let pages = (0..PAGES).map(|page| (PageIndex(page * 65), content)).collect();
+            let source = Source::Frozen(Arc::new(Scattered(pages)));
+            senders.send(&Job { number: epoch, epoch: EpochId(epoch), source });
+            let lengths = frames(&mut reader);
+            assert_eq!(lengths.len(), count, "epoch {epoch}");
+            // Of 64 pages: a run, a length, a range of a byte.
+            assert!(epoch == 1 || lengths[0] == 16 + 64 * (16 + 2 + 3), "{lengths:?}");
+        }
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
     }
 }
