@@ -125,12 +125,9 @@ pub struct Costs {
     pub lz4: Cost,
 }
 
-/// Parts of 24 of the time without an encoding below which it is begun, and kept. LZ4 has to be
-/// decoded by the backup, whose time is not measured; a delta spares the backup some copying.
-const LZ4_BEGUN: u64 = 16;
-const LZ4_KEPT: u64 = 20;
-const DELTA_BEGUN: u64 = 18;
-const DELTA_KEPT: u64 = 21;
+/// Parts of 8 of the time without an encoding below which it is begun, and kept.
+const BEGUN: u64 = 6;
+const KEPT: u64 = 7;
 
 /// What pays, where `before` is what was done until now.
 #[must_use]
@@ -139,16 +136,15 @@ pub fn choose(costs: &Costs, before: Choice) -> Choice {
     if !link.ps.is_known() {
         return Choice::default();
     }
-    let pays = |with: u64, without: u64, is_on: bool, begun: u64, kept: u64| {
-        let most = without.saturating_mul(if is_on { kept } else { begun }) / 24;
-        with < most
+    let pays = |with: u64, without: u64, is_on: bool| {
+        with < without.saturating_mul(if is_on { KEPT } else { BEGUN }) / 8
     };
     let raw = link.ns(PAGE_SIZE as u64);
     let compressed = lz4.time(link, raw);
-    let use_lz4 = lz4.is_known() && pays(compressed, raw, before.lz4, LZ4_BEGUN, LZ4_KEPT);
+    let use_lz4 = lz4.is_known() && pays(compressed, raw, before.lz4);
     let rest = if use_lz4 { compressed } else { raw };
     let compared = delta.time(link, rest);
-    let use_delta = delta.is_known() && pays(compared, rest, before.delta, DELTA_BEGUN, DELTA_KEPT);
+    let use_delta = delta.is_known() && pays(compared, rest, before.delta);
     Choice { delta: use_delta, lz4: use_lz4 }
 }
 
