@@ -234,7 +234,14 @@ pub struct ReplicationInfo {
     /// From seal to the backup's acknowledgement.
     pub commit_latency_us: Percentiles,
     pub dirty_pages: PageCounts,
+    /// How often the guest, or a device, waited because it wrote a page that was protected.
     pub cow_faults: u64,
+    /// Pages that were copied in pauses.
+    #[serde(default)]
+    pub cow_copied: u64,
+    /// Pages that were protected in pauses.
+    #[serde(default)]
+    pub cow_protected: u64,
     /// How long the guest stood, in all, because the link or the backup did not keep up.
     #[serde(default)]
     pub throttled_us: u64,

@@ -23,7 +23,22 @@ pub(crate) fn spawn(
 ) -> Result<JoinHandle<()>, Error> {
     let full = number.map_or_else(|| name.to_owned(), |number| format!("{name}-{number}"));
     assert!(full.len() <= 15, "thread name {full} is cut by the kernel");
+    let body = || {
+        prefer_this_thread();
+        body();
+    };
     Builder::new().name(full).spawn(body).map_err(|error| Error::Thread(name, error))
+}
+
+/// What a thread of replication has over a vCPU's where both want the processor (nice(2)). What it
+/// does is short and somebody waits for it: a seal's pause, an acknowledgement, held output.
+const NICE: i32 = -5;
+
+/// Has the scheduler prefer this thread, if that is allowed.
+pub(crate) fn prefer_this_thread() {
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        tracing::debug!("threads of replication are not preferred: {error}");
+    }
 }
 
 /// Microseconds since the UNIX epoch.

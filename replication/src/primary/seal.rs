@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use api::replication::Cow;
 
 use super::send::Source;
-use crate::capture::cow::Freezer;
 use crate::capture::cow::copy::CopyFreezer;
 use crate::capture::cow::protect::ProtectFreezer;
+use crate::capture::cow::{Freezer, Kept};
 use crate::capture::dirty::Dirty;
 use crate::checking::{self, Delays, Equality};
 use crate::disk::{Journal, Log};
@@ -134,9 +134,9 @@ impl Sealer {
         }
     }
 
-    /// How often the guest waited for a protected page.
-    pub(super) fn cow_faults(&self) -> u64 {
-        self.freezer.as_ref().map_or(0, |freezer| freezer.faults())
+    /// What became of pages so far.
+    pub(super) fn kept(&self) -> Kept {
+        self.freezer.as_ref().map_or(Kept::default(), |freezer| freezer.kept())
     }
 
     /// Whether the guest stands still for this side.

@@ -12,13 +12,13 @@ use std::time::Instant;
 use api::replication::Compression;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Page, Piece, Scratch, Share};
+use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Page, Piece, Share};
 use crate::encode::Encoder;
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
 use crate::ids::{EpochId, PAGE_SIZE};
-use crate::ram::{PageSet, Ram};
+use crate::ram::{PageBuffer, PageSet, Ram};
 use crate::transport::Stream;
 use crate::wire::{
     ConnectionPart, Encoding, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, WireError,
@@ -120,14 +120,14 @@ struct OneSender {
 
 impl OneSender {
     fn run(mut self, queue: &Receiver<Job>, deliver: impl Fn(Sent) -> bool) {
-        let mut scratch = vec![[0; PAGE_SIZE]; RAW_PAGES_MAX];
-        let mut taken: Box<Scratch> =
-            vec![[0; PAGE_SIZE]; GROUP_PAGES].try_into().expect("its length");
+        let mut scratch = PageBuffer::touched(RAW_PAGES_MAX.max(GROUP_PAGES));
         for job in queue {
             self.encoder.begin(job.epoch);
             let sent = match &job.source {
-                Source::Live(pages) => self.send_live(job.epoch, pages, &mut scratch),
-                Source::Frozen(frozen) => self.send_frozen(job.epoch, frozen.as_ref(), &mut taken),
+                Source::Live(pages) => self.send_live(job.epoch, pages, scratch.all_mut()),
+                Source::Frozen(frozen) => {
+                    self.send_frozen(job.epoch, frozen.as_ref(), scratch.all_mut())
+                }
             };
             let number = job.number;
             // What was frozen is free before the engine hears that it is out.
@@ -166,7 +166,7 @@ impl OneSender {
         &mut self,
         epoch: EpochId,
         frozen: &dyn Frozen,
-        scratch: &mut Scratch,
+        scratch: &mut [Page],
     ) -> Result<(), WireError> {
         let mut part = ConnectionPart::default();
         let mut cursor = Cursor::default();
@@ -312,7 +312,7 @@ mod tests {
             &'a self,
             _: Share,
             cursor: &mut Cursor,
-            _: &'a mut Scratch,
+            _: &'a mut [Page],
             batch: &mut Vec<Piece<'a>>,
         ) {
             batch.extend(self.0.get(cursor.0).map(|(page, bytes)| (*page, bytes)));

@@ -4,7 +4,7 @@ use vm_memory::Bytes;
 
 use super::{CowError, Page};
 use crate::ids::{PAGE_SIZE, PageIndex};
-use crate::ram::Ram;
+use crate::ram::{PageBuffer, Ram};
 
 /// Pages of a piece.
 const CHUNK_PAGES: usize = 256;
@@ -12,7 +12,7 @@ const CHUNK_PAGES: usize = 256;
 /// Pages in the order in which they were copied.
 #[derive(Debug, Default)]
 pub(super) struct Buffer {
-    chunks: Vec<Box<[Page]>>,
+    chunks: Vec<PageBuffer>,
     len: usize,
 }
 
@@ -30,11 +30,9 @@ impl Buffer {
     }
 
     fn grow(&mut self) {
-        let mut chunk = vec![[0; PAGE_SIZE]; CHUNK_PAGES].into_boxed_slice();
         // Memory of zeros is not there before it is written, and the first touch of a page takes the
         // host longer than all of its copying.
-        chunk.iter_mut().for_each(|page| page[0] = 1);
-        self.chunks.push(chunk);
+        self.chunks.push(PageBuffer::touched(CHUNK_PAGES));
     }
 
     pub(super) fn clear(&mut self) {
@@ -56,7 +54,7 @@ impl Buffer {
                 self.grow();
             }
             let part = left.min(CHUNK_PAGES - at);
-            let bytes = self.chunks[chunk][at..at + part].as_flattened_mut();
+            let bytes = self.chunks[chunk].pages_mut(at, part);
             ram.mapping().read_slice(bytes, address).map_err(|_| outside())?;
             address.0 += (part * PAGE_SIZE) as u64;
             self.len += part;
@@ -67,6 +65,6 @@ impl Buffer {
 
     /// The page that was copied as the `at`-th.
     pub(super) fn page(&self, at: usize) -> &Page {
-        &self.chunks[at / CHUNK_PAGES][at % CHUNK_PAGES]
+        self.chunks[at / CHUNK_PAGES].page(at % CHUNK_PAGES)
     }
 }

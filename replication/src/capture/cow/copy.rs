@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::buffer::Buffer;
-use super::{CowError, Cursor, Freezer, Frozen, PageIndex, Piece, Scratch, Share, bits};
+use super::{CowError, Cursor, Freezer, Frozen, Kept, Page, PageIndex, Piece, Share, bits};
 use crate::ram::{PageSet, Ram};
 
 /// Pages for which there is room from the start.
@@ -15,6 +15,7 @@ pub struct CopyFreezer {
     capacity: u64,
     /// Pages for which there shall be room.
     wanted: usize,
+    kept: Kept,
     spare: Vec<Arc<Copies>>,
 }
 
@@ -38,13 +39,14 @@ impl CopyFreezer {
     #[must_use]
     pub fn new(capacity: u64) -> Self {
         let wanted = usize::try_from(capacity).unwrap_or(usize::MAX).min(START_PAGES);
-        Self { capacity, wanted, spare: Vec::new() }
+        Self { capacity, wanted, kept: Kept::default(), spare: Vec::new() }
     }
 
     /// A buffer that no sender holds any more.
     fn idle(&mut self) -> Arc<Copies> {
-        match self.spare.iter().position(|copies| Arc::strong_count(copies) == 1) {
-            Some(at) => self.spare.swap_remove(at),
+        // The one that was used last: it is nearest to the processor.
+        match self.spare.iter().rposition(|copies| Arc::strong_count(copies) == 1) {
+            Some(at) => self.spare.remove(at),
             None => Arc::default(),
         }
     }
@@ -65,8 +67,13 @@ impl Freezer for CopyFreezer {
             copy_group(ram, group, *word, &mut kept.buffer)?;
         }
         self.wanted = self.wanted.max(kept.buffer.len());
+        self.kept.copied += kept.buffer.len() as u64;
         self.spare.push(Arc::clone(&copies));
         Ok(copies)
+    }
+
+    fn kept(&self) -> Kept {
+        self.kept
     }
 
     fn prepare(&mut self) {
@@ -74,7 +81,8 @@ impl Freezer for CopyFreezer {
         if let Some(kept) = Arc::get_mut(&mut copies) {
             kept.buffer.reserve(self.wanted);
         }
-        self.spare.push(copies);
+        // Not before the one that was used last.
+        self.spare.insert(0, copies);
     }
 }
 
@@ -105,7 +113,7 @@ impl Frozen for Copies {
         &'a self,
         share: Share,
         cursor: &mut Cursor,
-        _scratch: &'a mut Scratch,
+        _scratch: &'a mut [Page],
         batch: &mut Vec<Piece<'a>>,
     ) {
         while let Some(Entry { group, word, at }) = self.entries.get(cursor.0) {

@@ -19,6 +19,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMma
 
 use super::{CowError, Page};
 use crate::ids::PAGE_SIZE;
+use crate::ram::PageBuffer;
 
 /// Times in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,6 +40,9 @@ pub(super) struct Costs {
 const HEAT_WHOLE: f64 = 256.0;
 /// Share of the past in a corrected cost.
 const INERTIA: f64 = 15.0 / 16.0;
+
+/// What becomes of a cost with each pause that says nothing of it.
+const FADE: f64 = 0.995;
 
 /// After a fault: at once at least every other time, and from then on nearer to always.
 pub(super) fn heat_up(heat: &AtomicU8) {
@@ -99,6 +103,15 @@ impl Costs {
         (copies, copying): (u32, Duration),
     ) {
         let nanos = |time: Duration| time.as_secs_f64() * 1e9;
+        // What was not tried seems a little cheaper each time, until it is tried again: a cost that
+        // was measured while the machine was busy is not believed for ever.
+        if calls == 0 {
+            self.call *= FADE;
+            self.protect *= FADE;
+        }
+        if copies == 0 {
+            self.copy *= FADE;
+        }
         if calls > 0 {
             let expected = self.call * f64::from(calls) + self.protect * f64::from(pages);
             let scale = (nanos(took) / expected).clamp(0.25, 4.0);
@@ -119,9 +132,12 @@ impl Costs {
         let (single, run) = protections(&userfault).map_err(CowError::Protect)?;
         // 63 pages more cost the difference.
         let protect = (run - single).max(1.0) / 63.0;
-        let mut pages = vec![[0; PAGE_SIZE]; SCRATCH_PAGES];
-        let touched = copies(&memory, &mut pages).map_err(CowError::Measure)?;
-        let copy = copies(&memory, &mut pages).map_err(CowError::Measure)?;
+        // Memory that is there once it is written, as that of a buffer that has to grow.
+        let mut fresh = vec![[0; PAGE_SIZE]; SCRATCH_PAGES];
+        let touched = copies(&memory, &mut fresh).map_err(CowError::Measure)?;
+        let mut room = PageBuffer::touched(SCRATCH_PAGES);
+        let pages = &mut room.all_mut()[..SCRATCH_PAGES];
+        let copy = copies(&memory, pages).map_err(CowError::Measure)?;
         let fault = faults(&memory, &userfault)?;
         let touch = (touched - copy).max(0.0);
         Ok(Self { call: (single - protect).max(1.0), protect, copy, touch, fault })
@@ -305,8 +321,13 @@ mod tests {
         }
         assert!((costs.call - 3000.0).abs() < 30.0, "{costs:?}");
         assert!((costs.copy - 400.0).abs() < 4.0, "{costs:?}");
-        costs.correct((0, 0, ns(5)), (3, ns(5)));
-        assert!((costs.copy - 400.0).abs() < 4.0, "too few to tell");
+        let before = costs;
+        costs.correct((1, 0, ns(3000)), (3, ns(5)));
+        assert!((costs.copy - before.copy).abs() < 1.0, "too few to tell");
+        for _ in 0..300 {
+            costs.correct((0, 0, ns(0)), (16, ns(6400)));
+        }
+        assert!(costs.call < before.call / 3.0, "what is not tried is tried again: {costs:?}");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use userfault::Userfault;
 
 use super::CowError;
 use super::table::Table;
+use crate::engine::prefer_this_thread;
 
 /// The running thread. It ends when this is dropped, which is after the last page was let go.
 pub(super) struct Handler {
@@ -39,6 +40,7 @@ impl Handler {
             .name("repl-cow".into())
             .spawn(move || {
                 let _guard = AbortOnPanic;
+                prefer_this_thread();
                 serve(&table, &stopped);
             })
             .map_err(CowError::Thread)?;

@@ -133,8 +133,16 @@ pub struct Cursor(pub(crate) usize);
 /// Pages of a group: the least that a sender has room for.
 pub const GROUP_PAGES: usize = 64;
 
-/// Room of a sender for the pages that are copied when they are taken.
-pub type Scratch = [Page; GROUP_PAGES];
+/// How pages were kept, in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// In the pause, by copying.
+    pub copied: u64,
+    /// By protecting, gaps not counted.
+    pub protected: u64,
+    /// How often somebody waited to write a protected page.
+    pub faults: u64,
+}
 
 /// Keeps pages during the pause.
 pub trait Freezer: Send {
@@ -147,21 +155,19 @@ pub trait Freezer: Send {
     /// Makes ready, outside of a pause, for what the last epochs would have needed.
     fn prepare(&mut self);
 
-    /// How often the guest waited for a protected page, so far.
-    fn faults(&self) -> u64 {
-        0
-    }
+    /// What became of pages so far.
+    fn kept(&self) -> Kept;
 }
 
 /// The pages of one epoch. What was not taken is let go when this is dropped.
 pub trait Frozen: Send + Sync {
     /// Fills `batch` with the next pages of `share`, in ascending order; none left: it stays empty.
-    /// At most [`GROUP_PAGES`].
+    /// At most [`GROUP_PAGES`], for which `scratch` has room: those that are copied only now.
     fn next<'a>(
         &'a self,
         share: Share,
         cursor: &mut Cursor,
-        scratch: &'a mut Scratch,
+        scratch: &'a mut [Page],
         batch: &mut Vec<Piece<'a>>,
     );
 }

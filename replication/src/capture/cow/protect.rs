@@ -12,7 +12,7 @@ use super::cost::{self, Costs};
 use super::handler::Handler;
 use super::table::{SLOTS, Table};
 use super::{
-    CowError, Cursor, Freezer, Frozen, GROUP_PAGES, Page, Piece, Scratch, Share, bits, page, rank,
+    CowError, Cursor, Freezer, Frozen, GROUP_PAGES, Kept, Page, Piece, Share, bits, page, rank,
     runs,
 };
 use crate::checking;
@@ -28,6 +28,7 @@ pub struct ProtectFreezer {
     costs: Option<Costs>,
     /// Pages that there shall be room to copy.
     wanted: usize,
+    kept: Kept,
     is_broken: bool,
 }
 
@@ -102,7 +103,7 @@ impl ProtectFreezer {
         let weak: Weak<Shared> = Arc::downgrade(&shared);
         ram.preserve_by(weak);
         let is_broken = checking::is_broken("protect");
-        Ok(Self { shared, costs, wanted: START_PAGES, is_broken })
+        Ok(Self { shared, costs, wanted: START_PAGES, kept: Kept::default(), is_broken })
     }
 
     /// From here on nothing is protected, though all counts as if it were.
@@ -142,6 +143,8 @@ impl Freezer for ProtectFreezer {
         arming.flush()?;
         let copies = held.parts.buffer.len();
         self.wanted = self.wanted.max(copies);
+        self.kept.copied += copies as u64;
+        self.kept.protected += pages.len() - copies as u64;
         if let Some(costs) = &mut self.costs {
             let copying = began.elapsed().saturating_sub(arming.took);
             let copies = u32::try_from(copies).unwrap_or(u32::MAX);
@@ -156,8 +159,8 @@ impl Freezer for ProtectFreezer {
         self.shared.idle().parts.push(parts);
     }
 
-    fn faults(&self) -> u64 {
-        self.shared.table.faults()
+    fn kept(&self) -> Kept {
+        Kept { faults: self.shared.table.faults(), ..self.kept }
     }
 }
 
@@ -227,10 +230,10 @@ impl Frozen for Held {
         &'a self,
         share: Share,
         cursor: &mut Cursor,
-        scratch: &'a mut Scratch,
+        scratch: &'a mut [Page],
         batch: &mut Vec<Piece<'a>>,
     ) {
-        let mut free = scratch.as_mut_slice();
+        let mut free = scratch;
         while let Some(entry) = self.parts.entries.get(cursor.0) {
             let mine = share.has(entry.group);
             if mine && batch.len() + entry.word.count_ones() as usize > GROUP_PAGES {

@@ -50,8 +50,12 @@ struct Group {
     taking: u64,
 }
 
+/// A page at an address that is a multiple of its size, see [`crate::ram::PageBuffer`].
+#[repr(C, align(4096))]
+struct Copied(Page);
+
 /// Pages of one epoch that were written before a sender came.
-type Aside = Mutex<HashMap<PageIndex, Box<Page>>>;
+type Aside = Mutex<HashMap<PageIndex, Box<Copied>>>;
 
 /// The state of all pages.
 pub(super) struct Table {
@@ -59,7 +63,7 @@ pub(super) struct Table {
     /// For each page, see [`cost`].
     heat: Box<[AtomicU8]>,
     aside: [Aside; SLOTS],
-    spare: Mutex<Vec<Box<Page>>>,
+    spare: Mutex<Vec<Box<Copied>>>,
     faults: AtomicU64,
     userfault: Userfault,
     ram: Ram,
@@ -145,9 +149,9 @@ impl Table {
         assert!(self.ram.read_page(page, into), "page {page} was armed");
     }
 
-    fn spare_page(&self) -> Box<Page> {
+    fn spare_page(&self) -> Box<Copied> {
         let spare = lock(&self.spare).pop();
-        spare.unwrap_or_else(|| Box::new([0; PAGE_SIZE]))
+        spare.unwrap_or_else(|| Box::new(Copied([0; PAGE_SIZE])))
     }
 
     /// Somebody waits to write the page of this index.
@@ -174,7 +178,7 @@ impl Table {
     /// Copies an armed page aside, which is free then, but for its protection.
     fn set_aside(&self, state: &mut Group, slot: usize, group: usize, bit: usize) {
         let mut copy = self.spare_page();
-        self.copy(page(group, bit), &mut copy);
+        self.copy(page(group, bit), &mut copy.0);
         lock(&self.aside[slot]).insert(page(group, bit), copy);
         state.armed[slot] &= !(1 << bit);
     }
@@ -215,7 +219,7 @@ impl Table {
     pub(super) fn take_aside(&self, slot: usize, page: PageIndex, into: &mut Page) {
         let copy = lock(&self.aside[slot]).remove(&page);
         let copy = copy.expect("a page of an epoch is copied, armed, or copied aside");
-        *into = *copy;
+        *into = copy.0;
         let mut spare = lock(&self.spare);
         if spare.len() < SPARE_PAGES_MAX {
             spare.push(copy);

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::copy::CopyFreezer;
 use super::protect::ProtectFreezer;
 use super::*;
+use crate::ram::PageBuffer;
 use crate::testing::memory;
 
 /// Two regions, neither of whole groups of 64.
@@ -95,13 +96,13 @@ impl Guest {
 
 /// What senders do: each takes its share; returns the pages whose bytes are not `sealed`.
 fn send(frozen: &dyn Frozen, share: Share, sealed: &[Page]) -> (Vec<PageIndex>, u64) {
-    let mut scratch: Box<Scratch> = vec![[0; PAGE_SIZE]; GROUP_PAGES].try_into().unwrap();
+    let mut scratch = PageBuffer::touched(GROUP_PAGES);
     let mut cursor = Cursor::default();
     let (mut bad, mut count) = (vec![], 0);
     let mut last = None;
     loop {
         let mut batch = Vec::new();
-        frozen.next(share, &mut cursor, &mut scratch, &mut batch);
+        frozen.next(share, &mut cursor, scratch.all_mut(), &mut batch);
         if batch.is_empty() {
             return (bad, count);
         }
@@ -174,7 +175,7 @@ fn what_is_protected_is_what_was_sealed() {
     let (sent, bad) = seal(&mut freezer, &guest, 400, 3);
     assert!(sent > 1000);
     assert_eq!(bad, 0);
-    assert!(freezer.faults() > 100, "{} faults", freezer.faults());
+    assert!(freezer.kept().faults > 100, "{} faults", freezer.kept().faults);
 }
 
 #[test]
@@ -205,10 +206,10 @@ fn an_epoch_that_nobody_takes_lets_the_guest_go_on() {
     let frozen = freezer.freeze(&guest.ram, &Arc::new(set)).unwrap();
     // Served by the thread, with the epoch there.
     guest.write(5, 1);
-    assert_eq!(freezer.faults(), 1);
+    assert_eq!(freezer.kept().faults, 1);
     drop(frozen);
     (0..guest.ram.pages()).for_each(|page| guest.write(page, 2));
-    assert_eq!(freezer.faults(), 1);
+    assert_eq!(freezer.kept().faults, 1);
 }
 
 /// The senders of an ended session may be the last to hold an epoch.
@@ -239,9 +240,9 @@ fn memory_that_is_given_back_was_copied_before() {
     let frozen = freezer.freeze(&guest.ram, &Arc::new(guest.harvest())).unwrap();
     let sealed = guest.contents();
     guest.ram.preserve();
-    assert_eq!(freezer.faults(), 0);
+    assert_eq!(freezer.kept().faults, 0);
     (0..100).for_each(|page| guest.write(page, 0));
-    assert_eq!(freezer.faults(), 0, "nothing is protected any more");
+    assert_eq!(freezer.kept().faults, 0, "nothing is protected any more");
     let (bad, count) = send(frozen.as_ref(), Share { index: 0, of: 1 }, &sealed);
     assert_eq!((bad.len(), count), (0, 100));
 }

@@ -155,7 +155,10 @@ impl<G: Guest> Engine<G> {
         }
         gathered.dirty_pages.add(pages);
         gathered.info.epoch_sealed = epoch.0;
-        gathered.info.cow_faults = self.sealer.cow_faults();
+        let kept = self.sealer.kept();
+        gathered.info.cow_faults = kept.faults;
+        gathered.info.cow_copied = kept.copied;
+        gathered.info.cow_protected = kept.protected;
         let waited_us = self.sealer.waited().as_micros();
         gathered.info.throttled_us = u64::try_from(waited_us).unwrap_or(u64::MAX);
         drop(gathered);

@@ -79,6 +79,8 @@ pub struct Config {
     pub hot_pages: u64,
     /// Pages that are rewritten in rounds, instead of any order and rate; 0: none.
     pub dirty_set: u64,
+    /// Sets of that many pages, of which each round has the next one.
+    pub dirty_sets: u64,
     /// Adjacent pages of the set.
     pub dirty_run: u64,
     /// From the start of one round to the next; 0: without a wait.
@@ -111,6 +113,7 @@ impl Default for Config {
             dirty_mib: None,
             hot_pages: 256,
             dirty_set: 0,
+            dirty_sets: 1,
             dirty_run: 1,
             dirty_period_ms: 0,
             dirty_bytes: 8,
@@ -144,6 +147,8 @@ impl fmt::Display for CmdlineError<'_> {
 impl core::error::Error for CmdlineError<'_> {}
 
 /// Longest wait between two report lines: an hour.
+/// More would be none at all.
+const SETS_MAX: u64 = 64;
 const TICK_MS_MAX: u64 = 3_600_000;
 /// 64 TiB; what is more than free memory is cut down to it.
 const MIB_MAX: u64 = 1 << 26;
@@ -228,6 +233,7 @@ impl Config {
             "dirty_mib" => self.dirty_mib = Some(number(1, MIB_MAX)?),
             "hot_pages" => self.hot_pages = number(1, many)?,
             "dirty_set" => self.dirty_set = number(0, many)?,
+            "dirty_sets" => self.dirty_sets = number(1, SETS_MAX)?,
             "dirty_run" => self.dirty_run = number(1, many)?,
             "dirty_period_ms" => self.dirty_period_ms = number(0, TICK_MS_MAX)?,
             "dirty_bytes" => {
@@ -338,7 +344,7 @@ mod tests {
         let config = Config::parse(
             "workload=verify+dirty vcpus=4 ticks=10 tick_ms=50 seed=9 tsc_khz=2000000 wait=spin \
              nap_ms=90 end=reset verify_mib=64 verify_rate=0 dirty_pages=500 dirty_order=hot \
-             dirty_mib=8 hot_pages=32 dirty_set=100 dirty_run=4 dirty_period_ms=25 dirty_bytes=64 \
+             dirty_mib=8 hot_pages=32 dirty_set=100 dirty_sets=3 dirty_run=4 dirty_period_ms=25 dirty_bytes=64 \
              dirty_fill=all ip=10.0.0.2/24 port=700",
         )
         .unwrap();
@@ -359,6 +365,7 @@ mod tests {
             dirty_mib: Some(8),
             hot_pages: 32,
             dirty_set: 100,
+            dirty_sets: 3,
             dirty_run: 4,
             dirty_period_ms: 25,
             dirty_bytes: 64,
@@ -402,6 +409,7 @@ mod tests {
             ("dirty_order=hottest", "Bad value 'hottest' of 'dirty_order'"),
             ("dirty_bytes=12", "Bad value '12' of 'dirty_bytes'"),
             ("dirty_bytes=4104", "Bad value '4104' of 'dirty_bytes'"),
+            ("dirty_sets=65", "Bad value '65' of 'dirty_sets'"),
             ("dirty_run=0", "Bad value '0' of 'dirty_run'"),
             ("dirty_fill=some", "Bad value 'some' of 'dirty_fill'"),
             ("dirty_rate=1", "Unknown key 'dirty_rate'"),

@@ -127,6 +127,45 @@ impl Scatter {
     }
 }
 
+/// A [`Scatter`] dealt out run by run to several sets of the same size, each scattered like the whole.
+#[derive(Clone, Debug)]
+pub struct Dealt {
+    whole: Scatter,
+    sets: u64,
+}
+
+impl Dealt {
+    /// `sets` sets of `set` of `count` pages each, in runs of `run`.
+    #[must_use]
+    pub fn new(count: u64, (set, sets): (u64, u64), run: u64, seed: u64) -> Self {
+        let sets = sets.max(1);
+        // Whole runs, so that each set has as many.
+        let set = if sets > 1 { set.next_multiple_of(run.max(1)) } else { set };
+        Self { whole: Scatter::new(count, set.saturating_mul(sets), run, seed), sets }
+    }
+
+    /// Pages of all sets.
+    #[must_use]
+    pub fn whole(&self) -> &Scatter {
+        &self.whole
+    }
+
+    /// Pages of each set.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.whole.pages() / self.sets
+    }
+
+    /// The page of a slot below [`Dealt::pages`] of the set that round `round` has.
+    #[must_use]
+    pub fn page(&self, round: u64, slot: u64) -> u64 {
+        let run = self.whole.run;
+        let dealt = (slot / run * self.sets + round % self.sets) * run + slot % run;
+        // Where memory was too small for all, the last runs are not whole.
+        self.whole.page(dealt.min(self.whole.pages().saturating_sub(1)))
+    }
+}
+
 /// Goes through slots once in each period, as fast as it can, and then waits for the next one.
 #[derive(Clone, Debug)]
 pub struct Rounds {
@@ -135,6 +174,8 @@ pub struct Rounds {
     period_ns: u64,
     /// When the next round begins.
     round_ns: u64,
+    /// Rounds that have begun.
+    begun: u64,
 }
 
 impl Rounds {
@@ -142,18 +183,25 @@ impl Rounds {
     #[must_use]
     pub fn new(slots: Range<u64>, period_ns: u64, now_ns: u64) -> Self {
         let next = slots.end;
-        Self { slots, next, period_ns, round_ns: now_ns }
+        Self { slots, next, period_ns, round_ns: now_ns, begun: 0 }
     }
 
     /// The slots whose turn it is, at most `batch`. A round that is late is not made up for.
     pub fn due(&mut self, now_ns: u64, batch: u64) -> Range<u64> {
         if self.next == self.slots.end && now_ns >= self.round_ns {
             self.next = self.slots.start;
+            self.begun = self.begun.wrapping_add(1);
             self.round_ns = self.round_ns.saturating_add(self.period_ns).max(now_ns);
         }
         let start = self.next;
         self.next = self.slots.end.min(start.saturating_add(batch));
         start..self.next
+    }
+
+    /// Number of the round under way, from 1 on.
+    #[must_use]
+    pub fn round(&self) -> u64 {
+        self.begun
     }
 
     /// When there is something to do; `u64::MAX` without slots.
@@ -240,6 +288,23 @@ mod tests {
         let (first, second) = (set(1), set(2));
         let same = first.iter().zip(&second).filter(|(a, b)| a == b).count();
         assert!(same < 50, "{same}");
+    }
+
+    #[test]
+    fn dealt_sets_have_no_page_in_common() {
+        for (set, sets, run) in [(10_000, 4, 64), (1000, 7, 1), (100, 1, 64)] {
+            let dealt = Dealt::new(262_144, (set, sets), run, 5);
+            assert!(dealt.pages() >= set && dealt.pages() < set + run);
+            let of = |round| (0..dealt.pages()).map(move |slot| (round, slot));
+            let all = (1..=sets).flat_map(of).map(|(round, slot)| dealt.page(round, slot));
+            let mut all: Vec<u64> = all.collect();
+            all.sort_unstable();
+            assert!(all.windows(2).all(|pair| pair[0] < pair[1]), "{set} {sets} {run}");
+            assert_eq!(dealt.page(1, 3), dealt.page(1 + sets, 3));
+        }
+        // More than there is.
+        let dealt = Dealt::new(100, (64, 4), 16, 5);
+        assert!((0..dealt.pages()).all(|slot| dealt.page(3, slot) < 100));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use core::ptr::with_exposed_provenance_mut;
 use guest_logic::cmdline::Fill;
 use guest_logic::free::Area;
 use guest_logic::machine::PAGE_SIZE;
-use guest_logic::order::{Pattern, Rounds, Scatter, Writes};
+use guest_logic::order::{Dealt, Pattern, Rounds, Writes};
 use guest_logic::pace::Pace;
 use guest_logic::random::Random;
 
@@ -45,7 +45,7 @@ enum Plan {
         index: u64,
     },
     Rounds {
-        set: Scatter,
+        set: Dealt,
         rounds: Rounds,
     },
 }
@@ -55,7 +55,7 @@ impl Dirty {
         let config = &world.config;
         let now_ns = world.clock.now_ns();
         let plan = if config.dirty_set > 0 {
-            let set = scatter(world);
+            let set = dealt(world);
             let slots = part(world, index, set.pages());
             Plan::Rounds { set, rounds: Rounds::new(slots, config.dirty_period_ms * MS, now_ns) }
         } else {
@@ -78,7 +78,7 @@ impl Dirty {
     pub fn to_fill(world: &World) -> Option<u64> {
         match world.config.dirty_fill {
             Fill::Nothing => None,
-            Fill::Set => Some(scatter(world).pages()),
+            Fill::Set => Some(dealt(world).whole().pages()),
             Fill::All => Some(world.dirty.pages()),
         }
     }
@@ -104,11 +104,12 @@ impl Dirty {
             }
             Plan::Rounds { set, rounds } => {
                 let due = rounds.due(now_ns, BATCH);
+                let round = rounds.round();
                 let count = due.end - due.start;
                 for slot in due {
                     *total = total.wrapping_add(1);
                     // Not at one offset in all pages, which would share few lines of the cache.
-                    write(area, set.page(slot), slot * CACHE_LINE, bytes, *total);
+                    write(area, set.page(round, slot), slot * CACHE_LINE, bytes, *total);
                 }
                 (count, rounds.next_ns())
             }
@@ -122,7 +123,7 @@ impl Dirty {
         self.unfilled.start = self.unfilled.end.min(start + BATCH);
         for place in start..self.unfilled.start {
             let page = match (&self.plan, self.fill) {
-                (Plan::Rounds { set, .. }, Fill::Set) => set.page(place),
+                (Plan::Rounds { set, .. }, Fill::Set) => set.whole().page(place),
                 _ => place,
             };
             for word in 0..PAGE_SIZE / WORD {
@@ -150,9 +151,10 @@ fn paced(world: &World, index: u32, now_ns: u64) -> Plan {
     Plan::Paced { writes, pace: Pace::new(rate, now_ns), stride, index }
 }
 
-fn scatter(world: &World) -> Scatter {
+fn dealt(world: &World) -> Dealt {
     let config = &world.config;
-    Scatter::new(world.dirty.pages(), config.dirty_set, config.dirty_run, config.seed)
+    let sets = (config.dirty_set, config.dirty_sets);
+    Dealt::new(world.dirty.pages(), sets, config.dirty_run, config.seed)
 }
 
 /// A processor's part of `0..total`, adjacent: its pages are then near each other, too.

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use hypervisor::Hypervisor;
 use replication::ids::{PAGE_SIZE, PageIndex};
-use replication::ram::{PageSet, Ram};
+use replication::ram::{PageBuffer, PageSet, Ram};
 use serde_json::json;
 use understudy_tests::interrupt::Folder;
 use understudy_tests::serial::Serial;
+use userfault::Userfault;
 use vm_memory::Bytes;
 use vmm::device_manager::taps::TapDescriptors;
 use vmm::machine::Machine;
@@ -36,8 +37,9 @@ pub struct Floor {
     bare: Bare,
     keeper: Keeper,
     epoch: Duration,
-    /// Microseconds from the kick to the release.
-    pub pause: Samples,
+    /// Microseconds from the kick to the release, with pages copied, and with them protected.
+    copying: Samples,
+    protecting: Samples,
     pub pages: Samples,
     steps: [Samples; STEPS.len()],
 }
@@ -48,32 +50,46 @@ impl Floor {
         let bare = Bare::start(Folder::new()?, spec)?;
         bare.machine.pause()?;
         Ok(Self {
-            keeper: Keeper::new(bare.machine.memory().ram(), spec.set),
+            keeper: Keeper::new(bare.machine.memory().ram(), spec.set)?,
             bare,
             epoch: Duration::from_millis(spec.epoch_ms),
-            pause: Samples::default(),
+            copying: Samples::default(),
+            protecting: Samples::default(),
             pages: Samples::default(),
             steps: Default::default(),
         })
     }
 
-    /// One turn of `pauses` pauses, and as many that are taken apart, as far as `limit` lasts.
+    /// The pauses of the cheaper way to keep pages.
+    #[must_use]
+    pub fn pause(&self) -> &Samples {
+        match (self.copying.median(), self.protecting.median()) {
+            (Some(copying), Some(protecting)) if protecting < copying => &self.protecting,
+            _ => &self.copying,
+        }
+    }
+
+    /// One turn of `pauses` pauses each way, and as many that are taken apart, as far as `limit`
+    /// lasts.
     pub fn turn(&mut self, pauses: u32, limit: Duration) -> Result<()> {
         self.bare.machine.resume()?;
         for _ in 0..WARM_UP {
             std::thread::sleep(self.epoch);
-            self.bare.pause(&mut self.keeper)?;
+            self.bare.pause(&mut self.keeper, false)?;
         }
-        let (mut whole, mut pages, mut steps) = (vec![], vec![], vec![vec![]; STEPS.len()]);
+        let (mut ways, mut pages, mut steps) =
+            ([vec![], vec![]], vec![], vec![vec![]; STEPS.len()]);
         let start = Instant::now();
-        // Every other pause is taken apart, which costs it a second round of wake-ups.
-        for number in 0..2 * pauses {
+        // Every third pause is taken apart, which costs it a second round of wake-ups.
+        for number in 0..3 * pauses {
             if start.elapsed() > limit {
                 break;
             }
             std::thread::sleep(self.epoch);
-            if number % 2 == 0 {
-                whole.push(micros(self.bare.pause(&mut self.keeper)?));
+            if number % 3 < 2 {
+                let protects = number % 3 == 1;
+                let took = self.bare.pause(&mut self.keeper, protects)?;
+                ways[usize::from(protects)].push(micros(took));
                 pages.push(float(self.keeper.dirty.len()));
             } else {
                 let times = self.bare.pause_in_steps(&mut self.keeper)?;
@@ -81,7 +97,9 @@ impl Floor {
             }
         }
         self.bare.machine.pause()?;
-        self.pause.add(whole);
+        let [copying, protecting] = ways;
+        self.copying.add(copying);
+        self.protecting.add(protecting);
         self.pages.add(pages);
         self.steps.iter_mut().zip(steps).for_each(|(step, times)| step.add(times));
         Ok(())
@@ -102,23 +120,52 @@ fn micros(time: Duration) -> f64 {
 /// Room for the pages of a pause, made and touched beforehand.
 struct Keeper {
     dirty: PageSet,
-    kept: Vec<[u8; PAGE_SIZE]>,
+    kept: PageBuffer,
+    room: usize,
     ram: Ram,
+    userfault: Userfault,
+    /// Runs that are protected, as first page and count.
+    protected: Vec<(u64, u64)>,
 }
 
 impl Keeper {
-    fn new(ram: &Ram, set: u64) -> Self {
+    fn new(ram: &Ram, set: u64) -> Result<Self> {
         // Beside its set, the guest writes stacks and counters.
-        let room = usize::try_from(set + set / 4 + 2048).unwrap_or(0);
-        Self {
+        let room = usize::try_from(2 * set + set / 4 + 2048).unwrap_or(0);
+        Ok(Self {
             dirty: PageSet::new(ram.pages()),
-            kept: vec![[1; PAGE_SIZE]; room],
+            kept: PageBuffer::touched(room),
+            room,
             ram: ram.clone(),
-        }
+            userfault: Userfault::new(Arc::clone(ram.mapping()))?,
+            protected: Vec::with_capacity(room),
+        })
     }
 
-    /// Keeps the dirty pages as they are now: by the cheaper of copying and protecting, once this
-    /// build can protect.
+    /// Keeps the dirty pages as they are now, by protecting each run with one call.
+    fn protect(&mut self) -> Result<()> {
+        self.protected.clear();
+        for page in self.dirty.iter() {
+            match self.protected.last_mut() {
+                Some((first, count)) if *first + *count == page.0 => *count += 1,
+                _ => self.protected.push((page.0, 1)),
+            }
+        }
+        for (first, count) in &self.protected {
+            self.userfault.protect(*first, *count)?;
+        }
+        Ok(())
+    }
+
+    /// The guest goes on: nobody waits for long.
+    fn unprotect(&mut self) -> Result<()> {
+        for (first, count) in self.protected.drain(..) {
+            self.userfault.unprotect(first, count)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the dirty pages as they are now, by copying them.
     fn keep(&mut self) -> Result<()> {
         let mut at = 0;
         let mut pages = self.dirty.iter().peekable();
@@ -133,8 +180,8 @@ impl Keeper {
                 pages.next();
             }
             let end = at + usize::try_from(run)?;
-            ensure!(end <= self.kept.len(), "{} pages are dirty", self.dirty.len());
-            self.ram.mapping().read_slice(self.kept[at..end].as_flattened_mut(), start)?;
+            ensure!(end <= self.room, "{} pages are dirty", self.dirty.len());
+            self.ram.mapping().read_slice(self.kept.pages_mut(at, end - at), start)?;
             at = end;
         }
         Ok(())
@@ -171,15 +218,20 @@ impl Bare {
     }
 
     /// Stops the guest as the engine does.
-    fn pause(&self, keeper: &mut Keeper) -> Result<Duration> {
+    fn pause(&self, keeper: &mut Keeper, protects: bool) -> Result<Duration> {
         keeper.dirty.clear();
         let start = Instant::now();
         self.machine.quiesce()?;
         self.machine.harvest(&mut keeper.dirty)?;
-        keeper.keep()?;
+        if protects {
+            keeper.protect()?;
+        } else {
+            keeper.keep()?;
+        }
         let state = self.machine.capture()?;
         self.machine.release()?;
         let took = start.elapsed();
+        keeper.unprotect()?;
         drop(state);
         Ok(took)
     }

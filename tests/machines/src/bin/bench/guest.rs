@@ -16,6 +16,8 @@ pub struct Spec {
     /// Pages of the set, and how many of them are adjacent.
     pub set: u64,
     pub run: u64,
+    /// Sets of which each round has the next one: a page is not written again for as many rounds.
+    pub sets: u64,
     /// Long enough for the guest to write all of its set: a page's first write in an epoch is a
     /// fault, which costs microseconds where KVM is a software one.
     pub epoch_ms: u64,
@@ -25,19 +27,20 @@ impl Spec {
     #[must_use]
     pub fn command_line(&self) -> String {
         format!(
-            "workload=dirty vcpus={} tick_ms=250 dirty_set={} dirty_run={} dirty_fill=set \
+            "workload=dirty vcpus={} tick_ms=250 dirty_set={} dirty_sets={} dirty_run={} dirty_fill=set \
              dirty_period_ms={}",
             self.vcpus,
             self.set,
+            self.sets,
             self.run,
             self.period_ms()
         )
     }
 
-    /// Shorter than an epoch, so that each epoch has a write to each page of the set, wherever in
-    /// the period it begins.
+    /// One set: shorter than an epoch, so that each epoch has a write to each of its pages, wherever
+    /// in the period it begins. Several: as long, so that each epoch has as many pages as one.
     fn period_ms(&self) -> u64 {
-        (self.epoch_ms * 4 / 5).max(1)
+        if self.sets > 1 { self.epoch_ms } else { (self.epoch_ms * 4 / 5).max(1) }
     }
 
     #[must_use]

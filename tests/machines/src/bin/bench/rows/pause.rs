@@ -18,16 +18,17 @@ const MIB_LARGE_QUICK: u64 = 2 * 1024;
 const HYBRID: &str = "hybrid";
 
 pub fn thousand(effort: &Effort) -> Result<Row> {
-    let spec = Spec { vcpus: 1, memory_mib: MIB_SMALL, set: 1000, run: 1, epoch_ms: 25 };
+    let spec = Spec { vcpus: 1, memory_mib: MIB_SMALL, set: 1000, run: 1, sets: 1, epoch_ms: 25 };
     let row = Row::new("pause-1k", "1,000 scattered pages, 1 vCPU, 1 GiB", UNIT);
-    let mut row = measure(effort, row, &spec, &[Cow::Off])?;
+    let mut row = measure(effort, row, &spec, &[Cow::Off, Cow::Copy])?;
     row.check_medians(OURS, FLOOR, Bound::AtMost(1.5));
     row.check_p99s(OURS, FLOOR, Bound::AtMost(4.0));
     Ok(row)
 }
 
 pub fn runs(effort: &Effort) -> Result<Row> {
-    let spec = Spec { vcpus: 1, memory_mib: MIB_SMALL, set: 10_000, run: 64, epoch_ms: 100 };
+    let spec =
+        Spec { vcpus: 1, memory_mib: MIB_SMALL, set: 10_000, run: 64, sets: 8, epoch_ms: 100 };
     let row = Row::new("pause-10k-runs", "10,000 pages in runs of 64, 1 vCPU, 1 GiB", UNIT);
     let mut row = measure(effort, row, &spec, &[Cow::Off, Cow::Copy])?;
     let ours = if Cow::default() == Cow::Hybrid { OURS } else { HYBRID };
@@ -40,13 +41,14 @@ pub fn runs(effort: &Effort) -> Result<Row> {
 }
 
 pub fn four(effort: &Effort) -> Result<Row> {
-    let spec = Spec { vcpus: 4, memory_mib: MIB_SMALL, set: 4000, run: 1, epoch_ms: 25 };
+    let spec = Spec { vcpus: 4, memory_mib: MIB_SMALL, set: 4000, run: 1, sets: 1, epoch_ms: 25 };
     let row = Row::new("pause-4-vcpus", "4,000 scattered pages, 4 vCPUs, 1 GiB", UNIT);
     several(effort, row, &spec)
 }
 
 pub fn sixteen(effort: &Effort) -> Result<Row> {
-    let spec = Spec { vcpus: 16, memory_mib: MIB_SMALL, set: 16_000, run: 1, epoch_ms: 100 };
+    let spec =
+        Spec { vcpus: 16, memory_mib: MIB_SMALL, set: 16_000, run: 1, sets: 1, epoch_ms: 100 };
     let row = Row::new("pause-16-vcpus", "16,000 scattered pages, 16 vCPUs, 1 GiB", UNIT);
     several(effort, row, &spec)
 }
@@ -80,7 +82,7 @@ fn measure(effort: &Effort, mut row: Row, spec: &Spec, baselines: &[Cow]) -> Res
             pair.turn(effort.pauses, effort.limit)?;
         }
     }
-    row.column(FLOOR, &floor.pause);
+    row.column(FLOOR, floor.pause());
     row.profile = floor.profile();
     row.note(format!("floor: {:.0} pages an epoch", floor.pages.median().unwrap_or(0.0)));
     for (label, pair) in &kinds {
@@ -125,7 +127,7 @@ pub fn memory(effort: &Effort) -> Result<Row> {
     let sizes = [("1 GiB", MIB_SMALL), (OURS, large_mib)];
     let mut pairs = Vec::new();
     for (label, memory_mib) in sizes {
-        let spec = Spec { vcpus: 1, memory_mib, set: 1000, run: 1, epoch_ms: 25 };
+        let spec = Spec { vcpus: 1, memory_mib, set: 1000, run: 1, sets: 1, epoch_ms: 25 };
         pairs.push((label, Protected::start(&spec, None)?));
     }
     for _ in 0..effort.turns {
