@@ -46,14 +46,14 @@ pub enum Cow {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compression {
-    /// Chosen per epoch from measured cost.
+    /// What pays, by what the link and the encodings are seen to take.
     #[default]
     Auto,
     /// Zero pages are named, all others go as they are.
     None,
-    /// Difference against the last committed content.
+    /// Of a page that was sent before, what changed in it; others as they are.
     Delta,
-    /// LZ4 blocks.
+    /// LZ4 blocks, one for each page; a page that hardly shrinks goes as it is.
     Lz4,
 }
 

@@ -7,11 +7,12 @@
 
 use arbitrary::Arbitrary;
 use replication::disk::{CHANGE_BYTES_MAX, DISKS_MAX, Operation, SECTOR_BYTES};
-use replication::ids::{EpochId, Generation, PageIndex};
+use replication::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
+use replication::encode::{delta, lz4};
 use replication::wire::{
-    CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, End, FrameReader, FrameWriter, HEADER_BYTES,
+    CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, Encoding, End, FrameReader, FrameWriter, HEADER_BYTES,
     Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs, Seal, SessionId,
-    VERSION, WireError, WireRegion, decode_pages_header, encode_pages_header,
+    VERSION, WireError, WireRegion, decode_pages_header, encode_pages_header, staged_bytes, unpack,
 };
 
 use crate::guest::{Blob, Rest};
@@ -28,6 +29,8 @@ pub const PLACES: &[&str] = &[
     "wire: an empty message",
     "wire: Paired or HandedOver",
     "wire: Pages",
+    "wire: contents of a delta",
+    "wire: contents of an LZ4 block",
     "wire: End",
     "wire: Change",
     "wire: Progress",
@@ -101,10 +104,15 @@ enum Body {
         pages: Vec<u64>,
         state: Blob,
     },
-    /// Some runs end about the end of the memory.
+    /// Some runs end about the end of the memory; the second number is of the encoding.
     Pages {
         epoch: u64,
-        runs: Vec<(u16, u8, bool, bool)>,
+        runs: Vec<(u16, u8, u8, bool)>,
+    },
+    /// Whole frames of pages that changed a little.
+    Contents {
+        epoch: u8,
+        pages: Vec<(u16, u8, PageChange)>,
     },
     Change {
         epoch: u64,
@@ -114,6 +122,13 @@ enum Body {
         odd: u8,
         data: u8,
     },
+}
+
+/// What makes a page of one whose bytes are all the same, and of which encoding it becomes.
+#[derive(Arbitrary, Debug)]
+struct PageChange {
+    encoding: u8,
+    bytes: Vec<(u16, u8)>,
 }
 
 /// A payload, and whether it is to be taken as long as nobody touches it.
@@ -195,18 +210,21 @@ impl Body {
                 Payload::of(&Message::Seal(seal), good)
             }
             Self::Pages { epoch, runs } => {
-                let run = |(first, count, zero, last): &(u16, u8, bool, bool)| {
+                let run = |(first, count, encoding, last): &(u16, u8, u8, bool)| {
                     let (before, past) = (u64::from(*first % 64), u64::from(*count % 4));
+                    // One in nine is of an encoding that there is not.
+                    let encoding = u32::from(*encoding % 9 / 2);
                     if *last {
                         // Ends two pages before the end of the memory up to one past it.
                         let count = (before + past).saturating_sub(2);
-                        (universe.saturating_sub(before), count, *zero)
+                        (universe.saturating_sub(before), count, encoding)
                     } else {
-                        ((*first).into(), (*count).into(), *zero)
+                        ((*first).into(), (*count).into(), encoding)
                     }
                 };
                 pages_payload(*epoch, &runs.iter().map(run).collect::<Vec<_>>(), universe)
             }
+            Self::Contents { epoch, pages } => contents_payload(*epoch, pages, universe),
             Self::Change { .. } => self.change(),
         }
     }
@@ -244,19 +262,59 @@ impl Body {
 }
 
 /// As [`encode_pages_header`] would write it, without its checks.
-fn pages_payload(epoch: u64, runs: &[(u64, u64, bool)], universe: u64) -> Payload {
+fn pages_payload(epoch: u64, runs: &[(u64, u64, u32)], universe: u64) -> Payload {
     let mut bytes = epoch.to_le_bytes().to_vec();
     bytes.extend((runs.len() as u64).to_le_bytes());
-    let (mut raw, mut good) = (0, (1..=RUNS_MAX).contains(&runs.len()));
-    for (first, count, zero) in runs {
+    let (mut with_content, mut good) = (0, (1..=RUNS_MAX).contains(&runs.len()));
+    for (first, count, encoding) in runs {
         bytes.extend(first.to_le_bytes());
         bytes.extend(u32::try_from(*count).expect("small").to_le_bytes());
-        bytes.extend(u32::from(!zero).to_le_bytes());
+        bytes.extend(encoding.to_le_bytes());
         good &= *count > 0 && first + *count <= universe;
-        raw += if *zero { 0 } else { usize::try_from(*count).expect("small") };
+        good &= match encoding {
+            2 => epoch > 0,
+            0 | 1 | 3 => true,
+            _ => false,
+        };
+        with_content += if *encoding == 0 { 0 } else { usize::try_from(*count).expect("small") };
     }
-    good &= raw <= RAW_PAGES_MAX;
+    good &= with_content <= RAW_PAGES_MAX;
     Payload { kind: Kind::Pages, bytes, good: Some(good) }
+}
+
+/// A frame as a primary would make it, contents and all.
+fn contents_payload(epoch: u8, pages: &[(u16, u8, PageChange)], universe: u64) -> Payload {
+    let (mut runs, mut contents) = (Runs::default(), Vec::new());
+    let (mut good, mut compressor) = (true, lz4::Compressor::default());
+    for (number, fill, change) in pages.iter().take(8) {
+        let mut old = [*fill; PAGE_SIZE];
+        let mut new = old;
+        for (at, byte) in &change.bytes {
+            new[usize::from(*at) % PAGE_SIZE] = *byte;
+        }
+        let mut content = Vec::new();
+        let encoding = match change.encoding % 4 {
+            0 => Encoding::Zero,
+            1 if delta::diff(&mut old, &new, &mut content) => Encoding::Delta,
+            2 if compressor.compress(&new, &mut content) => Encoding::Lz4,
+            _ => Encoding::Raw,
+        };
+        match encoding {
+            Encoding::Zero => {}
+            Encoding::Raw => contents.extend(new),
+            Encoding::Delta | Encoding::Lz4 => {
+                let length = u16::try_from(content.len()).expect("less than a page");
+                contents.extend(length.to_le_bytes());
+                contents.extend(content);
+            }
+        }
+        assert!(runs.push(PageIndex(u64::from(*number)), encoding), "a few pages fit");
+        good &= u64::from(*number) < universe && (epoch > 0 || encoding != Encoding::Delta);
+    }
+    let mut bytes = Vec::new();
+    encode_pages_header(EpochId(epoch.into()), &runs, &mut bytes);
+    bytes.extend(contents);
+    Payload { kind: Kind::Pages, bytes, good: Some(good && !runs.is_empty()) }
 }
 
 pub fn run(input: Input) {
@@ -375,22 +433,46 @@ fn pages(bytes: &[u8], universe: u64) -> bool {
     }
     reached("wire: Pages");
     assert!(header.runs.len() <= RUNS_MAX && header.raw_bytes() <= Kind::Pages.cap());
-    let raw = header.runs.iter().filter(|run| !run.zero).map(|run| u64::from(run.count));
-    assert!(raw.sum::<u64>() <= RAW_PAGES_MAX as u64, "{header:?}");
+    let with_content = header.runs.iter().filter(|run| run.encoding != Encoding::Zero);
+    let with_content = with_content.map(|run| u64::from(run.count)).sum::<u64>();
+    assert!(with_content <= RAW_PAGES_MAX as u64, "{header:?}");
     let mut runs = Runs::default();
     let mut all = true;
-    for Run { first, count, zero } in &header.runs {
+    for Run { first, count, encoding } in &header.runs {
         let end = first.0.checked_add(u64::from(*count)).expect("no overflow");
         assert!(end <= universe, "{count} pages from {first:?} are outside of the memory");
-        all &= (first.0..end).all(|page| runs.push(PageIndex(page), *zero));
+        all &= (first.0..end).all(|page| runs.push(PageIndex(page), *encoding));
     }
     let mut encoded = Vec::new();
     encode_pages_header(header.epoch, &runs, &mut encoded);
     assert_eq!(encoded[..8], bytes[..8], "the epoch");
     // Neighbours become one, so it may be shorter; the pages are the same.
-    let pages = header.runs.iter().map(|run| u64::from(run.count)).sum::<u64>();
-    assert!(!all || runs.pages() == pages);
+    assert!(!all || runs.pages() == header.pages());
+    contents(&header, rest, with_content);
     true
+}
+
+/// What a backup makes of the contents of a frame: never more than it counted, nor than pages.
+fn contents(header: &PagesHeader, contents: &[u8], with_content: u64) {
+    let Ok(cost) = staged_bytes(&header.runs, contents) else { return };
+    assert!(header.fits(contents.len()), "{} bytes of contents", contents.len());
+    assert!(cost as u64 <= with_content * PAGE_SIZE as u64, "{cost} bytes of {with_content} pages");
+    let (mut runs, mut staged) = (Vec::new(), Vec::new());
+    if unpack(&header.runs, contents, &mut runs, &mut staged).is_err() {
+        return;
+    }
+    assert_eq!(staged.len(), cost);
+    for run in &header.runs {
+        match run.encoding {
+            Encoding::Delta => reached("wire: contents of a delta"),
+            Encoding::Lz4 => reached("wire: contents of an LZ4 block"),
+            Encoding::Zero | Encoding::Raw => {}
+        }
+    }
+    // Staged once, it is as it stays.
+    let (mut again, mut same) = (Vec::new(), Vec::new());
+    unpack(&runs, &staged, &mut again, &mut same).expect("what was staged");
+    assert!(again == runs && same == staged);
 }
 
 /// Reads frames until an error. Those that were read, and the error.

@@ -3,6 +3,7 @@
 //! - [`guest`]: what a VMM implements to be protected, or to be a backup;
 //! - [`capture`]: the dirty set, when to seal, and the bytes of a page as they were at the seal;
 //! - [`disk`]: the changes of disks, for a copy of their images;
+//! - [`encode`]: pages as fewer bytes;
 //! - [`wire`]: frames, messages and pages as bytes;
 //! - [`transport`]: how bytes reach the peer;
 //! - [`protocol`]: the pure state machines of both sides and of a claim for ownership;
@@ -17,6 +18,7 @@ pub mod backup;
 pub mod capture;
 pub mod checking;
 pub mod disk;
+pub mod encode;
 mod engine;
 mod error;
 pub mod guest;

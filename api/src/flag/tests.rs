@@ -169,7 +169,7 @@ fn replication_has_the_documented_defaults() {
     let data: ReplicateData = "destination_url=tcp:b:4000".parse().unwrap();
     let json: ReplicateData = serde_json::from_str("{\"destination_url\":\"tcp:b:4000\"}").unwrap();
     assert_eq!(data, json);
-    assert_eq!(data.cow, Cow::Copy);
+    assert_eq!(data.cow, Cow::Hybrid);
     assert!(data.validate().is_empty());
     let data: ReceiveReplicaData = "receiver_url=tcp:b:4000,serial=file:/a".parse().unwrap();
     assert_eq!(data.serial, Some(ConsoleConfig::to_file("/a")));

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use super::{Compression, ReceiveReplicaData, ReplicateData};
+use super::{ReceiveReplicaData, ReplicateData};
 use crate::config::validate::console;
 use crate::endpoint::{ArbiterUrl, Endpoint};
 use crate::invalid::Invalid;
@@ -38,11 +38,6 @@ impl ReplicateData {
         silence(self.heartbeat_ms, self.timeout_ms, &mut found);
         arbiter(self.arbiter.as_deref(), &mut found);
         tls(self.tls_dir.as_deref(), &mut found);
-        match self.compression {
-            Compression::Auto | Compression::None => {}
-            Compression::Delta => found.push(unbuilt("compression=delta", NOT_BUILT)),
-            Compression::Lz4 => found.push(unbuilt("compression=lz4", NOT_BUILT)),
-        }
         found
     }
 }
@@ -167,7 +162,6 @@ mod tests {
                 "arbiter is malformed: Expected file:<dir> or etcd:<url>[,<url>], found \"/shared\"",
             ),
             ("tls_dir=/t", "tls_dir is not supported: this version cannot do it"),
-            ("compression=lz4", "compression=lz4 is not supported: this version cannot do it"),
         ] {
             let data: ReplicateData = format!("{good},{option}").parse().unwrap();
             assert_eq!(lines(&data.validate())[0], line);
@@ -188,6 +182,8 @@ mod tests {
             "heartbeat_ms=10,timeout_ms=20",
             "heartbeat_ms=60000,timeout_ms=120000",
             "cow=protect",
+            "compression=delta",
+            "compression=lz4",
             "cow=off,compression=none,degrade=pause,console_output=pass,arbiter=file:/a",
         ] {
             let data: ReplicateData = format!("destination_url=unix:/a,{option}").parse().unwrap();

@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use super::apply::{ApplyError, apply};
 use super::disks::ImageError;
-use super::staging::{Budget, Part, runs_max};
+use super::staging::{Budget, Part};
 use crate::engine::control::listening;
 use crate::engine::heard::{Heard, Listening};
 use crate::engine::spawn;
@@ -21,7 +21,7 @@ use crate::ram::Ram;
 use crate::transport::Stream;
 use crate::wire::{
     ConnectionPart, End, FrameReader, Header, Kind, PagesHeader, RAW_PAGES_MAX, WireError,
-    decode_pages_header,
+    decode_pages_header, staged_bytes, unpack,
 };
 
 /// Why a data connection ended.
@@ -31,6 +31,8 @@ pub(super) enum ReceiveError {
     Wire(#[from] WireError),
     #[error("Epoch {epoch} exceeds the staging of {bytes} bytes")]
     Full { epoch: EpochId, bytes: u64 },
+    #[error("Epoch {0} has pages twice")]
+    Repeats(EpochId),
     #[error("Pages of epoch {found} arrived before the end of epoch {current}")]
     Mixed { current: EpochId, found: EpochId },
     #[error("Pages of a first copy arrived after a committed epoch")]
@@ -117,6 +119,7 @@ impl DataConnection {
             shared,
             spares,
             part: Part::default(),
+            copied: Part::default(),
             header: PagesHeader::default(),
             closed_round: None,
             counted: 0,
@@ -138,6 +141,8 @@ struct Receiving {
     spares: Receiver<Part>,
     part: Part,
     header: PagesHeader,
+    /// The frame of a first copy that is being decoded.
+    copied: Part,
     /// The round whose copy is over on this connection.
     closed_round: Option<u64>,
     counted: u64,
@@ -183,15 +188,15 @@ impl Receiving {
         let universe = self.shared.ram.pages();
         let reader = &mut self.reader;
         decode_pages_header(universe, &mut self.header, |into| reader.read_into(into))?;
-        let bytes = self.header.raw_bytes();
-        if bytes != self.reader.rest() {
+        let bytes = self.reader.rest();
+        if !self.header.fits(bytes) {
             let what = "length of the contents";
             return Err(WireError::Malformed { kind: Kind::Pages, what }.into());
         }
         if self.header.epoch == EpochId(0) {
             return self.straight(frame, &mut scratch[..bytes]);
         }
-        self.stage(frame, bytes)
+        self.stage(frame, &mut scratch[..bytes])
     }
 
     /// A page of a first copy: into the image, checked before it is written.
@@ -202,32 +207,56 @@ impl Receiving {
         if self.closed_round == Some(round) || self.part.epoch != EpochId(0) {
             return Err(ReceiveError::LateCopy);
         }
-        apply(&self.shared.ram, &self.header.runs, contents)?;
+        let ram = &self.shared.ram;
+        if self.header.has_encoded() {
+            // At most a page for each of the runs' pages, which are few.
+            staged_bytes(&self.header.runs, contents)?;
+            self.copied.clear();
+            unpack(&self.header.runs, contents, &mut self.copied.runs, &mut self.copied.bytes)?;
+            apply(ram, &self.copied.runs, &self.copied.bytes)?;
+        } else {
+            apply(ram, &self.header.runs, contents)?;
+        }
         self.count_raw();
-        let pages: u64 = self.header.runs.iter().map(|run| u64::from(run.count)).sum();
-        self.shared.counters.synced_pages.fetch_add(pages, Ordering::Relaxed);
+        self.shared.counters.synced_pages.fetch_add(self.header.pages(), Ordering::Relaxed);
         Ok(())
     }
 
-    fn stage(&mut self, frame: &Header, bytes: usize) -> Result<(), ReceiveError> {
+    fn stage(&mut self, frame: &Header, contents: &mut [u8]) -> Result<(), ReceiveError> {
         let epoch = self.header.epoch;
         if self.part.epoch == EpochId(0) {
             self.part.epoch = epoch;
         } else if self.part.epoch != epoch {
             return Err(ReceiveError::Mixed { current: self.part.epoch, found: epoch });
         }
-        let runs = self.part.runs.len() + self.header.runs.len();
-        let cost = Part::cost(&self.header.runs);
-        if runs > runs_max(self.shared.ram.pages()) || !self.shared.budget.take(cost) {
-            return Err(ReceiveError::Full { epoch, bytes: self.shared.budget.whole() });
+        let pages = self.part.sum.pages.saturating_add(self.header.pages());
+        if pages > self.shared.ram.pages() {
+            return Err(ReceiveError::Repeats(epoch));
         }
-        self.part.cost_bytes += cost;
-        self.reader.read_into(self.part.room(bytes))?;
-        let crc = self.reader.finish(frame)?;
-        let pages = self.header.runs.iter().map(|run| u64::from(run.count)).sum();
-        self.part.sum.add(pages, crc);
-        self.part.runs.extend_from_slice(&self.header.runs);
+        let crc = if self.header.has_encoded() {
+            self.reader.read_into(contents)?;
+            let crc = self.reader.finish(frame)?;
+            self.charge(staged_bytes(&self.header.runs, contents)?)?;
+            unpack(&self.header.runs, contents, &mut self.part.runs, &mut self.part.bytes)?;
+            crc
+        } else {
+            self.charge(contents.len())?;
+            self.reader.read_into(self.part.room(contents.len()))?;
+            self.part.runs.extend_from_slice(&self.header.runs);
+            self.reader.finish(frame)?
+        };
+        self.part.sum.add(self.header.pages(), crc);
         self.count_raw();
+        Ok(())
+    }
+
+    /// Takes from the budget what a frame is going to take.
+    fn charge(&mut self, bytes: usize) -> Result<(), ReceiveError> {
+        let (budget, bytes) = (&self.shared.budget, bytes as u64);
+        if !budget.take(bytes) {
+            return Err(ReceiveError::Full { epoch: self.part.epoch, bytes: budget.whole() });
+        }
+        self.part.cost_bytes += bytes;
         Ok(())
     }
 
@@ -248,8 +277,7 @@ impl Receiving {
     }
 
     fn count_raw(&self) {
-        let pages: u64 = self.header.runs.iter().map(|run| u64::from(run.count)).sum();
-        let bytes = pages * PAGE_SIZE as u64;
+        let bytes = self.header.pages() * PAGE_SIZE as u64;
         self.shared.counters.raw_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 }

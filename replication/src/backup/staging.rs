@@ -1,12 +1,15 @@
 //! Staging: pages of epochs that are not committed yet, invisible to the image.
 //!
 //! Enters: checked frames of one data connection. Leaves: one [`Part`] at its end marker. Always
-//! holds: the parts of all such epochs have at most the bytes that were set aside together.
+//! holds: the parts of all such epochs have at most the bytes that were set aside together, each
+//! byte of contents counted as it is kept. A page takes 4 KiB at most, whatever its encoding, so a
+//! primary that counts pages never exceeds them. Runs are not counted: their number is bounded by the
+//! pages of the memory, none of which an epoch has twice.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::ids::{EpochId, PAGE_SIZE};
+use crate::ids::EpochId;
 use crate::wire::{ConnectionPart, Run};
 
 /// What is left of the bytes set aside for the epochs that are being staged.
@@ -51,7 +54,7 @@ pub(super) struct Part {
     /// What it took of the budget.
     pub(super) cost_bytes: u64,
     pub(super) runs: Vec<Run>,
-    /// Contents of the runs that are not zero, in their order.
+    /// Contents of the runs that are not zero, in their order: pages, and deltas with their lengths.
     pub(super) bytes: Vec<u8>,
 }
 
@@ -71,18 +74,4 @@ impl Part {
         self.bytes.resize(from + bytes, 0);
         &mut self.bytes[from..]
     }
-
-    /// Bytes that a frame costs: contents, and 16 for each run.
-    pub(super) fn cost(runs: &[Run]) -> u64 {
-        let raw = runs.iter().filter(|run| !run.zero);
-        let pages: u64 = raw.map(|run| u64::from(run.count)).sum();
-        // Runs without content are charged nothing a primary could run out of: their number is
-        // bounded by the pages of the memory, which a primary cannot name twice in an epoch.
-        pages * PAGE_SIZE as u64
-    }
-}
-
-/// Most runs of a part: each page of the memory in a run of its own.
-pub(super) fn runs_max(universe: u64) -> usize {
-    usize::try_from(universe).unwrap_or(usize::MAX)
 }

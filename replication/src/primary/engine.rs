@@ -178,9 +178,8 @@ impl<G: Guest> Engine<G> {
         let control = Self::listen(control, &options, &heard, theirs, inputs.clone())?;
         let ram = guest.ram();
         let deliver = inputs.clone();
-        let senders = Senders::start(data, &ram, &status.counters, move |sent| {
-            deliver.send(Input::Sent(sent)).is_ok()
-        })?;
+        let deliver = move |sent| deliver.send(Input::Sent(sent)).is_ok();
+        let senders = Senders::start(data, &ram, options.compression, &status.counters, deliver)?;
         let (output, waker) = Self::wake_by(&mut guest, inputs.clone());
         let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages())?;
         let disks = match (guest.disks(), disks) {

@@ -1,6 +1,6 @@
 //! What a request asks for, checked against itself and against this build.
 
-use api::replication::{Compression, ReplicateData};
+use api::replication::ReplicateData;
 
 use crate::error::Error;
 use crate::ownership::{Arbiter, ArbiterError, open};
@@ -62,9 +62,6 @@ impl Checked {
             return invalid("connections", format!("expected 1 to {CONNECTIONS_MAX}"));
         }
         validate_paces(options.heartbeat_ms, options.timeout_ms)?;
-        if !matches!(options.compression, Compression::Auto | Compression::None) {
-            return invalid("compression", "this build sends pages as they are");
-        }
         if options.tls_dir.is_some() {
             return invalid("tls_dir", "this build has no TLS");
         }

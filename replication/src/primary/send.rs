@@ -1,16 +1,19 @@
 //! The sender threads, one for each data connection.
 //!
 //! Enters: jobs. Leaves: frames. A page of the guest's live memory is read once, into a buffer of
-//! one frame, so that what is sent is what was checksummed; a frozen page goes out from where it
-//! was kept, without a copy.
+//! one frame, so that what is sent is what was checksummed; a frozen page that is not encoded goes
+//! out from where it was kept, without a copy.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
+use api::replication::Compression;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Page, Piece, Share};
+use crate::encode::Encoder;
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
@@ -18,7 +21,8 @@ use crate::ids::{EpochId, PAGE_SIZE};
 use crate::ram::{PageBuffer, PageSet, Ram};
 use crate::transport::Stream;
 use crate::wire::{
-    ConnectionPart, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, WireError, encode_pages_header,
+    ConnectionPart, Encoding, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, WireError,
+    encode_pages_header,
 };
 
 /// Where the bytes of a job come from.
@@ -54,6 +58,7 @@ impl Senders {
     pub(super) fn start(
         writers: Vec<FrameWriter<Box<dyn Stream>>>,
         ram: &Ram,
+        compression: Compression,
         counters: &Arc<Counters>,
         deliver: impl Fn(Sent) -> bool + Clone + Send + 'static,
     ) -> Result<Self, Error> {
@@ -68,6 +73,7 @@ impl Senders {
                 share: Share { index, of },
                 ram: ram.clone(),
                 writer,
+                encoder: Encoder::new(compression, of),
                 counters: Arc::clone(counters),
                 runs: Runs::default(),
                 head: Vec::new(),
@@ -104,6 +110,7 @@ struct OneSender {
     share: Share,
     ram: Ram,
     writer: FrameWriter<Box<dyn Stream>>,
+    encoder: Encoder,
     counters: Arc<Counters>,
     runs: Runs,
     head: Vec<u8>,
@@ -115,6 +122,7 @@ impl OneSender {
     fn run(mut self, queue: &Receiver<Job>, deliver: impl Fn(Sent) -> bool) {
         let mut scratch = PageBuffer::touched(RAW_PAGES_MAX.max(GROUP_PAGES));
         for job in queue {
+            self.encoder.begin(job.epoch);
             let sent = match &job.source {
                 Source::Live(pages) => self.send_live(job.epoch, pages, scratch.all_mut()),
                 Source::Frozen(frozen) => {
@@ -140,23 +148,17 @@ impl OneSender {
         let mut part = ConnectionPart::default();
         let mut filled = 0;
         for page in self.share.pages(pages) {
+            if self.runs.is_full() {
+                self.flush(epoch, &Vec::from_iter(&scratch[..filled]), &mut part)?;
+                filled = 0;
+            }
             let buffer = &mut scratch[filled];
             assert!(self.ram.read_page(page, buffer), "a dirty set is over the memory");
-            let zero = is_zero(buffer);
-            if !self.runs.push(page, zero) {
-                let contents: Vec<&[u8]> = vec![scratch[..filled].as_flattened()];
-                self.flush(epoch, &contents, &mut part)?;
-                scratch.swap(0, filled);
-                filled = 0;
-                assert!(self.runs.push(page, zero), "an empty frame has room");
-            }
-            filled += usize::from(!zero);
-            if filled == RAW_PAGES_MAX {
-                self.flush(epoch, &[scratch.as_flattened()], &mut part)?;
-                filled = 0;
-            }
+            let encoding = self.encoder.encode(page, buffer);
+            assert!(self.runs.push(page, encoding), "a frame that is not full has room");
+            filled += usize::from(encoding == Encoding::Raw);
         }
-        self.flush(epoch, &[scratch[..filled].as_flattened()], &mut part)?;
+        self.flush(epoch, &Vec::from_iter(&scratch[..filled]), &mut part)?;
         self.end(epoch, part)
     }
 
@@ -174,33 +176,45 @@ impl OneSender {
             if batch.is_empty() {
                 break;
             }
-            let mut contents: Vec<&[u8]> = Vec::with_capacity(batch.len());
+            let mut kept: Vec<&Page> = Vec::with_capacity(batch.len());
             for (page, bytes) in &batch {
-                let zero = is_zero(bytes);
-                assert!(self.runs.push(*page, zero), "a batch fits a frame");
-                if !zero {
-                    contents.push(&bytes[..]);
+                if self.runs.is_full() {
+                    self.flush(epoch, &kept, &mut part)?;
+                    kept.clear();
+                }
+                let encoding = self.encoder.encode(*page, bytes);
+                assert!(self.runs.push(*page, encoding), "a frame that is not full has room");
+                if encoding == Encoding::Raw {
+                    kept.push(bytes);
                 }
             }
-            self.flush(epoch, &contents, &mut part)?;
+            // What is encoded waits for company: a guest's pages are scattered, and a frame for a few
+            // bytes costs more than they do.
+            if !kept.is_empty() {
+                self.flush(epoch, &kept, &mut part)?;
+            }
         }
+        self.flush(epoch, &[], &mut part)?;
         self.end(epoch, part)
     }
 
+    /// Sends the frame that was gathered; `kept` are its raw pages.
     fn flush(
         &mut self,
         epoch: EpochId,
-        contents: &[&[u8]],
+        kept: &[&Page],
         part: &mut ConnectionPart,
     ) -> Result<(), WireError> {
         if self.runs.is_empty() {
             return Ok(());
         }
         encode_pages_header(epoch, &self.runs, &mut self.head);
-        let mut parts: Vec<&[u8]> = Vec::with_capacity(contents.len() + 1);
+        let mut parts: Vec<&[u8]> = Vec::with_capacity(RAW_PAGES_MAX + 1);
         parts.push(&self.head);
-        parts.extend(contents);
+        self.encoder.contents(kept, &mut parts);
+        let began = Instant::now();
         let crc = self.writer.write(Kind::Pages, &parts)?;
+        self.encoder.sent(self.writer.bytes() - self.counted, began.elapsed());
         let pages = self.runs.pages();
         self.runs.clear();
         part.add(pages, crc);
@@ -228,12 +242,6 @@ impl OneSender {
     }
 }
 
-/// Whether a page is all zero; fails at the first word of most pages that are not.
-fn is_zero(page: &Page) -> bool {
-    let (chunks, _) = page.as_chunks::<64>();
-    chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use vm_memory::GuestAddress;
@@ -244,36 +252,89 @@ mod tests {
     use crate::transport::memory;
     use crate::wire::{FRAME_PAGES_MAX, FrameReader, SessionId};
 
-    /// A peer that sees no byte takes the sender for dead, and a big memory is mostly untouched.
-    #[test]
-    fn an_empty_memory_is_sent_in_many_frames() {
-        const FRAMES: usize = 5;
-        let size = FRAMES * FRAME_PAGES_MAX * PAGE_SIZE;
-        let mapping = Mapping::from_ranges(&[(GuestAddress(0), size)]).unwrap();
-        let ram = Ram::new(Arc::new(mapping));
-        let mut pages = PageSet::new(ram.pages());
-        (0..ram.pages()).for_each(|page| pages.insert(PageIndex(page)));
+    /// Senders over `ram`, what they report, and the peer's end.
+    fn start(
+        ram: &Ram,
+        compression: Compression,
+    ) -> (Senders, Receiver<u64>, FrameReader<Box<dyn Stream>>) {
         let (ours, theirs) = memory::pair().unwrap();
         let session = SessionId(1);
         let (done, sent) = unbounded();
         let counters = Arc::<Counters>::default();
         let writer = FrameWriter::new(ours, session);
         let deliver = move |report: Sent| done.send(report.unwrap()).is_ok();
-        let senders = Senders::start(vec![writer], &ram, &counters, deliver).unwrap();
+        let senders = Senders::start(vec![writer], ram, compression, &counters, deliver).unwrap();
+        (senders, sent, FrameReader::new(theirs, Some(session)))
+    }
+
+    fn ram(pages: usize) -> Ram {
+        let mapping = Mapping::from_ranges(&[(GuestAddress(0), pages * PAGE_SIZE)]).unwrap();
+        Ram::new(Arc::new(mapping))
+    }
+
+    /// Lengths of the frames of pages until the stream or an epoch ends.
+    fn frames(reader: &mut FrameReader<Box<dyn Stream>>) -> Vec<usize> {
+        let mut lengths = vec![];
+        while let Ok(header) = reader.begin() {
+            let mut payload = Vec::new();
+            reader.read_rest(&mut payload).unwrap();
+            reader.finish(&header).unwrap();
+            if header.kind == Kind::End {
+                break;
+            }
+            assert_eq!(header.kind, Kind::Pages);
+            lengths.push(payload.len());
+        }
+        lengths
+    }
+
+    /// A peer that sees no byte takes the sender for dead, and a big memory is mostly untouched.
+    #[test]
+    fn an_empty_memory_is_sent_in_many_frames() {
+        const FRAMES: usize = 5;
+        let ram = ram(FRAMES * FRAME_PAGES_MAX);
+        let mut pages = PageSet::new(ram.pages());
+        (0..ram.pages()).for_each(|page| pages.insert(PageIndex(page)));
+        let (senders, sent, mut reader) = start(&ram, Compression::None);
         let source = Source::Live(Arc::new(pages));
         senders.send(&Job { number: 7, epoch: EpochId(0), source });
         assert_eq!(sent.recv(), Ok(7));
         let threads = senders.close();
-        let mut reader = FrameReader::new(theirs, Some(session));
-        let mut frames = 0;
-        while let Ok(header) = reader.begin() {
-            assert_eq!(header.kind, Kind::Pages);
-            let mut payload = Vec::new();
-            reader.read_rest(&mut payload).unwrap();
-            reader.finish(&header).unwrap();
-            frames += 1;
-        }
-        assert_eq!(frames, FRAMES);
+        assert_eq!(frames(&mut reader).len(), FRAMES);
         threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// Pages that come one at a time, as scattered ones do.
+    struct Scattered(Vec<(PageIndex, Page)>);
+
+    impl Frozen for Scattered {
+        fn next<'a>(
+            &'a self,
+            _: Share,
+            cursor: &mut Cursor,
+            _: &'a mut [Page],
+            batch: &mut Vec<Piece<'a>>,
+        ) {
+            batch.extend(self.0.get(cursor.0).map(|(page, bytes)| (*page, bytes)));
+            cursor.0 += 1;
+        }
+    }
+
+    #[test]
+    fn scattered_pages_that_changed_a_little_share_a_frame() {
+        const PAGES: u64 = 160;
+        let (senders, _sent, mut reader) = start(&ram(1), Compression::Delta);
+        for (epoch, count) in [(1, 160), (2, 3)] {
+            let mut content = [7; PAGE_SIZE];
+            content[9] = u8::try_from(epoch).unwrap();
+            let pages = (0..PAGES).map(|page| (PageIndex(page * 65), content)).collect();
+            let source = Source::Frozen(Arc::new(Scattered(pages)));
+            senders.send(&Job { number: epoch, epoch: EpochId(epoch), source });
+            let lengths = frames(&mut reader);
+            assert_eq!(lengths.len(), count, "epoch {epoch}");
+            // Of 64 pages: a run, a length, a range of a byte.
+            assert!(epoch == 1 || lengths[0] == 16 + 64 * (16 + 2 + 3), "{lengths:?}");
+        }
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
     }
 }

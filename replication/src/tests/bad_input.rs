@@ -5,7 +5,7 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
 
-use api::replication::ReplicationState;
+use api::replication::{Compression, ReplicationState};
 use uuid::Uuid;
 
 use super::pair::{Backup, Primary, Proxy, Tamper};
@@ -165,7 +165,11 @@ fn a_state_that_cannot_be_loaded_is_refused_while_the_primary_runs() {
 }
 
 /// The stream of one connection is damaged once the VM is protected.
-fn damaged(connection: usize, tamper: impl Fn(&mut Vec<u8>) + Send + Sync + 'static) {
+fn damaged(
+    connection: usize,
+    compression: Compression,
+    tamper: impl Fn(&mut Vec<u8>) + Send + Sync + 'static,
+) {
     let dir = tempfile::tempdir().unwrap();
     let backup = Backup::start(Some(dir.path()));
     let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
@@ -181,8 +185,13 @@ fn damaged(connection: usize, tamper: impl Fn(&mut Vec<u8>) + Send + Sync + 'sta
     let workers = Workers::start(&machine, 2, 3);
     let mut options = replicate(&proxy.url(), Some(dir.path()));
     (options.heartbeat_ms, options.timeout_ms) = (50, 500);
+    options.compression = compression;
     let primary = Primary::with(&machine, options, HostIdentity::random()).unwrap();
     primary.events.wait(|e| *e == Event::Synced).unwrap();
+    if connection > 0 {
+        // Pages were sent before, so there are deltas.
+        until(|| primary.handle.info(), |info| info.epoch_committed >= 20);
+    }
     armed.store(true, std::sync::atomic::Ordering::Release);
     // Whoever wins, exactly one goes on, and the image was never touched by the damage.
     primary.handle.join();
@@ -202,14 +211,15 @@ fn damaged(connection: usize, tamper: impl Fn(&mut Vec<u8>) + Send + Sync + 'sta
 
 #[test]
 fn damage_on_the_way_never_reaches_the_image() {
-    for connection in [0, 1, 3] {
-        damaged(connection, |bytes| bytes[0] ^= 0x10);
-        damaged(connection, |bytes| {
+    use Compression::{Delta, Lz4, None};
+    for (connection, compression) in [(0, None), (1, None), (3, None), (1, Delta), (2, Lz4)] {
+        damaged(connection, compression, |bytes| bytes[0] ^= 0x10);
+        damaged(connection, compression, |bytes| {
             let last = bytes.len() - 1;
             bytes[last] ^= 0x01;
         });
-        damaged(connection, |bytes| bytes.truncate(bytes.len() / 2));
-        damaged(connection, |bytes| bytes.extend_from_within(..));
+        damaged(connection, compression, |bytes| bytes.truncate(bytes.len() / 2));
+        damaged(connection, compression, |bytes| bytes.extend_from_within(..));
     }
 }
 

@@ -4,6 +4,7 @@ mod bad_input;
 mod bounds;
 mod disk_input;
 mod disks;
+mod encodings;
 mod failover;
 mod fake_backup;
 mod orphan;

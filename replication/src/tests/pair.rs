@@ -5,8 +5,10 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use api::replication::{ReceiveReplicaData, ReplicateData};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use super::{receive_options, replicate};
 use crate::backup::{BackupHandle, receive_at};
@@ -93,7 +95,22 @@ pub(crate) type Tamper = Arc<dyn Fn(usize, u64, &mut Vec<u8>) + Send + Sync>;
 
 impl Proxy {
     pub(crate) fn start(backup: u16, tamper: Tamper) -> Self {
+        Self::at(TcpListener::bind("127.0.0.1:0").unwrap(), backup, tamper)
+    }
+
+    /// A link that carries so many bytes a second on each connection and keeps few of them.
+    pub(crate) fn slow(backup: u16, bytes_s: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        setsockopt(&listener, sockopt::RcvBuf, &(32 << 10)).unwrap();
+        let nap = move |bytes: usize| Duration::from_nanos(bytes as u64 * 1_000_000_000 / bytes_s);
+        Self::at(
+            listener,
+            backup,
+            Arc::new(move |_, _, bytes| std::thread::sleep(nap(bytes.len()))),
+        )
+    }
+
+    fn at(listener: TcpListener, backup: u16, tamper: Tamper) -> Self {
         let port = listener.local_addr().unwrap().port();
         let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
         let cut = Arc::new(AtomicBool::new(false));
@@ -103,6 +120,8 @@ impl Proxy {
                 let (Ok(one), false) = (stream, is_cut.load(Ordering::Acquire)) else { return };
                 let Ok(other) = TcpStream::connect(("127.0.0.1", backup)) else { return };
                 let dup = |stream: &TcpStream| stream.try_clone().unwrap();
+                // Nothing waits here for an acknowledgement of its peer's kernel.
+                [&one, &other].iter().for_each(|stream| stream.set_nodelay(true).unwrap());
                 all.lock().unwrap().extend([dup(&one), dup(&other)]);
                 let change = Arc::clone(&change);
                 let (from, to) = (dup(&one), dup(&other));

@@ -10,12 +10,12 @@ use super::pair::Backup;
 use crate::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
 use crate::observer::Event;
 use crate::wire::{
-    ConnectionPart, End, FrameReader, FrameWriter, Hello, Kind, Message, Offer, Runs, Seal,
-    SessionId, WireRegion, encode_pages_header,
+    ConnectionPart, Encoding, End, FrameReader, FrameWriter, Hello, Kind, Message, Offer, Runs,
+    Seal, SessionId, WireRegion, encode_pages_header,
 };
 
 const SESSION: SessionId = SessionId(42);
-const PAGES: u64 = 600;
+const PAGES: u64 = 1200;
 const G1: Generation = Generation(1);
 
 pub(super) struct Script {
@@ -60,7 +60,7 @@ pub(super) fn greet(
 
 impl Script {
     /// Welcomed, with one data connection, and paired.
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let mut script = Self::greeted(Backup::start(None), offer());
         script.say(&Message::Paired(G1));
         script
@@ -91,14 +91,25 @@ impl Script {
     }
 
     pub(super) fn pages(&mut self, epoch: u64, pages: std::ops::Range<u64>) {
+        let count = usize::try_from(pages.end - pages.start).unwrap();
+        self.frame(epoch, &[(pages, Encoding::Raw)], &vec![0xAB; count * PAGE_SIZE]);
+    }
+
+    pub(super) fn frame(
+        &mut self,
+        epoch: u64,
+        pages: &[(std::ops::Range<u64>, Encoding)],
+        contents: &[u8],
+    ) {
         let mut runs = Runs::default();
-        let count = pages.end - pages.start;
-        pages.for_each(|page| assert!(runs.push(PageIndex(page), false)));
+        for (pages, encoding) in pages {
+            let pages = pages.clone().map(PageIndex);
+            pages.for_each(|page| assert!(runs.push(page, *encoding)));
+        }
         let mut head = Vec::new();
         encode_pages_header(EpochId(epoch), &runs, &mut head);
-        let content = vec![0xAB; usize::try_from(count).unwrap() * PAGE_SIZE];
-        if let Ok(crc) = self.data.write(Kind::Pages, &[&head, &content]) {
-            self.sum.add(count, crc);
+        if let Ok(crc) = self.data.write(Kind::Pages, &[&head, contents]) {
+            self.sum.add(runs.pages(), crc);
         }
     }
 
@@ -122,6 +133,10 @@ impl Script {
 
     /// The backup's next words are an abort that contains `text`; one error was told.
     pub(super) fn aborted(mut self, text: &str) {
+        self.hears_abort(text);
+    }
+
+    pub(super) fn hears_abort(&mut self, text: &str) {
         let word = next(&mut self.reader);
         let Message::Abort(reason) = &word else { panic!("{word:?}") };
         assert!(reason.contains(text), "{reason}");
@@ -236,12 +251,21 @@ fn a_generation_that_was_not_paired_is_refused() {
 #[test]
 fn an_epoch_larger_than_the_staging_is_refused() {
     let mut script = Script::start();
-    // 4 MiB are 1024 pages: the same ones sent twice fill them.
-    for round in 0..17 {
-        let from = (round % 8) * 64;
+    // 4 MiB are 1024 pages.
+    for from in (0..17).map(|frame| frame * 64) {
         script.pages(1, from..from + 64);
     }
     script.aborted("exceeds the staging");
+}
+
+#[test]
+fn an_epoch_of_more_pages_than_the_memory_has_is_refused() {
+    let mut script = Script::start();
+    // What takes no staging is bounded too: applying it takes time.
+    for _ in 0..2 {
+        script.frame(1, &[(0..601, Encoding::Zero)], &[]);
+    }
+    script.aborted("has pages twice");
 }
 
 #[test]

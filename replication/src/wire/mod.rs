@@ -14,9 +14,11 @@
 //! `session` is a random number of the primary's attempt, so bytes of an older one never match.
 //!
 //! Version 1: first. Version 2: disks, on a connection of their own; the offer has their sizes and
-//! the seal the number of their changes.
+//! the seal the number of their changes. Version 3: a backup says how much it has done. Version 4:
+//! pages as deltas and as LZ4 blocks.
 
 mod changes;
+mod contents;
 mod frame;
 mod message;
 mod pages;
@@ -24,19 +26,21 @@ mod pages;
 use thiserror::Error;
 
 pub use changes::{CHANGE_HEAD_BYTES, ChangeHead};
+pub(crate) use contents::{begin_content, end_content, take_content, undo_content};
+pub use contents::{staged_bytes, unpack};
 pub use frame::{FrameReader, FrameWriter, HEADER_BYTES, Header, Kind, SessionId};
 pub use message::{
     ABORT_BYTES_MAX, ConnectionPart, Hello, Message, Offer, REGIONS_MAX, Seal, Welcome, WireRegion,
 };
 pub use pages::{
-    End, FRAME_PAGES_MAX, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs, decode_pages_header,
-    encode_pages_header,
+    Encoding, End, FRAME_PAGES_MAX, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs,
+    decode_pages_header, encode_pages_header,
 };
 
 /// First bytes of every frame: "USTD".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"USTD");
 /// The version that this build speaks.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// Most data connections of a session.
 pub const CONNECTIONS_MAX: u32 = 128;
 

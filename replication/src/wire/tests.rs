@@ -138,34 +138,79 @@ proptest! {
     }
 
     #[test]
-    fn runs_hold_what_was_pushed(pages in prop::collection::vec((0u64..500, any::<bool>()), 0..200)) {
+    fn runs_hold_what_was_pushed(
+        pages in prop::collection::vec((0u64..500, any_encoding()), 0..200),
+    ) {
         let mut runs = Runs::default();
         let mut taken = Vec::new();
-        for (page, zero) in pages {
-            if runs.push(PageIndex(page), zero) {
-                taken.push((page, zero));
+        for (page, encoding) in pages {
+            let was_full = runs.is_full();
+            if runs.push(PageIndex(page), encoding) {
+                taken.push((page, encoding));
+            } else {
+                prop_assert!(was_full);
             }
         }
         let flat: Vec<_> = runs.as_slice().iter().flat_map(|run| {
-            (0..u64::from(run.count)).map(|at| (run.first.0 + at, run.zero))
+            (0..u64::from(run.count)).map(|at| (run.first.0 + at, run.encoding))
         }).collect();
         prop_assert_eq!(&flat, &taken);
         if runs.is_empty() { return Ok(()); }
         let mut head = Vec::new();
         encode_pages_header(EpochId(7), &runs, &mut head);
-        let mut rest = &head[..];
-        let mut decoded = PagesHeader::default();
-        decode_pages_header(500, &mut decoded, |into| {
-            let (first, last) = rest.split_at(into.len());
-            into.copy_from_slice(first);
-            rest = last;
-            Ok(true)
-        }).unwrap();
+        let decoded = decode_head(&head).unwrap();
         prop_assert_eq!(decoded.epoch, EpochId(7));
         prop_assert_eq!(&decoded.runs[..], runs.as_slice());
-        let raw = taken.iter().filter(|(_, zero)| !zero).count();
-        prop_assert_eq!(decoded.raw_bytes(), raw * PAGE_SIZE);
+        prop_assert_eq!(decoded.pages(), taken.len() as u64);
+        let count = |wanted: Encoding| taken.iter().filter(|(_, found)| *found == wanted).count();
+        let raw = count(Encoding::Raw) * PAGE_SIZE;
+        let encoded = count(Encoding::Delta) + count(Encoding::Lz4);
+        prop_assert_eq!(decoded.raw_bytes(), raw);
+        prop_assert_eq!(decoded.has_encoded(), encoded > 0);
+        prop_assert!(decoded.fits(raw + 2 * encoded) && decoded.fits(raw + encoded * PAGE_SIZE));
+        prop_assert!(!decoded.fits(raw + encoded * PAGE_SIZE + 1));
+        prop_assert!(raw + encoded == 0 || !decoded.fits(raw + 2 * encoded - 1));
     }
+}
+
+fn any_encoding() -> impl Strategy<Value = Encoding> {
+    prop_oneof![
+        Just(Encoding::Zero),
+        Just(Encoding::Raw),
+        Just(Encoding::Delta),
+        Just(Encoding::Lz4)
+    ]
+}
+
+fn decode_head(head: &[u8]) -> Result<PagesHeader, WireError> {
+    let mut rest = head;
+    let mut decoded = PagesHeader::default();
+    decode_pages_header(500, &mut decoded, |into| {
+        let (first, last) = rest.split_at(into.len());
+        into.copy_from_slice(first);
+        rest = last;
+        Ok(true)
+    })?;
+    Ok(decoded)
+}
+
+#[test]
+fn a_delta_in_a_first_copy_and_an_unknown_encoding_are_refused() {
+    let head = |epoch: u64, encoding| {
+        let mut runs = Runs::default();
+        assert!(runs.push(PageIndex(7), encoding));
+        let mut head = Vec::new();
+        encode_pages_header(EpochId(epoch), &runs, &mut head);
+        head
+    };
+    decode_head(&head(1, Encoding::Delta)).unwrap();
+    decode_head(&head(0, Encoding::Lz4)).unwrap();
+    let error = decode_head(&head(0, Encoding::Delta)).unwrap_err();
+    assert!(error.to_string().ends_with("a delta in a first copy"), "{error}");
+    let mut unknown = head(1, Encoding::Lz4);
+    *unknown.iter_mut().rev().nth(3).unwrap() = 4;
+    let error = decode_head(&unknown).unwrap_err();
+    assert!(error.to_string().ends_with("malformed: encoding"), "{error}");
 }
 
 #[test]

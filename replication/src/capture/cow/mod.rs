@@ -130,7 +130,7 @@ pub type Piece<'a> = (PageIndex, &'a Page);
 
 /// Where a sender is in a [`Frozen`].
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Cursor(usize);
+pub struct Cursor(pub(crate) usize);
 
 /// Pages of a group: the least that a sender has room for.
 pub const GROUP_PAGES: usize = 64;
