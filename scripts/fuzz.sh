@@ -4,7 +4,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 . "$(dirname "$0")/lib/build.sh"
 
-TARGETS=(blk net rng pci wire state http options)
+TARGETS=(blk net rng console pci wire state http options)
 
 usage() {
     cat <<TXT
@@ -12,7 +12,8 @@ usage: scripts/fuzz.sh [TARGET...] [--seconds N] [--jobs N] [--help]
 
 Runs fuzz targets, all of them without a name:
 
-  blk net rng   virtio devices: rings, chains, requests, resets, parks, take-overs
+  blk net rng console
+                virtio devices: rings, chains, requests, resets, parks, take-overs
   pci           configuration space and the registers of the virtio transport
   wire          frames and messages of the replication stream
   state         machine states of epochs, snapshots and single functions
@@ -56,7 +57,7 @@ for target in "${CHOSEN[@]}"; do
 done
 # The longest input worth its time: what a guest does takes longer than a parser.
 input_bytes_max() {
-    case $1 in blk | net | rng | pci) echo 1024 ;; *) echo 4096 ;; esac
+    case $1 in blk | net | rng | console | pci) echo 1024 ;; *) echo 4096 ;; esac
 }
 # A unit that takes longer hangs.
 UNIT_SECONDS_MAX=20

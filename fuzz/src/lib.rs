@@ -2,9 +2,10 @@
 //! panics when the code under test does something that it must not do.
 //!
 //! What always holds: an input has the same outcome each time. Devices have no threads here: their
-//! steps are taken by [`blk`], [`net`] and [`rng`] in the order that the input says.
+//! steps are taken by [`blk`], [`net`], [`rng`] and [`console`] in the order that the input says.
 
 pub mod blk;
+pub mod console;
 pub mod guest;
 #[cfg(feature = "machine")]
 pub mod http;
@@ -39,6 +40,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "blk", run: |bytes| made_of(bytes, blk::run), places: blk::PLACES },
     Target { name: "net", run: |bytes| made_of(bytes, net::run), places: net::PLACES },
     Target { name: "rng", run: |bytes| made_of(bytes, rng::run), places: rng::PLACES },
+    Target { name: "console", run: |bytes| made_of(bytes, console::run), places: console::PLACES },
     Target { name: "pci", run: |bytes| made_of(bytes, pci::run), places: pci::PLACES },
     Target { name: "wire", run: |bytes| made_of(bytes, wire::run), places: wire::PLACES },
     Target { name: "options", run: options::run, places: options::PLACES },

@@ -7,12 +7,13 @@
 
 use arbitrary::Arbitrary;
 use replication::disk::{CHANGE_BYTES_MAX, DISKS_MAX, Operation, SECTOR_BYTES};
-use replication::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
 use replication::encode::{delta, lz4};
+use replication::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
 use replication::wire::{
-    CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, Encoding, End, FrameReader, FrameWriter, HEADER_BYTES,
-    Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs, Seal, SessionId,
-    VERSION, WireError, WireRegion, decode_pages_header, encode_pages_header, staged_bytes, unpack,
+    CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, Encoding, End, FrameReader, FrameWriter,
+    HEADER_BYTES, Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs,
+    Seal, SessionId, VERSION, WireError, WireRegion, decode_pages_header, encode_pages_header,
+    staged_bytes, unpack,
 };
 
 use crate::guest::{Blob, Rest};

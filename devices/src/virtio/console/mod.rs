@@ -94,6 +94,37 @@ impl Console {
     }
 }
 
+/// The work of a console that has no threads.
+#[cfg(feature = "fuzzing")]
+pub struct ByHand(Worker);
+
+#[cfg(feature = "fuzzing")]
+impl ByHand {
+    /// What the worker does when the driver's bell has rung. True if there may be more. Not while
+    /// parked.
+    pub fn turn(&mut self) -> bool {
+        self.0.turn()
+    }
+
+    /// Input of the host; how much of it the guest's buffers took. Not while parked.
+    #[must_use]
+    pub fn input(&self, bytes: &[u8]) -> usize {
+        self.0.input(bytes)
+    }
+}
+
+#[cfg(feature = "fuzzing")]
+impl Console {
+    /// A console without threads and without a host side, and who does its work.
+    pub fn by_hand(id: &str) -> Result<(Self, ByHand), BackendError> {
+        let failed = |source| BackendError::Start { what: format!("worker of {id}"), source };
+        let host = HostSide::open(&PortMode::Null)?;
+        let shared = Arc::new(Shared::new(id, Arc::new(OutputGate::new())).map_err(failed)?);
+        let worker = ByHand(Worker::by_hand(&shared));
+        Ok((Self { shared, host, worker: Mutex::new(None) }, worker))
+    }
+}
+
 impl VirtioDevice for Console {
     fn id(&self) -> &str {
         &self.shared.id

@@ -37,6 +37,26 @@ impl Worker {
         thread::Builder::new().name(worker.shared.id.clone()).spawn(move || worker.run())
     }
 
+    /// A worker that does nothing by itself.
+    #[cfg(feature = "fuzzing")]
+    pub fn by_hand(shared: &Arc<Shared>) -> Self {
+        Self { shared: Arc::clone(shared), transmit: true, scratch: tx::Scratch::default() }
+    }
+
+    /// A round as after a signal of the driver.
+    #[cfg(feature = "fuzzing")]
+    pub fn turn(&mut self) -> bool {
+        self.transmit = true;
+        self.tell_size();
+        self.transmit()
+    }
+
+    /// Input of the host.
+    #[cfg(feature = "fuzzing")]
+    pub fn input(&self, bytes: &[u8]) -> usize {
+        self.shared.take(bytes)
+    }
+
     fn run(mut self) {
         while !self.shared.ends.load(Ordering::SeqCst) {
             self.tell_size();
