@@ -236,6 +236,9 @@ pub struct ReplicationInfo {
     pub dirty_pages: PageCounts,
     /// How often the guest, or a device, waited because it wrote a page that was protected.
     pub cow_faults: u64,
+    /// Pages that were copied ahead of pauses, and not written again before them.
+    #[serde(default)]
+    pub cow_ahead: u64,
     /// Pages that were copied in pauses.
     #[serde(default)]
     pub cow_copied: u64,

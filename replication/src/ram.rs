@@ -278,6 +278,21 @@ impl PageSet {
         }
     }
 
+    /// Adds its pages to each of `others`, and empties it.
+    ///
+    /// # Panics
+    /// If the universes differ.
+    pub fn drain_into(&mut self, others: [&mut Self; 2]) {
+        let [first, second] = others;
+        let universes = [first.pages, second.pages];
+        assert_eq!(universes, [self.pages; 2], "sets over different memories");
+        for (at, word) in self.words.iter_mut().enumerate().filter(|(_, word)| **word != 0) {
+            first.words[at] |= *word;
+            second.words[at] |= *word;
+            *word = 0;
+        }
+    }
+
     /// Removes every page that is not in `other`.
     ///
     /// # Panics

@@ -11,12 +11,16 @@ use crate::ram::PageSet;
 #[derive(Debug)]
 pub struct Dirty {
     pending: PageSet,
+    /// Of these, what was harvested since [`Dirty::begin_late`].
+    late: PageSet,
+    /// Empty but during a harvest.
+    fresh: PageSet,
 }
 
 impl Dirty {
     #[must_use]
     pub fn new(pages: u64) -> Self {
-        Self { pending: PageSet::new(pages) }
+        Self { pending: PageSet::new(pages), late: PageSet::new(pages), fresh: PageSet::new(pages) }
     }
 
     /// Adds what was written since the last harvest.
@@ -24,7 +28,21 @@ impl Dirty {
     /// # Errors
     /// From the VMM; what was gathered before stays.
     pub fn harvest(&mut self, guest: &mut impl Guest) -> Result<(), GuestError> {
-        guest.harvest(&mut self.pending)
+        let harvested = guest.harvest(&mut self.fresh);
+        // What came before an error was re-armed, too.
+        self.fresh.drain_into([&mut self.pending, &mut self.late]);
+        harvested
+    }
+
+    /// What is harvested from here on is late.
+    pub fn begin_late(&mut self) {
+        self.late.clear();
+    }
+
+    /// Pages of the set, or of one that was handed out before, that were harvested since then.
+    #[must_use]
+    pub fn late(&self) -> &PageSet {
+        &self.late
     }
 
     /// Forgets pages that were never written, see [`Guest::drop_untouched`].

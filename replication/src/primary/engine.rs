@@ -133,6 +133,8 @@ pub(super) struct Engine<G: Guest> {
     fresh: bool,
     first: bool,
     handover: bool,
+    /// Of the last epoch.
+    last_pages: u64,
     too_large: u32,
     good: u32,
     output: Arc<AtomicBool>,
@@ -223,6 +225,7 @@ impl<G: Guest> Engine<G> {
             fresh: true,
             first: true,
             handover: false,
+            last_pages: u64::MAX,
             too_large: 0,
             good: GOOD_EPOCHS,
             output,

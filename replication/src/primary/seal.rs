@@ -165,6 +165,17 @@ impl Sealer {
         Arc::clone(&self.sealed)
     }
 
+    /// Does ahead of the pause what can be done while the guest runs.
+    pub(super) fn ahead(&mut self, guest: &mut impl Guest) -> Result<(), Error> {
+        let Some(freezer) = self.freezer.as_mut().filter(|_| self.stands.is_none()) else {
+            return Ok(());
+        };
+        self.dirty.harvest(guest).map_err(failed("read the dirty pages"))?;
+        self.dirty.begin_late();
+        let copied = freezer.ahead(&self.ram, self.dirty.pages());
+        copied.map_err(|error| Error::Memory(chain(&error)))
+    }
+
     /// Makes the guest stand still.
     pub(super) fn quiesce(&mut self, guest: &mut impl Guest) -> Result<(), Error> {
         if self.stands.is_none() {
@@ -236,7 +247,7 @@ impl Sealer {
         let set = self.take();
         let frozen = match &mut self.freezer {
             Some(freezer) if !self.is_thawed => {
-                let frozen = freezer.freeze(&self.ram, &set);
+                let frozen = freezer.freeze(&self.ram, &set, self.dirty.late());
                 Some(frozen.map_err(|error| Error::Memory(chain(&error)))?)
             }
             _ => None,

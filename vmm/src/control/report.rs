@@ -57,6 +57,7 @@ impl Controller {
                 ("pause_us_max", info.pause_us.max),
                 ("commit_latency_us_max", info.commit_latency_us.max),
                 ("cow_faults", info.cow_faults),
+                ("cow_ahead", info.cow_ahead),
                 ("cow_copied", info.cow_copied),
                 ("cow_protected", info.cow_protected),
                 ("throttled_us", info.throttled_us),

@@ -53,7 +53,12 @@ impl CopyFreezer {
 }
 
 impl Freezer for CopyFreezer {
-    fn freeze(&mut self, ram: &Ram, pages: &Arc<PageSet>) -> Result<Arc<dyn Frozen>, CowError> {
+    fn freeze(
+        &mut self,
+        ram: &Ram,
+        pages: &Arc<PageSet>,
+        _late: &PageSet,
+    ) -> Result<Arc<dyn Frozen>, CowError> {
         let mut copies = self.idle();
         let kept = Arc::get_mut(&mut copies).expect("nobody else holds an idle buffer");
         kept.entries.clear();

@@ -1,8 +1,10 @@
 //! The bytes of an epoch's pages as they were at the seal, while the guest runs.
 //!
 //! ```text
+//!   ahead: set so far ──> Freezer              (guest runs)
+//!                    │ copies; what is written after that is late
 //!   seal:  set ──> Freezer ──> Frozen          (guest stands still)
-//!                    │ copies what is cheaper copied, protects the rest
+//!                    │ of what is late or new: copies what is cheaper copied, protects the rest
 //!   then:  Frozen ──> senders, each its share  (guest runs)
 //!                    │ a page that is written before it was taken is copied aside first
 //! ```
@@ -136,6 +138,8 @@ pub const GROUP_PAGES: usize = 64;
 /// How pages were kept, in all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
+    /// Ahead of the pause, by copying, for those that were not written again until then.
+    pub ahead: u64,
     /// In the pause, by copying.
     pub copied: u64,
     /// By protecting, gaps not counted.
@@ -146,11 +150,27 @@ pub struct Kept {
 
 /// Keeps pages during the pause.
 pub trait Freezer: Send {
-    /// Keeps the bytes of `pages`. Only while nobody writes memory.
+    /// Copies pages ahead of the pause, while the guest runs, if that is of use. `pages` are those of
+    /// the epoch so far, whose tracking was re-armed: one that is written from here on is `late`.
+    ///
+    /// # Errors
+    /// [`CowError`]; then nothing was copied.
+    fn ahead(&mut self, ram: &Ram, pages: &PageSet) -> Result<(), CowError> {
+        let _ = (ram, pages);
+        Ok(())
+    }
+
+    /// Keeps the bytes of `pages`. Only while nobody writes memory. `late` has every page that may
+    /// have been written since [`Freezer::ahead`].
     ///
     /// # Errors
     /// [`CowError`]; then nothing is kept.
-    fn freeze(&mut self, ram: &Ram, pages: &Arc<PageSet>) -> Result<Arc<dyn Frozen>, CowError>;
+    fn freeze(
+        &mut self,
+        ram: &Ram,
+        pages: &Arc<PageSet>,
+        late: &PageSet,
+    ) -> Result<Arc<dyn Frozen>, CowError>;
 
     /// Makes ready, outside of a pause, for what the last epochs would have needed.
     fn prepare(&mut self);

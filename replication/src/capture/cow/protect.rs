@@ -20,6 +20,13 @@ use crate::ram::{PageSet, Preserve, Ram};
 
 /// Pages that there is room to copy from the start.
 const START_PAGES: usize = 4096;
+/// Fewer pages are not worth reading the dirty log once more.
+pub const AHEAD_PAGES_MIN: u64 = 128;
+/// More pages are left for the pause, which can protect them.
+const AHEAD_PAGES_MAX: usize = 16_384;
+/// Below this share of good copies, copying ahead is work for nothing, for so many seals.
+const USE_SHARE_MIN: f64 = 0.25;
+const SKIPS: u32 = 32;
 
 /// Keeps by protecting, or by whatever is cheaper.
 pub struct ProtectFreezer {
@@ -28,6 +35,7 @@ pub struct ProtectFreezer {
     costs: Option<Costs>,
     /// Pages that there shall be room to copy.
     wanted: usize,
+    ahead: Ahead,
     kept: Kept,
     is_broken: bool,
 }
@@ -54,13 +62,54 @@ struct Parts {
 }
 
 /// A group of 64 pages of which some are in the epoch.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Entry {
     group: usize,
     word: u64,
     /// Those that were copied during the pause, and the place of the first.
     copied: u64,
     at: usize,
+    /// Those of which the copy made ahead is good, all that were copied then, and the place of the
+    /// first of these.
+    ahead: u64,
+    ahead_all: u64,
+    ahead_at: usize,
+}
+
+impl Entry {
+    /// Those that are protected.
+    fn armed(&self) -> u64 {
+        self.word & !self.copied & !self.ahead
+    }
+}
+
+/// What was copied ahead of the next pause, and whether it is worth it.
+#[derive(Debug)]
+struct Ahead {
+    parts: Option<Parts>,
+    /// Share of the pages copied ahead that were not written again before the pause.
+    use_share: f64,
+    /// Seals until it is tried again.
+    skip: u32,
+}
+
+impl Default for Ahead {
+    fn default() -> Self {
+        Self { parts: None, use_share: 1.0, skip: 0 }
+    }
+}
+
+impl Ahead {
+    fn learn(&mut self, good: u64, all: u64) {
+        if all >= AHEAD_PAGES_MIN {
+            let part = |pages: u64| f64::from(u32::try_from(pages).unwrap_or(u32::MAX));
+            let share = part(good) / part(all);
+            self.use_share = (self.use_share + share) / 2.0;
+            if self.use_share < USE_SHARE_MIN {
+                (self.skip, self.use_share) = (SKIPS, USE_SHARE_MIN);
+            }
+        }
+    }
 }
 
 /// The pages of one epoch.
@@ -69,6 +118,8 @@ struct Held {
     /// `None`: all were copied.
     slot: Option<usize>,
     parts: Parts,
+    /// What was copied ahead.
+    ahead: Option<Parts>,
 }
 
 impl Shared {
@@ -103,7 +154,14 @@ impl ProtectFreezer {
         let weak: Weak<Shared> = Arc::downgrade(&shared);
         ram.preserve_by(weak);
         let is_broken = checking::is_broken("protect");
-        Ok(Self { shared, costs, wanted: START_PAGES, kept: Kept::default(), is_broken })
+        Ok(Self {
+            shared,
+            costs,
+            wanted: START_PAGES,
+            ahead: Ahead::default(),
+            kept: Kept::default(),
+            is_broken,
+        })
     }
 
     /// From here on nothing is protected, though all counts as if it were.
@@ -114,26 +172,60 @@ impl ProtectFreezer {
 }
 
 impl Freezer for ProtectFreezer {
-    fn freeze(&mut self, ram: &Ram, pages: &Arc<PageSet>) -> Result<Arc<dyn Frozen>, CowError> {
+    fn ahead(&mut self, ram: &Ram, pages: &PageSet) -> Result<(), CowError> {
+        if self.costs.is_none() || pages.len() < AHEAD_PAGES_MIN {
+            return Ok(());
+        }
+        if self.ahead.skip > 0 {
+            self.ahead.skip -= 1;
+            return Ok(());
+        }
+        let mut parts = match self.ahead.parts.take() {
+            Some(parts) => parts,
+            None => self.shared.idle().parts.pop().unwrap_or_default(),
+        };
+        parts.clear();
+        for (group, word) in pages.words().iter().enumerate().filter(|(_, word)| **word != 0) {
+            let at = parts.buffer.len();
+            if at + word.count_ones() as usize > AHEAD_PAGES_MAX {
+                break;
+            }
+            parts.entries.push(Entry { group, word: *word, at, ..Entry::default() });
+            copy_group(ram, group, *word, &mut parts.buffer)?;
+        }
+        self.ahead.parts = Some(parts);
+        Ok(())
+    }
+
+    fn freeze(
+        &mut self,
+        ram: &Ram,
+        pages: &Arc<PageSet>,
+        late: &PageSet,
+    ) -> Result<Arc<dyn Frozen>, CowError> {
         let mut idle = self.shared.idle();
         let slot = idle.slots.pop();
         let mut parts = idle.parts.pop().unwrap_or_default();
         drop(idle);
-        parts.entries.clear();
-        parts.buffer.clear();
+        parts.clear();
         // From here on an error lets go of what was armed.
-        let mut held = Held { shared: Arc::clone(&self.shared), slot, parts };
+        let ahead = self.ahead.parts.take();
+        let mut held = Held { shared: Arc::clone(&self.shared), slot, parts, ahead };
+        let mut copies = Copies::new(held.ahead.as_ref(), late);
         let mut arming = Arming::new(&self.shared.table, self.is_broken);
         let began = Instant::now();
         for (group, word) in pages.words().iter().enumerate().filter(|(_, word)| **word != 0) {
             let buffer = &mut held.parts.buffer;
+            let mut entry = copies.of(group, *word);
+            let rest = word & !entry.ahead;
             let room = buffer.room().saturating_sub(buffer.len());
             let armed = match slot {
-                Some(slot) => arming.group(slot, group, *word, self.costs.as_ref(), room)?,
+                Some(slot) => arming.group(slot, group, rest, self.costs.as_ref(), room)?,
                 None => 0,
             };
-            let copied = word & !armed;
-            held.parts.entries.push(Entry { group, word: *word, copied, at: buffer.len() });
+            let copied = rest & !armed;
+            (entry.copied, entry.at) = (copied, buffer.len());
+            held.parts.entries.push(entry);
             copy_group(ram, group, copied, buffer)?;
             if copied != 0 && self.costs.is_some() {
                 let heat = self.shared.table.heat(group);
@@ -141,10 +233,14 @@ impl Freezer for ProtectFreezer {
             }
         }
         arming.flush()?;
+        let (good, tried) =
+            (copies.good, held.ahead.as_ref().map_or(0, |parts| parts.buffer.len()));
+        self.ahead.learn(good, tried as u64);
         let copies = held.parts.buffer.len();
-        self.wanted = self.wanted.max(copies);
+        self.wanted = self.wanted.max(copies).max(tried);
+        self.kept.ahead += good;
         self.kept.copied += copies as u64;
-        self.kept.protected += pages.len() - copies as u64;
+        self.kept.protected += pages.len() - copies as u64 - good;
         if let Some(costs) = &mut self.costs {
             let copying = began.elapsed().saturating_sub(arming.took);
             let copies = u32::try_from(copies).unwrap_or(u32::MAX);
@@ -161,6 +257,43 @@ impl Freezer for ProtectFreezer {
 
     fn kept(&self) -> Kept {
         Kept { faults: self.shared.table.faults(), ..self.kept }
+    }
+}
+
+impl Parts {
+    fn clear(&mut self) {
+        self.entries.clear();
+        self.buffer.clear();
+    }
+}
+
+/// Looks up what was copied ahead, group by group in ascending order.
+struct Copies<'a> {
+    entries: &'a [Entry],
+    late: &'a PageSet,
+    /// Copies that are good.
+    good: u64,
+}
+
+impl<'a> Copies<'a> {
+    fn new(ahead: Option<&'a Parts>, late: &'a PageSet) -> Self {
+        Self { entries: ahead.map_or(&[], |parts| &parts.entries), late, good: 0 }
+    }
+
+    /// A group of the epoch, with the copies of it that are good.
+    fn of(&mut self, group: usize, word: u64) -> Entry {
+        while let Some((first, rest)) = self.entries.split_first()
+            && first.group < group
+        {
+            self.entries = rest;
+        }
+        let mut entry = Entry { group, word, ..Entry::default() };
+        if let Some(copied) = self.entries.first().filter(|copied| copied.group == group) {
+            entry.ahead = copied.word & word & !self.late.words()[group];
+            (entry.ahead_all, entry.ahead_at) = (copied.word, copied.at);
+            self.good += u64::from(entry.ahead.count_ones());
+        }
+        entry
     }
 }
 
@@ -241,7 +374,7 @@ impl Frozen for Held {
             }
             cursor.0 += 1;
             if mine {
-                let kept = (entry.word & !entry.copied).count_ones() as usize;
+                let kept = entry.armed().count_ones() as usize;
                 let (into, rest) = std::mem::take(&mut free).split_at_mut(kept);
                 free = rest;
                 self.hand_out(entry, into, batch);
@@ -253,8 +386,8 @@ impl Frozen for Held {
 impl Held {
     /// Appends a group's pages; `into` has room for those that were not copied in the pause.
     fn hand_out<'a>(&'a self, entry: &Entry, into: &'a mut [Page], batch: &mut Vec<Piece<'a>>) {
-        let Entry { group, word, copied, at } = *entry;
-        let kept = word & !copied;
+        let Entry { group, word, copied, at, ahead, ahead_all, ahead_at } = *entry;
+        let kept = entry.armed();
         let table = &self.shared.table;
         if let Some(slot) = self.slot.filter(|_| kept != 0) {
             let taken = table.take(slot, group, kept, into);
@@ -264,10 +397,11 @@ impl Held {
         }
         let into: &'a [Page] = into;
         batch.extend(bits(word).map(|bit| {
-            let bytes = if copied & (1 << bit) == 0 {
-                &into[rank(kept, bit)]
-            } else {
-                self.parts.buffer.page(at + rank(copied, bit))
+            let is_in = |word: u64| word & (1 << bit) != 0;
+            let bytes = match &self.ahead {
+                Some(parts) if is_in(ahead) => parts.buffer.page(ahead_at + rank(ahead_all, bit)),
+                _ if is_in(copied) => self.parts.buffer.page(at + rank(copied, bit)),
+                _ => &into[rank(kept, bit)],
             };
             (page(group, bit), bytes)
         }));
@@ -278,13 +412,14 @@ impl Drop for Held {
     fn drop(&mut self) {
         if let Some(slot) = self.slot {
             // All was taken, unless the session ended in between: looking costs little.
-            for entry in self.parts.entries.iter().filter(|entry| entry.word != entry.copied) {
+            for entry in self.parts.entries.iter().filter(|entry| entry.armed() != 0) {
                 self.shared.table.let_go(slot, entry.group);
             }
             self.shared.table.forget(slot);
         }
         let mut idle = self.shared.idle();
         idle.slots.extend(self.slot);
+        idle.parts.extend(self.ahead.take());
         idle.parts.push(std::mem::take(&mut self.parts));
     }
 }

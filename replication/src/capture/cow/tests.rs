@@ -44,9 +44,10 @@ impl Guest {
         let at = self.ram.address(PageIndex(page)).unwrap();
         // Both ends of the page, so that a torn one shows.
         self.ram.mapping().write_obj(value, at).unwrap();
-        self.dirty[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Relaxed);
         let end = GuestAddress(at.0 + PAGE_SIZE as u64 - 8);
         self.ram.mapping().write_obj(value, end).unwrap();
+        // After the bytes, as the VMM's own bitmap does; a harvest may come in between.
+        self.dirty[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::AcqRel);
         self.writes.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -78,10 +79,14 @@ impl Guest {
     fn harvest(&self) -> PageSet {
         let mut set = PageSet::new(self.ram.pages());
         for (group, word) in self.dirty.iter().enumerate() {
-            let word = word.swap(0, Ordering::Relaxed);
+            let word = word.swap(0, Ordering::AcqRel);
             bits(word).for_each(|bit| set.insert(page(group, bit)));
         }
         set
+    }
+
+    fn none(&self) -> PageSet {
+        PageSet::new(self.ram.pages())
     }
 
     fn contents(&self) -> Vec<Page> {
@@ -128,9 +133,13 @@ fn seal(freezer: &mut dyn Freezer, guest: &Arc<Guest>, epochs: u64, vcpus: u64) 
         while guest.writes.swap(0, Ordering::Relaxed) < 20 {
             std::thread::yield_now();
         }
+        let mut set = guest.harvest();
+        freezer.ahead(&guest.ram, &set).unwrap();
         let stands = guest.gate.write().unwrap();
-        let set = Arc::new(guest.harvest());
-        let frozen = freezer.freeze(&guest.ram, &set).unwrap();
+        let late = guest.harvest();
+        set.union(&late);
+        let set = Arc::new(set);
+        let frozen = freezer.freeze(&guest.ram, &set, &late).unwrap();
         let sealed = Arc::new(guest.contents());
         drop(stands);
         freezer.prepare();
@@ -178,6 +187,32 @@ fn what_is_protected_is_what_was_sealed() {
     assert!(freezer.kept().faults > 100, "{} faults", freezer.kept().faults);
 }
 
+/// What was copied ahead is sent unless it was written since; and it is of use.
+#[test]
+fn what_is_copied_ahead_is_what_was_sealed() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Hybrid).unwrap();
+    let share = Share { index: 0, of: 1 };
+    for round in 1..20 {
+        (0..300).for_each(|page| guest.write(page, round));
+        let mut set = guest.harvest();
+        freezer.ahead(&guest.ram, &set).unwrap();
+        // Some are written again, one is new.
+        (100..120).for_each(|page| guest.write(page, round + 100));
+        guest.write(350, round);
+        let late = guest.harvest();
+        set.union(&late);
+        let before = freezer.kept();
+        let frozen = freezer.freeze(&guest.ram, &Arc::new(set), &late).unwrap();
+        let sealed = guest.contents();
+        assert_eq!(freezer.kept().ahead - before.ahead, 280);
+        (0..400).for_each(|page| guest.write(page, 0));
+        guest.harvest();
+        let (bad, count) = send(frozen.as_ref(), share, &sealed);
+        assert_eq!((bad, count), (vec![], 301), "round {round}");
+    }
+}
+
 #[test]
 fn what_is_cheaper_is_what_was_sealed() {
     let guest = Guest::new();
@@ -203,7 +238,7 @@ fn an_epoch_that_nobody_takes_lets_the_guest_go_on() {
     let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
     let mut set = PageSet::new(guest.ram.pages());
     (0..guest.ram.pages()).for_each(|page| set.insert(PageIndex(page)));
-    let frozen = freezer.freeze(&guest.ram, &Arc::new(set)).unwrap();
+    let frozen = freezer.freeze(&guest.ram, &Arc::new(set), &guest.none()).unwrap();
     // Served by the thread, with the epoch there.
     guest.write(5, 1);
     assert_eq!(freezer.kept().faults, 1);
@@ -220,7 +255,7 @@ fn an_epoch_outlives_its_freezer() {
     let mut set = PageSet::new(guest.ram.pages());
     set.insert(PageIndex(89));
     set.insert(PageIndex(90));
-    let frozen = freezer.freeze(&guest.ram, &Arc::new(set)).unwrap();
+    let frozen = freezer.freeze(&guest.ram, &Arc::new(set), &guest.none()).unwrap();
     drop(freezer);
     let sealed = guest.contents();
     guest.write(90, 7);
@@ -237,7 +272,7 @@ fn memory_that_is_given_back_was_copied_before() {
     let guest = Guest::new();
     let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
     (0..100).for_each(|page| guest.write(page, page + 1));
-    let frozen = freezer.freeze(&guest.ram, &Arc::new(guest.harvest())).unwrap();
+    let frozen = freezer.freeze(&guest.ram, &Arc::new(guest.harvest()), &guest.none()).unwrap();
     let sealed = guest.contents();
     guest.ram.preserve();
     assert_eq!(freezer.kept().faults, 0);
@@ -255,7 +290,7 @@ fn more_epochs_than_slots_are_copied() {
     for value in 1..5 {
         guest.write(1, value);
         guest.write(value + 10, value);
-        let frozen = freezer.freeze(&guest.ram, &Arc::new(guest.harvest())).unwrap();
+        let frozen = freezer.freeze(&guest.ram, &Arc::new(guest.harvest()), &guest.none()).unwrap();
         epochs.push((frozen, guest.contents()));
     }
     for (frozen, sealed) in &epochs {

@@ -188,6 +188,28 @@ impl Keeper {
     }
 }
 
+/// Boots the test guest in this process.
+pub fn boot(
+    folder: &Folder,
+    command_line: &str,
+    vcpus: u32,
+    memory_bytes: u64,
+) -> Result<(Machine, Serial)> {
+    let socket = folder.path().join("floor.serial");
+    let config = json!({
+        "payload": {"kernel": guest_image::PATH, "cmdline": command_line},
+        "cpus": {"boot_vcpus": vcpus, "max_vcpus": vcpus},
+        "memory": {"size": memory_bytes},
+        "serial": {"mode": "Socket", "socket": socket},
+        "console": {"mode": "Off"},
+    });
+    let hypervisor = Arc::new(Hypervisor::open()?);
+    let config = serde_json::from_value(config)?;
+    let machine = Machine::build(&hypervisor, config, TapDescriptors::default())?;
+    machine.boot()?;
+    Ok((machine, Serial::connect(&socket, LIMIT)?))
+}
+
 /// A machine that nobody protects.
 struct Bare {
     machine: Machine,
@@ -197,19 +219,8 @@ struct Bare {
 
 impl Bare {
     fn start(folder: Folder, spec: &Spec) -> Result<Self> {
-        let socket = folder.path().join("floor.serial");
-        let config = json!({
-            "payload": {"kernel": guest_image::PATH, "cmdline": spec.command_line()},
-            "cpus": {"boot_vcpus": spec.vcpus, "max_vcpus": spec.vcpus},
-            "memory": {"size": spec.memory_bytes()},
-            "serial": {"mode": "Socket", "socket": socket},
-            "console": {"mode": "Off"},
-        });
-        let hypervisor = Arc::new(Hypervisor::open()?);
-        let config = serde_json::from_value(config)?;
-        let machine = Machine::build(&hypervisor, config, TapDescriptors::default())?;
-        machine.boot()?;
-        let serial = Serial::connect(&socket, LIMIT)?;
+        let command_line = spec.command_line();
+        let (machine, serial) = boot(&folder, &command_line, spec.vcpus, spec.memory_bytes())?;
         spec.wait_filled(&serial)?;
         machine.set_tracking(true)?;
         // At first all pages count as dirty: a first sync would have sent them.

@@ -1,19 +1,27 @@
 //! What the guest gets done, protected and unprotected, by its own clock.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
+use replication::ram::PageSet;
+use understudy_tests::interrupt::Folder;
 use understudy_tests::pair::Setup;
 use understudy_tests::serial::Serial;
+use vmm::machine::{Machine, MachineError};
 
 use crate::Effort;
 use crate::bare::Bare;
-use crate::row::{Bound, OURS, Row};
+use crate::floor::boot;
+use crate::row::{Bound, FLOOR, OURS, Row};
 use crate::samples::{Samples, float};
 
 const UNIT: &str = "Mops/s";
 const BARE: &str = "bare";
 const TICK_MS: u64 = 100;
+const MEMORY_MIB: u64 = 64;
+const EPOCH: Duration = Duration::from_millis(25);
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// Until first epochs and the end of a sync are over.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -35,12 +43,55 @@ pub fn thousand(effort: &Effort) -> Result<Row> {
     measure(effort, row, 1, workload, 0.90)
 }
 
-/// Bare and protected by turns, in one VM.
+/// A machine in this process of which nothing is done but reading its dirty pages once in each
+/// epoch: what tracking them alone costs the guest, a fault for each page.
+struct Tracked {
+    machine: Arc<Machine>,
+    serial: Serial,
+    _folder: Folder,
+    rates: Samples,
+}
+
+impl Tracked {
+    fn start(setup: &Setup) -> Result<Self> {
+        let folder = Folder::new()?;
+        let (machine, serial) = boot(&folder, &setup.command_line, setup.vcpus, MEMORY_MIB << 20)?;
+        serial.wait_more("compute ops=", 3, START_LIMIT)?;
+        machine.set_tracking(true)?;
+        machine.pause()?;
+        Ok(Self { machine: Arc::new(machine), serial, _folder: folder, rates: Samples::default() })
+    }
+
+    fn turn(&mut self, window: Duration) -> Result<()> {
+        let ends = Arc::new(AtomicBool::new(false));
+        let (machine, ended) = (Arc::clone(&self.machine), Arc::clone(&ends));
+        self.machine.resume()?;
+        let reads = std::thread::spawn(move || {
+            let mut dirty = PageSet::new(machine.memory().ram().pages());
+            while !ended.load(Ordering::Relaxed) {
+                std::thread::sleep(EPOCH);
+                dirty.clear();
+                machine.harvest(&mut dirty)?;
+            }
+            Ok::<_, MachineError>(())
+        });
+        let rates = rates(&self.serial, window);
+        ends.store(true, Ordering::Relaxed);
+        let read = reads.join().map_err(|_| anyhow!("the reader of dirty pages panicked"))?;
+        read?;
+        self.machine.pause()?;
+        self.rates.add(rates?);
+        Ok(())
+    }
+}
+
+/// Tracked, bare and protected by turns, the last two in one VM.
 fn measure(effort: &Effort, mut row: Row, vcpus: u32, workload: &str, least: f64) -> Result<Row> {
     // A first sync competes with the vCPUs, and there is one in each turn: a small memory.
-    let mut setup = Setup::verify(vcpus, "64M");
+    let mut setup = Setup::verify(vcpus, &format!("{MEMORY_MIB}M"));
     setup.command_line = format!("vcpus={vcpus} tick_ms={TICK_MS} workload=count+{workload}");
     setup.replicate_options = ",console_output=pass".into();
+    let mut tracked = Tracked::start(&setup)?;
     let mut machine = Bare::start(setup)?;
     // All processors are there and at work.
     machine.serial.wait_more("compute ops=", 3, START_LIMIT)?;
@@ -48,6 +99,9 @@ fn measure(effort: &Effort, mut row: Row, vcpus: u32, workload: &str, least: f64
     let (mut pages, mut pauses) = <(Samples, Samples)>::default();
     let window = Duration::from_secs(effort.seconds);
     for _ in 0..effort.turns {
+        machine.primary.put_ok("vm.pause", None)?;
+        tracked.turn(window)?;
+        machine.primary.put_ok("vm.resume", None)?;
         bare.add(rates(&machine.serial, window)?);
         machine.protect()?;
         protected.add(rates(&machine.serial, window)?);
@@ -56,6 +110,7 @@ fn measure(effort: &Effort, mut row: Row, vcpus: u32, workload: &str, least: f64
         pauses.add(vec![float(info.pause_us.p50)]);
         machine.set_free()?;
     }
+    row.column(FLOOR, &tracked.rates);
     row.column(BARE, &bare);
     row.column(OURS, &protected);
     let [pages, pause_us] = [pages, pauses].map(|samples| samples.median().unwrap_or(0.0));
@@ -63,6 +118,7 @@ fn measure(effort: &Effort, mut row: Row, vcpus: u32, workload: &str, least: f64
         "{pages:.0} pages an epoch, for which the guest stood still {pause_us:.0} us"
     ));
     row.check_medians(OURS, BARE, Bound::AtLeast(least));
+    row.note("floor: dirty pages are tracked and read each 25 ms, and nothing else is done");
     Ok(row)
 }
 
