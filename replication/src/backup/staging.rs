@@ -3,8 +3,8 @@
 //! Enters: checked frames of one data connection. Leaves: one [`Part`] at its end marker. Always
 //! holds: the parts of all such epochs have at most the bytes that were set aside together, each
 //! byte of contents counted as it is kept. A page takes 4 KiB at most, whatever its encoding, so a
-//! primary that counts pages never exceeds them. Runs are not counted: their number is bounded by the
-//! pages of the memory, none of which an epoch has twice.
+//! primary that counts pages never exceeds them. Runs are not counted: their number is bounded by
+//! the pages of the memory, none of which an epoch has twice.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -54,7 +54,7 @@ pub(super) struct Part {
     /// What it took of the budget.
     pub(super) cost_bytes: u64,
     pub(super) runs: Vec<Run>,
-    /// Contents of the runs that are not zero, in their order: pages, and deltas with their lengths.
+    /// Contents of the runs that are not zero, in order: pages, and deltas with their lengths.
     pub(super) bytes: Vec<u8>,
 }
 

@@ -9,10 +9,10 @@
 //!   page number ── hash ──> set of 8 places, each a page number and 4 KiB made at their first use
 //! ```
 //!
-//! A set gives up its places by CLOCK, one step for each page that finds none: a place that was found
-//! since the hand came by stays, and the page is not remembered. A guest's pages come in the same
-//! order in each epoch, and whatever lets every newcomer in (plain CLOCK, or the least recently used)
-//! finds none of nine pages that share eight places; this finds eight. Nor does a stream of pages
+//! A set gives up its places by CLOCK, one step for each page that finds none: a place that was
+//! found since the hand came by stays, and the page is not remembered. A guest's pages come in the
+//! same order in each epoch, and whatever lets every newcomer in (plain CLOCK, or LRU) finds none of
+//! nine pages that share eight places; this finds eight. Nor does a stream of pages
 //! that are written once drive out those that are written again and again. Of a working set of two
 //! thirds of the cache one page in thirty finds no place; with one place for each hash it would be
 //! one in four.
@@ -79,8 +79,8 @@ impl Cache {
         &mut self.sets[usize::try_from(at).expect("less than the number of sets")]
     }
 
-    /// What is known of a page that is sent as `now`. Where nothing is, `now` is remembered if there
-    /// is room.
+    /// What is known of a page that is sent as `now`. Where nothing is, `now` is remembered if
+    /// there is room.
     pub fn know(&mut self, page: PageIndex, now: &Page) -> Known<'_> {
         let set = self.set(page);
         if let Some(way) = set.way(page) {

@@ -2,12 +2,12 @@
 //!
 //! Enters: how long the link took for bytes, how long an encoding took for a page and what came of
 //! it. Leaves: a [`Choice`]. Always holds: nothing is chosen that was not tried, and an encoding is
-//! begun only where it saves a good part of the time, so that one that hardly pays does not come and
-//! go.
+//! begun only where it saves a good part of the time, so that one that hardly pays does not come
+//! and go.
 //!
 //! ```text
 //!   raw            4096 × link
-//!   lz4            its time + its bytes × link                       (4096 bytes if it did not fit)
+//!   lz4            its time + its bytes × link              (4096 bytes if it did not fit)
 //!   delta          its time + share that fits × its bytes × link + the other pages by raw or lz4
 //! ```
 //!
@@ -49,6 +49,18 @@ impl Average {
         self.value = (self.value * (count - 1) + value) / count;
     }
 
+    /// Like [`Average::add`], for times of the same work: down at once, up slowly and not far,
+    /// since a thread that lost its processor in between has not worked longer.
+    fn add_time(&mut self, value: u64) {
+        let average = self.get();
+        if self.count == 0 || value >= average {
+            let most = if self.count == 0 { value } else { 2 * average };
+            return self.add(value.min(most));
+        }
+        self.count = (self.count + 1).min(WEIGHT);
+        self.value -= ((average - value) << FRACTION) / 4;
+    }
+
     fn get(self) -> u64 {
         self.value >> FRACTION
     }
@@ -72,7 +84,7 @@ pub struct Cost {
 impl Cost {
     /// A page took this long.
     pub fn took(&mut self, time: Duration) {
-        self.ns.add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        self.ns.add_time(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
     }
 
     /// A page became so many bytes; `None`: it did not fit.
@@ -112,6 +124,12 @@ impl Link {
         self.ps.add(u64::try_from(ps).unwrap_or(u64::MAX));
     }
 
+    /// Whether it was seen often enough.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.ps.is_known()
+    }
+
     fn ns(&self, bytes: u64) -> u64 {
         self.ps.get().saturating_mul(bytes) / 1000
     }
@@ -133,7 +151,7 @@ const KEPT: u64 = 7;
 #[must_use]
 pub fn choose(costs: &Costs, before: Choice) -> Choice {
     let Costs { link, delta, lz4 } = costs;
-    if !link.ps.is_known() {
+    if !link.is_known() {
         return Choice::default();
     }
     let pays = |with: u64, without: u64, is_on: bool| {
@@ -243,6 +261,24 @@ mod tests {
         assert_eq!(choice, NONE);
         (0..200).for_each(|_| costs.delta.became(Some(80)));
         assert_eq!(choose(&costs, choice), DELTA);
+    }
+
+    #[test]
+    fn a_thread_that_lost_its_processor_is_no_cost() {
+        let mut cost = cost(9000, 10, 2000);
+        for _ in 0..4 {
+            cost.took(Duration::from_millis(4));
+            (0..8).for_each(|_| cost.took(Duration::from_nanos(9000)));
+        }
+        assert!(cost.ns.get() < 9200, "{}", cost.ns.get());
+        // The first try, too.
+        let mut cost = Cost::default();
+        cost.took(Duration::from_millis(4));
+        (0..30).for_each(|_| cost.took(Duration::from_nanos(9000)));
+        assert!(cost.ns.get() < 10_000, "{}", cost.ns.get());
+        // Work that is more is seen in the end.
+        (0..200).for_each(|_| cost.took(Duration::from_nanos(30_000)));
+        assert!(cost.ns.get() > 28_000, "{}", cost.ns.get());
     }
 
     #[test]

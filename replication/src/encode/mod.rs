@@ -17,10 +17,10 @@
 //!                                      (if chosen)
 //! ```
 //!
-//! The backup applies epochs in their order, each page at most once in one. So whatever was sent for
-//! a page in an earlier epoch is in the image by the time a delta is applied, also if several epochs
-//! are in flight; and a session in which an epoch was sent and not applied goes on with a copy anew,
-//! or not at all.
+//! The backup applies epochs in their order, each page at most once in one. So whatever was sent
+//! for a page in an earlier epoch is in the image by the time a delta is applied, also if several
+//! epochs are in flight; and a session in which an epoch was sent and not applied goes on with a
+//! copy anew, or not at all.
 
 pub mod cache;
 pub mod choose;
@@ -48,7 +48,9 @@ const SAMPLE_PAGES: u64 = 64;
 const COMPRESSED_SAMPLES: u32 = 16;
 /// Of so many frames one goes as it is although compressing is chosen, to see the link at work.
 const PLAIN_FRAMES: u32 = 64;
-/// The first bytes of a job go into the socket's buffer and say nothing about the link.
+/// The first bytes of a job go into the socket's buffer and say nothing about the link. It may take
+/// some MiB, but who skipped them all would learn nothing from most epochs: so a link looks faster
+/// than it is, and what hardly pays is not begun.
 const BUFFER_BYTES: u64 = 256 << 10;
 /// A frame of fewer bytes tells what a call costs, not what the link does.
 const LINK_FRAME_BYTES: u64 = 32 << 10;
@@ -122,8 +124,8 @@ impl Encoder {
         }
     }
 
-    /// Adds a page to the frame. One that is [`Encoding::Raw`] is kept by the sender until the frame
-    /// is out.
+    /// Adds a page to the frame. One that is [`Encoding::Raw`] is kept by the sender until the
+    /// frame is out.
     pub(crate) fn encode(&mut self, page: PageIndex, bytes: &Page) -> Encoding {
         if is_zero(bytes) {
             if let Some(cache) = &mut self.cache {
@@ -188,8 +190,12 @@ impl Encoder {
             return false;
         }
         let compressor = self.compressor.get_or_insert_with(Compressor::default);
-        let began = is_sample.then(Instant::now);
         let from = begin_content(&mut self.bytes);
+        if !is_wanted && compressor.compress(bytes, &mut self.bytes) {
+            // A single try is cold, and takes some times what a page of many does.
+            self.bytes.truncate(from);
+        }
+        let began = is_sample.then(Instant::now);
         let fits = compressor.compress(bytes, &mut self.bytes);
         if let Some(auto) = &mut self.auto {
             auto.costs.lz4.became(fits.then_some(self.bytes.len() - from));

@@ -107,8 +107,8 @@ fn change(page: &mut Page, how: u8, at: usize, value: u8) {
 }
 
 proptest! {
-    /// Two epochs are sent before the first is applied, now and then there is a copy anew, and `auto`
-    /// changes its mind all the time.
+    /// Two epochs are sent before the first is applied, now and then there is a copy anew, and
+    /// `auto` changes its mind all the time.
     #[test]
     fn the_image_is_what_was_sent(
         compression in any_compression(),
@@ -316,8 +316,8 @@ fn ns(pages: usize, mut round: impl FnMut()) -> u128 {
     (0..30).map(|_| once()).min().unwrap()
 }
 
-/// `cargo test --release -p replication costs_of_encodings -- --ignored --nocapture`: what a page
-/// takes on this machine, beside a plain copy of it. Nothing is asserted.
+/// `cargo test --release -p replication --lib costs_of_encodings -- --ignored --nocapture`: what a
+/// page takes on this machine, beside a plain copy of it. Nothing is asserted.
 #[test]
 #[ignore = "measures, asserts nothing"]
 fn costs_of_encodings() {

@@ -188,8 +188,8 @@ impl OneSender {
                     kept.push(bytes);
                 }
             }
-            // What is encoded waits for company: a guest's pages are scattered, and a frame for a few
-            // bytes costs more than they do.
+            // What is encoded waits for company: a guest's pages are scattered, and a frame for a
+            // few bytes costs more than they do.
             if !kept.is_empty() {
                 self.flush(epoch, &kept, &mut part)?;
             }

@@ -100,7 +100,7 @@ fn write(machine: &Machine, pages: std::ops::Range<u64>, content: impl Fn(u64) -
     });
 }
 
-/// Between two epochs all pages go over another way: what was sent before is not what the image has.
+/// Between two epochs all pages go over another way: what was sent before is not in the image.
 #[test]
 fn after_a_copy_anew_deltas_are_against_what_was_sent_since() {
     let mut options = receive_options(None);
@@ -286,8 +286,8 @@ fn rewrite(machine: &Machine, work: &str, epoch: u64) {
     });
 }
 
-/// `cargo test --release -p replication costs_of_an_epoch -- --ignored --nocapture`: commit latency
-/// of epochs of 1000 pages, and their bytes, over loopback and over a slow link. Nothing is asserted.
+/// `cargo test --release -p replication --lib costs_of_an_epoch -- --ignored --nocapture`: commit
+/// latency of epochs of 1000 pages, and their bytes, over loopback and over a slow link.
 #[test]
 #[ignore = "measures, asserts nothing"]
 fn costs_of_an_epoch() {

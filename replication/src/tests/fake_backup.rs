@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use api::replication::{Cow, ReplicateData, ReplicationState};
+use api::replication::{Compression, Cow, ReplicateData, ReplicationState};
 use uuid::Uuid;
 
 use super::pair::Primary;
@@ -50,6 +50,8 @@ impl Fake {
     ) -> JoinHandle<Result<Primary, Error>> {
         let mut options = replicate(&self.url(), None);
         options.connections = 1;
+        // What is to fill a socket must not shrink on its way.
+        options.compression = Compression::None;
         change(&mut options);
         let machine = Arc::clone(machine);
         std::thread::spawn(move || Primary::with(&machine, options, HostIdentity::random()))

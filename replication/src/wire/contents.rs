@@ -11,8 +11,8 @@
 //! ```
 //!
 //! An LZ4 block is decoded here, by the thread that received it, and not at the commit: there it
-//! would make the guest's output wait, and must not fail. A delta needs the page as the epoch before
-//! leaves it, so it stays one.
+//! would make the guest's output wait, and must not fail. A delta needs the page as the epoch
+//! before leaves it, so it stays one.
 
 use super::WireError;
 use super::pages::{Encoding, LENGTH_BYTES, Run};
