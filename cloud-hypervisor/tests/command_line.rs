@@ -74,8 +74,8 @@ fn a_configuration_error_exits_with_one_and_the_whole_chain() {
         (&["--kernel", "/k", "--serial", "tty"][..], "serial.mode Tty contradicts"),
         (&["--receive-replica", "receiver_url=rdma:a:1"], "receiver_url rdma: is not supported"),
         (
-            &["--kernel", "/k", "--replicate", "destination_url=tcp:a:1,cow=hybrid"],
-            "cow=hybrid is not supported",
+            &["--kernel", "/k", "--replicate", "destination_url=tcp:a:1,tls_dir=/t"],
+            "tls_dir is not supported",
         ),
         (&["--api-socket", "fd=999"], "Descriptor 999 of --api-socket is not open"),
         (
