@@ -66,9 +66,13 @@ impl Gather {
         Self { connections, has_disks, epochs: VecDeque::new() }
     }
 
-    /// Forgets everything.
-    pub(super) fn clear(&mut self) {
-        self.epochs.clear();
+    /// Forgets everything; returns what it took of the staging.
+    pub(super) fn clear(&mut self) -> u64 {
+        let cost = |of: Gathering| {
+            let pages: u64 = of.parts.iter().flatten().map(|part| part.cost_bytes).sum();
+            pages + of.disks.map_or(0, |disks| disks.cost_bytes)
+        };
+        self.epochs.drain(..).map(cost).sum()
     }
 
     /// What is here of `epoch`, where `due` is the first that may come.

@@ -36,11 +36,6 @@ impl Budget {
         let _ = self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
     }
 
-    /// Everything is dropped.
-    pub(super) fn reset(&self) {
-        self.left.store(self.whole, Ordering::Release);
-    }
-
     pub(super) fn whole(&self) -> u64 {
         self.whole
     }

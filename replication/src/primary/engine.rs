@@ -453,7 +453,8 @@ impl<G: Guest> Engine<G> {
         let sending = self.options.cow == Cow::Off && self.unsent > 0;
         let waits = self.sealer.stands() && !sending;
         let handover = self.handover && self.in_flight.is_empty();
-        if self.work == Work::Epochs && (handover || waits && !self.handover) {
+        let waits = waits && !self.handover && self.may_seal();
+        if self.work == Work::Epochs && (handover || waits) {
             self.seal();
         }
     }

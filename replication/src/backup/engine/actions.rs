@@ -124,8 +124,10 @@ impl<B: ReplicaBuilder> Engine<B> {
         self.verified = None;
         self.pairing = None;
         if let Some(session) = &mut self.session {
-            session.gather.clear();
-            session.shared.budget.reset();
+            // What receivers are still filling keeps its place: a peer that asks for this again and
+            // again must not get more than all of it.
+            let cost_bytes = session.gather.clear();
+            session.shared.budget.give_back(cost_bytes);
         }
     }
 

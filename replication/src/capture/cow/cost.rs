@@ -43,6 +43,8 @@ const INERTIA: f64 = 15.0 / 16.0;
 
 /// What becomes of a cost with each pause that says nothing of it.
 const FADE: f64 = 0.995;
+/// No cost fades below this: nothing is for free on any machine.
+const LEAST_NS: f64 = 20.0;
 
 /// After a fault: at once at least every other time, and from then on nearer to always.
 pub(super) fn heat_up(heat: &AtomicU8) {
@@ -105,12 +107,12 @@ impl Costs {
         let nanos = |time: Duration| time.as_secs_f64() * 1e9;
         // What was not tried seems a little cheaper each time, until it is tried again: a cost that
         // was measured while the machine was busy is not believed for ever.
-        if calls == 0 {
-            self.call *= FADE;
-            self.protect *= FADE;
+        if calls == 0 && copies > 0 {
+            self.call = (self.call * FADE).max(LEAST_NS);
+            self.protect = (self.protect * FADE).max(LEAST_NS);
         }
-        if copies == 0 {
-            self.copy *= FADE;
+        if copies == 0 && calls > 0 {
+            self.copy = (self.copy * FADE).max(LEAST_NS);
         }
         if calls > 0 {
             let expected = self.call * f64::from(calls) + self.protect * f64::from(pages);

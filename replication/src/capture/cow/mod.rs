@@ -151,7 +151,8 @@ pub struct Kept {
 /// Keeps pages during the pause.
 pub trait Freezer: Send {
     /// Copies pages ahead of the pause, while the guest runs, if that is of use. `pages` are those of
-    /// the epoch so far, whose tracking was re-armed: one that is written from here on is `late`.
+    /// the epoch so far, whose tracking was re-armed: one that is written from here on is `late`. What
+    /// an earlier call copied and no seal took is forgotten.
     ///
     /// # Errors
     /// [`CowError`]; then nothing was copied.

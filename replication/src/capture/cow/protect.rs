@@ -173,6 +173,9 @@ impl ProtectFreezer {
 
 impl Freezer for ProtectFreezer {
     fn ahead(&mut self, ram: &Ram, pages: &PageSet) -> Result<(), CowError> {
+        // Copies that no seal took are older than what `late` knows from here on.
+        let old = self.ahead.parts.take();
+        self.shared.idle().parts.extend(old);
         if self.costs.is_none() || pages.len() < AHEAD_PAGES_MIN {
             return Ok(());
         }
@@ -180,10 +183,7 @@ impl Freezer for ProtectFreezer {
             self.ahead.skip -= 1;
             return Ok(());
         }
-        let mut parts = match self.ahead.parts.take() {
-            Some(parts) => parts,
-            None => self.shared.idle().parts.pop().unwrap_or_default(),
-        };
+        let mut parts = self.shared.idle().parts.pop().unwrap_or_default();
         parts.clear();
         for (group, word) in pages.words().iter().enumerate().filter(|(_, word)| **word != 0) {
             let at = parts.buffer.len();

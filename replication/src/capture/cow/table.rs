@@ -48,6 +48,8 @@ struct Group {
     gap: u64,
     /// A sender copies them, and unprotects them then.
     taking: u64,
+    /// Of these, those that somebody waits to write.
+    waiting: u64,
 }
 
 /// A page at an address that is a multiple of its size, see [`crate::ram::PageBuffer`].
@@ -122,7 +124,8 @@ impl Table {
     ) -> (u64, u64) {
         let mut state = lock(&self.groups[group]);
         let busy = state.armed.iter().fold(state.taking, |busy, armed| busy | armed);
-        let plan = plan(word & !busy);
+        // What somebody takes is about to be unprotected, whoever protects it.
+        let plan = plan(word & !busy) & !state.taking;
         let armed = plan & word & !busy;
         state.armed[slot] |= armed;
         state.gap = (state.gap | plan) & !busy & !armed;
@@ -162,7 +165,9 @@ impl Table {
         let word = 1 << bit;
         let mut state = lock(&self.groups[group]);
         if state.taking & word != 0 {
-            // Its taker unprotects it in a moment.
+            // Its taker unprotects it in a moment; or has done so, and a seal has protected it again
+            // beside others: the taker looks once more when it is done.
+            state.waiting |= word;
             return;
         }
         if let Some(slot) = state.armed.iter().position(|armed| armed & word != 0) {
@@ -210,7 +215,12 @@ impl Table {
             copy(mine);
             self.unprotect(group, taken);
             self.delays.at("unprotect");
-            lock(&self.groups[group]).taking &= !taken;
+            let mut state = lock(&self.groups[group]);
+            state.taking &= !taken;
+            let waiting = state.waiting & taken;
+            state.waiting &= !taken;
+            // Not armed, since nothing is that somebody takes.
+            self.unprotect(group, waiting);
         }
         mine
     }

@@ -213,6 +213,29 @@ fn what_is_copied_ahead_is_what_was_sealed() {
     }
 }
 
+/// After an epoch that was too large, for instance: the guest runs on, and what was written since is
+/// no longer known.
+#[test]
+fn copies_that_no_seal_took_are_forgotten() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Hybrid).unwrap();
+    (0..200).for_each(|page| guest.write(page, 1));
+    freezer.ahead(&guest.ram, &guest.harvest()).unwrap();
+    (0..200).for_each(|page| guest.write(page, 2));
+    guest.harvest();
+    guest.write(7, 3);
+    let set = guest.harvest();
+    freezer.ahead(&guest.ram, &set).unwrap();
+    guest.write(8, 3);
+    let mut set = set;
+    (7..10).for_each(|page| set.insert(PageIndex(page)));
+    let late = guest.harvest();
+    let frozen = freezer.freeze(&guest.ram, &Arc::new(set), &late).unwrap();
+    let sealed = guest.contents();
+    let (bad, count) = send(frozen.as_ref(), Share { index: 0, of: 1 }, &sealed);
+    assert_eq!((bad, count), (vec![], 3));
+}
+
 #[test]
 fn what_is_cheaper_is_what_was_sealed() {
     let guest = Guest::new();
