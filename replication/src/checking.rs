@@ -36,9 +36,18 @@ pub fn is_broken(part: &str) -> bool {
     std::env::var_os("UNDERSTUDY_TEST_BREAK").is_some_and(|broken| broken == part)
 }
 
+#[cfg(test)]
+type Hook = Box<dyn Fn(&str) + Send + Sync>;
+
 /// Sleeps where a test wants to see what a race does.
-#[derive(Debug, Default)]
-pub(crate) struct Delays(Vec<(String, u64)>);
+#[derive(Default)]
+pub(crate) struct Delays {
+    /// Points, and for how long at most.
+    points: Vec<(String, u64)>,
+    /// What a test of this crate does at a point instead.
+    #[cfg(test)]
+    hook: Option<Hook>,
+}
 
 impl Delays {
     pub(crate) fn from_environment() -> Self {
@@ -48,12 +57,26 @@ impl Delays {
             let (point, most_us) = part.split_once(':')?;
             Some((point.to_owned(), most_us.parse().ok()?))
         };
-        Self(text.split(',').filter_map(delay).collect())
+        Self {
+            points: text.split(',').filter_map(delay).collect(),
+            #[cfg(test)]
+            hook: None,
+        }
+    }
+
+    /// Calls `hook` at each point.
+    #[cfg(test)]
+    pub(crate) fn hook(hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        Self { points: vec![], hook: Some(Box::new(hook)) }
     }
 
     /// A point is reached.
     pub(crate) fn at(&self, point: &str) {
-        if let Some((_, most_us)) = self.0.iter().find(|(at, _)| at == point) {
+        #[cfg(test)]
+        if let Some(hook) = &self.hook {
+            hook(point);
+        }
+        if let Some((_, most_us)) = self.points.iter().find(|(at, _)| at == point) {
             // Nothing needs a better dice: the hasher of each map has keys of its own.
             let random = RandomState::new().hash_one(point);
             std::thread::sleep(Duration::from_micros(random % (most_us + 1)));

@@ -133,8 +133,6 @@ pub(super) struct Engine<G: Guest> {
     fresh: bool,
     first: bool,
     handover: bool,
-    /// Of the last epoch.
-    last_pages: u64,
     too_large: u32,
     good: u32,
     output: Arc<AtomicBool>,
@@ -225,7 +223,6 @@ impl<G: Guest> Engine<G> {
             fresh: true,
             first: true,
             handover: false,
-            last_pages: u64::MAX,
             too_large: 0,
             good: GOOD_EPOCHS,
             output,
@@ -451,9 +448,8 @@ impl<G: Guest> Engine<G> {
         // With cow=off the guest stands until the senders say that all is out, which an
         // acknowledgement may overtake: there is nothing to seal then.
         let sending = self.options.cow == Cow::Off && self.unsent > 0;
-        let waits = self.sealer.stands() && !sending;
         let handover = self.handover && self.in_flight.is_empty();
-        let waits = waits && !self.handover && self.may_seal();
+        let waits = self.sealer.stands() && !sending && !self.handover && self.may_seal();
         if self.work == Work::Epochs && (handover || waits) {
             self.seal();
         }

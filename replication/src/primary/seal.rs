@@ -170,6 +170,9 @@ impl Sealer {
         let Some(freezer) = self.freezer.as_mut().filter(|_| self.stands.is_none()) else {
             return Ok(());
         };
+        if !freezer.wants_ahead() {
+            return Ok(());
+        }
         self.dirty.harvest(guest).map_err(failed("read the dirty pages"))?;
         self.dirty.begin_late();
         let copied = freezer.ahead(&self.ram, self.dirty.pages());

@@ -150,9 +150,14 @@ pub struct Kept {
 
 /// Keeps pages during the pause.
 pub trait Freezer: Send {
-    /// Copies pages ahead of the pause, while the guest runs, if that is of use. `pages` are those of
-    /// the epoch so far, whose tracking was re-armed: one that is written from here on is `late`. What
-    /// an earlier call copied and no seal took is forgotten.
+    /// Whether it pays to read the dirty log once more for [`Freezer::ahead`], before the seal that is
+    /// due. Asked once for each. What was copied ahead before and no seal took is forgotten.
+    fn wants_ahead(&mut self) -> bool {
+        false
+    }
+
+    /// Copies pages ahead of the pause, while the guest runs. `pages` are those of the epoch so far,
+    /// whose tracking was re-armed: one that is written from here on is `late`.
     ///
     /// # Errors
     /// [`CowError`]; then nothing was copied.

@@ -21,7 +21,7 @@ use crate::ram::{PageSet, Preserve, Ram};
 /// Pages that there is room to copy from the start.
 const START_PAGES: usize = 4096;
 /// Fewer pages are not worth reading the dirty log once more.
-pub const AHEAD_PAGES_MIN: u64 = 128;
+const AHEAD_PAGES_MIN: u64 = 128;
 /// More pages are left for the pause, which can protect them.
 const AHEAD_PAGES_MAX: usize = 16_384;
 /// Below this share of good copies, copying ahead is work for nothing, for so many seals.
@@ -35,6 +35,8 @@ pub struct ProtectFreezer {
     costs: Option<Costs>,
     /// Pages that there shall be room to copy.
     wanted: usize,
+    /// Pages of the last epoch; more than any before the first.
+    last_pages: u64,
     ahead: Ahead,
     kept: Kept,
     is_broken: bool,
@@ -158,6 +160,7 @@ impl ProtectFreezer {
             shared,
             costs,
             wanted: START_PAGES,
+            last_pages: u64::MAX,
             ahead: Ahead::default(),
             kept: Kept::default(),
             is_broken,
@@ -172,17 +175,19 @@ impl ProtectFreezer {
 }
 
 impl Freezer for ProtectFreezer {
-    fn ahead(&mut self, ram: &Ram, pages: &PageSet) -> Result<(), CowError> {
+    fn wants_ahead(&mut self) -> bool {
         // Copies that no seal took are older than what `late` knows from here on.
         let old = self.ahead.parts.take();
         self.shared.idle().parts.extend(old);
-        if self.costs.is_none() || pages.len() < AHEAD_PAGES_MIN {
-            return Ok(());
+        if self.costs.is_none() || self.last_pages < AHEAD_PAGES_MIN {
+            return false;
         }
-        if self.ahead.skip > 0 {
-            self.ahead.skip -= 1;
-            return Ok(());
-        }
+        let skips = self.ahead.skip > 0;
+        self.ahead.skip = self.ahead.skip.saturating_sub(1);
+        !skips
+    }
+
+    fn ahead(&mut self, ram: &Ram, pages: &PageSet) -> Result<(), CowError> {
         let mut parts = self.shared.idle().parts.pop().unwrap_or_default();
         parts.clear();
         for (group, word) in pages.words().iter().enumerate().filter(|(_, word)| **word != 0) {
@@ -237,6 +242,7 @@ impl Freezer for ProtectFreezer {
             (copies.good, held.ahead.as_ref().map_or(0, |parts| parts.buffer.len()));
         self.ahead.learn(good, tried as u64);
         let copies = held.parts.buffer.len();
+        self.last_pages = pages.len();
         self.wanted = self.wanted.max(copies).max(tried);
         self.kept.ahead += good;
         self.kept.copied += copies as u64;

@@ -93,6 +93,13 @@ impl Table {
         }
     }
 
+    /// What happens at each point of an epoch.
+    #[cfg(test)]
+    pub(super) fn with_delays(mut self, delays: Delays) -> Self {
+        self.delays = delays;
+        self
+    }
+
     pub(super) fn userfault(&self) -> &Userfault {
         &self.userfault
     }

@@ -11,7 +11,6 @@ use super::{
     Source, TOO_LARGE_MAX, Work,
 };
 use crate::capture::cow::Share;
-use crate::capture::cow::protect::AHEAD_PAGES_MIN;
 use crate::disk::Change;
 use crate::guest::{MachineState, STATE_BYTES_MAX};
 use crate::ids::{EpochId, PAGE_SIZE};
@@ -54,10 +53,7 @@ impl<G: Guest> Engine<G> {
         let began = Instant::now();
         let output = Arc::clone(&self.output);
         let quiet = move || output.store(false, Ordering::Release);
-        // A few pages are sooner copied in the pause than looked for once more before it.
-        if self.last_pages >= AHEAD_PAGES_MIN
-            && let Err(error) = self.sealer.ahead(&mut self.guest)
-        {
+        if let Err(error) = self.sealer.ahead(&mut self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         let room = self.room();
@@ -133,7 +129,6 @@ impl<G: Guest> Engine<G> {
         let pages = set.len();
         let of = self.senders.as_ref().map_or(1, Senders::count);
         let counts = (0..of).map(|index| Share { index, of }.count(set)).collect();
-        self.last_pages = pages;
         self.cadence.sealed(pages, took);
         self.give(epoch, source);
         let changes = log.changes.len() as u64;
