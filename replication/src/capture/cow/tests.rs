@@ -310,6 +310,23 @@ fn memory_that_is_given_back_was_copied_before() {
     assert_eq!((bad.len(), count), (0, 100));
 }
 
+/// The dirty log may name a page that nobody wrote since, and that is still protected for the epoch
+/// before. Armed for both, it would lose its protection with the first.
+#[test]
+fn a_page_that_is_named_again_is_not_armed_twice() {
+    let guest = Guest::new();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    guest.write(3, 1);
+    let set = Arc::new(guest.harvest());
+    let first = freezer.freeze(&guest.ram, &set, &guest.none()).unwrap();
+    let second = freezer.freeze(&guest.ram, &set, &guest.none()).unwrap();
+    let sealed = guest.contents();
+    let share = Share { index: 0, of: 1 };
+    assert_eq!(send(first.as_ref(), share, &sealed), (vec![], 1));
+    guest.write(3, 2);
+    assert_eq!(send(second.as_ref(), share, &sealed), (vec![], 1));
+}
+
 #[test]
 fn more_epochs_than_slots_are_copied() {
     let guest = Guest::new();
