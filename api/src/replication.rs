@@ -259,6 +259,9 @@ pub struct ReplicationInfo {
     pub peer: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub transport: Option<String>,
+    /// How the pages that the guest writes are found: `bitmap` or `ring`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub dirty_log: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub last_error: Option<String>,
     /// Take-over steps in microseconds since the UNIX epoch, on the side that took over.

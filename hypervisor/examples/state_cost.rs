@@ -53,19 +53,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     });
     let mut words = vec![0; MEMORY_SIZE / 4096 / 64];
     let start = Instant::now();
-    vm.harvest_dirty_log(0, &mut words)?;
+    vm.dirty_log().harvest(&mut |_| ())?;
     println!("first harvest of 256 MiB {:>29.2?}", start.elapsed());
     measure("read the dirty log of 256 MiB, clean", || {
-        vm.dirty_log(0, &mut words).expect("read");
+        vm.read_bitmap(0, &mut words).expect("read");
     });
     words.fill(0);
     words[0] = 1;
     measure("clear one page in one word", || {
-        vm.clear_dirty_log(0, 0, 64, &words[..1]).expect("clear")
+        vm.clear_bitmap(0, 0, 64, &words[..1]).expect("clear")
     });
     for len in [64usize, 512, 1024] {
         measure(&format!("clear {len} words, one page set"), || {
-            vm.clear_dirty_log(0, 0, len as u64 * 64, &words[..len]).expect("clear");
+            vm.clear_bitmap(0, 0, len as u64 * 64, &words[..len]).expect("clear");
         });
     }
     Ok(())

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR,
-    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT,
-    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run, kvm_sync_regs,
+    KVM_EXIT_DEBUG, KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT,
+    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    kvm_run, kvm_sync_regs,
 };
 use vmm_sys_util::errno;
 
@@ -176,6 +177,13 @@ impl RunArea {
         // SAFETY: as in `sync_regs`.
         let reason = unsafe { (&raw const (*self.run()).exit_reason).read() };
         matches!(reason, KVM_EXIT_IO | KVM_EXIT_MMIO)
+    }
+
+    /// Whether the vCPU came back because its dirty ring is nearly full.
+    pub(crate) fn is_ring_full(&self) -> bool {
+        // SAFETY: as in `sync_regs`.
+        let reason = unsafe { (&raw const (*self.run()).exit_reason).read() };
+        reason == KVM_EXIT_DIRTY_RING_FULL
     }
 
     /// Turns the end of a successful KVM_RUN into an [`Exit`].

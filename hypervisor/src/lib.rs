@@ -5,7 +5,7 @@
 //! |---|---|
 //! | [`system`] | `/dev/kvm` and what it can do |
 //! | [`vm`] | memory slots, interrupt controllers, event descriptors, the VM's own state |
-//! | [`dirty`] | reading and re-arming the dirty log |
+//! | [`dirty`] | which pages the guest wrote: KVM's bitmap, or its rings |
 //! | [`irq`] | interrupt routes and messages |
 //! | [`vcpu`] | a vCPU: running, kicking, completing an I/O instruction |
 //! | [`exit`] | why a vCPU came back from the guest |
@@ -31,6 +31,7 @@ pub mod vcpu;
 pub mod vm;
 
 pub use cpuid::Topology;
+pub use dirty::{DirtyLog, Tracking, Written};
 pub use exit::{Exit, InternalError};
 pub use irq::Route;
 pub use kvm_bindings::CpuId;

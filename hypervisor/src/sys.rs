@@ -10,6 +10,7 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_w
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 ioctl_io_nr!(KVM_RUN, KVMIO, 0x80);
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_ior_nr!(KVM_GET_XSAVE, KVMIO, 0xa4, kvm_xsave);
@@ -54,6 +55,13 @@ pub fn clear_dirty_log(
     // SAFETY: the kernel only reads `words`, one bit for each of `pages`, rounded up to a word;
     // the caller has checked the length.
     check(unsafe { ioctl_with_mut_ref(vm, KVM_CLEAR_DIRTY_LOG(), &mut log) })
+}
+
+/// Protects the pages again whose ring entries were read.
+pub fn reset_dirty_rings(vm: &impl AsRawFd) -> Result<(), errno::Error> {
+    // SAFETY: the ioctl takes no argument; what the kernel writes are flags in rings that this process
+    // accesses atomically.
+    check(unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) })
 }
 
 /// Reads the extended register state; `large` says that KVM knows KVM_GET_XSAVE2.

@@ -159,8 +159,10 @@ impl Hypervisor {
         &self.capabilities
     }
 
-    /// A VM without memory, vCPUs or interrupt controllers, its dirty log set up to be re-armed
-    /// by hand where KVM can do that.
+    /// A VM without memory, vCPUs or interrupt controllers, its dirty log a bitmap.
+    ///
+    /// # Errors
+    /// KVM gives none.
     pub fn create_vm(&self) -> Result<Vm, VmError> {
         // KVM_CREATE_VM is interrupted when a signal meets a slow start of the kernel's helper.
         let fd = loop {

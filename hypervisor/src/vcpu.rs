@@ -27,13 +27,15 @@ use crate::exit::{Exit, KICK, OWN, RunArea, RunMapping};
 use crate::msr::MsrSet;
 use crate::state::StateError;
 use crate::sys;
-use crate::vm::Shared;
+use crate::vm::{Shared, VmError};
 
 /// What went wrong with a vCPU.
 #[derive(Debug, Error)]
 pub enum VcpuError {
     #[error("Cannot run vCPU {id}")]
     Run { id: u32, source: errno::Error },
+    #[error("vCPU {id} has no room to note the pages that it writes")]
+    NoRoom { id: u32, source: VmError },
     #[error("vCPU {id} is inside an I/O instruction that was not completed")]
     IoPending { id: u32 },
     #[error("Cannot read {what} of vCPU {id}")]
@@ -110,6 +112,10 @@ impl Vcpu {
         let ended = sys::run(&self.fd);
         self.io_pending = ended.is_ok() && self.area.is_io();
         match ended {
+            Ok(()) if self.area.is_ring_full() => {
+                self.make_room()?;
+                Ok(Exit::Again)
+            }
             Ok(()) => Ok(self.area.exit()),
             Err(error) => match error.errno() {
                 libc::EINTR => Ok(Exit::Interrupted),
@@ -139,10 +145,18 @@ impl Vcpu {
         flag.fetch_and(!OWN, Ordering::SeqCst);
         self.io_pending = ended.is_ok() && self.area.is_io();
         match ended {
+            Ok(()) if self.area.is_ring_full() => {
+                self.make_room()?;
+                Ok(false)
+            }
             Ok(()) => Ok(true),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(false),
             Err(source) => Err(VcpuError::Run { id: self.id, source }),
         }
+    }
+
+    fn make_room(&self) -> Result<(), VcpuError> {
+        self.shared.log.make_room().map_err(|source| VcpuError::NoRoom { id: self.id, source })
     }
 
     /// A handle with which other threads make the next KVM_RUN return at once.

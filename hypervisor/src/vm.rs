@@ -3,19 +3,20 @@
 //!
 //! All methods take `&self`; share a [`Vm`] by `Arc`. Dirty logging is in [`crate::dirty`].
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_XSAVE2, KVM_DIRTY_LOG_INITIALLY_SET,
-    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KvmIrqRouting, kvm_clock_data,
-    kvm_enable_cap, kvm_irqchip, kvm_msi, kvm_userspace_memory_region,
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_CAP_XSAVE2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_MEM_LOG_DIRTY_PAGES, KvmIrqRouting, kvm_clock_data, kvm_dirty_gfn, kvm_enable_cap,
+    kvm_irqchip, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::dirty::{Bitmap, DirtyLog, Rings, Slots};
 use crate::irq::{Route, halves};
 use crate::msr::MsrSet;
 use crate::state::{IRQCHIPS, Raw, StateError, VmState};
@@ -41,6 +42,12 @@ pub enum VmError {
     SupportedCpuid(#[source] errno::Error),
     #[error("Cannot turn on manual re-arming of the dirty log")]
     ManualDirtyLog(#[source] errno::Error),
+    #[error("Cannot turn on dirty rings")]
+    DirtyRings(#[source] errno::Error),
+    #[error("A dirty ring overflowed: this KVM does not stop a vCPU whose ring is full")]
+    RingOverflow,
+    #[error("Cannot re-arm the pages of the dirty rings")]
+    ResetRings(#[source] errno::Error),
     #[error("Cannot place the task state of real mode")]
     TssAddress(#[source] errno::Error),
     #[error("Cannot place the identity map of real mode")]
@@ -87,7 +94,8 @@ pub enum VmError {
 
 /// What the vCPUs of a VM share with it.
 pub(crate) struct Shared {
-    pub(crate) fd: VmFd,
+    pub(crate) fd: Arc<VmFd>,
+    pub(crate) log: Box<dyn DirtyLog>,
     pub(crate) capabilities: Capabilities,
     /// MSRs that KVM lists as state.
     pub(crate) msr_indices: Arc<[u32]>,
@@ -102,8 +110,8 @@ pub(crate) struct Shared {
 /// A virtual machine.
 pub struct Vm {
     shared: Arc<Shared>,
-    /// Pages of each memory slot: the kernel writes bitmaps of that length.
-    slots: Mutex<BTreeMap<u32, u64>>,
+    /// The kernel writes bitmaps of their lengths.
+    slots: Arc<Slots>,
 }
 
 impl Vm {
@@ -112,19 +120,22 @@ impl Vm {
         capabilities: Capabilities,
         msr_indices: Arc<[u32]>,
     ) -> Result<Self, VmError> {
+        enable_manual_log(&fd, &capabilities)?;
+        let (fd, slots) = (Arc::new(fd), Arc::<Slots>::default());
+        let Capabilities { manual_dirty_log, initially_set, .. } = capabilities;
+        let log = Bitmap::new(Arc::clone(&fd), Arc::clone(&slots), manual_dirty_log, initially_set);
         // The answer of the VM, not of the host: features can be switched on for one process.
         let large = usize::try_from(fd.check_extension_raw(KVM_CAP_XSAVE2.into())).unwrap_or(0);
         let shared = Shared {
             fd,
+            log: Box::new(log),
             capabilities,
             msr_indices,
             msr_set: OnceLock::new(),
             xsave_size: large.max(XSAVE_SIZE_MIN),
             xsave2: large > 0,
         };
-        let vm = Self { shared: Arc::new(shared), slots: Mutex::new(BTreeMap::new()) };
-        vm.enable_manual_dirty_log()?;
-        Ok(vm)
+        Ok(Self { shared: Arc::new(shared), slots })
     }
 
     pub(crate) fn fd(&self) -> &VmFd {
@@ -135,21 +146,26 @@ impl Vm {
         &self.shared.capabilities
     }
 
-    /// Re-arms dirty pages by hand from here on, and lets new slots start all dirty, so that
-    /// nothing has to be write-protected before the first harvest.
-    fn enable_manual_dirty_log(&self) -> Result<(), VmError> {
-        let capabilities = self.capabilities();
-        if !capabilities.manual_dirty_log {
-            return Ok(());
+    /// Keeps the dirty log in rings from here on. Before the first vCPU, and while no slot's logging
+    /// is on. `entries` of each vCPU's is a power of two, usually [`crate::dirty::RING_ENTRIES`].
+    ///
+    /// # Errors
+    /// The VM has vCPUs, or this KVM has no such rings ([`crate::Tracking::is_possible`]).
+    pub fn use_rings(&mut self, entries: u32) -> Result<(), VmError> {
+        // Each vCPU shares it.
+        let late = || VmError::DirtyRings(errno::Error::new(libc::EBUSY));
+        let shared = Arc::get_mut(&mut self.shared).ok_or_else(late)?;
+        if !entries.is_power_of_two() {
+            return Err(VmError::DirtyRings(errno::Error::new(libc::EINVAL)));
         }
-        let mut flags = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
-        if capabilities.initially_set {
-            flags |= KVM_DIRTY_LOG_INITIALLY_SET;
-        }
-        let mut cap =
-            kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
-        cap.args[0] = flags.into();
-        self.fd().enable_cap(&cap).map_err(VmError::ManualDirtyLog)
+        enable_rings(&shared.fd, &shared.capabilities, entries)?;
+        shared.log = Box::new(Rings::new(Arc::clone(&shared.fd), entries));
+        Ok(())
+    }
+
+    /// Which pages the guest writes, of the slots whose logging is on.
+    pub fn dirty_log(&self) -> &dyn DirtyLog {
+        &*self.shared.log
     }
 
     /// Creates PICs, IOAPIC and, for each vCPU created later, a LAPIC inside KVM; before that
@@ -186,20 +202,18 @@ impl Vm {
             memory_size: size,
             userspace_addr: host_address,
         };
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before the first page can be noted.
+        self.shared.log.slot_set(slot, size / PAGE_SIZE, log_dirty);
         // SAFETY: the caller's promise is exactly what KVM asks for.
         unsafe { self.fd().set_user_memory_region(region) }
             .map_err(|source| VmError::SetMemory { slot, guest_address, source })?;
-        match size / PAGE_SIZE {
-            0 => slots.remove(&slot),
-            pages => slots.insert(slot, pages),
-        };
+        self.slots.set(slot, size / PAGE_SIZE, log_dirty);
         Ok(())
     }
 
     /// Pages of a memory slot.
     pub fn slot_pages(&self, slot: u32) -> Option<u64> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner).get(&slot).copied()
+        self.slots.pages(slot)
     }
 
     /// Each signal of `event` becomes an edge on interrupt line `gsi`.
@@ -259,6 +273,7 @@ impl Vm {
     pub fn create_vcpu(&self, id: u32) -> Result<Vcpu, VmError> {
         let create = |source| VmError::CreateVcpu { id, source };
         let fd = self.fd().create_vcpu(id.into()).map_err(create)?;
+        self.shared.log.vcpu_created(&fd).map_err(create)?;
         Vcpu::new(id, fd, Arc::clone(&self.shared)).map_err(create)
     }
 
@@ -298,4 +313,33 @@ impl Vm {
         }
         Ok(())
     }
+}
+
+/// Re-arms dirty pages by hand from here on, and lets new slots start all dirty, so that nothing has
+/// to be write-protected before the first harvest.
+fn enable_manual_log(fd: &VmFd, capabilities: &Capabilities) -> Result<(), VmError> {
+    if !capabilities.manual_dirty_log {
+        return Ok(());
+    }
+    let mut flags = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+    if capabilities.initially_set {
+        flags |= KVM_DIRTY_LOG_INITIALLY_SET;
+    }
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+    cap.args[0] = flags.into();
+    fd.enable_cap(&cap).map_err(VmError::ManualDirtyLog)
+}
+
+/// Notes dirty pages in rings from here on. Manual re-arming goes off: with it, all pages of a slot
+/// would count as dirty at first, and none be protected, but no ring would name them.
+fn enable_rings(fd: &VmFd, capabilities: &Capabilities, entries: u32) -> Result<(), VmError> {
+    if capabilities.manual_dirty_log {
+        let cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+        fd.enable_cap(&cap).map_err(VmError::ManualDirtyLog)?;
+    }
+    let ordered = fd.check_extension_raw(KVM_CAP_DIRTY_LOG_RING_ACQ_REL.into()) > 0;
+    let cap = if ordered { KVM_CAP_DIRTY_LOG_RING_ACQ_REL } else { KVM_CAP_DIRTY_LOG_RING };
+    let mut cap = kvm_enable_cap { cap, ..Default::default() };
+    cap.args[0] = u64::from(entries) * size_of::<kvm_dirty_gfn>() as u64;
+    fd.enable_cap(&cap).map_err(VmError::DirtyRings)
 }

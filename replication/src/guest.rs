@@ -48,6 +48,11 @@ pub trait Guest: Send + 'static {
     /// Turns dirty tracking on. Every page counts as dirty until the first harvest.
     fn start_tracking(&mut self) -> Result<(), GuestError>;
 
+    /// How writes are tracked, for whoever reads replication-info.
+    fn tracking_name(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Turns dirty tracking off; the guest runs as fast as an unprotected one.
     fn stop_tracking(&mut self) -> Result<(), GuestError>;
 

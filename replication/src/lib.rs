@@ -26,6 +26,7 @@ pub mod ids;
 pub mod observer;
 pub mod output;
 pub mod ownership;
+mod page_set;
 pub mod primary;
 pub mod protocol;
 pub mod ram;

@@ -6,13 +6,11 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+pub use guest_memory::Mapping;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::ids::{PAGE_SIZE, PageIndex};
-
-/// The mapping type that the VMM uses: its bitmap sees every write that the VMM itself makes.
-pub type Mapping = GuestMemoryMmap<AtomicBitmap>;
+pub use crate::page_set::PageSet;
 
 /// A stretch of guest memory without a hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +82,16 @@ impl Ram {
     pub fn preserve(&self) {
         let preservers: Vec<_> = self.preservers().iter().filter_map(Weak::upgrade).collect();
         preservers.iter().for_each(|preserver| preserver.preserve());
+    }
+
+    /// Adds the pages that were written through the mapping since the last call.
+    pub fn drain_written(&self, dirty: &mut PageSet) {
+        for (region, place) in self.mapping.iter().zip(self.regions()) {
+            let mut insert = |first: u64, word| {
+                dirty.insert_word(PageIndex(place.first.0 + first), word);
+            };
+            region.get_mmap().bitmap().drain(&mut insert);
+        }
     }
 
     /// The regions in the order of their addresses.
@@ -182,180 +190,5 @@ impl PageBuffer {
     pub fn pages_mut(&mut self, at: usize, count: usize) -> &mut [u8] {
         let from = self.start + at * PAGE_SIZE;
         &mut self.bytes[from..][..count * PAGE_SIZE]
-    }
-}
-
-/// A set of pages: one bit each, in words.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PageSet {
-    words: Vec<u64>,
-    pages: u64,
-}
-
-impl PageSet {
-    /// The empty set over `pages` pages.
-    ///
-    /// # Panics
-    /// If the host cannot address that many pages.
-    #[must_use]
-    pub fn new(pages: u64) -> Self {
-        let words = usize::try_from(pages.div_ceil(64)).expect("pages fit the address space");
-        Self { words: vec![0; words], pages }
-    }
-
-    /// Number of pages that the set is over, in it or not.
-    #[must_use]
-    pub fn universe(&self) -> u64 {
-        self.pages
-    }
-
-    /// The words, lowest page in the lowest bit; bits past the universe stay zero.
-    #[must_use]
-    pub fn words(&self) -> &[u64] {
-        &self.words
-    }
-
-    /// Number of pages in the set.
-    #[must_use]
-    pub fn len(&self) -> u64 {
-        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
-    }
-
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.words.iter().all(|word| *word == 0)
-    }
-
-    /// Adds a page.
-    ///
-    /// # Panics
-    /// If the page lies past the universe.
-    pub fn insert(&mut self, page: PageIndex) {
-        assert!(page.0 < self.pages, "page {page} of {}", self.pages);
-        let word = usize::try_from(page.0 / 64).expect("checked against the universe");
-        self.words[word] |= 1 << (page.0 % 64);
-    }
-
-    #[must_use]
-    pub fn contains(&self, page: PageIndex) -> bool {
-        page.0 < self.pages
-            && usize::try_from(page.0 / 64)
-                .ok()
-                .and_then(|word| self.words.get(word))
-                .is_some_and(|word| word & (1 << (page.0 % 64)) != 0)
-    }
-
-    /// Adds the pages of a region's bitmap, whose bit 0 is the page `first`.
-    ///
-    /// # Panics
-    /// If a set bit lies past the universe.
-    pub fn insert_bitmap(&mut self, first: PageIndex, bitmap: &[u64]) {
-        if first.0.is_multiple_of(64) {
-            let start = usize::try_from(first.0 / 64).expect("checked below");
-            for (offset, bits) in bitmap.iter().enumerate().filter(|(_, bits)| **bits != 0) {
-                self.words[start + offset] |= bits;
-            }
-            return;
-        }
-        for (offset, bits) in bitmap.iter().enumerate() {
-            let mut bits = *bits;
-            while bits != 0 {
-                let bit = u64::from(bits.trailing_zeros());
-                self.insert(PageIndex(first.0 + offset as u64 * 64 + bit));
-                bits &= bits - 1;
-            }
-        }
-    }
-
-    /// Adds every page of `other`.
-    ///
-    /// # Panics
-    /// If the universes differ.
-    pub fn union(&mut self, other: &Self) {
-        assert_eq!(self.pages, other.pages, "sets over different memories");
-        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
-            *mine |= theirs;
-        }
-    }
-
-    /// Adds its pages to each of `others`, and empties it.
-    ///
-    /// # Panics
-    /// If the universes differ.
-    pub fn drain_into(&mut self, others: [&mut Self; 2]) {
-        let [first, second] = others;
-        let universes = [first.pages, second.pages];
-        assert_eq!(universes, [self.pages; 2], "sets over different memories");
-        for (at, word) in self.words.iter_mut().enumerate().filter(|(_, word)| **word != 0) {
-            first.words[at] |= *word;
-            second.words[at] |= *word;
-            *word = 0;
-        }
-    }
-
-    /// Removes every page that is not in `other`.
-    ///
-    /// # Panics
-    /// If the universes differ.
-    pub fn intersect(&mut self, other: &Self) {
-        assert_eq!(self.pages, other.pages, "sets over different memories");
-        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
-            *mine &= theirs;
-        }
-    }
-
-    /// Adds `count` pages from `first` on.
-    ///
-    /// # Panics
-    /// If a page lies past the universe.
-    pub fn insert_range(&mut self, first: PageIndex, count: u64) {
-        let end = first.0.checked_add(count).filter(|end| *end <= self.pages);
-        let end = end.expect("pages of this memory");
-        let mut at = first.0;
-        while at < end {
-            let part = (64 - at % 64).min(end - at);
-            let word = usize::try_from(at / 64).expect("checked against the universe");
-            self.words[word] |= (u64::MAX >> (64 - part)) << (at % 64);
-            at += part;
-        }
-    }
-
-    pub fn clear(&mut self) {
-        self.words.fill(0);
-    }
-
-    /// The pages in ascending order.
-    pub fn iter(&self) -> impl Iterator<Item = PageIndex> + '_ {
-        self.words.iter().enumerate().flat_map(|(at, word)| {
-            let mut rest = *word;
-            std::iter::from_fn(move || {
-                (rest != 0).then(|| {
-                    let bit = u64::from(rest.trailing_zeros());
-                    rest &= rest - 1;
-                    PageIndex(at as u64 * 64 + bit)
-                })
-            })
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges_are_inserted_and_intersected() {
-        for (first, count) in
-            [(0, 0), (0, 1), (5, 59), (5, 60), (0, 64), (63, 2), (60, 200), (0, 300)]
-        {
-            let mut set = PageSet::new(300);
-            set.insert_range(PageIndex(first), count);
-            let pages: Vec<_> = set.iter().map(|page| page.0).collect();
-            assert_eq!(pages, (first..first + count).collect::<Vec<_>>());
-            let mut other = PageSet::new(300);
-            other.insert_range(PageIndex(62), 10);
-            set.intersect(&other);
-            assert!(set.iter().all(|page| (62..72).contains(&page.0) && page.0 >= first));
-        }
     }
 }

@@ -12,7 +12,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress};
 
 pub use disks::{MemoryDisks, MemoryImage, Request};
 
@@ -304,11 +304,10 @@ impl Guest for MemoryGuest {
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         let all = self.0.all_dirty.swap(false, Ordering::AcqRel);
-        for (region, place) in self.0.ram.mapping().iter().zip(self.0.ram.regions()) {
-            dirty.insert_bitmap(place.first, &region.get_mmap().bitmap().get_and_reset());
-            if all {
-                (0..place.pages).for_each(|page| dirty.insert(PageIndex(place.first.0 + page)));
-            }
+        let ram = &self.0.ram;
+        ram.drain_written(dirty);
+        if all {
+            dirty.insert_range(PageIndex(0), ram.pages());
         }
         Ok(())
     }

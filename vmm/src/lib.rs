@@ -13,6 +13,7 @@
 //! - [`progress`]: progress of long waits
 //! - [`request`]: what clients ask of the control loop
 //! - [`snapshot`]: to a directory and back
+//! - [`tracking`]: how the pages that the guest writes are found
 
 pub mod boot;
 pub mod control;
@@ -27,6 +28,7 @@ pub mod options;
 pub mod progress;
 pub mod request;
 pub mod snapshot;
+pub mod tracking;
 
 pub use control::{Error, block_signals, run};
 pub use devices::console::tty::restore_terminal;

@@ -15,10 +15,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use api::config::{CpusConfig, VmConfig};
 use crossbeam_channel::{Receiver, unbounded};
 use devices::acpi::pm::PowerEvent;
+use hypervisor::dirty::RING_ENTRIES;
 use hypervisor::{
-    Hypervisor, StateError, Topology, Vcpu, VcpuError, VcpuState, Vm, VmError, VmState,
+    Hypervisor, StateError, Topology, Tracking, Vcpu, VcpuError, VcpuState, Vm, VmError, VmState,
 };
-use replication::ids::PAGE_SIZE;
+use replication::ids::PageIndex;
 use replication::ram::PageSet;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -29,6 +30,7 @@ use crate::device_manager::taps::TapDescriptors;
 use crate::device_manager::virtio::complete;
 use crate::device_manager::{DeviceError, Devices, DevicesState};
 use crate::memory::{Memory, MemoryError};
+use crate::tracking;
 
 /// The machine could not be built, changed or stopped.
 #[derive(Debug, Error)]
@@ -111,8 +113,6 @@ pub struct Machine {
     power_on: PowerOn,
     life: Mutex<Life>,
     changed: Condvar,
-    /// Bitmap words of the largest slot, so that a harvest allocates nothing.
-    words: Mutex<Vec<u64>>,
     /// The vCPU states that the last quiesce found.
     captured: Mutex<Option<Vec<VcpuState>>>,
 }
@@ -131,16 +131,13 @@ impl Machine {
             return Err(MachineError::TooManyVcpus { asked, max });
         }
         let memory = Memory::new(&config.memory)?;
-        let vm = Arc::new(hypervisor.create_vm()?);
-        vm.create_irqchip()?;
-        for slot in memory.slots() {
-            // SAFETY: `memory` is dropped after the vCPUs, so the range stays mapped for as long
-            // as anything runs in the VM. A device's thread may keep the VM alive for longer, but
-            // it only sends messages.
-            unsafe {
-                vm.set_memory(slot.id, slot.guest_address, slot.size, slot.host_address, false)?;
-            }
+        let mut vm = hypervisor.create_vm()?;
+        tracking::set(&vm, &memory, false)?;
+        if tracking::choose(hypervisor, &vm, &memory)? == Tracking::Ring {
+            vm.use_rings(RING_ENTRIES)?;
         }
+        vm.create_irqchip()?;
+        let vm = Arc::new(vm);
         // Bounded by its senders: one power event between two resets, one of each vCPU, and what the
         // devices' observer lets through.
         let (sender, events) = unbounded();
@@ -157,8 +154,6 @@ impl Machine {
         }
         let vcpus = Vcpus::start(vcpus, devices.buses(), &sender, &devices.on_power())?;
         let power_on = PowerOn { vcpus: vcpus.park_and_save()?, vm: vm.save_state()? };
-        let largest = memory.slots().iter().map(|slot| slot.size).max().unwrap_or(0);
-        let words = usize::try_from((largest / PAGE_SIZE as u64).div_ceil(64)).unwrap_or(0);
         Ok(Self {
             vcpus,
             devices,
@@ -169,7 +164,6 @@ impl Machine {
             power_on,
             life: Mutex::new(Life::default()),
             changed: Condvar::new(),
-            words: Mutex::new(vec![0; words]),
             captured: Mutex::new(None),
         })
     }
@@ -371,22 +365,16 @@ impl Machine {
         self.changed.notify_all();
     }
 
+    /// Where KVM notes the pages that the guest writes.
+    #[must_use]
+    pub fn tracking(&self) -> Tracking {
+        self.vm.dirty_log().tracking()
+    }
+
     /// Turns KVM's dirty log on or off. With it on, all pages count as dirty at first.
     pub fn set_tracking(&self, on: bool) -> Result<(), MachineError> {
-        for slot in self.memory.slots() {
-            // SAFETY: as in `build`: the same ranges, with other flags.
-            unsafe {
-                self.vm.set_memory(
-                    slot.id,
-                    slot.guest_address,
-                    slot.size,
-                    slot.host_address,
-                    on,
-                )?;
-            }
-        }
-        if on && !self.vm.capabilities().initially_set {
-            // This KVM begins with an empty log.
+        tracking::set(&self.vm, &self.memory, on)?;
+        if on && !self.vm.dirty_log().begins_full() {
             self.memory.mark_all_written();
         }
         Ok(())
@@ -394,13 +382,14 @@ impl Machine {
 
     /// Adds the pages written since the last harvest, by the guest or by the VMM.
     pub fn harvest(&self, dirty: &mut PageSet) -> Result<(), MachineError> {
-        let mut words = self.words.lock().expect("no holder panics");
-        for (slot, region) in self.memory.slots().iter().zip(self.memory.ram().regions()) {
-            let count = usize::try_from(region.pages.div_ceil(64)).unwrap_or(0);
-            let words = &mut words[..count];
-            self.vm.harvest_dirty_log(slot.id, words)?;
-            dirty.insert_bitmap(region.first, words);
-        }
+        let regions = self.memory.ram().regions();
+        self.vm.dirty_log().harvest(&mut |written| {
+            // Slots have the numbers of the regions.
+            let region = usize::try_from(written.slot).ok().and_then(|slot| regions.get(slot));
+            if let Some(region) = region {
+                dirty.insert_word(PageIndex(region.first.0 + written.first_page), written.word);
+            }
+        })?;
         self.memory.harvest_own_writes(dirty);
         Ok(())
     }

@@ -145,9 +145,7 @@ impl Memory {
 
     /// Adds the pages that the VMM itself wrote since the last call.
     pub fn harvest_own_writes(&self, dirty: &mut PageSet) {
-        for (region, place) in self.mapping().iter().zip(self.ram.regions()) {
-            dirty.insert_bitmap(place.first, &region.get_mmap().bitmap().get_and_reset());
-        }
+        self.ram.drain_written(dirty);
     }
 
     /// The first page from `page` on that has ever been touched; `None` if there is none. Reading

@@ -15,14 +15,12 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
-use vm_memory::bitmap::AtomicBitmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::state::DeviceState;
 
 /// Guest memory as devices see it: the VMM's one mapping, whose bitmap sees their writes.
-pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+pub type GuestMemory = guest_memory::Mapping;
 
 /// Device types, virtio 1.2 section 5.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

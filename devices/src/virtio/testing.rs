@@ -6,8 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{ActiveQueue, GuestMemory, Interrupt};
@@ -221,7 +220,6 @@ pub fn write_descriptor(
 }
 
 pub fn guest_memory() -> Arc<GuestMemory> {
-    let memory: GuestMemory =
-        GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+    let memory: GuestMemory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
     Arc::new(memory)
 }

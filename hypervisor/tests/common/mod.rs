@@ -3,7 +3,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use hypervisor::{Exit, Hypervisor, Vcpu, Vm};
+use hypervisor::dirty::RING_ENTRIES;
+use hypervisor::{Exit, Hypervisor, Tracking, Vcpu, Vm, Written};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
@@ -27,15 +28,26 @@ pub fn open() -> Hypervisor {
 impl Machine {
     /// A machine whose first vCPU stands before `code`.
     pub fn new(vcpus: u32, code: &[u8]) -> Self {
+        Self::tracked(vcpus, code, Tracking::Bitmap)
+    }
+
+    pub fn tracked(vcpus: u32, code: &[u8], tracking: Tracking) -> Self {
+        Self::with_memory(vcpus, code, tracking, MEMORY_SIZE)
+    }
+
+    pub fn with_memory(vcpus: u32, code: &[u8], tracking: Tracking, bytes: u64) -> Self {
         let hypervisor = open();
-        let vm = hypervisor.create_vm().unwrap();
+        let mut vm = hypervisor.create_vm().unwrap();
+        if tracking == Tracking::Ring {
+            vm.use_rings(RING_ENTRIES).unwrap();
+        }
         vm.create_irqchip().unwrap();
-        let size = usize::try_from(MEMORY_SIZE).unwrap();
+        let size = usize::try_from(bytes).unwrap();
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), size)]).unwrap();
         let host = memory.get_host_address(GuestAddress(0)).unwrap() as u64;
         // SAFETY: fields drop in order, so the memory outlives the VM; it is accessed through
         // vm-memory, which allows for a guest that writes.
-        unsafe { vm.set_memory(SLOT, 0, MEMORY_SIZE, host, true) }.unwrap();
+        unsafe { vm.set_memory(SLOT, 0, bytes, host, true) }.unwrap();
         memory.write_slice(code, GuestAddress(ENTRY)).unwrap();
         let cpuid = hypervisor.supported_cpuid().unwrap();
         let mut made = Vec::new();
@@ -73,7 +85,11 @@ impl Machine {
     /// Pages that a harvest reports.
     pub fn harvest(&self) -> Vec<usize> {
         let mut words = [0; WORDS];
-        self.vm.harvest_dirty_log(SLOT, &mut words).unwrap();
+        let mut note = |written: Written| {
+            assert_eq!((written.slot, written.first_page % 64), (SLOT, 0));
+            words[usize::try_from(written.first_page / 64).unwrap()] |= written.word;
+        };
+        self.vm.dirty_log().harvest(&mut note).unwrap();
         pages(&words)
     }
 }

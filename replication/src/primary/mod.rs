@@ -72,6 +72,7 @@ pub fn protect<G: Guest>(
         gathered.info.state = ReplicationState::Syncing;
         gathered.info.peer = Some(checked.options.destination_url.clone());
         gathered.info.transport = Some(name(&checked.address).to_owned());
+        gathered.info.dirty_log = guest.tracking_name().map(str::to_owned);
     }
     let timeout = Duration::from_millis(checked.options.timeout_ms);
     let (inputs, queue) = unbounded();

@@ -51,6 +51,10 @@ impl Guest for ProtectedVm {
         Ok(self.machine.set_tracking(true)?)
     }
 
+    fn tracking_name(&self) -> Option<&'static str> {
+        Some(self.machine.tracking().name())
+    }
+
     fn stop_tracking(&mut self) -> Result<(), GuestError> {
         Ok(self.machine.set_tracking(false)?)
     }

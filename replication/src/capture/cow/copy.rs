@@ -63,13 +63,13 @@ impl Freezer for CopyFreezer {
         let kept = Arc::get_mut(&mut copies).expect("nobody else holds an idle buffer");
         kept.entries.clear();
         kept.buffer.clear();
-        for (group, word) in pages.words().iter().enumerate().filter(|(_, word)| **word != 0) {
-            kept.entries.push(Entry { group, word: *word, at: kept.buffer.len() });
+        for (group, word) in pages.groups() {
+            kept.entries.push(Entry { group, word, at: kept.buffer.len() });
             let before = kept.buffer.len() as u64;
             if before + u64::from(word.count_ones()) > self.capacity {
                 return Err(CowError::Full { pages: pages.len(), capacity: self.capacity });
             }
-            copy_group(ram, group, *word, &mut kept.buffer)?;
+            copy_group(ram, group, word, &mut kept.buffer)?;
         }
         self.wanted = self.wanted.max(kept.buffer.len());
         self.kept.copied += kept.buffer.len() as u64;

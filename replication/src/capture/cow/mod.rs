@@ -36,6 +36,7 @@ use thiserror::Error;
 use userfault::UserfaultError;
 
 use crate::ids::{PAGE_SIZE, PageIndex};
+use crate::page_set::bits;
 use crate::ram::{PageSet, Ram};
 
 /// Why pages could not be kept.
@@ -71,32 +72,20 @@ impl Share {
     /// Number of pages of `set` in this share.
     #[must_use]
     pub fn count(self, set: &PageSet) -> u64 {
-        let words = set.words().iter().skip(self.index).step_by(self.of);
-        words.map(|word| u64::from(word.count_ones())).sum()
+        let groups = set.groups().filter(|(group, _)| self.has(*group));
+        groups.map(|(_, word)| u64::from(word.count_ones())).sum()
     }
 
     /// The pages of `set` in this share, ascending.
     pub fn pages(self, set: &PageSet) -> impl Iterator<Item = PageIndex> + '_ {
-        let words = set.words().iter().enumerate().skip(self.index).step_by(self.of);
-        words.flat_map(|(at, word)| bits(*word).map(move |bit| page(at, bit)))
+        let groups = set.groups().filter(move |(group, _)| self.has(*group));
+        groups.flat_map(|(group, word)| bits(word).map(move |bit| page(group, bit)))
     }
 }
 
 /// The page of a bit of a group.
 fn page(group: usize, bit: usize) -> PageIndex {
     PageIndex((group * 64 + bit) as u64)
-}
-
-/// The numbers of the bits that are set, ascending.
-fn bits(word: u64) -> impl Iterator<Item = usize> {
-    let mut rest = word;
-    std::iter::from_fn(move || {
-        (rest != 0).then(|| {
-            let bit = rest.trailing_zeros() as usize;
-            rest &= rest - 1;
-            bit
-        })
-    })
 }
 
 /// How many bits that are set lie below `bit`.

@@ -190,13 +190,13 @@ impl Freezer for ProtectFreezer {
     fn ahead(&mut self, ram: &Ram, pages: &PageSet) -> Result<(), CowError> {
         let mut parts = self.shared.idle().parts.pop().unwrap_or_default();
         parts.clear();
-        for (group, word) in pages.words().iter().enumerate().filter(|(_, word)| **word != 0) {
+        for (group, word) in pages.groups() {
             let at = parts.buffer.len();
             if at + word.count_ones() as usize > AHEAD_PAGES_MAX {
                 break;
             }
-            parts.entries.push(Entry { group, word: *word, at, ..Entry::default() });
-            copy_group(ram, group, *word, &mut parts.buffer)?;
+            parts.entries.push(Entry { group, word, at, ..Entry::default() });
+            copy_group(ram, group, word, &mut parts.buffer)?;
         }
         self.ahead.parts = Some(parts);
         Ok(())
@@ -219,9 +219,9 @@ impl Freezer for ProtectFreezer {
         let mut copies = Copies::new(held.ahead.as_ref(), late);
         let mut arming = Arming::new(&self.shared.table, self.is_broken);
         let began = Instant::now();
-        for (group, word) in pages.words().iter().enumerate().filter(|(_, word)| **word != 0) {
+        for (group, word) in pages.groups() {
             let buffer = &mut held.parts.buffer;
-            let mut entry = copies.of(group, *word);
+            let mut entry = copies.of(group, word);
             let rest = word & !entry.ahead;
             let room = buffer.room().saturating_sub(buffer.len());
             let armed = match slot {
@@ -295,7 +295,7 @@ impl<'a> Copies<'a> {
         }
         let mut entry = Entry { group, word, ..Entry::default() };
         if let Some(copied) = self.entries.first().filter(|copied| copied.group == group) {
-            entry.ahead = copied.word & word & !self.late.words()[group];
+            entry.ahead = copied.word & word & !self.late.word(group);
             (entry.ahead_all, entry.ahead_at) = (copied.word, copied.at);
             self.good += u64::from(entry.ahead.count_ones());
         }
