@@ -1,6 +1,7 @@
 //! The bitmap: one bit a page of a memory slot, set since the page was last re-armed. Where KVM leaves
 //! re-arming to us (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2), only what was read is cleared, never more.
 
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -31,21 +32,29 @@ pub(crate) struct Bitmap {
     /// Reading does not re-arm.
     manual: bool,
     begins_full: bool,
-    /// Words for the largest slot, so that a harvest allocates nothing.
-    words: Mutex<Vec<u64>>,
+    buffers: Mutex<Buffers>,
+}
+
+/// Kept from one harvest to the next, so that none allocates.
+#[derive(Default)]
+struct Buffers {
+    /// Words for the largest slot.
+    words: Vec<u64>,
+    /// Those that are not zero.
+    dirty: Vec<usize>,
 }
 
 impl Bitmap {
     pub(crate) fn new(fd: Arc<VmFd>, slots: Arc<Slots>, manual: bool, begins_full: bool) -> Self {
-        Self { fd, slots, manual, begins_full, words: Mutex::default() }
+        Self { fd, slots, manual, begins_full, buffers: Mutex::default() }
     }
 
-    /// Clears exactly what was read.
-    fn rearm(&self, slot: u32, pages: u64, words: &[u64]) -> Result<(), VmError> {
+    /// Clears exactly what was read; `dirty` are the words that are not zero.
+    fn rearm(&self, slot: u32, pages: u64, words: &[u64], dirty: &[usize]) -> Result<(), VmError> {
         if !self.manual {
             return Ok(());
         }
-        for stretch in Stretches::new(words) {
+        for stretch in stretches(dirty) {
             let first_page = pages_of(stretch.start);
             let count = pages_of(stretch.end).min(pages) - first_page;
             clear(&self.fd, slot, first_page, count, &words[stretch])?;
@@ -64,10 +73,10 @@ impl DirtyLog for Bitmap {
     }
 
     fn slot_set(&self, _slot: u32, pages: u64, _logs: bool) {
-        let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = usize::try_from(words_of(pages)).unwrap_or(0);
-        if words.len() < wanted {
-            words.resize(wanted, 0);
+        if buffers.words.len() < wanted {
+            buffers.words.resize(wanted, 0);
         }
     }
 
@@ -76,15 +85,17 @@ impl DirtyLog for Bitmap {
     }
 
     fn harvest(&self, report: &mut dyn FnMut(Written)) -> Result<(), VmError> {
-        let mut room = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let Buffers { words, dirty } = &mut *buffers;
         for (slot, pages) in self.slots.logged() {
             let count = usize::try_from(words_of(pages)).unwrap_or(0);
-            let words = room.get_mut(..count).ok_or(VmError::BitmapLength { slot })?;
+            let words = words.get_mut(..count).ok_or(VmError::BitmapLength { slot })?;
             read(&self.fd, slot, words)?;
-            let rearmed = self.rearm(slot, pages, words);
+            find_dirty(words, dirty);
+            let rearmed = self.rearm(slot, pages, words, dirty);
             // After an error, too: some of them were cleared.
-            for (at, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
-                report(Written { slot, first_page: pages_of(at), word: *word });
+            for at in &*dirty {
+                report(Written { slot, first_page: pages_of(*at), word: words[*at] });
             }
             rearmed?;
         }
@@ -147,36 +158,28 @@ fn pages_of(word: usize) -> u64 {
     word as u64 * u64::from(u64::BITS)
 }
 
-/// Stretches of words that begin and end with a dirty one and hold no long clean gap.
-struct Stretches<'a> {
-    words: &'a [u64],
-    next: usize,
-}
-
-impl<'a> Stretches<'a> {
-    fn new(words: &'a [u64]) -> Self {
-        Self { words, next: 0 }
-    }
-}
-
-impl Iterator for Stretches<'_> {
-    type Item = std::ops::Range<usize>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let rest = &self.words[self.next..];
-        let start = self.next + rest.iter().position(|&word| word != 0)?;
-        let mut end = start + 1;
-        for (index, &word) in self.words.iter().enumerate().skip(end) {
-            if index - end >= GAP_WORDS || index - start >= STRETCH_WORDS_MAX {
-                break;
-            }
-            if word != 0 {
-                end = index + 1;
-            }
+/// Puts the numbers of the words that are not zero into `dirty`. Most are zero, so several are
+/// looked at in one step, which the compiler makes wide.
+fn find_dirty(words: &[u64], dirty: &mut Vec<usize>) {
+    const STEP: usize = 16;
+    dirty.clear();
+    for (step, chunk) in words.chunks(STEP).enumerate() {
+        if chunk.iter().fold(0, |all, word| all | word) != 0 {
+            let first = step * STEP;
+            let found = chunk.iter().enumerate().filter(|(_, word)| **word != 0);
+            dirty.extend(found.map(|(at, _)| first + at));
         }
-        self.next = end;
-        Some(start..end)
     }
+}
+
+/// Stretches of words that begin and end with a dirty one and hold no long clean gap.
+fn stretches(dirty: &[usize]) -> impl Iterator<Item = Range<usize>> + '_ {
+    let splits = |from: &usize, to: &usize| to - from <= GAP_WORDS;
+    dirty.chunk_by(splits).flat_map(|stretch| {
+        let (first, end) = (stretch[0], stretch[stretch.len() - 1] + 1);
+        let starts = (first..end).step_by(STRETCH_WORDS_MAX);
+        starts.map(move |start| start..end.min(start + STRETCH_WORDS_MAX))
+    })
 }
 
 #[cfg(test)]
@@ -185,15 +188,27 @@ mod tests {
 
     #[test]
     fn stretches_bridge_small_gaps_only() {
-        let mut words = vec![0u64; 4 * GAP_WORDS];
-        assert_eq!(Stretches::new(&words).count(), 0);
-        words[3] = 1;
-        words[3 + GAP_WORDS] = 2;
-        words[4 + 2 * GAP_WORDS + 1] = 4;
-        let last = words.len() - 1;
-        words[last] = 8;
-        let found: Vec<_> = Stretches::new(&words).collect();
-        let third = 4 + 2 * GAP_WORDS + 1;
+        assert_eq!(stretches(&[]).count(), 0);
+        let third = 4 + 2 * GAP_WORDS;
+        let last = 4 * GAP_WORDS;
+        let found: Vec<_> = stretches(&[3, 3 + GAP_WORDS, third, last]).collect();
         assert_eq!(found, [3..4 + GAP_WORDS, third..third + 1, last..last + 1]);
+        let far = STRETCH_WORDS_MAX / GAP_WORDS + 1;
+        let long: Vec<_> = (0..=far).map(|at| at * GAP_WORDS).collect();
+        let found: Vec<_> = stretches(&long).collect();
+        assert_eq!(found, [0..STRETCH_WORDS_MAX, STRETCH_WORDS_MAX..far * GAP_WORDS + 1]);
+    }
+
+    #[test]
+    fn each_dirty_word_is_found() {
+        let mut words = vec![0u64; 100];
+        let mut dirty = vec![7];
+        find_dirty(&words, &mut dirty);
+        assert!(dirty.is_empty());
+        for at in [0, 15, 16, 63, 98, 99] {
+            words[at] = 1 << (at % 64);
+        }
+        find_dirty(&words, &mut dirty);
+        assert_eq!(dirty, [0, 15, 16, 63, 98, 99]);
     }
 }

@@ -225,8 +225,11 @@ impl Freezer for ProtectFreezer {
             let rest = word & !entry.ahead;
             let room = buffer.room().saturating_sub(buffer.len());
             let armed = match slot {
-                Some(slot) => arming.group(slot, group, rest, self.costs.as_ref(), room)?,
-                None => 0,
+                // Most groups have nothing left to keep, and their state is in no cache.
+                Some(slot) if rest != 0 => {
+                    arming.group(slot, group, rest, self.costs.as_ref(), room)?
+                }
+                _ => 0,
             };
             let copied = rest & !armed;
             (entry.copied, entry.at) = (copied, buffer.len());

@@ -111,8 +111,8 @@ fn note_pair(row: &mut Row, label: &str, pair: &Protected) {
 pub fn memory(effort: &Effort) -> Result<Row> {
     let row = Row::new("pause-16-gib", "1,000 scattered pages, 1 GiB and 16 GiB of memory", UNIT);
     let mut large_mib = if effort.is_full { MIB_LARGE } else { MIB_LARGE_QUICK };
-    // A pair may come to touch all of its memory, on both sides.
-    let room_mib = host::memory_mib("MemAvailable:").saturating_sub(2048) / 2;
+    // Neither side touches more than the guest does, a small part; but each has to fit by itself.
+    let room_mib = host::memory_mib("MemAvailable:").saturating_sub(2048);
     while large_mib > room_mib {
         large_mib /= 2;
     }
