@@ -111,6 +111,11 @@ fuzz_targets() {
         cargo test --locked)
 }
 
+# orders: all orders in which threads can meet at the record of written pages, by loom.
+orders() {
+    (cd "$ROOT" && RUSTFLAGS="--cfg loom" cargo test --locked -p guest-memory --lib --target-dir target/loom)
+}
+
 # kvm_test_list FILE: a line for each test program of a crate that needs KVM.
 kvm_test_list() {
     local crates=() crate
@@ -157,6 +162,7 @@ command -v busybox >/dev/null || need_packages busybox
 step "Formatting" cargo fmt --all --check
 step "Lints" cargo clippy --release --locked --workspace --all-targets -- -D warnings
 step "Syntax of the scripts" shell_syntax
+step "Orders in which threads meet" orders
 step "Fuzz targets, over their seeds" fuzz_targets
 step "The nested bed's own judgement" tests/bed/selftest.py
 timed "Build" build_release

@@ -8,6 +8,9 @@
 //! 16 GiB looks at 8 KiB. A writer sets the page's bit and then the word's; who drains takes the
 //! word's bit first. In whatever order the two meet, the word's bit is left where the page's is.
 
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU64, Ordering};
+#[cfg(not(loom))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
@@ -88,7 +91,39 @@ impl NewBitmap for WrittenPages {
     }
 }
 
-#[cfg(test)]
+/// All orders in which a writer and a drain can meet, by loom:
+/// `RUSTFLAGS="--cfg loom" cargo test -p guest-memory --lib`.
+#[cfg(all(test, loom))]
+mod orders {
+    use loom::sync::Arc;
+    use loom::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_mark_is_in_this_drain_or_in_the_next() {
+        loom::model(|| {
+            let log = Arc::new(WrittenPages::with_len(3 * PAGE_SIZE));
+            let writers = [0, 1].map(|page| {
+                let log = Arc::clone(&log);
+                thread::spawn(move || log.mark_dirty(page * PAGE_SIZE, 1))
+            });
+            let mut found = 0;
+            log.drain(|_, word| {
+                assert_eq!(found & word, 0);
+                found |= word;
+            });
+            writers.into_iter().for_each(|writer| writer.join().unwrap());
+            log.drain(|_, word| {
+                assert_eq!(found & word, 0, "reported twice");
+                found |= word;
+            });
+            assert_eq!(found, 3, "a mark is lost");
+        });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::sync::atomic::AtomicBool;
 
