@@ -208,6 +208,10 @@ impl Receiving {
             return Err(ReceiveError::LateCopy);
         }
         let ram = &self.shared.ram;
+        if round == 0 {
+            // A copy anew finds its pages there, and looking for them takes time.
+            self.header.runs.iter().for_each(|run| ram.populate(run.first, run.count.into()));
+        }
         if self.header.has_encoded() {
             // At most a page for each of the runs' pages, which are few.
             staged_bytes(&self.header.runs, contents)?;
