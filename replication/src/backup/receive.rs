@@ -9,18 +9,19 @@ use thiserror::Error;
 
 use super::apply::{ApplyError, apply};
 use super::disks::ImageError;
-use super::staging::{Budget, Part};
+use super::staging::{Budget, Needs, Part, cost_bytes};
+use crate::capture::cow::Share;
 use crate::engine::control::listening;
 use crate::engine::heard::{Heard, Listening};
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
-use crate::ids::{EpochId, PAGE_SIZE};
+use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
 use crate::protocol::primary::IN_FLIGHT_MAX;
 use crate::ram::Ram;
 use crate::transport::Stream;
 use crate::wire::{
-    ConnectionPart, End, FrameReader, Header, Kind, PagesHeader, RAW_PAGES_MAX, WireError,
+    ConnectionPart, End, FrameReader, Header, Kind, PagesHeader, RAW_PAGES_MAX, Run, WireError,
     decode_pages_header, staged_bytes, unpack,
 };
 
@@ -35,6 +36,10 @@ pub(super) enum ReceiveError {
     Repeats(EpochId),
     #[error("Pages of epoch {found} arrived before the end of epoch {current}")]
     Mixed { current: EpochId, found: EpochId },
+    #[error(
+        "Pages from {first} on arrived on data connection {found}, and are of another one's groups"
+    )]
+    Foreign { first: PageIndex, found: usize },
     #[error("Pages of a first copy arrived after a committed epoch")]
     LateCopy,
     #[error("Epoch {0} ended before those before it were acknowledged")]
@@ -102,9 +107,10 @@ pub(super) struct DataConnection {
 }
 
 impl DataConnection {
-    /// Starts the thread; `deliver` gets each part and the error at the end.
+    /// Starts the thread of the connection whose pages are `share`; `deliver` gets each part and the
+    /// error at the end.
     pub(super) fn start(
-        index: usize,
+        share: Share,
         reader: FrameReader<Box<dyn Stream>>,
         shared: Shared,
         deliver: impl FnMut(Delivery) -> bool + Send + 'static,
@@ -116,15 +122,18 @@ impl DataConnection {
         let (spare, spares) = bounded(3);
         let receiver = Receiving {
             reader: listening(reader, shared.heard.clone()),
+            share,
+            pages: share.pages_of(shared.ram.pages()),
             shared,
             spares,
+            needs: Needs::default(),
             part: Part::default(),
             copied: Part::default(),
             header: PagesHeader::default(),
             closed_round: None,
             counted: 0,
         };
-        let thread = spawn("repl-recv", Some(index), move || receiver.run(deliver))?;
+        let thread = spawn("repl-recv", Some(share.index), move || receiver.run(deliver))?;
         Ok(Self { spare, closer, thread })
     }
 
@@ -137,8 +146,12 @@ impl DataConnection {
 
 struct Receiving {
     reader: FrameReader<Listening<Box<dyn Stream>>>,
+    share: Share,
+    /// Of the share: an epoch has none of them twice.
+    pages: u64,
     shared: Shared,
     spares: Receiver<Part>,
+    needs: Needs,
     part: Part,
     header: PagesHeader,
     /// The frame of a first copy that is being decoded.
@@ -193,6 +206,11 @@ impl Receiving {
             let what = "length of the contents";
             return Err(WireError::Malformed { kind: Kind::Pages, what }.into());
         }
+        let is_foreign = |run: &&Run| !self.share.has_run(run.first, run.count.into());
+        if let Some(&Run { first, .. }) = self.header.runs.iter().find(is_foreign) {
+            // A page that came on two connections would be one or the other by chance.
+            return Err(ReceiveError::Foreign { first, found: self.share.index + 1 });
+        }
         if self.header.epoch == EpochId(0) {
             return self.straight(frame, &mut scratch[..bytes]);
         }
@@ -234,7 +252,7 @@ impl Receiving {
             return Err(ReceiveError::Mixed { current: self.part.epoch, found: epoch });
         }
         let pages = self.part.sum.pages.saturating_add(self.header.pages());
-        if pages > self.shared.ram.pages() {
+        if pages > self.pages {
             return Err(ReceiveError::Repeats(epoch));
         }
         let crc = if self.header.has_encoded() {
@@ -254,9 +272,9 @@ impl Receiving {
         Ok(())
     }
 
-    /// Takes from the budget what a frame is going to take.
-    fn charge(&mut self, bytes: usize) -> Result<(), ReceiveError> {
-        let (budget, bytes) = (&self.shared.budget, bytes as u64);
+    /// Takes from the budget what the frame, with contents of `staged` bytes, is going to take.
+    fn charge(&mut self, staged: usize) -> Result<(), ReceiveError> {
+        let (budget, bytes) = (&self.shared.budget, cost_bytes(&self.header.runs, staged));
         if !budget.take(bytes) {
             return Err(ReceiveError::Full { epoch: self.part.epoch, bytes: budget.whole() });
         }
@@ -275,8 +293,9 @@ impl Receiving {
         }
         self.part.epoch = epoch;
         self.closed_round = Some(self.shared.round.load(Ordering::Acquire));
+        self.needs.saw(&self.part);
         let mut next = self.spares.try_recv().unwrap_or_default();
-        next.clear();
+        next.reuse(&self.needs);
         Ok(std::mem::replace(&mut self.part, next))
     }
 

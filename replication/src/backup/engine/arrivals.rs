@@ -14,6 +14,7 @@ use crate::backup::commit::Gather;
 use crate::backup::disks::{DiskConnection, DiskDelivery, Images};
 use crate::backup::receive::{DataConnection, Shared};
 use crate::backup::staging::Budget;
+use crate::capture::cow::Share;
 use crate::engine::control::{Control, Greeted, Pace, Progress};
 use crate::engine::heard::Heard;
 use crate::engine::spawn;
@@ -230,7 +231,8 @@ impl<B: ReplicaBuilder> Engine<B> {
             return;
         }
         let (number, deliver) = (session.number, self.inputs.clone());
-        let started = DataConnection::start(index, reader, session.shared.clone(), move |part| {
+        let share = Share { index, of: session.data.len() };
+        let started = DataConnection::start(share, reader, session.shared.clone(), move |part| {
             let input = match part {
                 Ok((part, taken)) => Input::Part(number, index, part, taken),
                 Err(error) => Input::DataLost(number, error),
