@@ -7,8 +7,9 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use thiserror::Error;
 
-use super::apply::{ApplyError, apply};
+use super::apply::ApplyError;
 use super::disks::ImageError;
+use super::fill::Filler;
 use super::staging::{Budget, Needs, Part, cost_bytes};
 use crate::capture::cow::Share;
 use crate::engine::control::listening;
@@ -50,6 +51,8 @@ pub(super) enum ReceiveError {
     Apply(#[from] ApplyError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error("The copy cannot begin")]
+    Begin(#[from] Error),
 }
 
 impl ReceiveError {
@@ -128,7 +131,7 @@ impl DataConnection {
             spares,
             needs: Needs::default(),
             part: Part::default(),
-            copied: Part::default(),
+            filler: None,
             header: PagesHeader::default(),
             closed_round: None,
             counted: 0,
@@ -154,8 +157,8 @@ struct Receiving {
     needs: Needs,
     part: Part,
     header: PagesHeader,
-    /// The frame of a first copy that is being decoded.
-    copied: Part,
+    /// While pages go straight into the image.
+    filler: Option<Filler>,
     /// The round whose copy is over on this connection.
     closed_round: Option<u64>,
     counted: u64,
@@ -217,30 +220,38 @@ impl Receiving {
         self.stage(frame, &mut scratch[..bytes])
     }
 
-    /// A page of a first copy: into the image, checked before it is written.
-    fn straight(&mut self, frame: &Header, contents: &mut [u8]) -> Result<(), ReceiveError> {
-        self.reader.read_into(contents)?;
-        self.reader.finish(frame)?;
+    /// Pages of a copy into the image, checked before they are written.
+    fn straight(&mut self, frame: &Header, scratch: &mut [u8]) -> Result<(), ReceiveError> {
         let round = self.shared.round.load(Ordering::Acquire);
         if self.closed_round == Some(round) || self.part.epoch != EpochId(0) {
             return Err(ReceiveError::LateCopy);
         }
-        let ram = &self.shared.ram;
-        if round == 0 {
-            // A copy anew finds its pages there, and looking for them takes time.
-            self.header.runs.iter().for_each(|run| ram.populate(run.first, run.count.into()));
-        }
+        let filler = match &mut self.filler {
+            Some(filler) => filler,
+            none => {
+                let Shared { ram, counters, .. } = self.shared.clone();
+                none.insert(Filler::start(self.share.index, ram, counters)?)
+            }
+        };
+        let mut room = filler.room()?;
+        room.runs.clear();
         if self.header.has_encoded() {
+            self.reader.read_into(scratch)?;
+            self.reader.finish(frame)?;
             // At most a page for each of the runs' pages, which are few.
-            staged_bytes(&self.header.runs, contents)?;
-            self.copied.clear();
-            unpack(&self.header.runs, contents, &mut self.copied.runs, &mut self.copied.bytes)?;
-            apply(ram, &self.copied.runs, &self.copied.bytes)?;
+            staged_bytes(&self.header.runs, scratch)?;
+            room.bytes.clear();
+            unpack(&self.header.runs, scratch, &mut room.runs, &mut room.bytes)?;
         } else {
-            apply(ram, &self.header.runs, contents)?;
+            room.bytes.resize(scratch.len(), 0);
+            self.reader.read_into(&mut room.bytes)?;
+            self.reader.finish(frame)?;
+            room.runs.extend_from_slice(&self.header.runs);
         }
+        // A copy anew finds its pages there, and looking for them takes time.
+        room.is_fresh = round == 0;
+        filler.fill(room);
         self.count_raw();
-        self.shared.counters.synced_pages.fetch_add(self.header.pages(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -290,6 +301,10 @@ impl Receiving {
         let empty = self.part.epoch == EpochId(0) && sum == ConnectionPart::default();
         if epoch == EpochId(0) || (self.part.epoch != epoch && !empty) || self.part.sum != sum {
             return Err(ReceiveError::Mismatch(epoch));
+        }
+        if let Some(filler) = self.filler.take() {
+            // The epoch goes on top of the copy.
+            filler.settle()?;
         }
         self.part.epoch = epoch;
         self.closed_round = Some(self.shared.round.load(Ordering::Acquire));
