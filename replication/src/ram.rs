@@ -129,6 +129,23 @@ impl Ram {
         region.map_or(0, |region| (region.first.0 + region.pages).saturating_sub(page.0))
     }
 
+    /// Makes `count` pages from `first` on ready to be written, in as few calls as there are regions
+    /// in them: a fault for each is most of what it costs to fill a memory that was never touched.
+    /// Where the host cannot, their first writes do; past the end there are none.
+    pub fn populate(&self, first: PageIndex, count: u64) {
+        let (mut page, mut left) = (first, count);
+        while let Some(address) = self.address(page).filter(|_| left > 0) {
+            let part = left.min(self.pages_left(page));
+            let bytes = usize::try_from(part).unwrap_or(0) * PAGE_SIZE;
+            if let Ok(memory) = self.mapping.get_slice(address, bytes)
+                && let Err(error) = userfault::populate(&memory)
+            {
+                tracing::trace!("{part} pages from {page} are made one by one: {error}");
+            }
+            (page, left) = (PageIndex(page.0 + part), left - part);
+        }
+    }
+
     /// Copies a page out. `false` if there is no such page.
     #[must_use]
     pub fn read_page(&self, page: PageIndex, into: &mut [u8; PAGE_SIZE]) -> bool {
@@ -190,5 +207,67 @@ impl PageBuffer {
     pub fn pages_mut(&mut self, at: usize, count: usize) -> &mut [u8] {
         let from = self.start + at * PAGE_SIZE;
         &mut self.bytes[from..][..count * PAGE_SIZE]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::unistd::{Whence, lseek};
+    use vm_memory::{FileOffset, GuestRegionMmap};
+
+    use super::*;
+
+    /// Two regions of 100 pages, not side by side, in one file.
+    fn memfd() -> (File, Ram) {
+        let size = 100 * PAGE_SIZE;
+        let file = File::from(memfd_create(c"populated", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(2 * size as u64).unwrap();
+        let region = |at: u64| {
+            let offset = FileOffset::new(file.try_clone().unwrap(), at * size as u64);
+            let start = GuestAddress(at * 0x1000_0000);
+            GuestRegionMmap::from_range(start, size, Some(offset)).unwrap()
+        };
+        let mapping = Mapping::from_regions(vec![region(0), region(1)]).unwrap();
+        (file, Ram::new(Arc::new(mapping)))
+    }
+
+    /// The runs of pages that the file has memory for.
+    fn populated(file: &File) -> Vec<(i64, i64)> {
+        let page = i64::try_from(PAGE_SIZE).unwrap();
+        let (mut runs, mut at) = (vec![], 0);
+        while let Ok(data) = lseek(file, at, Whence::SeekData) {
+            at = lseek(file, data, Whence::SeekHole).unwrap();
+            runs.push((data / page, at / page));
+        }
+        runs
+    }
+
+    #[test]
+    fn exactly_what_was_named_is_populated() {
+        let (file, ram) = memfd();
+        assert_eq!(populated(&file), []);
+        ram.populate(PageIndex(10), 5);
+        assert_eq!(populated(&file), [(10, 15)]);
+        ram.populate(PageIndex(90), 30);
+        ram.populate(PageIndex(60), 0);
+        ram.populate(PageIndex(198), u64::MAX);
+        ram.populate(PageIndex(200), 1);
+        assert_eq!(populated(&file), [(10, 15), (90, 120), (198, 200)]);
+    }
+
+    #[test]
+    fn what_is_populated_reads_as_before() {
+        let (file, ram) = memfd();
+        file.write_all_at(&[7; PAGE_SIZE], 11 * PAGE_SIZE as u64).unwrap();
+        ram.populate(PageIndex(10), 3);
+        let mut page = [1; PAGE_SIZE];
+        for (at, expected) in [(10, 0), (11, 7), (12, 0)] {
+            assert!(ram.read_page(PageIndex(at), &mut page));
+            assert_eq!(page, [expected; PAGE_SIZE]);
+        }
     }
 }

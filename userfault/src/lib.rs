@@ -1,17 +1,19 @@
-//! Write protection of guest memory, by userfaultfd.
+//! Write protection of guest memory, by userfaultfd, and its pages ahead of their first write.
 //!
 //! Enters: a mapping of guest memory; runs of its pages to protect. Leaves: the pages that somebody
 //! waits to write. Always holds: a write to a protected page, by a vCPU, by KVM or by this process
 //! itself, waits until the page's protection ends; contents never change by anything done here.
 //!
 //! - [`Userfault`]: one registered memory;
-//! - [`sys`]: the ioctls.
+//! - [`sys`]: the ioctls;
+//! - [`populate`]: pages that are there before they are written.
 //!
 //! Facts of the interface that cost hours (Linux 6.x): KVM takes a guest's faults in kernel mode, so
 //! a descriptor with UFFD_USER_MODE_ONLY loses them; UFFD_FEATURE_SIGBUS does not go with KVM; only
 //! what is written through the registered mapping is seen, not a second mapping nor `pwrite`;
 //! discarding pages (a hole in the file) ends their protection without a word.
 
+mod populate;
 mod sys;
 
 use std::io;
@@ -20,6 +22,8 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+pub use populate::populate;
 
 /// Bytes of a page.
 pub const PAGE_SIZE: u64 = 4096;

@@ -7,20 +7,22 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use thiserror::Error;
 
-use super::apply::{ApplyError, apply};
+use super::apply::ApplyError;
 use super::disks::ImageError;
-use super::staging::{Budget, Part};
+use super::fill::Filler;
+use super::staging::{Budget, Needs, Part, cost_bytes};
+use crate::capture::cow::Share;
 use crate::engine::control::listening;
 use crate::engine::heard::{Heard, Listening};
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
-use crate::ids::{EpochId, PAGE_SIZE};
+use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
 use crate::protocol::primary::IN_FLIGHT_MAX;
 use crate::ram::Ram;
 use crate::transport::Stream;
 use crate::wire::{
-    ConnectionPart, End, FrameReader, Header, Kind, PagesHeader, RAW_PAGES_MAX, WireError,
+    ConnectionPart, End, FrameReader, Header, Kind, PagesHeader, RAW_PAGES_MAX, Run, WireError,
     decode_pages_header, staged_bytes, unpack,
 };
 
@@ -35,6 +37,10 @@ pub(super) enum ReceiveError {
     Repeats(EpochId),
     #[error("Pages of epoch {found} arrived before the end of epoch {current}")]
     Mixed { current: EpochId, found: EpochId },
+    #[error(
+        "Pages from {first} on arrived on data connection {found}, and are of another one's groups"
+    )]
+    Foreign { first: PageIndex, found: usize },
     #[error("Pages of a first copy arrived after a committed epoch")]
     LateCopy,
     #[error("Epoch {0} ended before those before it were acknowledged")]
@@ -45,6 +51,8 @@ pub(super) enum ReceiveError {
     Apply(#[from] ApplyError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error("The copy cannot begin")]
+    Begin(#[from] Error),
 }
 
 impl ReceiveError {
@@ -102,9 +110,10 @@ pub(super) struct DataConnection {
 }
 
 impl DataConnection {
-    /// Starts the thread; `deliver` gets each part and the error at the end.
+    /// Starts the thread of the connection whose pages are `share`; `deliver` gets each part and the
+    /// error at the end.
     pub(super) fn start(
-        index: usize,
+        share: Share,
         reader: FrameReader<Box<dyn Stream>>,
         shared: Shared,
         deliver: impl FnMut(Delivery) -> bool + Send + 'static,
@@ -116,15 +125,18 @@ impl DataConnection {
         let (spare, spares) = bounded(3);
         let receiver = Receiving {
             reader: listening(reader, shared.heard.clone()),
+            share,
+            pages: share.pages_of(shared.ram.pages()),
             shared,
             spares,
+            needs: Needs::default(),
             part: Part::default(),
-            copied: Part::default(),
+            filler: None,
             header: PagesHeader::default(),
             closed_round: None,
             counted: 0,
         };
-        let thread = spawn("repl-recv", Some(index), move || receiver.run(deliver))?;
+        let thread = spawn("repl-recv", Some(share.index), move || receiver.run(deliver))?;
         Ok(Self { spare, closer, thread })
     }
 
@@ -137,12 +149,16 @@ impl DataConnection {
 
 struct Receiving {
     reader: FrameReader<Listening<Box<dyn Stream>>>,
+    share: Share,
+    /// Of the share: an epoch has none of them twice.
+    pages: u64,
     shared: Shared,
     spares: Receiver<Part>,
+    needs: Needs,
     part: Part,
     header: PagesHeader,
-    /// The frame of a first copy that is being decoded.
-    copied: Part,
+    /// While pages go straight into the image.
+    filler: Option<Filler>,
     /// The round whose copy is over on this connection.
     closed_round: Option<u64>,
     counted: u64,
@@ -193,32 +209,49 @@ impl Receiving {
             let what = "length of the contents";
             return Err(WireError::Malformed { kind: Kind::Pages, what }.into());
         }
+        let is_foreign = |run: &&Run| !self.share.has_run(run.first, run.count.into());
+        if let Some(&Run { first, .. }) = self.header.runs.iter().find(is_foreign) {
+            // A page that came on two connections would be one or the other by chance.
+            return Err(ReceiveError::Foreign { first, found: self.share.index + 1 });
+        }
         if self.header.epoch == EpochId(0) {
             return self.straight(frame, &mut scratch[..bytes]);
         }
         self.stage(frame, &mut scratch[..bytes])
     }
 
-    /// A page of a first copy: into the image, checked before it is written.
-    fn straight(&mut self, frame: &Header, contents: &mut [u8]) -> Result<(), ReceiveError> {
-        self.reader.read_into(contents)?;
-        self.reader.finish(frame)?;
+    /// Pages of a copy into the image, checked before they are written.
+    fn straight(&mut self, frame: &Header, scratch: &mut [u8]) -> Result<(), ReceiveError> {
         let round = self.shared.round.load(Ordering::Acquire);
         if self.closed_round == Some(round) || self.part.epoch != EpochId(0) {
             return Err(ReceiveError::LateCopy);
         }
-        let ram = &self.shared.ram;
+        let filler = match &mut self.filler {
+            Some(filler) => filler,
+            none => {
+                let Shared { ram, counters, .. } = self.shared.clone();
+                none.insert(Filler::start(self.share.index, ram, counters)?)
+            }
+        };
+        let mut room = filler.room()?;
+        room.runs.clear();
         if self.header.has_encoded() {
+            self.reader.read_into(scratch)?;
+            self.reader.finish(frame)?;
             // At most a page for each of the runs' pages, which are few.
-            staged_bytes(&self.header.runs, contents)?;
-            self.copied.clear();
-            unpack(&self.header.runs, contents, &mut self.copied.runs, &mut self.copied.bytes)?;
-            apply(ram, &self.copied.runs, &self.copied.bytes)?;
+            staged_bytes(&self.header.runs, scratch)?;
+            room.bytes.clear();
+            unpack(&self.header.runs, scratch, &mut room.runs, &mut room.bytes)?;
         } else {
-            apply(ram, &self.header.runs, contents)?;
+            room.bytes.resize(scratch.len(), 0);
+            self.reader.read_into(&mut room.bytes)?;
+            self.reader.finish(frame)?;
+            room.runs.extend_from_slice(&self.header.runs);
         }
+        // A copy anew finds its pages there, and looking for them takes time.
+        room.is_fresh = round == 0;
+        filler.fill(room);
         self.count_raw();
-        self.shared.counters.synced_pages.fetch_add(self.header.pages(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -230,7 +263,7 @@ impl Receiving {
             return Err(ReceiveError::Mixed { current: self.part.epoch, found: epoch });
         }
         let pages = self.part.sum.pages.saturating_add(self.header.pages());
-        if pages > self.shared.ram.pages() {
+        if pages > self.pages {
             return Err(ReceiveError::Repeats(epoch));
         }
         let crc = if self.header.has_encoded() {
@@ -250,9 +283,9 @@ impl Receiving {
         Ok(())
     }
 
-    /// Takes from the budget what a frame is going to take.
-    fn charge(&mut self, bytes: usize) -> Result<(), ReceiveError> {
-        let (budget, bytes) = (&self.shared.budget, bytes as u64);
+    /// Takes from the budget what the frame, with contents of `staged` bytes, is going to take.
+    fn charge(&mut self, staged: usize) -> Result<(), ReceiveError> {
+        let (budget, bytes) = (&self.shared.budget, cost_bytes(&self.header.runs, staged));
         if !budget.take(bytes) {
             return Err(ReceiveError::Full { epoch: self.part.epoch, bytes: budget.whole() });
         }
@@ -269,10 +302,15 @@ impl Receiving {
         if epoch == EpochId(0) || (self.part.epoch != epoch && !empty) || self.part.sum != sum {
             return Err(ReceiveError::Mismatch(epoch));
         }
+        if let Some(filler) = self.filler.take() {
+            // The epoch goes on top of the copy.
+            filler.settle()?;
+        }
         self.part.epoch = epoch;
         self.closed_round = Some(self.shared.round.load(Ordering::Acquire));
+        self.needs.saw(&self.part);
         let mut next = self.spares.try_recv().unwrap_or_default();
-        next.clear();
+        next.reuse(&self.needs);
         Ok(std::mem::replace(&mut self.part, next))
     }
 

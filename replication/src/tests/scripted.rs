@@ -45,13 +45,24 @@ pub(super) fn connect(backup: &Backup) -> TcpStream {
 pub(super) fn greet(
     backup: &Backup,
     session: SessionId,
+    names: (Uuid, Uuid),
+    offer: Offer,
+) -> (FrameWriter<TcpStream>, FrameReader<TcpStream>, Message) {
+    greet_for(1, backup, session, names, offer)
+}
+
+/// As [`greet`], for so many data connections.
+fn greet_for(
+    connections: u32,
+    backup: &Backup,
+    session: SessionId,
     (vm, host): (Uuid, Uuid),
     offer: Offer,
 ) -> (FrameWriter<TcpStream>, FrameReader<TcpStream>, Message) {
     let control = connect(backup);
     let mut reader = FrameReader::new(control.try_clone().unwrap(), Some(session));
     let mut writer = FrameWriter::new(control, session);
-    let hello = Hello { vm, host, connection: 0, connections: 1 };
+    let hello = Hello { vm, host, connection: 0, connections };
     Message::Hello(hello).send(&mut writer).unwrap();
     Message::Offer(offer).send(&mut writer).unwrap();
     let word = next(&mut reader);
@@ -74,13 +85,26 @@ impl Script {
     pub(super) fn again(
         backup: Backup,
         session: SessionId,
+        names: (Uuid, Uuid),
+        offer: Offer,
+    ) -> Self {
+        Self::one_of(1, 1, backup, session, names, offer)
+    }
+
+    /// Welcomed, with data connection `connection` of `connections`.
+    fn one_of(
+        connection: u32,
+        connections: u32,
+        backup: Backup,
+        session: SessionId,
         (vm, host): (Uuid, Uuid),
         offer: Offer,
     ) -> Self {
-        let (writer, reader, welcome) = greet(&backup, session, (vm, host), offer);
+        let greeted = greet_for(connections, &backup, session, (vm, host), offer);
+        let (writer, reader, welcome) = greeted;
         assert!(matches!(welcome, Message::Welcome(_)), "{welcome:?}");
         let mut data = FrameWriter::new(connect(&backup), session);
-        let hello = Hello { vm, host, connection: 1, connections: 1 };
+        let hello = Hello { vm, host, connection, connections };
         Message::Hello(hello).send(&mut data).unwrap();
         let sum = ConnectionPart::default();
         Self { backup, vm, host, writer, reader, data, sum }
@@ -265,6 +289,85 @@ fn an_epoch_of_more_pages_than_the_memory_has_is_refused() {
     for _ in 0..2 {
         script.frame(1, &[(0..601, Encoding::Zero)], &[]);
     }
+    script.aborted("has pages twice");
+}
+
+/// A backup that sets aside so much, and a primary whose memory has so many pages.
+fn sizes(staging_bytes: u64, pages: u64) -> Script {
+    let mut options = super::receive_options(None);
+    options.staging_size = staging_bytes;
+    let backup = Backup::with(crate::testing::MemoryBuilder::default(), options);
+    let description = [0u64.to_le_bytes(), pages.to_le_bytes()].concat();
+    let regions = vec![WireRegion { start: 0, pages }];
+    let mut script = Script::greeted(backup, Offer { regions, description, ..offer() });
+    script.say(&Message::Paired(G1));
+    script
+}
+
+/// Descending, no page continues the one before: each is a run of its own.
+fn single(
+    pages: std::ops::Range<u64>,
+    encoding: Encoding,
+) -> Vec<(std::ops::Range<u64>, Encoding)> {
+    pages.rev().map(|page| (page..page + 1, encoding)).collect()
+}
+
+/// Zero pages have no contents, but the runs that say so are kept until the epoch is applied.
+#[test]
+fn runs_of_zero_pages_are_staged_at_what_they_take() {
+    // 1 MiB is 65536 runs.
+    let mut script = sizes(1 << 20, 70_000);
+    for from in (0..257).map(|frame| frame * 256) {
+        script.frame(1, &single(from..from + 256, Encoding::Zero), &[]);
+    }
+    script.aborted("exceeds the staging");
+}
+
+#[test]
+fn an_epoch_that_fits_when_its_pages_are_counted_is_never_refused() {
+    // 1 MiB is 256 pages, however they come.
+    let mut script = sizes(1 << 20, 1200);
+    for from in (0..256).step_by(64) {
+        script.frame(1, &single(from..from + 64, Encoding::Raw), &vec![0xAB; 64 * PAGE_SIZE]);
+    }
+    script.end(1);
+    script.seal(1, 1, 256);
+    script.acked(1);
+    script.frame(2, &single(0..256, Encoding::Zero), &[]);
+    script.end(2);
+    script.seal(2, 1, 256);
+    script.acked(2);
+}
+
+/// On two connections a page could come twice, and what the image has would be chance.
+#[test]
+fn a_page_of_another_connection_s_group_is_refused() {
+    for epoch in [0, 1] {
+        for (connection, foreign) in [(1, 64..65), (1, 0..65), (2, 128..129), (2, 64..129)] {
+            let backup = Backup::start(None);
+            let names = (Uuid::new_v4(), Uuid::new_v4());
+            let mut script = Script::one_of(connection, 2, backup, SESSION, names, offer());
+            // Those of its own groups are welcome.
+            let own = u64::from(connection - 1) * 64;
+            script.pages(epoch, own..own + 64);
+            let text =
+                format!("Pages from {} on arrived on data connection {connection}", foreign.start);
+            script.frame(epoch, &[(foreign, Encoding::Zero)], &[]);
+            script.aborted(&text);
+        }
+    }
+}
+
+#[test]
+fn an_epoch_of_more_pages_than_a_connection_has_is_refused() {
+    let backup = Backup::start(None);
+    let names = (Uuid::new_v4(), Uuid::new_v4());
+    let mut script = Script::one_of(2, 2, backup, SESSION, names, offer());
+    // Of 1200 pages, 19 groups of which the last is short, the second has 9 groups.
+    for _ in 0..9 {
+        script.frame(1, &[(64..128, Encoding::Zero)], &[]);
+    }
+    script.frame(1, &[(192..193, Encoding::Zero)], &[]);
     script.aborted("has pages twice");
 }
 

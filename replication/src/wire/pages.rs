@@ -14,7 +14,8 @@
 //! Epoch 0 is the first sync: such pages go straight into the backup's image, and none of them is a
 //! delta. A delta changes the page that the image has once the epoch before is applied. All pages
 //! of one aligned group of 64 travel on the same connection, so a page never overtakes an older copy,
-//! and no delta the page that it is for.
+//! and no delta the page that it is for: group g on data connection g mod connections + 1. A backup
+//! refuses them on another.
 
 use super::message::Fields;
 use super::{ConnectionPart, Kind, WireError};

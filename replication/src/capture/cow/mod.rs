@@ -69,6 +69,24 @@ impl Share {
         group % self.of == self.index
     }
 
+    /// Whether `count` pages from `first` on, one at least, are all of this share.
+    #[must_use]
+    pub fn has_run(self, first: PageIndex, count: u64) -> bool {
+        let group = |page: u64| page / GROUP_PAGES as u64;
+        let (start, end) = (group(first.0), group(first.0.saturating_add(count - 1)));
+        // Of two groups in a row at least one is another's.
+        self.of == 1 || start == end && start % self.of as u64 == self.index as u64
+    }
+
+    /// Number of pages in this share of a memory that has `pages`.
+    #[must_use]
+    pub fn pages_of(self, pages: u64) -> u64 {
+        let (index, of, group) = (self.index as u64, self.of as u64, GROUP_PAGES as u64);
+        // Whole rounds of one group for each share, and what the last round has for this one.
+        let (rounds, rest) = (pages / (of * group), pages % (of * group));
+        rounds * group + rest.saturating_sub(index * group).min(group)
+    }
+
     /// Number of pages of `set` in this share.
     #[must_use]
     pub fn count(self, set: &PageSet) -> u64 {

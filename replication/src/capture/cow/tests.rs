@@ -397,3 +397,23 @@ fn runs_and_ranks_of_bits() {
     assert_eq!(rank(0b1011, 3), 2);
     assert_eq!(rank(u64::MAX, 63), 63);
 }
+
+#[test]
+fn a_share_knows_its_runs_and_its_size() {
+    for of in [1, 2, 3, 7] {
+        for pages in [1, 63, 64, 65, 200, 64 * 7, 1000] {
+            let mut all = PageSet::new(pages);
+            all.insert_range(PageIndex(0), pages);
+            for index in 0..of {
+                let share = Share { index, of };
+                assert_eq!(share.pages_of(pages), share.count(&all), "{share:?} of {pages}");
+                for (first, count) in [(0, 1), (0, pages), (pages - 1, 1), (pages / 2, 2)] {
+                    let mine = |page: u64| share.has(usize::try_from(page / 64).unwrap());
+                    let expected = (first..first + count).all(mine);
+                    let found = share.has_run(PageIndex(first), count);
+                    assert_eq!(found, expected, "{share:?}: {count} pages from {first}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! Who comes: a primary's control connection, its data connections, and what a session is built of.
+//!
+//! Enters: streams that were greeted. Leaves: the engine's session and the threads that read for it,
+//! or a refusal. Always holds: a stream that is not of the present session, or that it has already,
+//! is closed and changes nothing.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use super::{Engine, Input, Session};
+use crate::backup::accept::Arrival;
+use crate::backup::commit::Gather;
+use crate::backup::disks::{DiskConnection, DiskDelivery, Images};
+use crate::backup::receive::{DataConnection, Shared};
+use crate::backup::staging::Budget;
+use crate::capture::cow::Share;
+use crate::engine::control::{Control, Greeted, Pace, Progress};
+use crate::engine::heard::Heard;
+use crate::engine::spawn;
+use crate::error::Error;
+use crate::guest::{Replica, ReplicaBuilder};
+use crate::ids::PAGE_SIZE;
+use crate::observer::Event as Told;
+use crate::ownership::{HostId, VmId};
+use crate::primary::{layout, validate_paces};
+use crate::protocol::backup::{Event, State};
+use crate::ram::Ram;
+use crate::transport::Stream;
+use crate::wire::{FrameReader, FrameWriter, Hello, Message, Offer, SessionId, Welcome};
+
+impl<B: ReplicaBuilder> Engine<B> {
+    pub(super) fn arrival(&mut self, arrival: Arrival) {
+        match arrival {
+            Arrival::Control { greeted, hello, offer, peer } => {
+                self.control(*greeted, hello, *offer, peer);
+            }
+            Arrival::Data { reader, hello } => self.data(reader, hello),
+            Arrival::Stray { peer, error } => {
+                let error = format!("A connection from {peer} was refused: {error}");
+                self.session_failed(&error);
+            }
+            Arrival::Broken(error) => {
+                self.session_failed(&error);
+                if self.machine.state() == State::Idle {
+                    self.step(Event::StopAsked);
+                }
+            }
+        }
+    }
+
+    /// Why this primary cannot be served; `None` if it can.
+    fn refusal(&self, hello: &Hello, offer: &Offer) -> Option<String> {
+        let vm = self.identity().vm;
+        match self.machine.state() {
+            State::Idle => {}
+            State::Orphan if VmId(hello.vm) == vm => {}
+            State::Orphan => {
+                return Some(format!("This host holds the replica of VM {vm}: stop it first"));
+            }
+            _ => return Some(format!("This host serves another primary (VM {vm})")),
+        }
+        if offer.page_bytes as usize != PAGE_SIZE {
+            return Some(format!("Pages of {} bytes are not supported", offer.page_bytes));
+        }
+        if let Err(error) = validate_paces(offer.heartbeat_ms.into(), offer.timeout_ms.into()) {
+            return Some(error.to_string());
+        }
+        if offer.arbiter != self.asker.exists() {
+            let (here, there) = if offer.arbiter { ("no", "an") } else { ("an", "no") };
+            return Some(format!("This side has {here} arbiter, the primary has {there} arbiter"));
+        }
+        None
+    }
+
+    fn control(&mut self, greeted: Greeted, hello: Hello, offer: Offer, peer: String) {
+        let Greeted { reader, writer } = greeted;
+        if let Some(reason) = self.refusal(&hello, &offer) {
+            refuse(writer, &reason);
+            let error = format!("A primary at {peer} was refused: {reason}");
+            return self.session_failed(&error);
+        }
+        self.step(Event::Accepted);
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner).vm = VmId(hello.vm);
+        let id = reader.session().unwrap_or(SessionId(0));
+        let heartbeat_ms = self.options.heartbeat_ms.min(offer.heartbeat_ms.into());
+        // The more patient side sets the pace: it knows how its network behaves.
+        let timeout_ms = self.options.timeout_ms.max(offer.timeout_ms.into());
+        let timeout = Duration::from_millis(timeout_ms);
+        let pace = Pace { heartbeat: Duration::from_millis(heartbeat_ms), linger: timeout };
+        let heard = Heard::new();
+        self.sessions += 1;
+        let number = self.sessions;
+        let control = match self.listen(Greeted { reader, writer }, pace, &heard) {
+            Ok(control) => control,
+            Err(error) => return self.step(Event::Lost(error.chain())),
+        };
+        self.observer.event(Told::ReceiveStarted { peer: peer.clone() });
+        let ram = match self.build(&offer) {
+            Ok(ram) => ram,
+            Err(error) => {
+                control.send(Message::Abort(error.chain()));
+                drop(control.finish());
+                return self.step(Event::Lost(error.chain()));
+            }
+        };
+        control.send(Message::Welcome(Welcome {
+            host: self.identity().host.0,
+            staging_bytes: self.options.staging_size,
+            heartbeat_ms: u32::try_from(heartbeat_ms).unwrap_or(u32::MAX),
+            timeout_ms: u32::try_from(timeout_ms).unwrap_or(u32::MAX),
+        }));
+        // Building may have taken longer than the timeout.
+        heard.now();
+        let connections = usize::try_from(hello.connections).unwrap_or(0);
+        self.session = Some(Session {
+            number,
+            id,
+            primary: HostId(hello.host),
+            control,
+            data: (0..connections).map(|_| None).collect(),
+            disks: None,
+            bell: None,
+            shared: self.share(ram, heard),
+            gather: Gather::new(connections, !offer.disks.is_empty()),
+            timeout,
+            last_word: false,
+        });
+        let mut gathered = self.status.lock();
+        gathered.info.peer = Some(peer);
+        gathered.info.last_error = None;
+    }
+
+    /// Starts the threads of the present session's control connection.
+    fn listen(&self, greeted: Greeted, pace: Pace, heard: &Heard) -> Result<Control, Error> {
+        let (number, deliver) = (self.sessions, self.inputs.clone());
+        let counters = Arc::clone(&self.status.counters);
+        let progress =
+            Progress { ours: Some(Arc::new(move || counters.done())), ..Progress::default() };
+        Control::start(greeted, pace, heard.clone(), progress, move |word, credit| {
+            let input = match word {
+                Ok(message) => Input::Message(number, message, credit),
+                Err(error) => Input::Lost(number, error),
+            };
+            deliver.send(input).is_ok()
+        })
+    }
+
+    fn share(&self, ram: Ram, heard: Heard) -> Shared {
+        Shared {
+            ram,
+            budget: Budget::new(self.options.staging_size),
+            round: Arc::new(AtomicU64::new(0)),
+            heard,
+            counters: Arc::clone(&self.status.counters),
+        }
+    }
+
+    fn build(&mut self, offer: &Offer) -> Result<Ram, Error> {
+        let built = self.builder.build(&offer.description);
+        let mut replica =
+            built.map_err(|source| Error::Guest { what: "build the replica", source })?;
+        let ram = replica.ram();
+        if layout(&ram) != offer.regions {
+            let pages =
+                offer.regions.iter().fold(0, |sum: u64, region| sum.saturating_add(region.pages));
+            let found = ram.pages();
+            return Err(Error::Memory(format!(
+                "the primary has {pages} pages in {} regions, the replica {found} in {}",
+                offer.regions.len(),
+                ram.regions().len()
+            )));
+        }
+        self.open_images(&mut replica, &offer.disks)?;
+        let pages = ram.pages().max(1);
+        let counters = &self.status.counters;
+        counters.synced_pages.store(0, Ordering::Relaxed);
+        counters.to_sync_pages.store(pages, Ordering::Relaxed);
+        counters.synced_disk_bytes.store(0, Ordering::Relaxed);
+        counters.to_sync_disk_bytes.store(offer.disks.iter().sum(), Ordering::Relaxed);
+        self.replica = Some(replica);
+        Ok(ram)
+    }
+
+    /// Disks of other sizes than the primary's are refused before a byte of them is written.
+    fn open_images(&mut self, replica: &mut B::Replica, sizes: &[u64]) -> Result<(), Error> {
+        if sizes.is_empty() {
+            return Ok(());
+        }
+        let opened = replica.open_disks();
+        let disks = opened.map_err(|source| Error::Guest { what: "open the images", source })?;
+        if disks.len() != sizes.len() {
+            let (theirs, ours) = (sizes.len(), disks.len());
+            let what = format!("The primary replicates {theirs} disks, the replica has {ours}");
+            return Err(Error::Failed(what));
+        }
+        for (at, (disk, theirs)) in disks.iter().zip(sizes).enumerate() {
+            let ours = disk.size_bytes();
+            if ours != *theirs {
+                return Err(Error::Failed(format!(
+                    "Disk {at} has {theirs} bytes at the primary and its image here has {ours}: \
+                     they must be of the same size"
+                )));
+            }
+        }
+        let (number, deliver) = (self.sessions, self.inputs.clone());
+        let tell = move |done| {
+            // An engine that has ended has let go of the images.
+            let _ = deliver.send(Input::Images(number, done));
+        };
+        let limit = self.options.staging_size / 4;
+        self.images = Some((number, Images::start(disks, limit, &self.status.counters, tell)?));
+        Ok(())
+    }
+
+    fn data(&mut self, reader: FrameReader<Box<dyn Stream>>, hello: Hello) {
+        let vm = self.identity().vm;
+        let Some(session) = &mut self.session else { return };
+        let index = usize::try_from(hello.connection).unwrap_or(0).wrapping_sub(1);
+        let known = reader.session() == Some(session.id)
+            && VmId(hello.vm) == vm
+            && HostId(hello.host) == session.primary;
+        if known && index == session.data.len() && session.bell.is_none() {
+            return self.hang_bell(reader);
+        }
+        if known && index == session.data.len() + 1 && session.disks.is_none() {
+            return self.disk_data(reader);
+        }
+        if !known || !matches!(session.data.get(index), Some(None)) {
+            // Of an older session, or a stranger: its stream closes with the reader.
+            return;
+        }
+        let (number, deliver) = (session.number, self.inputs.clone());
+        let share = Share { index, of: session.data.len() };
+        let started = DataConnection::start(share, reader, session.shared.clone(), move |part| {
+            let input = match part {
+                Ok((part, taken)) => Input::Part(number, index, part, taken),
+                Err(error) => Input::DataLost(number, error),
+            };
+            deliver.send(input).is_ok()
+        });
+        match started {
+            Ok(connection) => session.data[index] = Some(connection),
+            Err(error) => self.step(Event::Bad(error.chain())),
+        }
+    }
+
+    /// The disks' connection, where there are disks.
+    fn disk_data(&mut self, reader: FrameReader<Box<dyn Stream>>) {
+        let (Some(session), Some((_, images))) = (&mut self.session, &self.images) else { return };
+        let (number, deliver) = (session.number, self.inputs.clone());
+        let (disks, shared) = (images.disks().to_vec(), session.shared.clone());
+        let started = DiskConnection::start(reader, disks, shared, move |part: DiskDelivery| {
+            let input = match part {
+                Ok((part, taken)) => Input::DiskPart(number, part, taken),
+                Err(error) => Input::DataLost(number, error),
+            };
+            deliver.send(input).is_ok()
+        });
+        match started {
+            Ok(connection) => session.disks = Some(connection),
+            Err(error) => self.step(Event::Bad(error.chain())),
+        }
+    }
+
+    /// Waits beside the engine for the end of the primary's process.
+    fn hang_bell(&mut self, mut reader: FrameReader<Box<dyn Stream>>) {
+        let Some(session) = &mut self.session else { return };
+        let stream = reader.get_mut();
+        // No bell is no harm: the other connections end too, only later.
+        let Ok(handle) = stream.set_read_timeout(None).and_then(|()| stream.duplicate()) else {
+            return;
+        };
+        let (number, deliver) = (session.number, self.inputs.clone());
+        let body = move || {
+            let mut nothing = [0; 64];
+            while matches!(reader.get_mut().read(&mut nothing), Ok(1..)) {}
+            // An engine that has ended wants no news.
+            let _ = deliver.send(Input::Bell(number));
+        };
+        match spawn("repl-bell", None, body) {
+            Ok(_) => session.bell = Some(handle),
+            Err(error) => tracing::debug!("no bell: {}", error.chain()),
+        }
+    }
+}
+
+/// Tells a primary why it is not served, without waiting for it.
+fn refuse(mut writer: FrameWriter<Box<dyn Stream>>, reason: &str) {
+    // A primary that does not read its refusal has lost the connection: it learns that instead.
+    let _ = Message::Abort(reason.to_owned()).send(&mut writer);
+    writer.get_ref().finish();
+}
