@@ -313,6 +313,12 @@ impl Guest for MemoryGuest {
         Ok(())
     }
 
+    fn written_pages(&mut self) -> Result<Option<u64>, GuestError> {
+        let regions = self.0.ram.mapping().iter();
+        let words = regions.flat_map(|region| region.get_mmap().bitmap().clone().get_and_reset());
+        Ok(Some(words.map(|word| u64::from(word.count_ones())).sum()))
+    }
+
     fn capture(&mut self) -> Result<Checksum, GuestError> {
         let disks = self.0.disks.as_ref().map(|disks| disks.state()).unwrap_or_default();
         Ok(Checksum(checksum(&self.0.ram), disks))

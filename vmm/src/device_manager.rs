@@ -134,6 +134,7 @@ pub struct Holds {
 
 /// The devices of one machine.
 pub struct Devices {
+    vm: Arc<Vm>,
     buses: Arc<Buses>,
     serial: Option<SerialPort>,
     pm: Arc<PmDevice>,
@@ -194,7 +195,24 @@ impl Devices {
             pci.add(device)?;
         }
         let power_on = save(serial.as_ref(), &pm, &cmos, &i8042);
-        Ok(Self { buses, serial, pm, cmos, i8042, wishes, virtio, pci, power_on })
+        Ok(Self {
+            vm: Arc::clone(vm),
+            buses,
+            serial,
+            pm,
+            cmos,
+            i8042,
+            wishes,
+            virtio,
+            pci,
+            power_on,
+        })
+    }
+
+    /// The VM whose devices these are.
+    #[must_use]
+    pub fn vm(&self) -> &Vm {
+        &self.vm
     }
 
     #[must_use]

@@ -150,6 +150,14 @@ impl Memory {
         }
     }
 
+    /// How many pages the VMM itself wrote since the last harvest.
+    #[must_use]
+    pub fn own_writes(&self) -> u64 {
+        let words = self.mapping().iter();
+        let words = words.flat_map(|region| region.get_mmap().bitmap().clone().get_and_reset());
+        words.map(|word| u64::from(word.count_ones())).sum()
+    }
+
     /// The first page from `page` on that has ever been touched; `None` if there is none. Reading
     /// a page that was not would make the host allocate it.
     #[must_use]

@@ -127,7 +127,7 @@ pub(super) struct Engine<G: Guest> {
     in_flight: VecDeque<InFlight>,
     sealed: EpochId,
     last_seal: Instant,
-    /// When the dirty set was looked at last while nothing could be sealed.
+    /// When the dirty set was looked at last without a seal.
     last_look: Instant,
     /// Nothing was sent to this backup yet.
     fresh: bool,
@@ -164,9 +164,10 @@ impl<G: Guest> Engine<G> {
         let Session { control, data, disks, backup, welcome } = session;
         let millis = Duration::from_millis;
         let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
+        let stretched = options.epoch_max_ms.map(millis);
         let staging = welcome.staging_bytes;
         let log_bytes_max = if disks.is_some() { log_share(staging)? } else { 0 };
-        let cadence = Cadence::new(shortest, longest, staging - log_bytes_max);
+        let cadence = Cadence::new(shortest, longest, stretched, staging - log_bytes_max);
         let heard = Heard::new();
         let deliver = inputs.clone();
         let asker =
@@ -357,11 +358,13 @@ impl<G: Guest> Engine<G> {
             // The guest waits: as soon as it may be, and not before there is room.
             return if self.may_seal() && !self.awaits_room { self.last_seal } else { far() };
         }
-        if self.may_seal() {
-            self.last_seal + self.cadence.interval(self.output_waiting())
-        } else {
-            self.last_seal.max(self.last_look) + self.cadence.interval(false)
+        let look = self.last_seal.max(self.last_look) + self.cadence.look();
+        if !self.may_seal() {
+            return look;
         }
+        let waits = self.output_waiting();
+        let seal = self.last_seal + self.cadence.interval(waits);
+        if !waits && self.cadence.is_stretched() { seal.min(look) } else { seal }
     }
 
     fn input(&mut self, input: Input) {

@@ -20,6 +20,8 @@ pub struct ProtectedVm {
     holds: Holds,
     /// Whether the last capture said that a person had paused the VM.
     captured_paused: bool,
+    /// The dirty bitmap of a slot, for counting.
+    words: Vec<u64>,
 }
 
 impl ProtectedVm {
@@ -28,7 +30,7 @@ impl ProtectedVm {
         // Disks whose changes wait are those of one image that both hosts see.
         let disks = if holds.disks { vec![] } else { machine.devices().writable_disks() };
         let disks = (!disks.is_empty()).then(|| Arc::new(ReplicatedDisks(disks)));
-        Self { machine, disks, holds, captured_paused: false }
+        Self { machine, disks, holds, captured_paused: false, words: vec![] }
     }
 }
 
@@ -61,6 +63,26 @@ impl Guest for ProtectedVm {
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         Ok(self.machine.harvest(dirty)?)
+    }
+
+    fn written_pages(&mut self) -> Result<Option<u64>, GuestError> {
+        let vm = self.machine.devices().vm();
+        if !vm.capabilities().manual_dirty_log {
+            // Reading the log re-arms it.
+            return Ok(None);
+        }
+        let memory = self.machine.memory();
+        let mut pages = memory.own_writes();
+        for (slot, region) in memory.slots().iter().zip(memory.ram().regions()) {
+            self.words.resize(usize::try_from(region.pages.div_ceil(64))?, 0);
+            if let Err(error) = vm.dirty_log(slot.id, &mut self.words) {
+                // Refused where dirty pages are told in another way; else the harvest meets it, too.
+                tracing::debug!(%error, "dirty pages cannot be counted");
+                return Ok(None);
+            }
+            pages += self.words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+        }
+        Ok(Some(pages))
     }
 
     fn drop_untouched(&mut self, pages: &mut PageSet) {
