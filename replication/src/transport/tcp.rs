@@ -5,9 +5,26 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+use nix::{getsockopt_impl, sockopt_impl};
 
-use super::{Accept, Address, Stream, TransportError};
+use super::{Accept, Address, Delivery, Stream, TransportError};
+
+/// Words of `struct tcp_info` (include/uapi/linux/tcp.h) up to `tcpi_delivery_rate`, which the kernel
+/// has had since 4.9. It gives no more than is asked for.
+const TCP_INFO_WORDS: usize = 21;
+const DELIVERY_RATE_WORD: usize = 20;
+/// The eighth byte has flags, `tcpi_delivery_rate_app_limited` the first of them.
+const APP_LIMITED_BIT: u32 = 56;
+
+sockopt_impl!(
+    /// What TCP knows about a connection.
+    TcpInfo,
+    GetOnly,
+    libc::IPPROTO_TCP,
+    libc::TCP_INFO,
+    [u64; TCP_INFO_WORDS]
+);
 
 impl Stream for TcpStream {
     fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
@@ -29,6 +46,15 @@ impl Stream for TcpStream {
 
     fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         Self::set_write_timeout(self, timeout)
+    }
+
+    /// TCP's own estimate (net/ipv4/tcp_rate.c): it goes by acknowledgements, also of what was
+    /// written long before and lay in the socket's buffer.
+    fn delivery(&self) -> Option<Delivery> {
+        let info = getsockopt(self, TcpInfo).ok()?;
+        let bytes_per_s = info[DELIVERY_RATE_WORD];
+        let is_least = info[0].to_le() >> APP_LIMITED_BIT & 1 == 1;
+        (bytes_per_s > 0).then_some(Delivery { bytes_per_s, is_least })
     }
 
     fn keep_alive(&self, interval: Duration) -> io::Result<()> {

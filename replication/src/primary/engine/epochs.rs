@@ -163,6 +163,8 @@ impl<G: Guest> Engine<G> {
         self.give(epoch, source);
         let changes = log.changes.len() as u64;
         let log_bytes = log.changes.iter().map(Change::cost_bytes).sum();
+        let touched_bytes =
+            log.changes.iter().fold(0, |sum: u64, change| sum.saturating_add(change.len));
         if let Some(disks) = &self.disks {
             disks.give(DiskJob::Epoch { epoch, log });
         }
@@ -178,7 +180,7 @@ impl<G: Guest> Engine<G> {
         let generation = self.machine.generation();
         let seal = Seal { epoch, generation, handover, pages: counts, changes, state: bytes };
         self.tell(Message::Seal(seal));
-        self.in_flight.push_back(InFlight { sealed_at, pages, log_bytes });
+        self.in_flight.push_back(InFlight { sealed_at, pages, log_bytes, touched_bytes });
         let mut gathered = self.status.lock();
         if handover || self.options.cow != Cow::Off {
             gathered.pause_us.add_time(stood);
