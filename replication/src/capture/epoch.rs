@@ -77,7 +77,7 @@ impl Cadence {
         self.limit == self.longest && self.stretch.is_stretched()
     }
 
-    /// Whether a stretched epoch of so many pages ends now.
+    /// Whether a stretched epoch of so many pages, and as much of disks' changes, ends now.
     #[must_use]
     pub fn is_stretched_enough(&self, pages: u64) -> bool {
         pages > self.small()
@@ -117,9 +117,9 @@ impl Cadence {
         (rate.saturating_mul(millis) / 1000).max(PAGES_MIN)
     }
 
-    /// Learns from an epoch of `took`, for which the guest `stood`: at the same rate the next one
-    /// shall fill half of what it may.
-    pub fn sealed(&mut self, pages: u64, took: Duration, stood: Duration) {
+    /// Learns from an epoch of `took`, with `log_bytes` of disks' changes, for which the guest `stood`:
+    /// at the same rate the next one shall fill half of what it may.
+    pub fn sealed(&mut self, pages: u64, log_bytes: u64, took: Duration, stood: Duration) {
         let half = (self.staging_pages.min(self.link_pages()) / 2).max(1);
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
         let room = match pages {
@@ -130,7 +130,8 @@ impl Cadence {
         let room = Duration::from_micros(room);
         let up = self.limit.saturating_mul(3) / 2 + Duration::from_micros(1);
         self.limit = room.min(up).min(self.longest);
-        self.stretch.sealed(pages, self.small(), took, stood);
+        let logged = log_bytes / PAGE_SIZE as u64;
+        self.stretch.sealed(pages.saturating_add(logged), self.small(), took, stood);
     }
 
     /// The guest has to wait: the dirty set is about to outgrow the staging, or the link carries no
@@ -152,27 +153,27 @@ mod tests {
         let mut cadence = Cadence::new(MS, 25 * MS, None, 1000 * PAGE_SIZE as u64);
         assert_eq!(cadence.interval(false), 25 * MS);
         assert_eq!(cadence.interval(true), MS);
-        cadence.sealed(1000, 10 * MS, Duration::ZERO);
+        cadence.sealed(1000, 0, 10 * MS, Duration::ZERO);
         assert_eq!(cadence.interval(false), 5 * MS);
-        cadence.sealed(1, 10 * MS, Duration::ZERO);
+        cadence.sealed(1, 0, 10 * MS, Duration::ZERO);
         assert!(cadence.interval(false) < 8 * MS);
         for _ in 0..20 {
-            cadence.sealed(0, MS, Duration::ZERO);
+            cadence.sealed(0, 0, MS, Duration::ZERO);
         }
         assert_eq!(cadence.interval(false), 25 * MS);
-        cadence.sealed(u64::MAX, MS, Duration::ZERO);
+        cadence.sealed(u64::MAX, 0, MS, Duration::ZERO);
         assert_eq!(cadence.interval(false), MS);
     }
 
     #[test]
     fn a_slow_link_makes_epochs_small() {
         let mut cadence = Cadence::new(MS, 25 * MS, None, 65536 * PAGE_SIZE as u64);
-        cadence.sealed(10_000, 25 * MS, Duration::ZERO);
+        cadence.sealed(10_000, 0, 25 * MS, Duration::ZERO);
         assert_eq!(cadence.interval(false), 25 * MS);
         // 100 MiB/s: 2560 pages in 100 ms.
         cadence.sent(2560, 100 * MS);
         assert!(cadence.is_near_full(2560) && !cadence.is_near_full(2559));
-        cadence.sealed(10_000, 25 * MS, Duration::ZERO);
+        cadence.sealed(10_000, 0, 25 * MS, Duration::ZERO);
         assert_eq!(cadence.interval(false), Duration::from_micros(3200));
         cadence.sent(10, 1000 * MS);
         assert!(!cadence.is_near_full(2559), "a few pages say nothing");
@@ -191,7 +192,7 @@ mod tests {
         let mut cadence = Cadence::new(MS, 25 * MS, None, 65536 * PAGE_SIZE as u64);
         let seal = |cadence: &mut Cadence, count: u32, pages: u64| {
             for _ in 0..count {
-                cadence.sealed(pages, cadence.interval(false), MS);
+                cadence.sealed(pages, 0, cadence.interval(false), MS);
             }
         };
         seal(&mut cadence, 50, 100);
@@ -202,10 +203,13 @@ mod tests {
         // 64,000 pages in a second: half an epoch_ms for 800.
         cadence.sent(6400, 100 * MS);
         assert!(cadence.is_stretched_enough(801) && !cadence.is_stretched_enough(800));
+        // Changes of disks have to be sent as well.
+        cadence.sealed(100, 1500 * PAGE_SIZE as u64, 200 * MS, MS);
+        assert_eq!(cadence.interval(false), 100 * MS);
         // More than the link bears: shorter than epoch_ms.
-        cadence.sealed(20_000, 200 * MS, MS);
+        cadence.sealed(20_000, 0, 200 * MS, MS);
         assert_eq!(cadence.interval(false), 25 * MS);
-        cadence.sealed(20_000, 25 * MS, MS);
+        cadence.sealed(20_000, 0, 25 * MS, MS);
         assert_eq!(cadence.interval(false), 4 * MS);
         assert!(!cadence.is_stretched());
         seal(&mut cadence, 50, 100);

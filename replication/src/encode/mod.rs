@@ -126,11 +126,11 @@ impl Encoder {
             // Perhaps an epoch was sent and never applied.
             cache.clear();
         }
-        if let Some(auto) = &mut self.auto {
-            if std::mem::take(&mut auto.job_bytes) < BUFFER_BYTES {
-                // What fits the buffers on the way looks as if it had arrived.
-                auto.unasked_bytes = 0;
-            }
+        if let Some(auto) = &mut self.auto
+            && std::mem::take(&mut auto.job_bytes) < BUFFER_BYTES
+        {
+            // What fits the buffers on the way looks as if it had arrived.
+            auto.unasked_bytes = 0;
         }
     }
 

@@ -289,7 +289,7 @@ fn rewrite(machine: &Machine, work: &str, epoch: u64) {
 /// `cargo test --release -p replication --lib costs_of_an_epoch -- --ignored --nocapture`: commit
 /// latency of epochs of 1000 pages, and their bytes, over loopback and over a slow link. Over a link that
 /// the kernel makes slow: the same with `loopback` alone, in a namespace whose loopback is (`unshare -n`,
-/// `tc qdisc add dev lo root tbf rate 400mbit burst 64kb latency 50ms`).
+/// `tc qdisc add dev lo root tbf rate 400mbit burst 256kb latency 50ms`).
 #[test]
 #[ignore = "measures, asserts nothing"]
 fn costs_of_an_epoch() {

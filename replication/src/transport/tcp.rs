@@ -113,3 +113,41 @@ pub(super) fn listen(host: &str, port: u16) -> Result<(Box<dyn Accept>, Address)
     let port = listener.local_addr().map_err(failed)?.port();
     Ok((Box::new(listener), Address::Tcp { host: host.to_owned(), port }))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    /// A write ends when the socket's buffer has it; how fast that empties is seen all the same.
+    #[test]
+    fn a_slow_peer_is_seen_behind_a_large_buffer() {
+        const PIECE: usize = 64 << 10;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        setsockopt(&listener, sockopt::RcvBuf, &(32 << 10)).unwrap();
+        let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut theirs, _) = listener.accept().unwrap();
+        // 13 MB/s at most.
+        let reader = std::thread::spawn(move || {
+            let mut piece = vec![0; PIECE];
+            while matches!(theirs.read(&mut piece), Ok(1..)) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let piece = vec![7; PIECE];
+        (0..64).for_each(|_| ours.write_all(&piece).unwrap());
+        let delivery = Stream::delivery(&ours).expect("something arrived");
+        assert!((10_000..200_000_000).contains(&delivery.bytes_per_s), "{delivery:?}");
+        assert!(!delivery.is_least, "{delivery:?}");
+        Stream::close(&ours);
+        reader.join().unwrap();
+    }
+
+    #[test]
+    fn a_stream_without_traffic_says_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert_eq!(Stream::delivery(&ours), None);
+    }
+}

@@ -58,7 +58,8 @@ impl<G: Guest> Engine<G> {
     fn goes_on(&mut self) -> Result<bool, Error> {
         let now = Instant::now();
         let over = self.last_seal + self.cadence.interval(self.output_waiting());
-        if self.first || now >= over {
+        // A guest that stands has waited long enough.
+        if self.first || self.sealer.stands() || now >= over {
             return Ok(false);
         }
         self.last_look = now;
@@ -70,7 +71,9 @@ impl<G: Guest> Engine<G> {
             return Ok(false);
         };
         let harvested = self.sealer.dirty.pages().len();
-        Ok(!self.cadence.is_stretched_enough(written.saturating_add(harvested)))
+        let logged = self.disks.as_ref().map_or(0, |disks| disks.journal.open_bytes());
+        let pages = written.saturating_add(harvested).saturating_add(logged / PAGE_SIZE as u64);
+        Ok(!self.cadence.is_stretched_enough(pages))
     }
 
     pub(super) fn seal(&mut self) {
@@ -159,12 +162,12 @@ impl<G: Guest> Engine<G> {
         let pages = set.len();
         let of = self.senders.as_ref().map_or(1, Senders::count);
         let counts = (0..of).map(|index| Share { index, of }.count(set)).collect();
-        self.cadence.sealed(pages, took, stood);
         self.give(epoch, source);
         let changes = log.changes.len() as u64;
         let log_bytes = log.changes.iter().map(Change::cost_bytes).sum();
         let touched_bytes =
             log.changes.iter().fold(0, |sum: u64, change| sum.saturating_add(change.len));
+        self.cadence.sealed(pages, log_bytes, took, stood);
         if let Some(disks) = &self.disks {
             disks.give(DiskJob::Epoch { epoch, log });
         }
