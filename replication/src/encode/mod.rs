@@ -44,7 +44,7 @@ use lz4::Compressor;
 
 /// Of so many pages one is a sample: with `auto`, it is compared although comparing is not chosen,
 /// and what encodings take is measured on it. Always the same pages, so that they are known.
-const SAMPLE_PAGES: u64 = 64;
+const SAMPLE_PAGES: u64 = 128;
 /// Of so many samples one is compressed although compressing is not chosen: that takes longer.
 const COMPRESSED_SAMPLES: u32 = 16;
 /// Of so many bytes one goes as it is although compressing is chosen, to see what writing it takes: a
