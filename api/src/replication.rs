@@ -96,12 +96,16 @@ pub enum ConsoleOutput {
 pub struct ReplicateData {
     /// The backup: `tcp:<host>:<port>`, `unix:<path>` or `rdma:<host>:<port>`.
     pub destination_url: String,
-    /// Longest epoch in milliseconds, 1 to 10,000.
+    /// Longest epoch in milliseconds, 1 to 10,000, where somebody may wait for what it says.
     #[serde(default = "epoch_ms_default")]
     pub epoch_ms: u64,
     /// Shortest epoch in milliseconds, at most `epoch_ms`.
     #[serde(default = "epoch_min_ms_default")]
     pub epoch_min_ms: u64,
+    /// Longest epoch in milliseconds of a guest that computes, writes little and has said nothing of
+    /// late: `epoch_ms` to 10,000. By default eight times `epoch_ms`, up to 250 ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch_max_ms: Option<u64>,
     #[serde(default)]
     pub cow: Cow,
     /// Data connections beside the control connection, 1 to 128.
@@ -226,6 +230,10 @@ pub struct ReplicationInfo {
     pub generation: u64,
     pub epoch_sealed: u64,
     pub epoch_committed: u64,
+    /// From one seal to the next if no output waits: `epoch_ms`, less where the guest writes more than
+    /// staging or link bear, more up to `epoch_max_ms` where it only computes.
+    #[serde(default)]
+    pub epoch_interval_us: u64,
     /// How long the guest stood still for a seal.
     pub pause_us: Percentiles,
     /// Of what the pauses consist: the median of each step.

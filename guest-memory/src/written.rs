@@ -51,6 +51,15 @@ impl WrittenPages {
             }
         }
     }
+
+    /// How many pages wait for a drain.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        let summaries = self.summary.iter().enumerate();
+        let dirty = summaries.filter(|(_, summary)| summary.load(Ordering::Acquire) != 0);
+        let words = dirty.flat_map(|(at, _)| self.words.iter().skip(at * BITS).take(BITS));
+        words.map(|word| u64::from(word.load(Ordering::Acquire).count_ones())).sum()
+    }
 }
 
 impl<'a> WithBitmapSlice<'a> for WrittenPages {
@@ -151,9 +160,10 @@ mod tests {
         log.mark_dirty(PAGES * PAGE_SIZE, 1);
         assert!(log.dirty_at(6 * PAGE_SIZE) && !log.dirty_at(7 * PAGE_SIZE));
         assert!(!log.dirty_at(usize::MAX));
+        assert_eq!(log.count(), 8);
         let last = PAGES as u64 - 1;
         assert_eq!(drained(&log), [5, 6, 62, 63, 64, 65, 4096, last]);
-        assert!(drained(&log).is_empty());
+        assert!(drained(&log).is_empty() && log.count() == 0);
     }
 
     #[test]

@@ -65,6 +65,13 @@ pub trait Guest: Send + 'static {
     /// than the truth, never smaller) and re-arms the tracking. Allowed while the guest runs.
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError>;
 
+    /// How many pages were written since the last harvest, counted without re-arming the tracking, so
+    /// that the guest pays nothing for it. `None` if that cannot be had: then no epoch is longer than
+    /// `epoch_ms`, since what it grows to has to be watched. Asked while the guest runs.
+    fn written_pages(&mut self) -> Result<Option<u64>, GuestError> {
+        Ok(None)
+    }
+
     /// Removes from `pages` those that nobody ever wrote, as far as that is known: they read as zero,
     /// and reading them would cost the host a page each. Asked after a harvest, while the guest runs;
     /// what is written after that harvest is in the next one.

@@ -94,6 +94,12 @@ impl Ram {
         }
     }
 
+    /// How many pages were written through the mapping since they were drained last.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.mapping.iter().map(|region| region.get_mmap().bitmap().count()).sum()
+    }
+
     /// The regions in the order of their addresses.
     #[must_use]
     pub fn regions(&self) -> &[Region] {

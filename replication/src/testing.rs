@@ -312,6 +312,10 @@ impl Guest for MemoryGuest {
         Ok(())
     }
 
+    fn written_pages(&mut self) -> Result<Option<u64>, GuestError> {
+        Ok(Some(self.0.ram.written()))
+    }
+
     fn capture(&mut self) -> Result<Checksum, GuestError> {
         let disks = self.0.disks.as_ref().map(|disks| disks.state()).unwrap_or_default();
         Ok(Checksum(checksum(&self.0.ram), disks))

@@ -394,6 +394,13 @@ impl Machine {
         Ok(())
     }
 
+    /// How many pages were written since the last harvest, the tracking left as it is; `None` where
+    /// that cannot be had.
+    pub fn written_pages(&self) -> Result<Option<u64>, MachineError> {
+        let guests = self.vm.dirty_log().written()?;
+        Ok(guests.map(|pages| pages + self.memory.own_writes()))
+    }
+
     fn alive(&self, life: &Life) -> Result<(), MachineError> {
         if life.destroyed { Err(MachineError::Destroyed) } else { Ok(()) }
     }

@@ -148,6 +148,12 @@ impl Memory {
         self.ram.drain_written(dirty);
     }
 
+    /// How many pages the VMM itself wrote since the last harvest.
+    #[must_use]
+    pub fn own_writes(&self) -> u64 {
+        self.ram.written()
+    }
+
     /// The first page from `page` on that has ever been touched; `None` if there is none. Reading
     /// a page that was not would make the host allocate it.
     #[must_use]

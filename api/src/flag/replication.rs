@@ -36,6 +36,7 @@ impl FromStr for ReplicateData {
             "destination_url",
             "epoch_ms",
             "epoch_min_ms",
+            "epoch_max_ms",
             "cow",
             "connections",
             "compression",
@@ -57,6 +58,7 @@ impl FromStr for ReplicateData {
             destination_url: pairs.required("destination_url")?,
             epoch_ms,
             epoch_min_ms,
+            epoch_max_ms: pairs.parsed("epoch_max_ms", MILLISECONDS)?,
             cow: pairs.word("cow", &COW)?.unwrap_or_default(),
             connections: pairs.parsed("connections", NUMBER)?.unwrap_or(1),
             compression: pairs.word("compression", &COMPRESSION)?.unwrap_or_default(),
@@ -79,6 +81,7 @@ impl ReplicateData {
             .pair("destination_url", &self.destination_url)
             .pair("epoch_ms", &self.epoch_ms.to_string())
             .pair("epoch_min_ms", &self.epoch_min_ms.to_string())
+            .optional("epoch_max_ms", self.epoch_max_ms.map(|ms| ms.to_string()).as_deref())
             .pair("cow", name(&COW, self.cow))
             .pair("connections", &self.connections.to_string())
             .pair("compression", name(&COMPRESSION, self.compression))

@@ -212,6 +212,7 @@ prop_compose! {
     fn replicate()(
         destination_url in text(),
         numbers in any::<[u64; 4]>(),
+        epoch_max_ms in prop::option::of(any::<u64>()),
         cow in prop::sample::select(vec![Cow::Hybrid, Cow::Protect, Cow::Copy, Cow::Off]),
         connections in any::<u32>(),
         compression in prop::sample::select(vec![
@@ -225,8 +226,8 @@ prop_compose! {
     ) -> ReplicateData {
         let [epoch_ms, epoch_min_ms, heartbeat_ms, timeout_ms] = numbers;
         ReplicateData {
-            destination_url, epoch_ms, epoch_min_ms, cow, connections, compression, heartbeat_ms,
-            timeout_ms, arbiter, degrade, tls_dir, disk_mode, console_output,
+            destination_url, epoch_ms, epoch_min_ms, epoch_max_ms, cow, connections, compression,
+            heartbeat_ms, timeout_ms, arbiter, degrade, tls_dir, disk_mode, console_output,
         }
     }
 }

@@ -34,6 +34,13 @@ impl ReplicateData {
             let wanted = format!("epoch_ms ({}) at most", self.epoch_ms);
             found.push(Invalid::value("epoch_min_ms", wanted, self.epoch_min_ms));
         }
+        if let Some(most) = self.epoch_max_ms {
+            range("epoch_max_ms", most, &EPOCH_MS, &mut found);
+            if most < self.epoch_ms {
+                let wanted = format!("at least epoch_ms ({})", self.epoch_ms);
+                found.push(Invalid::value("epoch_max_ms", wanted, most));
+            }
+        }
         range("connections", self.connections, &CONNECTIONS, &mut found);
         silence(self.heartbeat_ms, self.timeout_ms, &mut found);
         arbiter(self.arbiter.as_deref(), &mut found);
@@ -151,6 +158,8 @@ mod tests {
             ("epoch_ms=0,epoch_min_ms=0", "epoch_ms must be 1 to 10000, not 0"),
             ("epoch_ms=10001", "epoch_ms must be 1 to 10000, not 10001"),
             ("epoch_ms=5,epoch_min_ms=6", "epoch_min_ms must be epoch_ms (5) at most, not 6"),
+            ("epoch_max_ms=10001", "epoch_max_ms must be 1 to 10000, not 10001"),
+            ("epoch_max_ms=24", "epoch_max_ms must be at least epoch_ms (25), not 24"),
             ("connections=0", "connections must be 1 to 128, not 0"),
             ("connections=129", "connections must be 1 to 128, not 129"),
             ("heartbeat_ms=9", "heartbeat_ms must be 10 to 60000, not 9"),
@@ -177,7 +186,8 @@ mod tests {
     fn the_edges_of_the_ranges_are_in_them() {
         for option in [
             "epoch_ms=1,epoch_min_ms=1",
-            "epoch_ms=10000,epoch_min_ms=10000",
+            "epoch_ms=10000,epoch_min_ms=10000,epoch_max_ms=10000",
+            "epoch_max_ms=25",
             "connections=128",
             "heartbeat_ms=10,timeout_ms=20",
             "heartbeat_ms=60000,timeout_ms=120000",

@@ -102,6 +102,21 @@ impl DirtyLog for Bitmap {
         Ok(())
     }
 
+    fn written(&self) -> Result<Option<u64>, VmError> {
+        if !self.manual {
+            return Ok(None);
+        }
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pages = 0;
+        for (slot, slot_pages) in self.slots.logged() {
+            let count = usize::try_from(words_of(slot_pages)).unwrap_or(0);
+            let words = buffers.words.get_mut(..count).ok_or(VmError::BitmapLength { slot })?;
+            read(&self.fd, slot, words)?;
+            pages += words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+        }
+        Ok(Some(pages))
+    }
+
     fn make_room(&self) -> Result<(), VmError> {
         Ok(())
     }

@@ -92,6 +92,13 @@ pub trait DirtyLog: Send + Sync {
     /// The kernel's; what was reported before is re-armed or will be reported again.
     fn harvest(&self, report: &mut dyn FnMut(Written)) -> Result<(), VmError>;
 
+    /// How many pages were written since the last harvest; they stay as they are, so that the guest
+    /// pays no fault for this look. `None` where KVM's looking re-arms.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn written(&self) -> Result<Option<u64>, VmError>;
+
     /// Makes room for a vCPU that cannot run on, see KVM_EXIT_DIRTY_RING_FULL.
     ///
     /// # Errors

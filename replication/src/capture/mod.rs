@@ -1,9 +1,10 @@
 //! From a running guest to the pages of an epoch.
 //!
 //! - [`dirty`]: the pages that were written since the last seal;
-//! - [`epoch`]: when to seal;
+//! - [`epoch`]: when to seal; `stretch`: how much later where nobody waits;
 //! - [`cow`]: their bytes as they were at the seal.
 
 pub mod cow;
 pub mod dirty;
 pub mod epoch;
+mod stretch;

@@ -120,16 +120,34 @@ pub trait ReplicaDisk: Send + Sync {
 /// look like standing still.
 const PIECE_BYTES: u64 = 4 << 20;
 
+/// What the images of a replica have taken, as a backup says it with its heartbeats: only that it
+/// grows is of meaning.
+#[derive(Debug, Default)]
+pub(crate) struct Done {
+    /// Bytes that were written, zeroed or discarded.
+    bytes: AtomicU64,
+    /// Flushes that are under way, and how often somebody asked meanwhile: a host that makes much
+    /// durable says nothing while it does, and is not dead.
+    flushes: AtomicU64,
+    asked: AtomicU64,
+}
+
+impl Done {
+    /// Grows from one call to the next if something was done in between, or is being flushed.
+    pub(crate) fn count(&self) -> u64 {
+        if self.flushes.load(Ordering::Relaxed) > 0 {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+        }
+        self.bytes.load(Ordering::Relaxed).wrapping_add(self.asked.load(Ordering::Relaxed))
+    }
+}
+
 /// Carries out a change whose range was checked, and counts its bytes in `done` as it goes on.
 ///
 /// # Errors
 /// From the host.
-pub(crate) fn carry_out(
-    disk: &dyn ReplicaDisk,
-    change: &Change,
-    done: &AtomicU64,
-) -> io::Result<()> {
-    let count = |bytes| done.fetch_add(bytes, Ordering::Relaxed);
+pub(crate) fn carry_out(disk: &dyn ReplicaDisk, change: &Change, done: &Done) -> io::Result<()> {
+    let count = |bytes| done.bytes.fetch_add(bytes, Ordering::Relaxed);
     let in_pieces = |piece: &dyn Fn(u64, u64) -> io::Result<()>| {
         let end = change.offset + change.len;
         let mut at = change.offset;
@@ -150,9 +168,11 @@ pub(crate) fn carry_out(
         Operation::Zero { unmap } => in_pieces(&|offset, len| disk.zero(offset, len, unmap)),
         Operation::Discard => in_pieces(&|offset, len| disk.discard(offset, len)),
         Operation::Flush => {
-            disk.flush()?;
+            done.flushes.fetch_add(1, Ordering::Relaxed);
+            let flushed = disk.flush();
             count(1);
-            Ok(())
+            done.flushes.fetch_sub(1, Ordering::Relaxed);
+            flushed
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What pays: a pure rule over costs that were measured, and the averages that it looks at.
 //!
-//! Enters: how long the link took for bytes, how long an encoding took for a page and what came of
+//! Enters: how long the link took for bytes to be written, and to arrive; how long an encoding took for a page and what came of
 //! it. Leaves: a [`Choice`]. Always holds: nothing is chosen that was not tried, and an encoding is
 //! begun only where it saves a good part of the time, so that one that hardly pays does not come
 //! and go.
@@ -110,11 +110,14 @@ impl Cost {
     }
 }
 
-/// How long the link takes for bytes.
+/// How long the link takes for bytes: as writing them takes, or, where they wait in a large buffer
+/// after that, as their acknowledgements do, whichever is longer.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Link {
     /// Picoseconds for a byte.
     ps: Average,
+    /// Of bytes that arrived; few values count, for each is of many bytes already.
+    carried_ps: Option<u64>,
 }
 
 impl Link {
@@ -124,14 +127,26 @@ impl Link {
         self.ps.add(u64::try_from(ps).unwrap_or(u64::MAX));
     }
 
+    /// So many bytes arrived in a second. If that is the `least`, it only shows that the link is not
+    /// slower: there was not always something to send.
+    pub fn carried(&mut self, bytes_per_s: u64, is_least: bool) {
+        let ps = 1_000_000_000_000 / bytes_per_s.max(1);
+        self.carried_ps = match self.carried_ps {
+            None if is_least => None,
+            Some(old) if is_least && ps >= old => Some(old),
+            None => Some(ps),
+            Some(old) => Some(old - old / 4 + ps / 4),
+        };
+    }
+
     /// Whether it was seen often enough.
     #[must_use]
     pub fn is_known(&self) -> bool {
-        self.ps.is_known()
+        self.ps.is_known() || self.carried_ps.is_some()
     }
 
     fn ns(&self, bytes: u64) -> u64 {
-        self.ps.get().saturating_mul(bytes) / 1000
+        self.ps.get().max(self.carried_ps.unwrap_or(0)).saturating_mul(bytes) / 1000
     }
 }
 
@@ -229,6 +244,32 @@ mod tests {
     }
 
     #[test]
+    fn a_buffer_does_not_hide_a_slow_link() {
+        let (small, half) = (cost(600, 10, 100), cost(5000, 10, 2000));
+        // Written at 4 GB/s, carried at 50 MB/s: one look is enough.
+        let mut hidden = link(4000);
+        assert_eq!(chosen(hidden, cost(900, 10, 100), half), NONE);
+        hidden.carried(50_000_000, true);
+        assert_eq!(chosen(hidden, cost(900, 10, 100), half), NONE, "perhaps it carries more");
+        hidden.carried(50_000_000, false);
+        assert_eq!(chosen(hidden, small, half), BOTH);
+        // A few bytes say nothing to the contrary; that more arrived does.
+        hidden.carried(1_000_000, true);
+        assert_eq!(chosen(hidden, small, half), BOTH);
+        (0..30).for_each(|_| hidden.carried(4_000_000_000, true));
+        assert_eq!(chosen(hidden, cost(900, 10, 100), half), NONE);
+        // Nothing was written yet that would have told.
+        let mut unknown = Link::default();
+        assert!(!unknown.is_known());
+        unknown.carried(50_000_000, false);
+        assert_eq!(chosen(unknown, small, half), BOTH);
+        // A peer that takes slowly what the link carries fast.
+        let mut slow = link(50);
+        (0..30).for_each(|_| slow.carried(4_000_000_000, false));
+        assert_eq!(chosen(slow, small, half), BOTH);
+    }
+
+    #[test]
     fn what_does_not_fit_often_enough_does_not_pay() {
         let slow = link(100);
         let noise = cost(5000, 0, 0);
@@ -286,6 +327,8 @@ mod tests {
         let mut costs = Costs::default();
         for _ in 0..100 {
             costs.link.took(0, Duration::MAX);
+            costs.link.carried(0, false);
+            costs.link.carried(u64::MAX, true);
             costs.lz4.took(Duration::MAX);
             costs.lz4.became(Some(usize::MAX));
             costs.delta.took(Duration::ZERO);

@@ -36,6 +36,7 @@ use api::replication::Compression;
 
 use crate::capture::cow::Page;
 use crate::ids::{EpochId, PageIndex};
+use crate::transport::Delivery;
 use crate::wire::{Encoding, Kind, WireError, begin_content, end_content, undo_content};
 use cache::{Cache, Known};
 use choose::{Choice, Costs, choose};
@@ -43,15 +44,18 @@ use lz4::Compressor;
 
 /// Of so many pages one is a sample: with `auto`, it is compared although comparing is not chosen,
 /// and what encodings take is measured on it. Always the same pages, so that they are known.
-const SAMPLE_PAGES: u64 = 64;
+const SAMPLE_PAGES: u64 = 128;
 /// Of so many samples one is compressed although compressing is not chosen: that takes longer.
 const COMPRESSED_SAMPLES: u32 = 16;
-/// Of so many frames one goes as it is although compressing is chosen, to see the link at work.
-const PLAIN_FRAMES: u32 = 64;
+/// Of so many bytes one goes as it is although compressing is chosen, to see what writing it takes: a
+/// whole frame, and then none until the others have made up for it.
+const PLAIN_PARTS: u64 = 128;
 /// The first bytes of a job go into the socket's buffer and say nothing about the link. It may take
-/// some MiB, but who skipped them all would learn nothing from most epochs: so a link looks faster
-/// than it is, and what hardly pays is not begun.
+/// some MiB, but who skipped them all would learn nothing from most epochs; what the kernel knows
+/// of the bytes' arrival says the rest ([`crate::transport::Delivery`]).
 const BUFFER_BYTES: u64 = 256 << 10;
+/// Within a job the kernel is asked how bytes arrive after so many.
+const ASK_BYTES: u64 = 4 << 20;
 /// A frame of fewer bytes tells what a call costs, not what the link does.
 const LINK_FRAME_BYTES: u64 = 32 << 10;
 
@@ -88,8 +92,11 @@ enum Piece {
 struct Auto {
     costs: Costs,
     samples: u32,
-    frames: u32,
+    /// What is to be sent until a frame goes as it is again.
+    until_plain_bytes: u64,
     job_bytes: u64,
+    /// Sent since the kernel was asked how bytes arrive, in jobs that are large enough to tell.
+    unasked_bytes: u64,
 }
 
 impl Encoder {
@@ -119,8 +126,26 @@ impl Encoder {
             // Perhaps an epoch was sent and never applied.
             cache.clear();
         }
-        if let Some(auto) = &mut self.auto {
-            auto.job_bytes = 0;
+        if let Some(auto) = &mut self.auto
+            && std::mem::take(&mut auto.job_bytes) < BUFFER_BYTES
+        {
+            // What fits the buffers on the way looks as if it had arrived.
+            auto.unasked_bytes = 0;
+        }
+    }
+
+    /// Learns how what was sent before has arrived; `delivery` is called where that is of use: where
+    /// a job begins and, now and then, in a long one.
+    pub(crate) fn arrived(&mut self, delivery: impl FnOnce() -> Option<Delivery>) {
+        let Some(auto) = &mut self.auto else { return };
+        let due_bytes = if auto.job_bytes == 0 { BUFFER_BYTES } else { ASK_BYTES };
+        if auto.unasked_bytes < due_bytes {
+            return;
+        }
+        auto.unasked_bytes = 0;
+        if let Some(Delivery { bytes_per_s, is_least }) = delivery() {
+            auto.costs.link.carried(bytes_per_s, is_least);
+            self.choice = choose(&auto.costs, self.choice);
         }
     }
 
@@ -233,24 +258,28 @@ impl Encoder {
         self.pieces.clear();
         self.bytes.clear();
         if let Some(auto) = &mut self.auto {
-            auto.sent(bytes, took);
+            auto.sent(bytes, took, auto.is_plain() || !self.choice.lz4);
             self.choice = choose(&auto.costs, self.choice);
         }
     }
 }
 
 impl Auto {
-    /// Whether this frame shows what the link does.
+    /// Whether this frame shows what writing takes.
     fn is_plain(&self) -> bool {
-        self.frames % PLAIN_FRAMES == PLAIN_FRAMES - 1
+        self.until_plain_bytes == 0
     }
 
-    fn sent(&mut self, bytes: u64, took: Duration) {
-        self.frames = self.frames.wrapping_add(1);
+    fn sent(&mut self, bytes: u64, took: Duration, is_plain: bool) {
+        self.until_plain_bytes = match is_plain {
+            true => bytes * PLAIN_PARTS,
+            false => self.until_plain_bytes.saturating_sub(bytes),
+        };
         if self.job_bytes >= BUFFER_BYTES && bytes >= LINK_FRAME_BYTES {
             self.costs.link.took(bytes, took);
         }
         self.job_bytes += bytes;
+        self.unasked_bytes += bytes;
     }
 }
 

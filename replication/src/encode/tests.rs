@@ -284,6 +284,63 @@ fn auto_compresses_a_first_copy_over_a_slow_link() {
     assert!(line.count(Encoding::Raw) > 0);
 }
 
+/// The socket takes everything at once; only how it arrives tells that the link is slow.
+#[test]
+fn auto_sees_a_slow_link_behind_a_large_buffer() {
+    let mut line = Line::new(Compression::Auto);
+    let mut asked = 0;
+    for epoch in 0..12 {
+        // Where a job begins, as a sender does it.
+        line.encoder.begin(EpochId((epoch + 1).into()));
+        line.encoder.arrived(|| {
+            asked += 1;
+            Some(Delivery { bytes_per_s: 20_000_000, is_least: false })
+        });
+        line.sent.clear();
+        epochs(&mut line, epoch, 1, 1);
+        let compact = line.sent.iter().filter(|(_, encoding)| *encoding != Encoding::Raw).count();
+        let is_chosen = compact * 10 > line.sent.len() * 9;
+        assert!(is_chosen || epoch < 5, "{compact} of {} in epoch {epoch}", line.sent.len());
+    }
+    assert!(asked > 0);
+}
+
+#[test]
+fn what_fits_a_buffer_is_no_reason_to_ask_how_it_arrived() {
+    let mut line = Line::new(Compression::Auto);
+    for epoch in 1..100 {
+        line.encoder.begin(EpochId(epoch));
+        line.encoder.arrived(|| panic!("asked"));
+        line.encoder.sent(100 << 10, Duration::ZERO);
+        line.encoder.arrived(|| panic!("asked"));
+    }
+    let mut asked = 0;
+    line.encoder.begin(EpochId(100));
+    for _ in 0..1024 {
+        line.encoder.sent(64 << 10, Duration::ZERO);
+        line.encoder.arrived(|| {
+            asked += 1;
+            None
+        });
+    }
+    assert_eq!(asked, 16, "once for each 4 MiB");
+}
+
+/// What is sent to learn, and not because it pays, is less than a hundredth.
+#[test]
+fn frames_that_go_as_they_are_are_few() {
+    let mut auto = Auto::default();
+    let (mut plain, mut all) = (0, 0);
+    // Pages of text become a thirtieth: a frame that is not compressed is thirty of them.
+    for _ in 0..100_000 {
+        let (is_plain, bytes) = (auto.is_plain(), if auto.is_plain() { 262_144 } else { 8_000 });
+        auto.sent(bytes, Duration::from_micros(100), is_plain);
+        plain += if is_plain { bytes } else { 0 };
+        all += bytes;
+    }
+    assert!(plain > 0 && plain * 100 < all, "{plain} of {all}");
+}
+
 #[test]
 fn sixty_four_changed_bytes_of_a_page_are_a_tenth_of_it_on_the_wire() {
     let mut line = Line::new(Compression::Delta);

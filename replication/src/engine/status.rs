@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api::replication::{PauseSteps, ReplicationInfo};
 
 use super::stats::Window;
+use crate::disk::Done;
 use crate::ids::PAGE_SIZE;
 
 /// The parts of [`ReplicationInfo`], as they are gathered.
@@ -25,8 +26,8 @@ pub(crate) struct Gathered {
 pub(crate) struct Counters {
     pub(crate) wire_bytes: AtomicU64,
     pub(crate) raw_bytes: AtomicU64,
-    /// Bytes of disks' images that a backup has written, zeroed or discarded.
-    pub(crate) image_bytes: AtomicU64,
+    /// What the disks' images of a backup have taken.
+    pub(crate) images: Done,
     /// Pages of the first copy that are through.
     pub(crate) synced_pages: AtomicU64,
     /// Pages of its first pass.
@@ -40,8 +41,7 @@ pub(crate) struct Counters {
 impl Counters {
     /// What a backup says it has done: it grows with whatever it does.
     pub(crate) fn done(&self) -> u64 {
-        let sum = |sum: u64, bytes: &AtomicU64| sum.wrapping_add(bytes.load(Ordering::Relaxed));
-        [&self.wire_bytes, &self.image_bytes].into_iter().fold(0, sum)
+        self.wire_bytes.load(Ordering::Relaxed).wrapping_add(self.images.count())
     }
 
     /// Share of the first pass that is through; whole only once the engine says so.

@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::disk::{self, DiskError, DiskSender};
 use super::options::Checked;
+use super::patience::{Patience, Verdict};
 use super::seal::{Pause, Sealer};
 use super::send::{Job, Senders, Sent, Source};
 use super::session::{self, Session};
@@ -21,10 +22,10 @@ use crate::engine::heard::Heard;
 use crate::engine::status::Status;
 use crate::error::Error;
 use crate::guest::{Guest, Waker};
-use crate::ids::{EpochId, Generation};
+use crate::ids::{EpochId, Generation, PAGE_SIZE};
 use crate::observer::{Event as Told, Observer};
 use crate::ownership::{HostId, HostIdentity, Record, Standing};
-use crate::protocol::ownership::{Claim, Verdict};
+use crate::protocol::ownership::{self, Claim};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Report, State};
 use crate::wire::{Message, WireError};
 
@@ -42,9 +43,6 @@ const GOOD_EPOCHS: u32 = 100;
 const DISK_STAGING_BYTES_MIN: u64 = 9 << 20;
 /// Most bytes of an epoch's log of the disks.
 const LOG_BYTES_MAX: u64 = 64 << 20;
-
-/// Peer timeouts without progress after which a living backup is given up.
-const STALL_TIMEOUTS: u32 = 4;
 
 /// What a person asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +89,8 @@ struct InFlight {
     sealed_at: Instant,
     pages: u64,
     log_bytes: u64,
+    /// That an image has to write, zero or discard.
+    touched_bytes: u64,
 }
 
 pub(super) struct Engine<G: Guest> {
@@ -127,7 +127,7 @@ pub(super) struct Engine<G: Guest> {
     in_flight: VecDeque<InFlight>,
     sealed: EpochId,
     last_seal: Instant,
-    /// When the dirty set was looked at last while nothing could be sealed.
+    /// When the dirty set was looked at last without a seal.
     last_look: Instant,
     /// Nothing was sent to this backup yet.
     fresh: bool,
@@ -136,9 +136,7 @@ pub(super) struct Engine<G: Guest> {
     too_large: u32,
     good: u32,
     output: Arc<AtomicBool>,
-    /// Bytes that were sent, and dealt with by the backup, when something last went on, and when
-    /// that was.
-    progress: (u64, Instant),
+    patience: Patience,
     retry_at: Option<Instant>,
     undecided_told: bool,
     stop_answer: Vec<Sender<Result<(), Error>>>,
@@ -164,9 +162,10 @@ impl<G: Guest> Engine<G> {
         let Session { control, data, disks, backup, welcome } = session;
         let millis = Duration::from_millis;
         let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
+        let stretched = options.epoch_max_ms.map(millis);
         let staging = welcome.staging_bytes;
         let log_bytes_max = if disks.is_some() { log_share(staging)? } else { 0 };
-        let cadence = Cadence::new(shortest, longest, staging - log_bytes_max);
+        let cadence = Cadence::new(shortest, longest, stretched, staging - log_bytes_max);
         let heard = Heard::new();
         let deliver = inputs.clone();
         let asker =
@@ -178,6 +177,7 @@ impl<G: Guest> Engine<G> {
         let deliver = inputs.clone();
         let deliver = move |sent| deliver.send(Input::Sent(sent)).is_ok();
         let senders = Senders::start(data, &ram, options.compression, &status.counters, deliver)?;
+        let patience = Patience::new(millis(options.timeout_ms), Instant::now());
         let (output, waker) = Self::wake_by(&mut guest, inputs.clone());
         let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages())?;
         let disks = match (guest.disks(), disks) {
@@ -226,7 +226,7 @@ impl<G: Guest> Engine<G> {
             too_large: 0,
             good: GOOD_EPOCHS,
             output,
-            progress: (0, Instant::now()),
+            patience,
             retry_at: None,
             undecided_told: false,
             stop_answer: vec![],
@@ -310,7 +310,7 @@ impl<G: Guest> Engine<G> {
         };
         next = next.min(self.retry_at.unwrap_or(next));
         if self.awaits_peer() {
-            next = next.min(self.progress.1 + self.timeout() * STALL_TIMEOUTS);
+            next = next.min(self.patience.deadline());
         }
         if self.work == Work::Epochs {
             next = next.min(self.seal_due());
@@ -324,17 +324,39 @@ impl<G: Guest> Engine<G> {
         self.control.is_some() && busy
     }
 
-    /// A peer whose heart beats but that takes nothing, does nothing by its own account and
-    /// acknowledges nothing is no backup.
-    fn is_stalled(&mut self) -> bool {
+    /// A peer whose heart beats but that takes nothing and acknowledges nothing is no backup, whatever
+    /// it says that it does.
+    fn is_given_up(&mut self) -> Option<String> {
+        let now = Instant::now();
+        if !self.awaits_peer() {
+            self.patience.nothing_due(now);
+            return None;
+        }
         let counters = &self.status.counters;
         let zeroes = counters.synced_disk_bytes.load(Ordering::Relaxed);
         let sent = counters.wire_bytes.load(Ordering::Relaxed).wrapping_add(zeroes);
-        let bytes = sent.wrapping_add(self.done.load(Ordering::Relaxed));
-        if !self.awaits_peer() || bytes != self.progress.0 {
-            self.progress = (bytes, Instant::now());
+        let seen = sent.wrapping_add(self.machine.committed().0);
+        let said = self.done.load(Ordering::Relaxed);
+        let touched = self
+            .in_flight
+            .iter()
+            .map(|epoch| (epoch.pages * PAGE_SIZE as u64).saturating_add(epoch.touched_bytes));
+        // Acknowledged changes wait for the images, too, up to as much as a log may have.
+        let bytes = touched.fold(self.log_bytes_max, u64::saturating_add);
+        self.patience.look(now, seen, said, bytes);
+        match self.patience.verdict(now) {
+            Verdict::Waits => None,
+            Verdict::Stalled => {
+                Some("The backup lives but neither takes nor acknowledges an epoch".to_owned())
+            }
+            Verdict::OnlyWords => {
+                let seconds = self.patience.word().as_secs();
+                Some(format!(
+                    "The backup says that it goes on, but took and acknowledged nothing for \
+                     {seconds} s"
+                ))
+            }
         }
-        self.progress.1.elapsed() > self.timeout() * STALL_TIMEOUTS
     }
 
     fn output_waiting(&self) -> bool {
@@ -357,11 +379,13 @@ impl<G: Guest> Engine<G> {
             // The guest waits: as soon as it may be, and not before there is room.
             return if self.may_seal() && !self.awaits_room { self.last_seal } else { far() };
         }
-        if self.may_seal() {
-            self.last_seal + self.cadence.interval(self.output_waiting())
-        } else {
-            self.last_seal.max(self.last_look) + self.cadence.interval(false)
+        let look = self.last_seal.max(self.last_look) + self.cadence.look();
+        if !self.may_seal() {
+            return look;
         }
+        let waits = self.output_waiting();
+        let seal = self.last_seal + self.cadence.interval(waits);
+        if !waits && self.cadence.is_stretched() { seal.min(look) } else { seal }
     }
 
     fn input(&mut self, input: Input) {
@@ -461,8 +485,7 @@ impl<G: Guest> Engine<G> {
             let silent_ms = self.options.timeout_ms;
             self.step(Event::PeerLost(Error::Silent { silent_ms }.chain()));
         }
-        if self.is_stalled() {
-            let reason = "The backup lives but neither takes nor acknowledges an epoch".to_owned();
+        if let Some(reason) = self.is_given_up() {
             self.step(Event::PeerLost(reason));
         }
         if self.retry_at.is_some_and(|at| at <= now) {
@@ -529,7 +552,7 @@ impl<G: Guest> Engine<G> {
     fn claim(&mut self, expected: Generation, standing: Standing) {
         let generation = expected.next();
         if !self.asker.exists() {
-            return self.step(Event::Verdict(Verdict::Owned(generation)));
+            return self.step(Event::Verdict(ownership::Verdict::Owned(generation)));
         }
         let next = Record { generation, vm: self.identity.vm, standing };
         let (claim, first) = Claim::new(expected, next);

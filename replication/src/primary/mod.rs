@@ -16,6 +16,7 @@ mod bell;
 mod disk;
 mod engine;
 mod options;
+mod patience;
 mod seal;
 mod send;
 mod session;

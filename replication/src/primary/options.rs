@@ -58,6 +58,10 @@ impl Checked {
         if options.epoch_min_ms > options.epoch_ms {
             return invalid("epoch_min_ms", "exceeds epoch_ms");
         }
+        let longest = options.epoch_ms..=10_000;
+        if options.epoch_max_ms.is_some_and(|most| !longest.contains(&most)) {
+            return invalid("epoch_max_ms", "expected epoch_ms to 10000");
+        }
         if !(1..=CONNECTIONS_MAX).contains(&options.connections) {
             return invalid("connections", format!("expected 1 to {CONNECTIONS_MAX}"));
         }

@@ -123,6 +123,7 @@ impl OneSender {
         let mut scratch = PageBuffer::touched(RAW_PAGES_MAX.max(GROUP_PAGES));
         for job in queue {
             self.encoder.begin(job.epoch);
+            self.encoder.arrived(|| self.writer.get_ref().delivery());
             let sent = match &job.source {
                 Source::Live(pages) => self.send_live(job.epoch, pages, scratch.all_mut()),
                 Source::Frozen(frozen) => {
@@ -215,6 +216,7 @@ impl OneSender {
         let began = Instant::now();
         let crc = self.writer.write(Kind::Pages, &parts)?;
         self.encoder.sent(self.writer.bytes() - self.counted, began.elapsed());
+        self.encoder.arrived(|| self.writer.get_ref().delivery());
         let pages = self.runs.pages();
         self.runs.clear();
         part.add(pages, crc);

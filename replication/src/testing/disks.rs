@@ -196,6 +196,8 @@ pub struct MemoryImage {
     pub flushes: AtomicU64,
     /// Held by a test, nothing ends.
     pub busy: Mutex<()>,
+    /// Held by a test, no flush ends.
+    pub flushing: Mutex<()>,
 }
 
 impl MemoryImage {
@@ -207,6 +209,7 @@ impl MemoryImage {
             changes_left: AtomicU64::new(u64::MAX),
             flushes: AtomicU64::new(0),
             busy: Mutex::default(),
+            flushing: Mutex::default(),
         })
     }
 
@@ -244,6 +247,7 @@ impl ReplicaDisk for MemoryImage {
     }
 
     fn flush(&self) -> io::Result<()> {
+        drop(lock(&self.flushing));
         self.flushes.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }

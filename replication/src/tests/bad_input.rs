@@ -253,6 +253,8 @@ fn options_that_contradict_themselves_are_refused() {
     };
     refuse(&|options| options.epoch_min_ms = options.epoch_ms + 1);
     refuse(&|options| options.epoch_ms = 0);
+    refuse(&|options| options.epoch_max_ms = Some(options.epoch_ms - 1));
+    refuse(&|options| options.epoch_max_ms = Some(10_001));
     refuse(&|options| options.connections = 0);
     refuse(&|options| options.connections = 129);
     refuse(&|options| options.timeout_ms = options.heartbeat_ms);

@@ -53,12 +53,16 @@ fn options(arbiter: Option<&Path>) -> ReceiveReplicaData {
 
 /// A machine with disks, and a backup whose images contain something else.
 fn pair(arbiter: Option<&Path>, seed: u64) -> Pair {
+    pair_with(options(arbiter), seed)
+}
+
+fn pair_with(options: ReceiveReplicaData, seed: u64) -> Pair {
     let disks = MemoryDisks::new(SIZES.iter().map(|len| content(*len, seed)).collect());
     let machine = Machine::with_disks(memory(&LAYOUT), Some(Arc::clone(&disks)));
     let images: Vec<_> =
         SIZES.iter().map(|len| MemoryImage::new(content(*len, seed ^ 99))).collect();
     let builder = MemoryBuilder { images: images.clone(), ..MemoryBuilder::default() };
-    let backup = Backup::with(builder, options(arbiter));
+    let backup = Backup::with(builder, options);
     Pair { disks, machine, images, backup }
 }
 
@@ -310,6 +314,49 @@ fn a_backup_that_is_slow_with_its_images_slows_the_guest_and_no_more() {
     until(|| primary.handle.info(), |_| ended.load(Ordering::Acquire) > last + 20);
     pair.backup.handle.failover(false).unwrap();
     primary.handle.join();
+    user.join().unwrap();
+    assert_eq!(pair.backup.wrong(), Vec::<String>::new());
+}
+
+/// A host that makes durable what was written says nothing meanwhile, and may take its time.
+#[test]
+fn a_backup_that_flushes_for_long_is_waited_for() {
+    let mut receive = options(None);
+    (receive.heartbeat_ms, receive.timeout_ms) = (50, 300);
+    let pair = pair_with(receive, 21);
+    let mut options = replicate(&pair.backup.url(), None);
+    (options.heartbeat_ms, options.timeout_ms) = (50, 300);
+    let primary = Primary::with(&pair.machine, options, HostIdentity::random()).unwrap();
+    primary.events.wait(is_synced).unwrap();
+    let flushing = pair.images[0].flushing.lock().unwrap();
+    let (disks, machine) = (Arc::clone(&pair.disks), Arc::clone(&pair.machine));
+    let ended = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let count = Arc::clone(&ended);
+    let user = std::thread::spawn(move || {
+        let flush = Request { disk: 0, operation: Operation::Flush, range: 0..0, fill: 0 };
+        disks.request(&machine, &flush).unwrap();
+        let range = 0..1 << 20;
+        let write = Request { disk: 0, operation: Operation::Write, range, fill: 9 };
+        while disks.request(&machine, &write).is_some() {
+            count.fetch_add(1, Ordering::AcqRel);
+        }
+    });
+    // Nothing more is taken: the backup acknowledges no more, for longer than four time-outs.
+    let mut last = u64::MAX;
+    loop {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let now = ended.load(Ordering::Acquire);
+        if now == last {
+            break;
+        }
+        last = now;
+    }
+    std::thread::sleep(std::time::Duration::from_millis(2400));
+    let info = primary.handle.info();
+    assert_eq!(info.state, ReplicationState::Protected, "{info:?}");
+    drop(flushing);
+    until(|| primary.handle.info(), |_| ended.load(Ordering::Acquire) > last + 20);
+    pair.machine.power_off();
     user.join().unwrap();
     assert_eq!(pair.backup.wrong(), Vec::<String>::new());
 }

@@ -186,6 +186,11 @@ fn hurried(options: &mut ReplicateData) {
     (options.heartbeat_ms, options.timeout_ms) = (50, 300);
 }
 
+/// Thirty time-outs are 4.5 s.
+fn very_hurried(options: &mut ReplicateData) {
+    (options.heartbeat_ms, options.timeout_ms) = (50, 150);
+}
+
 #[test]
 fn one_that_accepts_and_never_welcomes_is_given_up() {
     let fake = Fake::start();
@@ -283,6 +288,51 @@ fn one_that_is_slow_is_waited_for_as_long_as_it_says_that_it_goes_on() {
     assert!(error.contains("neither takes nor acknowledges"), "{error}");
     primary.handle.join();
     drop((reader, data));
+}
+
+/// Says ten times in each time-out that it goes on, and does nothing else.
+fn only_says_so(session: Session) -> JoinHandle<()> {
+    let Session { reader, mut writer, data } = session;
+    std::thread::spawn(move || {
+        let mut bytes = 0;
+        while Message::Progress(bytes).send(&mut writer).is_ok() {
+            bytes += 1;
+            std::thread::sleep(Duration::from_millis(15));
+        }
+        drop((reader, data));
+    })
+}
+
+#[test]
+fn one_that_takes_nothing_and_says_that_it_goes_on_is_given_up() {
+    let fake = Fake::start();
+    let machine = large_machine();
+    write_all(&machine, 1);
+    let primary = fake.protect(&machine, very_hurried);
+    let words = only_says_so(fake.session());
+    let primary = primary.join().unwrap().unwrap();
+    let Some(Event::Failed { error }) = primary.events.wait(is_failed) else { panic!("not told") };
+    assert!(error.contains("says that it goes on"), "{error}");
+    primary.handle.join();
+    assert!(machine.is_running() && !machine.is_holding() && !machine.is_tracking());
+    words.join().unwrap();
+}
+
+#[test]
+fn one_that_acknowledges_nothing_and_says_that_it_goes_on_is_given_up() {
+    let fake = Fake::start();
+    let machine = small_machine();
+    let primary = fake.protect(&machine, very_hurried);
+    let session = fake.session();
+    session.drain();
+    let words = only_says_so(session);
+    let primary = primary.join().unwrap().unwrap();
+    let degraded = primary.events.wait(is_degraded);
+    let Some(Event::Degraded { reason }) = degraded else { panic!("nobody was told") };
+    assert!(reason.contains("says that it goes on"), "{reason}");
+    primary.handle.join();
+    assert!(machine.is_running() && !machine.is_holding());
+    words.join().unwrap();
 }
 
 #[test]

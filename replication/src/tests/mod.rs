@@ -8,6 +8,7 @@ mod encodings;
 mod failover;
 mod fake_backup;
 mod orphan;
+mod pace;
 mod pair;
 mod scripted;
 mod steady;

@@ -37,6 +37,15 @@ pub enum TransportError {
     Unsupported(String),
 }
 
+/// How fast a stream's bytes arrived of late, as the host knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// Bytes that were acknowledged in a second.
+    pub bytes_per_s: u64,
+    /// There was not always something to send: the link may carry more.
+    pub is_least: bool,
+}
+
 /// A reliable byte stream in both directions.
 pub trait Stream: Read + Write + Send {
     /// A second handle to the same stream.
@@ -62,6 +71,12 @@ pub trait Stream: Read + Write + Send {
     /// # Errors
     /// If the stream is broken.
     fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// What the link carried, where writing does not tell because what is written waits in a large
+    /// buffer. `None` if nothing is known, or a write tells it.
+    fn delivery(&self) -> Option<Delivery> {
+        None
+    }
 
     /// An unreachable peer ends the stream after some multiples of `interval`, at least a second,
     /// although nothing is sent.

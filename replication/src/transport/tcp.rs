@@ -5,9 +5,26 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+use nix::{getsockopt_impl, sockopt_impl};
 
-use super::{Accept, Address, Stream, TransportError};
+use super::{Accept, Address, Delivery, Stream, TransportError};
+
+/// Words of `struct tcp_info` (include/uapi/linux/tcp.h) up to `tcpi_delivery_rate`, which the kernel
+/// has had since 4.9. It gives no more than is asked for.
+const TCP_INFO_WORDS: usize = 21;
+const DELIVERY_RATE_WORD: usize = 20;
+/// The eighth byte has flags, `tcpi_delivery_rate_app_limited` the first of them.
+const APP_LIMITED_BIT: u32 = 56;
+
+sockopt_impl!(
+    /// What TCP knows about a connection.
+    TcpInfo,
+    GetOnly,
+    libc::IPPROTO_TCP,
+    libc::TCP_INFO,
+    [u64; TCP_INFO_WORDS]
+);
 
 impl Stream for TcpStream {
     fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
@@ -29,6 +46,15 @@ impl Stream for TcpStream {
 
     fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         Self::set_write_timeout(self, timeout)
+    }
+
+    /// TCP's own estimate (net/ipv4/tcp_rate.c): it goes by acknowledgements, also of what was
+    /// written long before and lay in the socket's buffer.
+    fn delivery(&self) -> Option<Delivery> {
+        let info = getsockopt(self, TcpInfo).ok()?;
+        let bytes_per_s = info[DELIVERY_RATE_WORD];
+        let is_least = info[0].to_le() >> APP_LIMITED_BIT & 1 == 1;
+        (bytes_per_s > 0).then_some(Delivery { bytes_per_s, is_least })
     }
 
     fn keep_alive(&self, interval: Duration) -> io::Result<()> {
@@ -86,4 +112,42 @@ pub(super) fn listen(host: &str, port: u16) -> Result<(Box<dyn Accept>, Address)
     listener.set_nonblocking(true).map_err(failed)?;
     let port = listener.local_addr().map_err(failed)?.port();
     Ok((Box::new(listener), Address::Tcp { host: host.to_owned(), port }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    /// A write ends when the socket's buffer has it; how fast that empties is seen all the same.
+    #[test]
+    fn a_slow_peer_is_seen_behind_a_large_buffer() {
+        const PIECE: usize = 64 << 10;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        setsockopt(&listener, sockopt::RcvBuf, &(32 << 10)).unwrap();
+        let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut theirs, _) = listener.accept().unwrap();
+        // 13 MB/s at most.
+        let reader = std::thread::spawn(move || {
+            let mut piece = vec![0; PIECE];
+            while matches!(theirs.read(&mut piece), Ok(1..)) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let piece = vec![7; PIECE];
+        (0..64).for_each(|_| ours.write_all(&piece).unwrap());
+        let delivery = Stream::delivery(&ours).expect("something arrived");
+        assert!((10_000..200_000_000).contains(&delivery.bytes_per_s), "{delivery:?}");
+        assert!(!delivery.is_least, "{delivery:?}");
+        Stream::close(&ours);
+        reader.join().unwrap();
+    }
+
+    #[test]
+    fn a_stream_without_traffic_says_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert_eq!(Stream::delivery(&ours), None);
+    }
 }

@@ -67,6 +67,10 @@ impl Guest for ProtectedVm {
         Ok(self.machine.harvest(dirty)?)
     }
 
+    fn written_pages(&mut self) -> Result<Option<u64>, GuestError> {
+        Ok(self.machine.written_pages()?)
+    }
+
     fn drop_untouched(&mut self, pages: &mut PageSet) {
         self.machine.memory().drop_unpopulated(pages);
     }

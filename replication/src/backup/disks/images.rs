@@ -136,7 +136,7 @@ impl Writer {
         for change in changes {
             if self.failed.is_none() && !self.ended.load(Ordering::Acquire) {
                 let disk = self.disks[change.disk as usize].as_ref();
-                if let Err(source) = carry_out(disk, &change, &self.counters.image_bytes) {
+                if let Err(source) = carry_out(disk, &change, &self.counters.images) {
                     self.failed = Some(chain(&ImageError { disk: change.disk, source }));
                 }
             }

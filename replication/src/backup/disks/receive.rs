@@ -157,7 +157,7 @@ impl Receiving {
     /// of it is there before the end of the first epoch is read.
     fn straight(&self, change: &Change) -> Result<(), ReceiveError> {
         let disk = self.disks[change.disk as usize].as_ref();
-        let written = carry_out(disk, change, &self.shared.counters.image_bytes);
+        let written = carry_out(disk, change, &self.shared.counters.images);
         written.map_err(|source| ImageError { disk: change.disk, source })?;
         self.shared.counters.synced_disk_bytes.fetch_add(change.len, Ordering::Relaxed);
         Ok(())

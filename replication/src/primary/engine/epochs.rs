@@ -23,6 +23,13 @@ impl<G: Guest> Engine<G> {
     /// The interval is over.
     pub(super) fn due(&mut self) {
         let busy = !self.may_seal();
+        if !busy {
+            match self.goes_on() {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(error) => return self.step(Event::GiveUp(error.chain())),
+            }
+        }
         if busy || !(self.first || self.output_waiting()) {
             // What is harvested while the guest runs need not be harvested in the pause.
             if let Err(error) = self.sealer.harvest(&mut self.guest) {
@@ -47,17 +54,43 @@ impl<G: Guest> Engine<G> {
         self.seal();
     }
 
+    /// Whether the epoch is one that may last longer than `epoch_ms`, and is still small.
+    fn goes_on(&mut self) -> Result<bool, Error> {
+        let now = Instant::now();
+        let over = self.last_seal + self.cadence.interval(self.output_waiting());
+        // A guest that stands has waited long enough.
+        if self.first || self.sealer.stands() || now >= over {
+            return Ok(false);
+        }
+        self.last_look = now;
+        let written = self.guest.written_pages();
+        let written =
+            written.map_err(|source| Error::Guest { what: "count the dirty pages", source })?;
+        let Some(written) = written else {
+            self.cadence.forgo_stretching();
+            return Ok(false);
+        };
+        let harvested = self.sealer.dirty.pages().len();
+        let logged = self.disks.as_ref().map_or(0, |disks| disks.journal.open_bytes());
+        let pages = written.saturating_add(harvested).saturating_add(logged / PAGE_SIZE as u64);
+        Ok(!self.cadence.is_stretched_enough(pages))
+    }
+
     pub(super) fn seal(&mut self) {
         let epoch = self.sealed.next();
         let handover = self.handover;
         let began = Instant::now();
         let output = Arc::clone(&self.output);
-        let quiet = move || output.store(false, Ordering::Release);
+        let mut waited = self.output_waiting();
+        let quiet = || waited |= output.swap(false, Ordering::AcqRel);
         if let Err(error) = self.sealer.ahead(&mut self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         let room = self.room();
         let pause = self.sealer.seal(&mut self.guest, epoch, handover, &room, quiet);
+        if waited {
+            self.cadence.output();
+        }
         match pause {
             Ok(Pause::Sealed(sealed)) => {
                 let took = began.duration_since(self.last_seal);
@@ -129,10 +162,12 @@ impl<G: Guest> Engine<G> {
         let pages = set.len();
         let of = self.senders.as_ref().map_or(1, Senders::count);
         let counts = (0..of).map(|index| Share { index, of }.count(set)).collect();
-        self.cadence.sealed(pages, took);
         self.give(epoch, source);
         let changes = log.changes.len() as u64;
         let log_bytes = log.changes.iter().map(Change::cost_bytes).sum();
+        let touched_bytes =
+            log.changes.iter().fold(0, |sum: u64, change| sum.saturating_add(change.len));
+        self.cadence.sealed(pages, log_bytes, took, stood);
         if let Some(disks) = &self.disks {
             disks.give(DiskJob::Epoch { epoch, log });
         }
@@ -148,7 +183,7 @@ impl<G: Guest> Engine<G> {
         let generation = self.machine.generation();
         let seal = Seal { epoch, generation, handover, pages: counts, changes, state: bytes };
         self.tell(Message::Seal(seal));
-        self.in_flight.push_back(InFlight { sealed_at, pages, log_bytes });
+        self.in_flight.push_back(InFlight { sealed_at, pages, log_bytes, touched_bytes });
         let mut gathered = self.status.lock();
         if handover || self.options.cow != Cow::Off {
             gathered.pause_us.add_time(stood);
@@ -165,6 +200,8 @@ impl<G: Guest> Engine<G> {
         gathered.info.cow_protected = kept.protected;
         let waited_us = self.sealer.waited().as_micros();
         gathered.info.throttled_us = u64::try_from(waited_us).unwrap_or(u64::MAX);
+        let interval_us = self.cadence.interval(false).as_micros();
+        gathered.info.epoch_interval_us = u64::try_from(interval_us).unwrap_or(u64::MAX);
         drop(gathered);
         if handover {
             // The last one.

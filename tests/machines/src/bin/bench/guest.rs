@@ -48,12 +48,15 @@ impl Spec {
         self.memory_mib << 20
     }
 
-    /// A pair with this guest, whose output does not wait: no epoch is sealed early for it.
+    /// A pair with this guest, whose output does not wait: no epoch is sealed early for it, and none late
+    /// because of that.
     #[must_use]
     pub fn setup(&self) -> Setup {
         let mut setup = Setup::verify(self.vcpus, &format!("{}M", self.memory_mib));
         setup.command_line = self.command_line();
-        setup.replicate_options = format!(",console_output=pass,epoch_ms={}", self.epoch_ms);
+        let epoch_ms = self.epoch_ms;
+        setup.replicate_options =
+            format!(",console_output=pass,epoch_ms={epoch_ms},epoch_max_ms={epoch_ms}");
         setup
     }
 

@@ -1,0 +1,92 @@
+//! How long epochs last where nobody waits for them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api::replication::{ReplicateData, ReplicationInfo};
+
+use super::pair::{Backup, Primary};
+use super::{replicate, until};
+use crate::ids::{PAGE_SIZE, PageIndex};
+use crate::observer::Event;
+use crate::ownership::HostIdentity;
+use crate::testing::{Machine, memory};
+
+const PAGES: u64 = 1024;
+/// Of an epoch that no test waits for.
+const LONG_MS: u64 = 3000;
+
+/// A guest that writes a page and says nothing, until the machine is off.
+fn compute(machine: &Arc<Machine>) -> std::thread::JoinHandle<()> {
+    let machine = Arc::clone(machine);
+    std::thread::spawn(move || {
+        let mut turn = 0u8;
+        while machine.run(|ram| ram.write_page(PageIndex(1), &[turn; PAGE_SIZE])).is_some() {
+            turn = turn.wrapping_add(1);
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    })
+}
+
+/// Protects a guest that computes, and waits until its epochs last `interval_ms`.
+fn stretched(
+    interval_ms: u64,
+    change: impl FnOnce(&mut ReplicateData),
+) -> (Backup, Arc<Machine>, Primary, std::thread::JoinHandle<()>) {
+    let backup = Backup::start(None);
+    let machine = Machine::new(memory(&[(0, PAGES)]));
+    let mut options = replicate(&backup.url(), None);
+    change(&mut options);
+    let primary = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    let guest = compute(&machine);
+    until(|| primary.handle.info(), |info| info.epoch_interval_us == interval_ms * 1000);
+    (backup, machine, primary, guest)
+}
+
+#[test]
+fn a_guest_that_only_computes_is_sealed_less_often_until_it_speaks() {
+    let (backup, machine, primary, guest) = stretched(40, |_| {});
+    let sealed = |info: &ReplicationInfo| info.epoch_sealed;
+    let (before, began) = (sealed(&primary.handle.info()), Instant::now());
+    std::thread::sleep(Duration::from_millis(500));
+    // Slower than that it may be, on a busy host; faster it is not.
+    let epochs = sealed(&primary.handle.info()) - before;
+    let most = u64::try_from(began.elapsed().as_millis()).unwrap() / 40 + 2;
+    assert!((1..=most).contains(&epochs), "{epochs} epochs where {most} were due at most");
+    machine.work(0, PageIndex(2), 7).unwrap();
+    until(|| primary.handle.info(), |info| info.epoch_interval_us == 5000);
+    machine.power_off();
+    guest.join().unwrap();
+    assert_eq!(backup.wrong(), Vec::<String>::new());
+}
+
+#[test]
+fn output_of_a_long_epoch_does_not_wait_for_its_end() {
+    let (_backup, machine, primary, guest) =
+        stretched(LONG_MS, |options| options.epoch_max_ms = Some(LONG_MS));
+    let began = Instant::now();
+    machine.work(0, PageIndex(2), 7).unwrap();
+    until(|| primary.handle.info(), |_| machine.released_count() == 1);
+    assert!(began.elapsed() < Duration::from_millis(LONG_MS / 2), "{:?}", began.elapsed());
+    machine.power_off();
+    guest.join().unwrap();
+}
+
+/// What the guest writes is watched: an epoch that grows does not last until it is too large.
+#[test]
+fn a_long_epoch_ends_when_the_guest_begins_to_write() {
+    let (_backup, machine, primary, guest) =
+        stretched(LONG_MS, |options| options.epoch_max_ms = Some(LONG_MS));
+    let before = primary.handle.info().epoch_sealed;
+    let began = Instant::now();
+    // 4 MiB of staging: 128 pages are an eighth.
+    machine.run(|ram| {
+        (2..300).for_each(|page| assert!(ram.write_page(PageIndex(page), &[9; PAGE_SIZE])));
+    });
+    until(|| primary.handle.info(), |info| info.epoch_sealed > before);
+    assert!(began.elapsed() < Duration::from_millis(LONG_MS / 2), "{:?}", began.elapsed());
+    until(|| primary.handle.info(), |info| info.epoch_interval_us < LONG_MS * 1000);
+    machine.power_off();
+    guest.join().unwrap();
+}
