@@ -228,6 +228,7 @@ pub struct Sge {
 
 /// `struct ibv_send_wr`, its union `wr` as `rdma`.
 #[repr(C)]
+#[derive(Debug)]
 pub struct SendWr {
     pub wr_id: u64,
     pub next: *mut SendWr,

@@ -62,11 +62,14 @@ pub(crate) fn check(returned: i32) -> Result<(), io::Error> {
     }
 }
 
-/// For destructors: what the device refuses to give back, although nothing uses it. EIO says that the
-/// device is gone, and with it what it had.
+/// Why a destructor's verb did not do it; none if it did, or the device is gone (EIO), and with it all that
+/// it had.
+pub(crate) fn kept(returned: i32) -> Option<io::Error> {
+    check(returned).err().filter(|error| error.raw_os_error() != Some(libc::EIO))
+}
+
+/// For destructors of what nothing uses any more: a refusal is our own bug, and a leak at worst.
 pub(crate) fn given_back(what: &str, returned: i32) {
-    if let Err(error) = check(returned) {
-        let gone = error.raw_os_error() == Some(libc::EIO);
-        debug_assert!(gone, "{what} cannot be given back: {error}");
-    }
+    let kept = kept(returned);
+    debug_assert!(kept.is_none(), "{what} cannot be given back: {kept:?}");
 }

@@ -46,9 +46,10 @@ macro_rules! whole {
 }
 
 fn structures() -> Facts {
-    let mut facts = Facts::new();
-    facts.push(("sizeof(union ibv_gid)".to_owned(), number(size_of::<Gid>())));
-    facts.push(("_Alignof(union ibv_gid)".to_owned(), number(align_of::<Gid>())));
+    let mut facts = vec![
+        ("sizeof(union ibv_gid)".to_owned(), number(size_of::<Gid>())),
+        ("_Alignof(union ibv_gid)".to_owned(), number(align_of::<Gid>())),
+    ];
     whole!(facts, ContextOps, "ibv_context_ops", poll_cq, req_notify_cq, post_send, post_recv);
     fields!(facts, Context, "ibv_context", device, ops, cmd_fd, async_fd, num_comp_vectors);
     fields!(facts, Mr, "ibv_mr", context, pd, addr, length, handle, lkey, rkey);
