@@ -4,7 +4,7 @@ set -euo pipefail
 
 BED=$ROOT/tests/bed
 EXIT_BED=3
-DEFAULT_SUITES=(smoke reference boot linux pci devices)
+DEFAULT_SUITES=(smoke verbs reference boot linux pci devices)
 
 usage() {
     cat <<END

@@ -43,14 +43,14 @@ impl Wanted {
                 fitting.extend(gids.map(|gid| (device, port, gid)));
             }
         }
-        let usable = fitting
-            .iter()
-            .filter(|(device, port, _)| device.usable && port.state == PortState::Active);
+        let usable = fitting.iter().filter(|(device, port, _)| {
+            device.problem.is_none() && port.state == PortState::Active
+        });
         let best = usable.min_by_key(|(_, _, gid)| (gid.kind == GidKind::RoceV1, gid.index));
         let Some((device, port, gid)) = best else {
             let mut wanted = self.words();
             if !fitting.is_empty() {
-                wanted.push_str(" and active, with a provider");
+                wanted.push_str(", active, and on a device without a problem");
             }
             return Err(Error::NoPlace { wanted, present: list(devices) });
         };

@@ -1,5 +1,6 @@
 //! An opened device, what it says of its ports, and what it reports by itself.
 
+use std::error::Error as _;
 use std::ffi::c_int;
 use std::fmt;
 use std::io;
@@ -20,8 +21,9 @@ pub struct Context {
     name: String,
 }
 
-// SAFETY: libibverbs may be called from any thread, and from several at once: its objects have their
-// own locks ("thread safety" of the verbs; rdma-core never leaves them out for what is made here).
+// SAFETY: libibverbs may be called from any thread, and from several at once: its objects have their own
+// locks. Providers leave them out in thread domains, of which none is made here, and where the operator says
+// so in the environment (MLX5_SINGLE_THREADED), who then answers for it.
 unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
@@ -86,21 +88,32 @@ pub enum PortChange {
 }
 
 impl Library {
-    /// Devices of this host, with what their ports say.
+    /// Devices of this host, with what their ports say, also those that cannot be used.
     ///
     /// # Errors
-    /// If the kernel refuses.
+    /// If the kernel lists none.
     pub fn devices(self: &Arc<Self>) -> Result<Vec<Device>, Error> {
         let mut devices = devices::scan(Path::new(devices::FOLDER))?;
         let names = self.device_names()?;
-        for device in devices.iter_mut().filter(|device| names.contains(&device.name)) {
-            let context = Context::open(self, &device.name)?;
-            device.usable = true;
-            for port in &mut device.ports {
-                port.mtu_bytes = Some(context.port(port.number)?.mtu_bytes);
+        for device in &mut devices {
+            if !names.contains(&device.name) {
+                device.problem = Some("no provider: install ibverbs-providers".to_owned());
+            } else if let Err(error) = self.complete(device) {
+                // Others may be all right.
+                let source = error.source().map(|source| format!(": {source}"));
+                device.problem = Some(format!("{error}{}", source.unwrap_or_default()));
             }
         }
         Ok(devices)
+    }
+
+    /// Adds what the kernel tells about an opened device.
+    fn complete(self: &Arc<Self>, device: &mut Device) -> Result<(), Error> {
+        let context = Context::open(self, &device.name)?;
+        for port in &mut device.ports {
+            port.mtu_bytes = Some(context.port(port.number)?.mtu_bytes);
+        }
+        Ok(())
     }
 }
 

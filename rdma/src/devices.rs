@@ -18,8 +18,8 @@ pub(crate) const FOLDER: &str = "/sys/class/infiniband";
 pub struct Device {
     pub name: String,
     pub ports: Vec<Port>,
-    /// Whether libibverbs has a provider for it; without one it cannot be opened.
-    pub usable: bool,
+    /// Why it cannot be used, for a person; none: it can.
+    pub problem: Option<String>,
 }
 
 /// A port of a device; the first has the number 1.
@@ -73,7 +73,7 @@ pub enum GidKind {
 }
 
 /// The address of a port: an IPv6 address, or an IPv4 one mapped into it, on Ethernet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Gid(pub [u8; 16]);
 
 impl Gid {
@@ -94,6 +94,12 @@ impl Gid {
 impl fmt::Display for Gid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         Ipv6Addr::from(self.0).fmt(f)
+    }
+}
+
+impl fmt::Debug for Gid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Gid({self})")
     }
 }
 
@@ -124,8 +130,8 @@ impl fmt::Display for Port {
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)?;
-        if !self.usable {
-            f.write_str(" (no provider: install ibverbs-providers)")?;
+        if let Some(problem) = &self.problem {
+            write!(f, " ({problem})")?;
         }
         for port in &self.ports {
             write!(f, " {port}")?;
@@ -134,7 +140,7 @@ impl fmt::Display for Device {
     }
 }
 
-/// The devices of a folder like /sys/class/infiniband, none of them usable as far as this knows. A host
+/// The devices of a folder like /sys/class/infiniband, without what only an opened device tells. A host
 /// without the folder has no device.
 pub(crate) fn scan(folder: &Path) -> Result<Vec<Device>, Error> {
     let mut devices = Vec::new();
@@ -143,7 +149,7 @@ pub(crate) fn scan(folder: &Path) -> Result<Vec<Device>, Error> {
         let mut numbers: Vec<u8> = names(&ports)?.iter().filter_map(|n| n.parse().ok()).collect();
         numbers.sort_unstable();
         let ports = numbers.into_iter().map(|number| port(&ports.join(number.to_string()), number));
-        devices.push(Device { name, ports: ports.collect::<Result<_, _>>()?, usable: false });
+        devices.push(Device { name, ports: ports.collect::<Result<_, _>>()?, problem: None });
     }
     Ok(devices)
 }

@@ -57,11 +57,7 @@ fn devices() -> Vec<Device> {
         "4: ACTIVE",
         &[("fe80:0000:0000:0000:0002:c903:0000:0001", "IB/RoCE v1", "")],
     );
-    let mut devices = scan(root.path()).unwrap();
-    for device in &mut devices {
-        device.usable = true;
-    }
-    devices
+    scan(root.path()).unwrap()
 }
 
 fn wanted(local: Option<&str>) -> Wanted {
@@ -122,15 +118,18 @@ fn an_error_lists_what_there_is() {
     );
     assert!(error.contains("gid 3 ::ffff:10.77.0.1 (RoCE v2, eth0)"), "{error}");
     let error = wanted(Some("10.77.0.2")).choose(&devices).unwrap_err().to_string();
-    assert!(error.contains("with the address 10.77.0.2 and active, with a provider"), "{error}");
+    assert!(
+        error.contains("with the address 10.77.0.2, active, and on a device without"),
+        "{error}"
+    );
     let error = wanted(Some("10.77.0.9")).choose(&devices).unwrap_err().to_string();
     assert!(error.contains("with the address 10.77.0.9; there is"), "{error}");
 }
 
 #[test]
-fn a_device_without_provider_is_not_chosen() {
+fn a_device_that_cannot_be_used_is_not_chosen() {
     let mut devices = devices();
-    devices[1].usable = false;
+    devices[1].problem = Some("no provider".to_owned());
     let error = wanted(Some("10.77.0.1")).choose(&devices).unwrap_err().to_string();
-    assert!(error.contains("mlx5_0 (no provider: install ibverbs-providers)"), "{error}");
+    assert!(error.contains("mlx5_0 (no provider) port 1"), "{error}");
 }

@@ -5,16 +5,16 @@ CHECK=/h/bin/verbs_check
 
 # A device on one end of a veth pair, with an address of either kind.
 rxe() {
-    rdma link delete rxe0 2>/dev/null
-    /sbin/ip link del veth0 2>/dev/null
-    /sbin/ip link add veth0 type veth peer name veth1 || fail "cannot make a veth pair"
-    /sbin/ip addr add 10.77.0.1/24 dev veth0
-    /sbin/ip addr add fd77::1/64 dev veth0 nodad
-    for link in veth0 veth1; do
+    rdma link delete rxe_verbs 2>/dev/null
+    /sbin/ip link del verbs0 2>/dev/null
+    /sbin/ip link add verbs0 type veth peer name verbs1 || fail "cannot make a veth pair"
+    /sbin/ip addr add 10.77.0.1/24 dev verbs0
+    /sbin/ip addr add fd77::1/64 dev verbs0 nodad
+    for link in verbs0 verbs1; do
         /sbin/ip link set "$link" mtu 4200 up || fail "cannot set $link up"
     done
-    rdma link add rxe0 type rxe netdev veth0 || fail "cannot add the rxe link"
-    wait_for 20 "rxe0 to be active" sh -c "rdma link show rxe0/1 | grep -q 'state ACTIVE'"
+    rdma link add rxe_verbs type rxe netdev verbs0 || fail "cannot add the rxe link"
+    wait_for 20 "rxe_verbs to be active" sh -c "rdma link show rxe_verbs/1 | grep -q 'state ACTIVE'"
 }
 
 # all_checks ADDRESS
@@ -32,7 +32,7 @@ port_goes_down() {
     rxe
     start check "$CHECK" 10.77.0.1 port-event
     wait_for 30 "the check to wait" grep -q READY "$CASE/check.out"
-    /sbin/ip link set veth0 down
+    /sbin/ip link set verbs0 down
     expect_status check 0 40
     detail "$(grep '^Port' "$CASE/check.out" | tail -n 1)"
 }
@@ -53,7 +53,7 @@ says() {
 }
 
 no_device() {
-    rdma link delete rxe0 2>/dev/null
+    rdma link delete rxe_verbs 2>/dev/null
     check
     says "no RDMA device at all"
 }
