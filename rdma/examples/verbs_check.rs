@@ -5,20 +5,22 @@
 //! `verbs_check ADDRESS port-event` prints `READY` and waits for the port to go down; `verbs_check ADDRESS
 //! locked-memory` is started by root with a limit (ulimit -l 64) and gives its privileges up.
 
+#[path = "verbs_check/refused.rs"]
+mod refused;
 #[path = "verbs_check/setup.rs"]
 mod setup;
 
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::os::fd::AsFd;
 
 use rdma::{
     Access, Error, Event, Operation, Outcome, PortChange, QueuePair, Remote, Request, RequestList,
-    Status, Wanted,
+    Wanted,
 };
 use setup::{Bench, PAGE, PAGES, Side, completions, quiet};
 
@@ -32,13 +34,13 @@ const CHECKS: &[(&str, Check)] = &[
     ("read", read),
     ("one-completion-for-a-chain", one_completion_for_a_chain),
     ("channel-wakes-a-poll", channel_wakes_a_poll),
-    ("wrong-key", wrong_key),
-    ("outside-of-region", outside_of_region),
-    ("region-without-remote-write", region_without_remote_write),
-    ("region-dropped", region_dropped),
-    ("region-dropped-under-writes", region_dropped_under_writes),
-    ("queue-pair-invalidated", queue_pair_invalidated),
-    ("queue-pair-dropped-under-writes", queue_pair_dropped_under_writes),
+    ("wrong-key", refused::wrong_key),
+    ("outside-of-region", refused::outside_of_region),
+    ("region-without-remote-write", refused::region_without_remote_write),
+    ("region-dropped", refused::region_dropped),
+    ("region-dropped-under-writes", refused::region_dropped_under_writes),
+    ("queue-pair-invalidated", refused::queue_pair_invalidated),
+    ("queue-pair-dropped-under-writes", refused::queue_pair_dropped_under_writes),
     ("full-queue-names-the-request", full_queue_names_the_request),
     ("limits-name-the-request", limits_name_the_request),
 ];
@@ -82,16 +84,6 @@ fn post(queue_pair: &QueuePair, request: Request<'_>) -> Result<()> {
     let mut list = RequestList::default();
     list.push(request);
     Ok(queue_pair.post(&mut list)?)
-}
-
-/// The status of the one completion that comes, which is of request `id`.
-fn failure(side: &Side, id: u64) -> Result<Status> {
-    let [completion] = completions(&side.queue, 1)?[..] else { bail!("several completions") };
-    ensure!(completion.id == id, "{completion:?} instead of {id}");
-    match completion.succeeded() {
-        Ok(outcome) => bail!("it succeeded: {outcome:?}"),
-        Err(failure) => Ok(failure.status),
-    }
 }
 
 fn choice_of_device(bench: &Bench) -> Result<()> {
@@ -241,138 +233,6 @@ fn channel_wakes_a_poll(bench: &Bench) -> Result<()> {
         ensure!(a.channel.take_wakeups()? == 1, "several wake-ups");
         ensure!(!readable(&a, 0)? && a.channel.take_wakeups()? == 0, "it is still readable");
         ensure!(completions(&a.queue, 1)?[0].id == round, "another completion");
-    }
-    Ok(())
-}
-
-fn wrong_key(bench: &Bench) -> Result<()> {
-    let (a, _b) = bench.pair()?;
-    let (source, target) = (bench.memory(Access::LOCAL_READ)?, bench.memory(Access::REMOTE_WRITE)?);
-    source.fill(5);
-    let from = [source.region.segment(0, 4096)?];
-    let Remote { address, key } = target.remote(0);
-    post(&a.queue_pair, write(1, &from, Remote { address, key: key ^ 0x5a }))?;
-    let status = failure(&a, 1)?;
-    ensure!(status == Status::RemoteAccess, "{status:?}");
-    post(&a.queue_pair, write(2, &from, target.remote(0)))?;
-    let status = failure(&a, 2)?;
-    ensure!(status == Status::Flushed, "the queue pair is not in error: {status:?}");
-    target.is_all(0)
-}
-
-fn outside_of_region(bench: &Bench) -> Result<()> {
-    let (a, _b) = bench.pair()?;
-    let (source, target) = (bench.memory(Access::LOCAL_READ)?, bench.memory(Access::REMOTE_WRITE)?);
-    source.fill(6);
-    ensure!(source.region.segment(PAGES * PAGE - 1, 2).is_err(), "a segment outside was made");
-    ensure!(source.region.segment(usize::MAX, 2).is_err(), "a segment outside was made");
-    let from = [source.region.segment(0, 2)?];
-    post(&a.queue_pair, write(1, &from, target.remote(PAGES * PAGE - 1)))?;
-    let status = failure(&a, 1)?;
-    ensure!(status == Status::RemoteAccess, "{status:?}");
-    target.is_all(0)
-}
-
-fn region_without_remote_write(bench: &Bench) -> Result<()> {
-    let (a, _b) = bench.pair()?;
-    let (source, target) = (bench.memory(Access::LOCAL_READ)?, bench.memory(Access::REMOTE_READ)?);
-    source.fill(7);
-    let from = [source.region.segment(0, 100)?];
-    post(&a.queue_pair, write(1, &from, target.remote(0)))?;
-    let status = failure(&a, 1)?;
-    ensure!(status == Status::RemoteAccess, "{status:?}");
-    target.is_all(0)
-}
-
-fn region_dropped(bench: &Bench) -> Result<()> {
-    let (a, _b) = bench.pair()?;
-    let (source, target) = (bench.memory(Access::LOCAL_READ)?, bench.memory(Access::REMOTE_WRITE)?);
-    source.fill(8);
-    let (from, to) = ([source.region.segment(0, 4096)?], target.remote(0));
-    let target = target.unregister();
-    post(&a.queue_pair, write(1, &from, to))?;
-    let status = failure(&a, 1)?;
-    ensure!(status == Status::RemoteAccess, "{status:?}");
-    ensure!(target.bytes(0, PAGES * PAGE).iter().all(|byte| *byte == 0), "it was written");
-    // And at the near end: what was made of a region is worth nothing after it.
-    let (a, _b) = bench.pair()?;
-    let target = bench.memory(Access::REMOTE_WRITE)?;
-    drop(source);
-    post(&a.queue_pair, write(2, &from, target.remote(0))).or_else(|error| {
-        ensure!(error.downcast_ref::<Error>().is_some(), "{error}");
-        Ok(())
-    })?;
-    std::thread::sleep(Duration::from_millis(300));
-    target.is_all(0)
-}
-
-/// Posts writes of the whole memory, until the queue is full, and waits until the first has begun.
-fn stream(a: &Side, source: &setup::Memory, target: &setup::Memory) -> Result<()> {
-    let whole = u32::try_from(PAGES * PAGE)?;
-    let from = [source.region.segment(0, whole)?];
-    for id in 0..u64::from(a.queue_pair.depths().sends.min(64)) {
-        post(&a.queue_pair, write(id, &from, target.remote(0)))?;
-    }
-    let begun = Instant::now();
-    while target.bytes(0, PAGE).iter().all(|byte| *byte == 0) {
-        ensure!(begun.elapsed() < Duration::from_secs(10), "no write has begun");
-    }
-    Ok(())
-}
-
-/// Once this is called, not a byte of `target` may change.
-fn stays(source: &setup::Memory, target: &setup::Bytes) -> Result<()> {
-    // What is still written now, differs: the source changes at each look.
-    let before = target.bytes(0, PAGES * PAGE);
-    for round in 0..20 {
-        source.fill(100 + round);
-        std::thread::sleep(Duration::from_millis(25));
-        ensure!(target.bytes(0, PAGES * PAGE) == before, "it was written after the end");
-    }
-    Ok(())
-}
-
-fn region_dropped_under_writes(bench: &Bench) -> Result<()> {
-    for round in 0..5 {
-        let (a, _b) = bench.pair()?;
-        let source = bench.memory(Access::LOCAL_READ)?;
-        let target = bench.memory(Access::REMOTE_WRITE)?;
-        source.fill(1 + round);
-        stream(&a, &source, &target)?;
-        let target = target.unregister();
-        stays(&source, &target)?;
-        let failed = completions(&a.queue, 1)?.into_iter().chain(setup::rest(&a.queue)?);
-        let failed: Vec<_> = failed.filter_map(|done| done.succeeded().err()).collect();
-        let first = failed.first().context("all writes were done before: no test")?;
-        ensure!(first.status == Status::RemoteAccess, "{first}");
-    }
-    Ok(())
-}
-
-fn queue_pair_invalidated(bench: &Bench) -> Result<()> {
-    let (a, b) = bench.pair()?;
-    let (source, target) = (bench.memory(Access::LOCAL_READ)?, bench.memory(Access::REMOTE_WRITE)?);
-    source.fill(9);
-    b.queue_pair.post_empty_receives(77, 1)?;
-    b.queue_pair.invalidate()?;
-    let status = failure(&b, 77)?;
-    ensure!(status == Status::Flushed, "what was posted here: {status:?}");
-    let from = [source.region.segment(0, 4096)?];
-    post(&a.queue_pair, write(1, &from, target.remote(0)))?;
-    let status = failure(&a, 1)?;
-    ensure!(status == Status::NoAnswer, "{status:?}");
-    target.is_all(0)
-}
-
-fn queue_pair_dropped_under_writes(bench: &Bench) -> Result<()> {
-    for round in 0..5 {
-        let (a, b) = bench.pair()?;
-        let source = bench.memory(Access::LOCAL_READ)?;
-        let target = bench.memory(Access::REMOTE_WRITE)?;
-        source.fill(1 + round);
-        stream(&a, &source, &target)?;
-        drop(b);
-        stays(&source, &target.bytes)?;
     }
     Ok(())
 }
