@@ -4,7 +4,7 @@ set -euo pipefail
 
 BED=$ROOT/tests/bed
 EXIT_BED=3
-DEFAULT_SUITES=(smoke reference boot linux pci devices)
+DEFAULT_SUITES=(smoke verbs reference boot linux pci devices)
 
 usage() {
     cat <<END
@@ -23,8 +23,8 @@ $(for file in "$BED"/suites/*.sh; do
     done)
 
 Options:
-  --binaries DIR    use cloud-hypervisor, ch-remote and (suite redis) redis-writer of DIR
-                    (default: build in release mode)
+  --binaries DIR    use cloud-hypervisor, ch-remote and (suite redis) redis-writer, (suite verbs)
+                    examples/verbs_check of DIR (default: build in release mode)
   --kvm-tests PATH  test programs for the suite "kvm": a folder of them, or a file that lists them
                     as PROGRAM<tab>WORKING-FOLDER; see docs/nested-bed.md. Adds "kvm" to the suites
   --set NAME=VALUE  a setting of a suite (LINUX_ROUNDS=2, say); they stand at the top of its file
@@ -93,6 +93,8 @@ build_binaries() {
     ! wanted redis || packages+=(-p redis-writer)
     quietly "cargo build --release ${packages[*]}" "$SCRATCH/cargo.log" \
         cargo build --release "${packages[@]}" --manifest-path "$ROOT/Cargo.toml"
+    ! wanted verbs || quietly "cargo build --release -p rdma" "$SCRATCH/cargo.log" \
+        cargo build --release -p rdma --example verbs_check --manifest-path "$ROOT/Cargo.toml"
     BINARIES=${CARGO_TARGET_DIR:-$ROOT/target}/release
 }
 
@@ -169,6 +171,13 @@ fill_share() {
     } >"$SHARE/settings"
     [ -z "$KVM_TESTS" ] || list_kvm_tests
     ! wanted redis || add_redis_tools
+    ! wanted verbs || add_verbs_check
+}
+
+add_verbs_check() {
+    local program=$BINARIES/examples/verbs_check
+    [ -x "$program" ] || die "There is no examples/verbs_check in $BINARIES"
+    add_program "$program"
 }
 
 # The client, and what looks at the file system that the guest left.

@@ -140,6 +140,11 @@ nested() {
     [ "$status" -ne "$EXIT_BED" ] || warn "no nested bed here: $(bed_problem "$out"); $WAIVE_BED"
 }
 
+# build_for_bed: what a suite of the bed runs and no package installs.
+build_for_bed() {
+    cargo build --release --locked -p rdma --example verbs_check || die "The build failed"
+}
+
 # bed_problem LOG: the last reason that the bed gave.
 bed_problem() {
     local reason
@@ -157,7 +162,8 @@ fi
 
 cd "$ROOT"
 need_build_tools
-need_packages python3 iproute2
+# The header says whether the crate rdma declares libibverbs as it is.
+need_packages python3 iproute2 libibverbs-dev
 command -v busybox >/dev/null || need_packages busybox
 step "Formatting" cargo fmt --all --check
 step "Lints" cargo clippy --release --locked --workspace --all-targets -- -D warnings
@@ -166,6 +172,7 @@ step "Orders in which threads meet" orders
 step "Fuzz targets, over their seeds" fuzz_targets
 step "The nested bed's own judgement" tests/bed/selftest.py
 timed "Build" build_release
+[ -z "$WITH_NESTED" ] || timed "Build of what the bed runs besides" build_for_bed
 
 NESTED_ARGUMENTS=()
 if [ -z "$WITH_KVM" ]; then
