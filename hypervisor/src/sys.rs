@@ -57,11 +57,28 @@ pub fn clear_dirty_log(
     check(unsafe { ioctl_with_mut_ref(vm, KVM_CLEAR_DIRTY_LOG(), &mut log) })
 }
 
-/// Protects the pages again whose ring entries were read.
-pub fn reset_dirty_rings(vm: &impl AsRawFd) -> Result<(), errno::Error> {
+/// Protects the pages again whose ring entries were read; returns how many entries these were.
+pub fn reset_dirty_rings(vm: &impl AsRawFd) -> Result<u32, errno::Error> {
     // SAFETY: the ioctl takes no argument; what the kernel writes are flags in rings that this process
     // accesses atomically.
-    check(unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) })
+    let ret = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
+    u32::try_from(ret).map_err(|_| errno::Error::last())
+}
+
+/// Runs `work` with all signals of this thread held back.
+pub fn without_signals<T>(work: impl FnOnce() -> T) -> T {
+    let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    let mut before = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: the first call fills one set, the second reads that and fills the other; both are valid
+    // arguments, for which neither fails.
+    unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+    }
+    let result = work();
+    // SAFETY: filled above.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
+    result
 }
 
 /// Reads the extended register state; `large` says that KVM knows KVM_GET_XSAVE2.

@@ -44,8 +44,10 @@ pub enum VmError {
     ManualDirtyLog(#[source] errno::Error),
     #[error("Cannot turn on dirty rings")]
     DirtyRings(#[source] errno::Error),
-    #[error("A dirty ring overflowed: this KVM does not stop a vCPU whose ring is full")]
+    #[error("A dirty ring lost pages: this KVM does not stop a vCPU whose ring is full")]
     RingOverflow,
+    #[error("Of {expected} pages of the dirty rings only {found} were re-armed")]
+    PartOfRings { expected: u32, found: u32 },
     #[error("Cannot re-arm the pages of the dirty rings")]
     ResetRings(#[source] errno::Error),
     #[error("Cannot place the task state of real mode")]

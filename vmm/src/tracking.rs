@@ -28,7 +28,7 @@ const READS: u32 = 5;
 /// Which of the two costs a machine less. It has its memory and no vCPU yet.
 ///
 /// # Errors
-/// KVM does not let its bitmap be read, or gives no second VM to try its rings with.
+/// KVM does not let its bitmap be read.
 pub fn choose(hypervisor: &Hypervisor, vm: &Vm, memory: &Memory) -> Result<Tracking, VmError> {
     let can = Tracking::Ring.is_possible(vm.capabilities());
     match std::env::var(OVERRIDE).as_deref() {
@@ -48,7 +48,11 @@ pub fn choose(hypervisor: &Hypervisor, vm: &Vm, memory: &Memory) -> Result<Track
         tracing::debug!("reading the dirty bitmap takes {read_us} us, less than rings would");
         return Ok(Tracking::Bitmap);
     }
-    if !rings_are_sound(hypervisor)? {
+    let sound = rings_are_sound(hypervisor).unwrap_or_else(|error| {
+        tracing::info!("dirty rings cannot be tried: {}", replication::chain(&error));
+        false
+    });
+    if !sound {
         tracing::info!(
             "reading the dirty bitmap takes {read_us} us; this KVM's rings would take less, but lose \
              pages when they are full"

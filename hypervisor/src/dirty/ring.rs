@@ -51,7 +51,7 @@ pub(crate) struct Rings {
 #[derive(Default)]
 struct State {
     rings: Vec<Ring>,
-    /// Something was lost, for good: KVM's place in a ring is not ours any more.
+    /// Something was lost, for good: pages were overwritten, or not protected again.
     overflowed: bool,
     noted: BTreeMap<u32, Noted>,
 }
@@ -105,11 +105,24 @@ impl Rings {
     /// Reads all rings and protects what they name again.
     fn collect(&self, state: &mut State) -> Result<(), VmError> {
         self.read(state)?;
-        if state.rings.iter().any(|ring| ring.unreset > 0) {
-            sys::reset_dirty_rings(&*self.fd).map_err(VmError::ResetRings)?;
-            state.rings.iter_mut().for_each(|ring| ring.unreset = 0);
+        self.reset(state)
+    }
+}
+
+impl Rings {
+    /// Protects what was read again, all of it: since Linux 6.17 a signal that is pending ends this in
+    /// the middle, without an error, and what was left out would be named by no ring any more. A kick
+    /// ends KVM_RUN all the same, by the flag that comes before its signal.
+    fn reset(&self, state: &mut State) -> Result<(), VmError> {
+        let expected: u32 = state.rings.iter().map(|ring| ring.unreset).sum();
+        if expected == 0 {
+            return Ok(());
         }
-        Ok(())
+        let reset = sys::without_signals(|| sys::reset_dirty_rings(&*self.fd));
+        let found = reset.map_err(VmError::ResetRings)?;
+        state.rings.iter_mut().for_each(|ring| ring.unreset = 0);
+        state.overflowed |= found != expected;
+        if found == expected { Ok(()) } else { Err(VmError::PartOfRings { expected, found }) }
     }
 }
 
@@ -159,7 +172,16 @@ impl DirtyLog for Rings {
     }
 
     fn make_room(&self) -> Result<(), VmError> {
-        self.collect(&mut self.state())
+        let mut state = self.state();
+        // Whoever asks for the pages next hears what is lost; the guest itself goes on.
+        match self.read(&mut state) {
+            Ok(()) | Err(VmError::RingOverflow) => {}
+            Err(error) => return Err(error),
+        }
+        match self.reset(&mut state) {
+            Err(VmError::PartOfRings { .. }) => Ok(()),
+            reset => reset,
+        }
     }
 }
 
@@ -311,7 +333,7 @@ mod tests {
         );
         // What was read and not reset is in KVM's way, too.
         push(&file, ENTRIES - 1, 0, 100);
-        assert!(matches!(rings.make_room(), Err(VmError::RingOverflow)));
+        assert!(matches!(rings.written(), Err(VmError::RingOverflow)));
         let mut nothing = |written| panic!("{written:?}");
         assert!(matches!(rings.harvest(&mut nothing), Err(VmError::RingOverflow)));
     }

@@ -6,6 +6,8 @@ use api::replication::ReplicationState;
 
 use super::{Ask, Engine, Error, Event, Message, Replica, ReplicaBuilder, Sender, State, Told};
 use crate::backup::apply::apply;
+use crate::backup::disks::DiskConnection;
+use crate::backup::receive::DataConnection;
 use crate::engine::now_us;
 use crate::ids::EpochId;
 use crate::ownership::{Record, Standing};
@@ -133,7 +135,7 @@ impl<B: ReplicaBuilder> Engine<B> {
 
     /// Ends the session; what was told last still reaches the primary.
     pub(super) fn close(&mut self) {
-        let Some(session) = self.session.take() else { return };
+        let Some(mut session) = self.session.take() else { return };
         // What is known to be gone is closed at once; threads end by themselves.
         if session.last_word {
             drop(session.control.finish());
@@ -143,15 +145,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         if let Some(bell) = &session.bell {
             bell.close();
         }
-        let closing = session.data.into_iter().flatten();
-        let mut threads: Vec<_> = closing.map(super::DataConnection::close).collect();
-        threads.extend(session.disks.map(super::DiskConnection::close));
-        for thread in threads {
-            // They hold the replica's memory: it must be free before another is built.
-            if thread.join().is_err() {
-                tracing::error!("A receiver panicked");
-            }
-        }
+        end_data(session.data.drain(..).flatten(), session.disks.take());
     }
 
     /// Waits for the images: everything committed is in them, durably, or they are of no use.
@@ -168,7 +162,11 @@ impl<B: ReplicaBuilder> Engine<B> {
             self.images = None;
             return self.step(Event::StartFailed(error));
         }
-        // The machine's own threads write the images from here on.
+        // The machine's own threads write memory and images from here on. Of a session that is kept, to
+        // tell the primary that it was handed over, the control connection is enough.
+        if let Some(session) = &mut self.session {
+            end_data(session.data.iter_mut().filter_map(Option::take), session.disks.take());
+        }
         self.images = None;
         match replica.start(state) {
             Ok(()) => {
@@ -254,5 +252,17 @@ impl<B: ReplicaBuilder> Engine<B> {
             State::TakenOver => ReplicationState::TakenOver,
             State::Stopped => ReplicationState::Stopped,
         };
+    }
+}
+
+/// Ends data connections and waits for their threads: they hold the replica's memory, which must be
+/// nobody else's before it runs or another is built.
+fn end_data(data: impl Iterator<Item = DataConnection>, disks: Option<DiskConnection>) {
+    let mut threads: Vec<_> = data.map(DataConnection::close).collect();
+    threads.extend(disks.map(DiskConnection::close));
+    for thread in threads {
+        if thread.join().is_err() {
+            tracing::error!("A receiver panicked");
+        }
     }
 }
