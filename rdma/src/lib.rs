@@ -19,12 +19,13 @@
 //! - [`Library`]: libibverbs, or why it is not there; [`Library::devices`] is what this host has;
 //! - [`Wanted`]: which device, port and GID to use;
 //! - [`Context`]: an opened device and its events; [`ProtectionDomain`], [`MemoryRegion`];
+//! - [`Buffer`]: a region with memory of its own;
 //! - [`CompletionChannel`], [`CompletionQueue`], [`Completion`];
 //! - [`QueuePair`]: a reliable connection; [`Endpoint`]: what its ends tell each other;
 //! - [`RequestList`]: what is posted at once.
 //!
 //! **What is unsafe.** Only [`MemoryRegion::register`], whose promise holds for all that is done with the
-//! region. Posting is safe: a segment is a piece of a region, and a device checks each key that it is given
+//! region, and which [`Buffer`] keeps for memory of its own. Posting is safe: a segment is a piece of a region, and a device checks each key that it is given
 //! against what is registered now, so a request that outlives its region fails and touches nothing. That
 //! what is to be sent does not change before its completion is a matter of what arrives, not of memory
 //! safety: the device reads it as it reads a guest's memory, at its own time.
@@ -36,6 +37,7 @@
 //! `infiniband/verbs.h` has them.
 
 mod abi;
+mod buffer;
 mod choose;
 mod completion;
 mod context;
@@ -47,6 +49,7 @@ mod memory;
 mod queue_pair;
 mod work;
 
+pub use buffer::Buffer;
 pub use choose::{Place, Wanted};
 pub use completion::{Completion, CompletionChannel, CompletionQueue, Failure, Outcome, Status};
 pub use context::{Context, DeviceLimits, Event, PortAttributes, PortChange};

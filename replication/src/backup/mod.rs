@@ -105,6 +105,7 @@ pub fn receive_at<B: ReplicaBuilder>(
             deliver.send(Input::Arrival(arrival, place)).is_ok()
         })?;
     let identity = Arc::new(Mutex::new(identity));
+    let options = ReceiveReplicaData { receiver_url: local.to_string(), ..options };
     let engine = Engine::new(
         builder,
         options,

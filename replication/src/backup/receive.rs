@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use thiserror::Error;
@@ -20,10 +21,10 @@ use crate::error::Error;
 use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
 use crate::protocol::primary::IN_FLIGHT_MAX;
 use crate::ram::Ram;
-use crate::transport::Stream;
+use crate::transport::{Stream, rdma};
 use crate::wire::{
-    ConnectionPart, End, FrameReader, Header, Kind, PagesHeader, RAW_PAGES_MAX, Run, WireError,
-    decode_pages_header, staged_bytes, unpack,
+    ConnectionPart, End, FRAME_PAGES_MAX, FrameReader, Header, Kind, PagesHeader, RAW_PAGES_MAX,
+    Run, WireError, decode_pages_header, staged_bytes, unpack,
 };
 
 /// Why a data connection ended.
@@ -47,6 +48,11 @@ pub(super) enum ReceiveError {
     Ahead(EpochId),
     #[error("The end of epoch {0} does not match what arrived")]
     Mismatch(EpochId),
+    #[error(
+        "The primary wants to send by RDMA, and this side does not listen for it: both sides need \
+         rdma: in their URLs, or neither"
+    )]
+    NoRdma,
     #[error("Cannot write to the image")]
     Apply(#[from] ApplyError),
     #[error(transparent)]
@@ -72,6 +78,8 @@ pub(super) struct Shared {
     pub(super) round: Arc<AtomicU64>,
     pub(super) heard: Heard,
     pub(super) counters: Arc<Counters>,
+    /// The session's patience with a device, where data may come by RDMA.
+    pub(super) rdma: Option<Duration>,
 }
 
 /// A part on its way to the engine, which drops this when it takes the part: as many as may be in
@@ -196,8 +204,21 @@ impl Receiving {
         match header.kind {
             Kind::Pages => self.pages(&header, scratch).map(|()| None),
             Kind::End => self.end(&header).map(Some),
+            Kind::Verbs => self.change_over(&header).map(|()| None),
             found => Err(WireError::Unexpected { found, expected: "pages" }.into()),
         }
+    }
+
+    /// What follows comes by RDMA.
+    fn change_over(&mut self, header: &Header) -> Result<(), ReceiveError> {
+        let is_first = self.counted == 0 && self.part.sum == ConnectionPart::default();
+        let Some(timeout) = self.shared.rdma.filter(|_| is_first) else {
+            return Err(ReceiveError::NoRdma);
+        };
+        let tcp = self.reader.get_mut().inner_mut().duplicate().map_err(WireError::Io)?;
+        let stream = rdma::read_by(&mut self.reader, header, tcp, timeout)?;
+        *self.reader.get_mut().inner_mut() = stream;
+        Ok(())
     }
 
     fn pages(&mut self, frame: &Header, scratch: &mut [u8]) -> Result<(), ReceiveError> {
@@ -225,6 +246,11 @@ impl Receiving {
         let round = self.shared.round.load(Ordering::Acquire);
         if self.closed_round == Some(round) || self.part.epoch != EpochId(0) {
             return Err(ReceiveError::LateCopy);
+        }
+        // Zeroes are long on the wire for nobody, and whoever ends this waits for what is under way.
+        if self.header.pages() > FRAME_PAGES_MAX as u64 {
+            let what = "number of pages of a copy";
+            return Err(WireError::Malformed { kind: Kind::Pages, what }.into());
         }
         let filler = match &mut self.filler {
             Some(filler) => filler,

@@ -56,6 +56,13 @@ impl<R> Listening<R> {
     }
 }
 
+impl<R> Listening<R> {
+    /// The reader below.
+    pub(crate) fn inner_mut(&mut self) -> &mut R {
+        &mut self.inner
+    }
+}
+
 impl<R: Read> Read for Listening<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(into)?;

@@ -342,7 +342,11 @@ impl<G: Guest> Engine<G> {
             .iter()
             .map(|epoch| (epoch.pages * PAGE_SIZE as u64).saturating_add(epoch.touched_bytes));
         // Acknowledged changes wait for the images, too, up to as much as a log may have.
-        let bytes = touched.fold(self.log_bytes_max, u64::saturating_add);
+        let mut bytes = touched.fold(self.log_bytes_max, u64::saturating_add);
+        if !self.machine.is_protected() {
+            // Zeroes of a copy are few bytes on the wire and may be many on an image.
+            bytes = bytes.saturating_add(zeroes);
+        }
         self.patience.look(now, seen, said, bytes);
         match self.patience.verdict(now) {
             Verdict::Waits => None,

@@ -4,7 +4,7 @@ use api::replication::ReplicateData;
 
 use crate::error::Error;
 use crate::ownership::{Arbiter, ArbiterError, open};
-use crate::transport::{Address, TransportError};
+use crate::transport::{Address, check};
 use crate::wire::CONNECTIONS_MAX;
 
 /// A request that can be carried out.
@@ -32,11 +32,10 @@ pub(crate) fn validate_paces(heartbeat_ms: u64, timeout_ms: u64) -> Result<(), E
 /// Reads an endpoint.
 pub(crate) fn address(option: &'static str, url: &str) -> Result<Address, Error> {
     match url.parse::<Address>() {
-        Ok(Address::Rdma { .. }) => {
-            let error = TransportError::Unsupported(url.to_owned());
-            invalid(option, error.to_string())
+        Ok(address) => {
+            check(&address).map_err(Error::Transport)?;
+            Ok(address)
         }
-        Ok(address) => Ok(address),
         Err(error) => invalid(option, error.to_string()),
     }
 }

@@ -22,7 +22,7 @@ use crate::guest::{DESCRIPTION_BYTES_MAX, Guest};
 use crate::ids::PAGE_SIZE;
 use crate::ownership::{HostId, HostIdentity};
 use crate::ram::Ram;
-use crate::transport::{Address, Stream, connect};
+use crate::transport::{Address, Stream, connect, rdma};
 use crate::wire::{
     FrameReader, FrameWriter, Hello, Message, Offer, REGIONS_MAX, SessionId, Welcome, WireError,
     WireRegion,
@@ -95,7 +95,12 @@ pub(super) fn open(
         hello(connection).send(&mut writer).map_err(Error::Wire)?;
         Ok(writer)
     };
-    let data = (1..=options.connections).map(further).collect::<Result<_, Error>>()?;
+    let by_rdma = matches!(address, Address::Rdma { .. });
+    let carries = |writer| {
+        if by_rdma { rdma::write_by(writer, timeout).map_err(Error::Wire) } else { Ok(writer) }
+    };
+    let data = (1..=options.connections).map(|number| further(number).and_then(carries));
+    let data = data.collect::<Result<_, Error>>()?;
     let disks = has_disks.then(|| further(options.connections + 2)).transpose()?;
     let bell = hello(options.connections + 1);
     super::bell::start(address.clone(), session, bell, timeout);

@@ -4,11 +4,13 @@
 //! whoever is blocked reading or writing it, so nobody needs to poll.
 
 pub mod memory;
+pub(crate) mod rdma;
 mod tcp;
 mod unix;
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::AsFd;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -33,8 +35,8 @@ pub enum TransportError {
     Accept(String, #[source] io::Error),
     #[error("Cannot set up a connection")]
     Setup(#[source] io::Error),
-    #[error("This build has no transport for '{0}'")]
-    Unsupported(String),
+    #[error("This host cannot do RDMA")]
+    Rdma(#[source] ::rdma::Error),
 }
 
 /// How fast a stream's bytes arrived of late, as the host knows it.
@@ -78,6 +80,16 @@ pub trait Stream: Read + Write + Send {
         None
     }
 
+    /// This host's address, of a stream between hosts.
+    fn local_address(&self) -> Option<IpAddr> {
+        None
+    }
+
+    /// What becomes readable with the stream, where that is a descriptor.
+    fn readiness(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// An unreachable peer ends the stream after some multiples of `interval`, at least a second,
     /// although nothing is sent.
     ///
@@ -88,6 +100,14 @@ pub trait Stream: Read + Write + Send {
         let _ = interval;
         Ok(())
     }
+}
+
+/// Whether this host can reach such an address at all.
+///
+/// # Errors
+/// [`TransportError::Rdma`].
+pub fn check(address: &Address) -> Result<(), TransportError> {
+    if matches!(address, Address::Rdma { .. }) { rdma::check() } else { Ok(()) }
 }
 
 /// A stream that was accepted, and the name of its peer.
@@ -116,14 +136,17 @@ impl Listener {
     /// Listens on `address`; port 0 picks a free one.
     ///
     /// # Errors
-    /// [`TransportError::Listen`], [`TransportError::Resolve`], [`TransportError::Unsupported`].
+    /// [`TransportError::Listen`], [`TransportError::Resolve`], [`TransportError::Rdma`].
     pub fn bind(address: &Address) -> Result<(Self, ListenerWaker), TransportError> {
         let (wake, end) = io::pipe().map_err(TransportError::Setup)?;
         let (inner, address) = match address {
             Address::Tcp { host, port } => tcp::listen(host, *port)?,
             Address::Unix(path) => unix::listen(path)?,
-            Address::Rdma { .. } => {
-                return Err(TransportError::Unsupported(address.to_string()));
+            Address::Rdma { host, port } => {
+                rdma::check()?;
+                let (inner, address) = tcp::listen(host, *port)?;
+                let Address::Tcp { host, port } = address else { unreachable!("of TCP") };
+                (inner, Address::Rdma { host, port })
             }
         };
         Ok((Self { inner, address, wake }, ListenerWaker { _end: end }))
@@ -206,12 +229,14 @@ pub fn name(address: &Address) -> &'static str {
 /// Connects to `address`, within `timeout`.
 ///
 /// # Errors
-/// [`TransportError::Connect`], [`TransportError::Resolve`], [`TransportError::Unsupported`].
+/// [`TransportError::Connect`], [`TransportError::Resolve`].
 pub fn connect(address: &Address, timeout: Duration) -> Result<Box<dyn Stream>, TransportError> {
     match address {
-        Address::Tcp { host, port } => tcp::connect(host, *port, timeout),
+        // What is not data goes by TCP.
+        Address::Tcp { host, port } | Address::Rdma { host, port } => {
+            tcp::connect(host, *port, timeout)
+        }
         Address::Unix(path) => unix::connect(path),
-        Address::Rdma { .. } => Err(TransportError::Unsupported(address.to_string())),
     }
 }
 

@@ -1,7 +1,7 @@
 //! TCP, with Nagle's delay off: an acknowledgement must never wait for company.
 
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -38,6 +38,14 @@ impl Stream for TcpStream {
 
     fn finish(&self) {
         let _ = self.shutdown(Shutdown::Write);
+    }
+
+    fn local_address(&self) -> Option<IpAddr> {
+        self.local_addr().ok().map(|address| address.ip().to_canonical())
+    }
+
+    fn readiness(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
     }
 
     fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {

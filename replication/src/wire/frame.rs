@@ -5,6 +5,7 @@ use std::io::{ErrorKind, IoSlice, Read, Write};
 use super::changes::CHANGE_HEAD_BYTES;
 use super::message::{DESCRIPTION_SLACK_BYTES, SEAL_SLACK_BYTES};
 use super::pages::{END_BYTES, PAGES_BYTES_MAX};
+use super::verbs::VERBS_BYTES;
 use super::{ABORT_BYTES_MAX, MAGIC, VERSION, WireError};
 use crate::disk::CHANGE_BYTES_MAX;
 use crate::guest::{DESCRIPTION_BYTES_MAX, STATE_BYTES_MAX};
@@ -37,11 +38,12 @@ pub enum Kind {
     End = 15,
     Change = 16,
     Progress = 17,
+    Verbs = 18,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        const ALL: [Kind; 17] = [
+        const ALL: [Kind; 18] = [
             Kind::Hello,
             Kind::Offer,
             Kind::Welcome,
@@ -59,6 +61,7 @@ impl Kind {
             Kind::End,
             Kind::Change,
             Kind::Progress,
+            Kind::Verbs,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -76,6 +79,7 @@ impl Kind {
             Self::Ack => 16,
             Self::Pages => PAGES_BYTES_MAX,
             Self::End => END_BYTES,
+            Self::Verbs => VERBS_BYTES,
             Self::Change => CHANGE_HEAD_BYTES + CHANGE_BYTES_MAX,
         }
     }
@@ -159,6 +163,22 @@ pub struct FrameWriter<W> {
 impl<W: Write> FrameWriter<W> {
     pub fn new(inner: W, session: SessionId) -> Self {
         Self { inner, session, sequence: 0, bytes: 0 }
+    }
+
+    /// Whose frames these are.
+    #[must_use]
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
+
+    /// The same place in the stream, written through another writer.
+    pub fn map<X: Write>(self, wrap: impl FnOnce(W) -> X) -> FrameWriter<X> {
+        FrameWriter {
+            inner: wrap(self.inner),
+            session: self.session,
+            sequence: self.sequence,
+            bytes: self.bytes,
+        }
     }
 
     /// Bytes written so far, headers included.

@@ -280,7 +280,7 @@ impl Message {
             Kind::Progress => Self::Progress(from.u64()?),
             Kind::Stop => Self::Stop,
             Kind::StopDone => Self::StopDone,
-            Kind::Pages | Kind::End | Kind::Change => {
+            Kind::Pages | Kind::End | Kind::Change | Kind::Verbs => {
                 return Err(WireError::Unexpected { found: kind, expected: "a control message" });
             }
         };
@@ -368,7 +368,7 @@ impl Fields<'_> {
         Err(WireError::Malformed { kind: self.kind, what })
     }
 
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+    pub(super) fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
         match self.rest.split_first_chunk::<N>() {
             Some((field, rest)) => {
                 self.rest = rest;

@@ -15,13 +15,14 @@
 //!
 //! Version 1: first. Version 2: disks, on a connection of their own; the offer has their sizes and
 //! the seal the number of their changes. Version 3: a backup says how much it has done. Version 4:
-//! pages as deltas and as LZ4 blocks.
+//! pages as deltas and as LZ4 blocks. Version 5: data connections by RDMA.
 
 mod changes;
 mod contents;
 mod frame;
 mod message;
 mod pages;
+mod verbs;
 
 use thiserror::Error;
 
@@ -36,11 +37,12 @@ pub use pages::{
     Encoding, End, FRAME_PAGES_MAX, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs,
     decode_pages_header, encode_pages_header,
 };
+pub use verbs::Verbs;
 
 /// First bytes of every frame: "USTD".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"USTD");
 /// The version that this build speaks.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// Most data connections of a session.
 pub const CONNECTIONS_MAX: u32 = 128;
 

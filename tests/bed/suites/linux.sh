@@ -8,13 +8,14 @@ LINUX_EPOCH_MS=${LINUX_EPOCH_MS:-100}
 LINUX_TIMEOUT_MS=${LINUX_TIMEOUT_MS:-3000}
 LINUX_JUMP_S=${LINUX_JUMP_S:-60}      # seconds that the guest's clock may jump at the take-over
 PORT=7000
+LINUX_URL=${LINUX_URL:-tcp:127.0.0.1:$PORT}
 
 listens() { grep -qi "^ *[0-9]*: [0-9A-F]*:$(printf %04x "$1") 0*:0000 0A" /proc/net/tcp; }
 
 pair() { # VCPUS
     mkdir "$CASE/arbiter"
     start b "$VMM" --api-socket "path=$CASE/b.sock" \
-        --receive-replica "receiver_url=tcp:127.0.0.1:$PORT,arbiter=file:$CASE/arbiter" \
+        --receive-replica "receiver_url=$LINUX_URL,arbiter=file:$CASE/arbiter" \
         --serial "file=$CASE/b.serial" --console off ${PAIR_MORE_BACKUP:-}
     wait_for 60 "the backup to listen on port $PORT" listens "$PORT"
     start a "$VMM" --api-socket "path=$CASE/a.sock" --kernel /bed/l2/vmlinux \
@@ -22,7 +23,7 @@ pair() { # VCPUS
         --cmdline "$L2_CMDLINE bed.count=$LINUX_COUNTS bed.pause=$LINUX_PAUSE" \
         --cpus "boot=$1" --memory size=256M --serial "file=$CASE/a.serial" --console off \
         ${PAIR_MORE:-} \
-        --replicate "destination_url=tcp:127.0.0.1:$PORT,arbiter=file:$CASE/arbiter,$(
+        --replicate "destination_url=$LINUX_URL,arbiter=file:$CASE/arbiter,$(
         )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=$LINUX_TIMEOUT_MS${PAIR_OPTIONS:-}"
 }
 
@@ -86,9 +87,9 @@ judge() {
 limit=$((700 + LINUX_COUNTS))
 round=1
 while [ "$round" -le "$LINUX_ROUNDS" ]; do
-    run_case "kill-2-vcpus-$round" "$limit" survives 2
+    run_case "kill-2-vcpus-$round" "$limit" "${LINUX_SURVIVES:-survives}" 2
     round=$((round + 1))
 done
 for vcpus in $LINUX_VCPUS; do
-    run_case "kill-$vcpus-vcpus" "$limit" survives "$vcpus"
+    run_case "kill-$vcpus-vcpus" "$limit" "${LINUX_SURVIVES:-survives}" "$vcpus"
 done

@@ -17,7 +17,10 @@ pub(super) fn json<T: Serialize>(value: &T) -> Answer {
 }
 
 pub(super) fn ping() -> Answer {
-    json(&VmmPingResponse::new(std::process::id(), vec!["kvm".into(), "replication".into()]))
+    json(&VmmPingResponse::new(
+        std::process::id(),
+        ["kvm", "replication", "rdma"].map(str::to_owned).into(),
+    ))
 }
 
 impl Controller {

@@ -26,7 +26,7 @@ use crate::ownership::{HostId, VmId};
 use crate::primary::{layout, validate_paces};
 use crate::protocol::backup::{Event, State};
 use crate::ram::Ram;
-use crate::transport::Stream;
+use crate::transport::{Address, Stream};
 use crate::wire::{FrameReader, FrameWriter, Hello, Message, Offer, SessionId, Welcome};
 
 impl<B: ReplicaBuilder> Engine<B> {
@@ -121,7 +121,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             data: (0..connections).map(|_| None).collect(),
             disks: None,
             bell: None,
-            shared: self.share(ram, heard),
+            shared: self.share(ram, heard, timeout),
             gather: Gather::new(connections, !offer.disks.is_empty()),
             timeout,
             last_word: false,
@@ -146,13 +146,15 @@ impl<B: ReplicaBuilder> Engine<B> {
         })
     }
 
-    fn share(&self, ram: Ram, heard: Heard) -> Shared {
+    fn share(&self, ram: Ram, heard: Heard, timeout: Duration) -> Shared {
         Shared {
             ram,
             budget: Budget::new(self.options.staging_size),
             round: Arc::new(AtomicU64::new(0)),
             heard,
             counters: Arc::clone(&self.status.counters),
+            rdma: matches!(self.options.receiver_url.parse(), Ok(Address::Rdma { .. }))
+                .then_some(timeout),
         }
     }
 

@@ -1,0 +1,126 @@
+//! Memory of our own that a device may access.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::{fmt, io};
+
+use crate::error::Error;
+use crate::memory::{Access, MemoryRegion, ProtectionDomain, Remote, Segment};
+
+/// Pages that are mapped for a region, zero at first. Bytes go in and out by copying, since a device
+/// may read and write them at any time.
+pub struct Buffer {
+    /// `None` once it is dropped: before the mapping.
+    region: Option<MemoryRegion>,
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is accessed through methods that copy, whose bounds are checked; what a device
+// does to it meanwhile changes bytes, not validity.
+unsafe impl Send for Buffer {}
+
+impl Buffer {
+    /// Maps `len` bytes, 1 at least, and registers them.
+    ///
+    /// # Errors
+    /// If there is no memory for it, or it cannot be locked.
+    pub fn new(domain: &Arc<ProtectionDomain>, len: usize, access: Access) -> Result<Self, Error> {
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing else.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        let start = if address == libc::MAP_FAILED { None } else { NonNull::new(address.cast()) };
+        let Some(start) = start else {
+            let what = format!("be given a buffer of {len} bytes");
+            return Err(domain.context().failed(what, io::Error::last_os_error()));
+        };
+        let mut buffer = Self { region: None, start, len };
+        // SAFETY: the mapping is this buffer's, which unmaps it after the region; all access is by raw
+        // copies.
+        buffer.region = Some(unsafe { MemoryRegion::register(domain, start, len, access)? });
+        Ok(buffer)
+    }
+
+    fn region(&self) -> &MemoryRegion {
+        self.region.as_ref().expect("a buffer has its region until it is dropped")
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where a peer finds it.
+    #[must_use]
+    pub fn remote(&self) -> Remote {
+        Remote { address: self.region().address(), key: self.region().remote_key() }
+    }
+
+    /// `len` bytes from `offset` on, for a request.
+    ///
+    /// # Errors
+    /// If they are not within the buffer.
+    pub fn segment(&self, offset: usize, len: u32) -> Result<Segment, Error> {
+        self.region().segment(offset, len)
+    }
+
+    /// Copies `from` in, at `offset`.
+    ///
+    /// # Panics
+    /// If it does not fit.
+    pub fn write(&mut self, offset: usize, from: &[u8]) {
+        self.check(offset, from.len());
+        // SAFETY: inside the mapping, as just checked, which no reference points into.
+        unsafe {
+            let to = self.start.as_ptr().add(offset);
+            std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len());
+        }
+    }
+
+    /// Copies bytes from `offset` on out.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        self.check(offset, into.len());
+        // SAFETY: as in `write`.
+        unsafe {
+            let from = self.start.as_ptr().add(offset);
+            std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len());
+        }
+    }
+
+    fn check(&self, offset: usize, len: usize) {
+        let end = offset.checked_add(len);
+        assert!(end.is_some_and(|end| end <= self.len), "{len} bytes at {offset} of {}", self.len);
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Buffer").field(&self.len).finish()
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // The device lets go of the memory before it is unmapped.
+        self.region = None;
+        // SAFETY: mapped by `new`, and nobody has a pointer into it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}

@@ -1,0 +1,571 @@
+//! A data connection by RDMA: its bytes are written into the backup's memory, without the backup's
+//! processor and without a system call for each of its packets.
+//!
+//! ```text
+//! primary                                            backup
+//!   TCP: Hello(n), Verbs (queue pair)        ->
+//!                                            <-       TCP: Verbs (queue pair, ring)
+//!   WRITE, WRITE with immediate (its bytes)  =>       ring, and a completion
+//!                                            <-       TCP: how much was read, now and then
+//! ```
+//!
+//! Enters: frames, as on any [`Stream`]. Leaves: the same frames. Always holds: a device writes only
+//! into the ring, never into guest memory, so what a primary that was given up still writes reaches
+//! nobody; bytes of the ring are checked like those of a socket, after they were copied out of it; no
+//! more is under way than the ring has room for ([`ring`]). The TCP connection stays: its end ends
+//! this one, and all that is not bytes of frames goes over it.
+//!
+//! A completion at the primary says that the backup's device has the bytes, not that its software
+//! does: nothing here is an acknowledgement.
+
+mod ring;
+
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ::rdma::{
+    Access, Buffer, Completion, CompletionChannel, CompletionQueue, ConnectOptions, Context,
+    Depths, Endpoint, Library, Operation, Origin, Outcome, Place, ProtectionDomain, QueuePair,
+    Remote, Request, RequestList, Wanted,
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use self::ring::{CHUNKS, Incoming, Outgoing, RING_BYTES};
+use super::{Stream, TransportError};
+use crate::wire::{FrameReader, FrameWriter, Kind, Verbs, WireError};
+
+/// Most bytes of one chunk.
+const CHUNK_BYTES_MAX: usize = 1 << 20;
+/// Completions that are looked at at once.
+const BATCH: usize = 16;
+/// Bytes of a word about what was read.
+const CREDIT_BYTES: usize = 8;
+/// How long a device tries before it gives up a peer that does not answer, at least. The protocol's own
+/// silence is what usually ends a session.
+const PATIENCE_MIN: Duration = Duration::from_millis(500);
+
+/// Whether this host could do RDMA at all, before anything else is begun.
+///
+/// # Errors
+/// [`TransportError::Rdma`]: no library, or no device.
+pub(super) fn check() -> Result<(), TransportError> {
+    let devices = Library::load().and_then(|library| library.devices());
+    let any = Wanted::default();
+    devices.and_then(|devices| any.choose(&devices)).map(drop).map_err(TransportError::Rdma)
+}
+
+fn failed(error: ::rdma::Error) -> io::Error {
+    io::Error::other(crate::error::chain(&error))
+}
+
+fn invalid(what: &'static str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, what)
+}
+
+/// What both ends need of a device.
+struct Device {
+    domain: Arc<ProtectionDomain>,
+    channel: Arc<CompletionChannel>,
+    completions: Arc<CompletionQueue>,
+    place: Place,
+}
+
+impl Device {
+    /// Opens the device whose address is `local`.
+    fn open(local: Option<IpAddr>) -> Result<Self, ::rdma::Error> {
+        let library = Library::load()?;
+        let wanted = Wanted { local, ..Wanted::default() };
+        let place = wanted.choose(&library.devices()?)?;
+        let context = Context::open(&library, &place.device)?;
+        let domain = ProtectionDomain::new(&context)?;
+        let channel = CompletionChannel::new(&context)?;
+        let entries = u32::try_from(4 * CHUNKS).unwrap_or(u32::MAX);
+        let completions = CompletionQueue::new(&context, entries, Some(&channel))?;
+        Ok(Self { domain, channel, completions, place })
+    }
+
+    fn pair(&self, access: Access) -> Result<QueuePair, ::rdma::Error> {
+        // A chunk is two requests at most, and each of them completes.
+        let chunks = u32::try_from(CHUNKS).unwrap_or(u32::MAX);
+        let depths = Depths {
+            sends: 2 * chunks,
+            receives: chunks,
+            send_segments: 1,
+            receive_segments: 1,
+            inline_bytes: 0,
+        };
+        let origin = Origin { port: self.place.port, gid_index: self.place.gid_index, access };
+        QueuePair::new(&self.domain, &self.completions, &self.completions, &depths, origin)
+    }
+}
+
+fn verbs_of(endpoint: Endpoint) -> Verbs {
+    Verbs {
+        queue_pair: endpoint.queue_pair,
+        packet_number: endpoint.packet_number,
+        gid: endpoint.gid,
+        lid: endpoint.lid,
+        mtu_bytes: endpoint.mtu_bytes,
+        reads_answered: endpoint.reads_answered,
+        ..Verbs::default()
+    }
+}
+
+fn endpoint_of(verbs: &Verbs) -> Endpoint {
+    Endpoint {
+        queue_pair: verbs.queue_pair,
+        packet_number: verbs.packet_number,
+        gid: verbs.gid,
+        lid: verbs.lid,
+        mtu_bytes: verbs.mtu_bytes,
+        reads_answered: verbs.reads_answered,
+    }
+}
+
+fn options(timeout: Duration) -> ConnectOptions {
+    let defaults = ConnectOptions::default();
+    let tries = u32::from(defaults.retries) + 1;
+    ConnectOptions {
+        timeout: ConnectOptions::timeout_of(timeout.max(PATIENCE_MIN) / tries),
+        ..defaults
+    }
+}
+
+/// What the handles of a connection share: how to end it.
+struct Link {
+    tcp: Mutex<Box<dyn Stream>>,
+    pair: QueuePair,
+    timeout: Mutex<Option<Duration>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Link {
+    fn close(&self) {
+        lock(&self.tcp).close();
+        // A queue pair that cannot be invalidated is in error already, or its device is gone.
+        let _ = self.pair.invalidate();
+    }
+}
+
+/// One end, and what it waits for.
+struct End {
+    link: Arc<Link>,
+    tcp: Box<dyn Stream>,
+    device: Device,
+}
+
+impl End {
+    fn new(tcp: Box<dyn Stream>, pair: QueuePair, device: Device) -> io::Result<Self> {
+        let second = Mutex::new(tcp.duplicate()?);
+        let link = Arc::new(Link { tcp: second, pair, timeout: Mutex::default() });
+        Ok(Self { link, tcp, device })
+    }
+
+    /// Waits for a completion or for the TCP connection; `true`: that can be read.
+    fn wait(&self) -> io::Result<bool> {
+        let timeout = *lock(&self.link.timeout);
+        let fd = self.tcp.readiness().ok_or(ErrorKind::Unsupported)?;
+        let mut fds = [
+            PollFd::new(fd, PollFlags::POLLIN),
+            PollFd::new(self.device.channel.as_fd(), PollFlags::POLLIN),
+        ];
+        let timeout = match timeout {
+            None => PollTimeout::NONE,
+            Some(time) => PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX),
+        };
+        match poll(&mut fds, timeout) {
+            Ok(0) => return Err(ErrorKind::WouldBlock.into()),
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let [tcp, channel] = fds.map(|fd| fd.any().unwrap_or(true));
+        if channel {
+            self.device.channel.take_wakeups().map_err(failed)?;
+        }
+        Ok(tcp)
+    }
+
+    /// Hands each completion to `each`; an error is the connection's end.
+    fn completed(&self, mut each: impl FnMut(Outcome) -> io::Result<()>) -> io::Result<()> {
+        let mut batch = [Completion::default(); BATCH];
+        loop {
+            let count = self.device.completions.poll(&mut batch).map_err(failed)?;
+            for completion in &batch[..count] {
+                each(completion.succeeded().map_err(|failure| {
+                    let text = failure.text;
+                    io::Error::new(ErrorKind::ConnectionReset, format!("RDMA failed: {text}"))
+                })?)?;
+            }
+            if count < BATCH {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// The primary's end.
+struct Writer {
+    end: End,
+    /// A ring as large as the backup's: bytes leave from the place at which they arrive.
+    local: Buffer,
+    remote: Remote,
+    ring: Outgoing,
+    requests: RequestList,
+    /// Requests that were posted and have not completed: the buffer's bytes are theirs.
+    posted: usize,
+    /// Bytes of a word that is not whole yet.
+    word: Vec<u8>,
+}
+
+/// Turns the primary's end of a data connection, whose greeting was sent, into one by RDMA.
+///
+/// # Errors
+/// [`WireError`]: what the device, or the backup, says.
+pub(crate) fn write_by(
+    mut control: FrameWriter<Box<dyn Stream>>,
+    timeout: Duration,
+) -> Result<FrameWriter<Box<dyn Stream>>, WireError> {
+    let tcp = control.get_ref().duplicate().map_err(WireError::Io)?;
+    tcp.set_read_timeout(Some(timeout.max(Duration::from_secs(1)))).map_err(WireError::Io)?;
+    let of = |error| WireError::Io(failed(error));
+    let device = Device::open(tcp.local_address()).map_err(of)?;
+    let pair = device.pair(Access::LOCAL_READ).map_err(of)?;
+    control.write(Kind::Verbs, &[&verbs_of(pair.endpoint()).encode()])?;
+    let answer = tcp.duplicate().map_err(WireError::Io)?;
+    let theirs = receive(&mut FrameReader::new(answer, Some(control.session())))?;
+    if theirs.ring_bytes as usize != RING_BYTES {
+        return Err(WireError::Malformed { kind: Kind::Verbs, what: "size of the ring" });
+    }
+    let local = Buffer::new(&device.domain, RING_BYTES, Access::LOCAL_READ).map_err(of)?;
+    pair.connect(&endpoint_of(&theirs), &options(timeout)).map_err(of)?;
+    tcp.set_read_timeout(None).map_err(WireError::Io)?;
+    let Place { device: name, port, gid_index, gid, .. } = &device.place;
+    tracing::info!("data goes by RDMA: device {name}, port {port}, GID {gid_index} ({gid})");
+    let writer = Writer {
+        end: End::new(tcp, pair, device).map_err(WireError::Io)?,
+        local,
+        remote: Remote { address: theirs.ring_address, key: theirs.ring_key },
+        ring: Outgoing::new(RING_BYTES),
+        requests: RequestList::with_capacity(2, 2, 0),
+        posted: 0,
+        word: Vec::with_capacity(CREDIT_BYTES),
+    };
+    Ok(control.map(|_| Box::new(writer) as _))
+}
+
+fn receive(reader: &mut FrameReader<Box<dyn Stream>>) -> Result<Verbs, WireError> {
+    let mut payload = Vec::new();
+    let header = reader.read(&mut payload)?;
+    match header.kind {
+        Kind::Verbs => Verbs::decode(&payload),
+        found => Err(WireError::Unexpected { found, expected: "an RDMA queue pair" }),
+    }
+}
+
+impl Writer {
+    /// Takes completions.
+    fn complete(&mut self) -> io::Result<()> {
+        let posted = &mut self.posted;
+        self.end.completed(|_| {
+            *posted = posted.saturating_sub(1);
+            Ok(())
+        })
+    }
+
+    /// Takes what the backup says it has read; the TCP connection can be read.
+    fn take_words(&mut self) -> io::Result<()> {
+        let mut bytes = [0; 64 * CREDIT_BYTES];
+        let count = self.end.tcp.read(&mut bytes)?;
+        if count == 0 {
+            return Err(ErrorKind::ConnectionReset.into());
+        }
+        self.word.extend_from_slice(&bytes[..count]);
+        let (words, rest) = self.word.as_chunks::<CREDIT_BYTES>();
+        for word in words {
+            if !self.ring.credit(u64::from_le_bytes(*word)) {
+                return Err(invalid("The backup says that it has read what was not written"));
+            }
+        }
+        let rest = rest.to_vec();
+        self.word = rest;
+        Ok(())
+    }
+
+    /// Bytes that may be written now, 1 at least.
+    fn room(&mut self) -> io::Result<usize> {
+        loop {
+            self.complete()?;
+            // Two requests a chunk fit the queue beside those of all other chunks.
+            let room = if self.posted + 2 > 2 * CHUNKS { 0 } else { self.ring.room() };
+            if room > 0 {
+                return Ok(room.min(CHUNK_BYTES_MAX));
+            }
+            self.end.device.completions.arm().map_err(failed)?;
+            // What completed before it was armed wakes nobody.
+            let before = self.posted;
+            self.complete()?;
+            if self.posted == before && self.end.wait()? {
+                self.take_words()?;
+            }
+        }
+    }
+
+    fn post(&mut self, len: usize, mut from: &[IoSlice<'_>]) -> io::Result<()> {
+        let stretches = self.ring.write(len);
+        let mut skip = 0;
+        self.requests.clear();
+        for (number, at) in stretches.into_iter().enumerate().filter(|(_, at)| at.len > 0) {
+            let mut done = 0;
+            while done < at.len {
+                let Some((first, rest)) = from.split_first() else { break };
+                let part = &first[skip..];
+                let count = part.len().min(at.len - done);
+                self.local.write(at.offset + done, &part[..count]);
+                done += count;
+                skip += count;
+                if skip == first.len() {
+                    (from, skip) = (rest, 0);
+                }
+            }
+            let bytes = u32::try_from(at.len).unwrap_or(0);
+            let segment = [self.local.segment(at.offset, bytes).map_err(failed)?];
+            let to = Remote { address: self.remote.address + at.offset as u64, ..self.remote };
+            let is_last = number == 1 || stretches[1].len == 0;
+            let operation = if is_last {
+                let immediate = u32::try_from(len).unwrap_or(0);
+                Operation::WriteWithImmediate { from: &segment, to, immediate }
+            } else {
+                Operation::Write { from: &segment, to }
+            };
+            self.requests.push(Request { id: 0, signalled: true, fence: false, operation });
+        }
+        self.posted += self.requests.len();
+        self.end.link.pair.post(&mut self.requests).map_err(failed)
+    }
+}
+
+impl Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    /// Returns once the bytes are in the buffer: whose they were may change them.
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let total: usize = slices.iter().map(|slice| slice.len()).sum();
+        if total == 0 {
+            return Ok(0);
+        }
+        let len = total.min(self.room()?);
+        self.post(len, slices)?;
+        Ok(len)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The backup's end.
+struct Reader {
+    end: End,
+    local: Buffer,
+    ring: Incoming,
+}
+
+/// Turns the backup's end of a data connection into one by RDMA; the header of the primary's word for
+/// it was read already.
+///
+/// # Errors
+/// [`WireError`]: what the device, or the primary, says.
+pub(crate) fn read_by(
+    reader: &mut FrameReader<impl Read>,
+    header: &crate::wire::Header,
+    tcp: Box<dyn Stream>,
+    timeout: Duration,
+) -> Result<Box<dyn Stream>, WireError> {
+    let mut payload = Vec::new();
+    reader.read_rest(&mut payload)?;
+    reader.finish(header)?;
+    let theirs = Verbs::decode(&payload)?;
+    let of = |error| WireError::Io(failed(error));
+    let device = Device::open(tcp.local_address()).map_err(of)?;
+    let local = Buffer::new(&device.domain, RING_BYTES, Access::REMOTE_WRITE).map_err(of)?;
+    let pair = device.pair(Access::REMOTE_WRITE).map_err(of)?;
+    pair.post_empty_receives(0, CHUNKS).map_err(of)?;
+    pair.connect(&endpoint_of(&theirs), &options(timeout)).map_err(of)?;
+    let Remote { address, key } = local.remote();
+    let answer = Verbs {
+        ring_address: address,
+        ring_key: key,
+        ring_bytes: u32::try_from(RING_BYTES).unwrap_or(0),
+        ..verbs_of(pair.endpoint())
+    };
+    let back = tcp.duplicate().map_err(WireError::Io)?;
+    FrameWriter::new(back, header.session).write(Kind::Verbs, &[&answer.encode()])?;
+    let Place { device: name, port, gid_index, gid, .. } = &device.place;
+    tracing::info!("data comes by RDMA: device {name}, port {port}, GID {gid_index} ({gid})");
+    let end = End::new(tcp, pair, device).map_err(WireError::Io)?;
+    Ok(Box::new(Reader { end, local, ring: Incoming::new(RING_BYTES) }))
+}
+
+impl Reader {
+    /// Takes completions: chunks that have come.
+    fn complete(&mut self) -> io::Result<()> {
+        let (ring, mut chunks) = (&mut self.ring, 0);
+        self.end.completed(|outcome| {
+            let Outcome::WrittenHere { immediate, .. } = outcome else {
+                return Err(invalid("The primary sent what is no part of a frame"));
+            };
+            chunks += 1;
+            if ring.arrived(immediate) {
+                Ok(())
+            } else {
+                Err(invalid("The primary wrote more than the ring has room for"))
+            }
+        })?;
+        if chunks > 0 {
+            self.end.link.pair.post_empty_receives(0, chunks).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until there are bytes; `false`: the connection has ended.
+    fn await_bytes(&mut self) -> io::Result<bool> {
+        loop {
+            self.complete()?;
+            if self.ring.unread() > 0 {
+                return Ok(true);
+            }
+            self.end.device.completions.arm().map_err(failed)?;
+            // What completed before it was armed wakes nobody.
+            self.complete()?;
+            if self.ring.unread() > 0 {
+                return Ok(true);
+            }
+            if self.end.wait()? {
+                if self.end.tcp.read(&mut [0; 1])? > 0 {
+                    return Err(invalid("The primary sent by TCP what goes by RDMA"));
+                }
+                // What was written before the end is here, or never comes.
+                self.complete()?;
+                return Ok(self.ring.unread() > 0);
+            }
+        }
+    }
+}
+
+impl Read for Reader {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if into.is_empty() || !self.await_bytes()? {
+            return Ok(0);
+        }
+        let at = self.ring.read(into.len());
+        self.local.read(at.offset, &mut into[..at.len]);
+        if let Some(read) = self.ring.credit() {
+            self.end.tcp.write_all(&read.to_le_bytes())?;
+        }
+        Ok(at.len)
+    }
+}
+
+/// What a second handle of a connection can do: end it.
+struct Handle(Arc<Link>);
+
+/// An end reads or writes; the other direction is TCP's, and the connection's own.
+macro_rules! one_way {
+    ($end:ty, $($link:ident).+) => {
+        impl Stream for $end {
+            fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
+                Ok(Box::new(Handle(Arc::clone(&self.$($link).+))))
+            }
+
+            fn close(&self) {
+                self.$($link).+.close();
+            }
+
+            fn finish(&self) {
+                lock(&self.$($link).+.tcp).finish();
+            }
+
+            fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+                *lock(&self.$($link).+.timeout) = timeout;
+                Ok(())
+            }
+
+            fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+                self.set_read_timeout(timeout)
+            }
+
+            fn keep_alive(&self, interval: Duration) -> io::Result<()> {
+                lock(&self.$($link).+.tcp).keep_alive(interval)
+            }
+        }
+    };
+}
+
+one_way!(Writer, end.link);
+one_way!(Reader, end.link);
+impl Stream for Handle {
+    fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(Self(Arc::clone(&self.0))))
+    }
+
+    fn close(&self) {
+        self.0.close();
+    }
+
+    fn finish(&self) {
+        lock(&self.0.tcp).finish();
+    }
+
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        *lock(&self.0.timeout) = timeout;
+        Ok(())
+    }
+
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.set_read_timeout(timeout)
+    }
+}
+
+fn wrong_way() -> io::Error {
+    io::Error::new(ErrorKind::Unsupported, "A data connection by RDMA has one direction")
+}
+
+impl Read for Writer {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(wrong_way())
+    }
+}
+
+impl Write for Reader {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(wrong_way())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Handle {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(wrong_way())
+    }
+}
+
+impl Write for Handle {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(wrong_way())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
