@@ -138,6 +138,8 @@ pub(super) struct Engine<G: Guest> {
     output: Arc<AtomicBool>,
     patience: Patience,
     retry_at: Option<Instant>,
+    /// Why a data connection ended, and until when the control connection may tell more.
+    data_lost: Option<(WireError, Instant)>,
     undecided_told: bool,
     stop_answer: Vec<Sender<Result<(), Error>>>,
     failover_answer: Vec<Sender<Result<(), Error>>>,
@@ -228,6 +230,7 @@ impl<G: Guest> Engine<G> {
             output,
             patience,
             retry_at: None,
+            data_lost: None,
             undecided_told: false,
             stop_answer: vec![],
             failover_answer: vec![],
@@ -309,6 +312,7 @@ impl<G: Guest> Engine<G> {
             None => Instant::now() + Duration::from_secs(3600),
         };
         next = next.min(self.retry_at.unwrap_or(next));
+        next = next.min(self.data_lost.as_ref().map_or(next, |(_, until)| *until));
         if self.awaits_peer() {
             next = next.min(self.patience.deadline());
         }
@@ -403,19 +407,10 @@ impl<G: Guest> Engine<G> {
                 }
             }
             Input::Sent(Ok(_)) | Input::Output => {}
-            // The control connection tells more, if it ends at all: leave it the first word.
-            Input::Sent(Err(error)) => {
-                if !error.is_loss() {
-                    self.lost(error);
-                }
-            }
+            Input::Sent(Err(error)) => self.data_lost(error),
             Input::Disk(Ok(number)) if number == self.disk_job => self.disks_copied(),
             Input::Disk(Ok(_)) => {}
-            Input::Disk(Err(DiskError::Wire(error))) => {
-                if !error.is_loss() {
-                    self.lost(error);
-                }
-            }
+            Input::Disk(Err(DiskError::Wire(error))) => self.data_lost(error),
             Input::Disk(Err(error)) => self.step(Event::GiveUp(crate::error::chain(&error))),
             Input::Arbiter(report) => {
                 if let Some(error) = &report.error {
@@ -426,6 +421,16 @@ impl<G: Guest> Engine<G> {
             }
             Input::Ask(ask, answer) => self.asked(ask, answer),
         }
+    }
+
+    /// A data connection ended. The control connection tells more, if it ends too: it has the first
+    /// word, for a while. A device that fails, or one connection of several, takes no other with it.
+    fn data_lost(&mut self, error: WireError) {
+        if !error.is_loss() {
+            return self.lost(error);
+        }
+        tracing::debug!("a data connection ended: {}", crate::error::chain(&error));
+        self.data_lost.get_or_insert((error, Instant::now() + self.timeout()));
     }
 
     fn lost(&mut self, error: WireError) {
@@ -488,6 +493,9 @@ impl<G: Guest> Engine<G> {
         if self.control.is_some() && self.heard.is_silent(self.timeout(), self.timeout() / 2) {
             let silent_ms = self.options.timeout_ms;
             self.step(Event::PeerLost(Error::Silent { silent_ms }.chain()));
+        }
+        if let Some((error, _)) = self.data_lost.take_if(|(_, until)| *until <= now) {
+            self.lost(error);
         }
         if let Some(reason) = self.is_given_up() {
             self.step(Event::PeerLost(reason));

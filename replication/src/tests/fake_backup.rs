@@ -2,7 +2,7 @@
 //! it with a guest that runs, and with an error that says why.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -349,6 +349,31 @@ fn one_that_lives_but_acknowledges_nothing_is_given_up() {
     assert!(reason.contains("neither takes nor acknowledges"), "{reason}");
     primary.handle.join();
     assert!(machine.is_running() && !machine.is_holding());
+    beats.join().unwrap();
+}
+
+/// A device fails, or one connection of several, and the host lives: the primary says which it was, before
+/// it would give up a backup that does nothing.
+#[test]
+fn one_whose_data_connection_ends_while_its_heart_beats_is_lost() {
+    let fake = Fake::start();
+    let machine = small_machine();
+    let primary = fake.protect(&machine, hurried);
+    let mut session = fake.session();
+    session.drain();
+    let primary = primary.join().unwrap().unwrap();
+    session.protects();
+    session.data[0].shutdown(Shutdown::Both).unwrap();
+    let beats = session.beat();
+    // What the guest writes is what its sender stumbles over.
+    let workers = Workers::start(&machine, 1, 7);
+    let degraded = primary.events.wait(is_degraded);
+    let Some(Event::Degraded { reason }) = degraded else { panic!("nobody was told") };
+    assert!(reason.contains("The connection failed"), "{reason}");
+    primary.handle.join();
+    assert!(machine.is_running() && !machine.is_holding());
+    machine.power_off();
+    workers.join();
     beats.join().unwrap();
 }
 

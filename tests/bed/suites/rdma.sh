@@ -16,6 +16,68 @@ by_rdma() {
     detail "$(cat "$CASE/detail"), $(cat /sys/class/infiniband/rxe_verbs/ports/1/hw_counters/sent_pkts) packets"
 }
 
+# One side says that the VM is its own.
+alone() { in_state a Degraded || in_state b TakenOver; }
+
+# device_fails COMMAND...: the guest goes on, on one side.
+device_fails() {
+    rxe
+    pair 2
+    wait_state a Protected 300
+    wait_serial a "^L2 READY cpus 2 " "$L2_READY_S"
+    wait_serial a "^count " 120
+    usleep $(($(random 500 3000) * 1000))
+    "$@" || fail "cannot: $*"
+    wait_for 120 "one side to own the VM alone" alone
+    if in_state b TakenOver; then
+        wait_serial b "^L2 END" $((LINUX_COUNTS + 120))
+        expect_status b 0 60
+        local verdict
+        verdict=$(judge) || fail "$verdict"
+        detail "the backup goes on, $verdict"
+        return
+    fi
+    wait_serial a "^L2 END" $((LINUX_COUNTS + 120))
+    expect_status a 0 60
+    no_complaints a
+    ! serial_has b "^count" || fail "both sides counted"
+    local counts
+    counts=$(grep -a "^count" "$CASE/a.serial" | awk '{ if ($2 != NR) exit 1 } END { print NR }') ||
+        fail "the primary's counts are not whole"
+    [ "$counts" -eq "$LINUX_COUNTS" ] || fail "$counts counts of $LINUX_COUNTS"
+    detail "the primary goes on: $(grep -a "suspect\|alone\|lost" "$CASE/a.err" | tail -n 1 | cut -c 1-200)"
+}
+
+link_goes_down() {
+    /sbin/ip link set verbs0 down
+}
+
+# A primary that stands still for longer than the timeout, and wakes up when the VM is the backup's.
+wakes_up() {
+    rxe
+    pair 2
+    wait_state a Protected 300
+    wait_serial a "^count " 120
+    usleep $(($(random 500 3000) * 1000))
+    kill -STOP "$(pid_of a)"
+    wait_state_or_end b TakenOver 120
+    wait_serial b "^count [0-9]* up" 120
+    local before
+    before=$(wc -c <"$CASE/a.serial")
+    kill -CONT "$(pid_of a)"
+    wait_serial b "^L2 END" $((LINUX_COUNTS + 120))
+    expect_status b 0 60
+    [ "$(wc -c <"$CASE/a.serial")" -eq "$before" ] || fail "the primary said more after it woke up"
+    no_complaints b
+    local verdict
+    verdict=$(judge) || fail "$verdict"
+    detail "$verdict"
+}
+
 PAIR_MORE="-v" PAIR_MORE_BACKUP="-v"
 LINUX_SURVIVES=by_rdma
 . /h/suites/linux.sh
+
+run_case link-deleted "$limit" device_fails rdma link delete rxe_verbs
+run_case link-down "$limit" device_fails link_goes_down
+run_case primary-wakes-up "$limit" wakes_up
