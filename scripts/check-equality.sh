@@ -27,6 +27,7 @@ ship do it themselves (replication/src/checking.rs). Exits 0 only if no page eve
                     the same, with cow=protect or hybrid: pages that count as write-protected are not
   --delays LIST     POINT:MICROSECONDS[,...]: threads of the primary sleep at random, up to so long, at
                     these points of an epoch: seal, arm, fault, take, unprotect, ack
+  --transport T     tcp (default), unix, or rdma:ADDRESS, this host's address on an RDMA device
   --help            this text
 TXT
 }

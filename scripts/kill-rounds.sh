@@ -28,6 +28,8 @@ if every round passed.
   --vcpus N         vCPUs of the guest (default 2)
   --memory SIZE     memory of the guest (default 512M)
   --epoch-ms N      longest epoch (default 25)
+  --transport T     tcp (default), unix, or rdma:ADDRESS, this host's address on an RDMA device;
+                    with --workload verify
   --seed N          repeats a run's random moments (printed by each run)
   --keep DIR        keeps the logs of failed rounds there
   --help            this text

@@ -91,6 +91,7 @@ build_binaries() {
     log "Building the release binaries"
     local packages=(-p cloud-hypervisor)
     ! wanted redis || packages+=(-p redis-writer)
+    ! wanted rdma || packages+=(-p understudy-tests)
     quietly "cargo build --release ${packages[*]}" "$SCRATCH/cargo.log" \
         cargo build --release "${packages[@]}" --manifest-path "$ROOT/Cargo.toml"
     ! wanted verbs || quietly "cargo build --release -p rdma" "$SCRATCH/cargo.log" \
@@ -172,6 +173,17 @@ fill_share() {
     [ -z "$KVM_TESTS" ] || list_kvm_tests
     ! wanted redis || add_redis_tools
     ! wanted verbs || add_verbs_check
+    ! wanted rdma || add_test_programs
+}
+
+# The test guest and the programs that judge it.
+add_test_programs() {
+    local program
+    [ -f "$SHARE/understudy-guest" ] || die "There is no test guest in $ROOT/target/guest: build the workspace"
+    for program in kill-rounds check-equality; do
+        [ -x "$BINARIES/$program" ] || die "There is no $program in $BINARIES"
+        add_program "$BINARIES/$program"
+    done
 }
 
 add_verbs_check() {

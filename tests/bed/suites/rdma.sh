@@ -1,5 +1,7 @@
 # A replicated Debian guest goes on counting when its primary is killed, its epochs sent by RDMA over Soft-RoCE.
-# Settings: those of the suite linux, with fewer rounds by default.
+# Settings: those of the suite linux, with fewer rounds by default, and
+RDMA_KILLS=${RDMA_KILLS:-3}       # rounds of the test guest, which verifies its own memory
+RDMA_EPOCHS=${RDMA_EPOCHS:-20}    # epochs that are compared page by page, for each cow mode
 LINUX_ROUNDS=${RDMA_ROUNDS:-2}
 LINUX_VCPUS=${RDMA_VCPUS-1 4}
 LINUX_URL=rdma:10.77.0.1:7000
@@ -78,6 +80,27 @@ PAIR_MORE="-v" PAIR_MORE_BACKUP="-v"
 LINUX_SURVIVES=by_rdma
 . /h/suites/linux.sh
 
+# The test guest, and programs that judge what becomes of it.
+export UNDERSTUDY_TEST_GUEST=/h/understudy-guest
+
+kill_rounds() {
+    rxe
+    /h/bin/kill-rounds --rounds "$RDMA_KILLS" --vcpus 2 --memory 64M --epoch-ms 100 \
+        --transport rdma:10.77.0.1 >"$CASE/kill.out" 2>&1 || fail "$(tail -n 5 "$CASE/kill.out")"
+    detail "$(tail -n 1 "$CASE/kill.out")"
+}
+
+equality() { # COW
+    rxe
+    /h/bin/check-equality --cow "$1" --epochs "$RDMA_EPOCHS" --vcpus 2 --memory 64M --epoch-ms 100 \
+        --transport rdma:10.77.0.1 >"$CASE/equality.out" 2>&1 || fail "$(tail -n 5 "$CASE/equality.out")"
+    detail "$(grep compared "$CASE/equality.out" | tail -n 1)"
+}
+
+run_case kill-rounds 600 kill_rounds
+for cow in off copy protect hybrid; do
+    run_case "equality-$cow" 600 equality "$cow"
+done
 run_case link-deleted "$limit" device_fails rdma link delete rxe_verbs
 run_case link-down "$limit" device_fails link_goes_down
 run_case primary-wakes-up "$limit" wakes_up

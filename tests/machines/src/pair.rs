@@ -1,7 +1,8 @@
 //! A primary, its backup and their arbiter, on this host.
 
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -12,6 +13,49 @@ use crate::serial::Serial;
 
 /// Longest wait for a serial port.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// The environment's name for another place of the test guest: the nested bed has no source tree.
+const GUEST: &str = "UNDERSTUDY_TEST_GUEST";
+
+/// How the primary reaches its backup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// The loopback.
+    #[default]
+    Tcp,
+    /// A socket in the pair's folder.
+    Unix,
+    /// This host's address on an RDMA device.
+    Rdma(IpAddr),
+}
+
+impl FromStr for Transport {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "tcp" => Ok(Self::Tcp),
+            None if text == "unix" => Ok(Self::Unix),
+            Some(("rdma", address)) => {
+                let parsed = address.parse().map(Self::Rdma);
+                parsed.map_err(|_| format!("{address:?} is no IP address"))
+            }
+            _ => Err("expected tcp, unix or rdma:<address of this host>".to_owned()),
+        }
+    }
+}
+
+impl Transport {
+    /// Where a backup in `folder` may listen.
+    pub fn url(self, folder: &Path) -> Result<String> {
+        Ok(match self {
+            Self::Tcp => format!("tcp:127.0.0.1:{}", free_port()?),
+            Self::Unix => format!("unix:{}", folder.join("replica").display()),
+            Self::Rdma(IpAddr::V4(address)) => format!("rdma:{address}:{}", free_port()?),
+            Self::Rdma(IpAddr::V6(address)) => format!("rdma:[{address}]:{}", free_port()?),
+        })
+    }
+}
 
 /// How a pair is set up.
 #[derive(Clone, Debug)]
@@ -27,6 +71,7 @@ pub struct Setup {
     /// Appended to `--receive-replica`, each with its leading comma.
     pub receive_options: String,
     pub arbiter: bool,
+    pub transport: Transport,
     /// Further arguments of the primary, and of the backup: its own taps and images.
     pub primary_arguments: Vec<String>,
     pub backup_arguments: Vec<String>,
@@ -42,12 +87,13 @@ impl Setup {
         Self {
             vcpus,
             memory: memory.to_owned(),
-            kernel: guest_image::PATH.into(),
+            kernel: std::env::var_os(GUEST).map_or(guest_image::PATH.into(), PathBuf::from),
             initramfs: None,
             command_line: format!("workload=verify vcpus={vcpus} tick_ms=20"),
             replicate_options: String::new(),
             receive_options: String::new(),
             arbiter: true,
+            transport: Transport::default(),
             primary_arguments: Vec::new(),
             backup_arguments: Vec::new(),
             primary_environment: Vec::new(),
@@ -148,7 +194,7 @@ pub struct Apart {
 impl Apart {
     /// Starts both in `folder`.
     pub fn start(folder: &Path, setup: &Setup) -> Result<Self> {
-        let url = format!("tcp:127.0.0.1:{}", free_port()?);
+        let url = setup.transport.url(folder)?;
         let arbiter = make_arbiter(folder)?;
         let backup = start_backup(folder, "backup", &url, setup)?;
         let primary = start_primary(folder, "primary", None, setup)?;
@@ -169,7 +215,7 @@ impl Apart {
 impl Pair {
     /// Starts both in `folder`; the first sync is under way when this returns.
     pub fn start(folder: &Path, setup: &Setup) -> Result<Self> {
-        Self::start_at(folder, setup, &format!("tcp:127.0.0.1:{}", free_port()?))
+        Self::start_at(folder, setup, &setup.transport.url(folder)?)
     }
 
     /// As [`Pair::start`], with a backup that listens on `url`.

@@ -9,7 +9,7 @@ use clap::{Parser, ValueEnum};
 use understudy_tests::equality::{Compared, Equality};
 use understudy_tests::interrupt::{self, Folder};
 use understudy_tests::kv::round::{self, Blow, Disk, Plan};
-use understudy_tests::pair::{Pair, Setup};
+use understudy_tests::pair::{Pair, Setup, Transport};
 
 /// Longest time without an epoch.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -50,6 +50,9 @@ struct Options {
     /// unprotect, ack; see replication/src/checking.rs.
     #[arg(long, default_value = "")]
     delays: String,
+    /// How pages travel: tcp, unix, or rdma:<address of this host on an RDMA device>.
+    #[arg(long, default_value = "tcp")]
+    transport: Transport,
 }
 
 impl Options {
@@ -135,6 +138,7 @@ fn say(compared: &Compared) -> Result<()> {
 fn switch(options: &Options, mode: &str, folder: &Folder, setup: &mut Setup) -> Result<Equality> {
     let options_given = format!(",epoch_ms={},cow={mode},timeout_ms=20000", options.epoch_ms);
     setup.replicate_options.push_str(&options_given);
+    setup.transport = options.transport;
     setup.receive_options.push_str(",timeout_ms=20000");
     let broken = [(options.without_cow, "cow"), (options.without_protection, "protect")];
     for (_, part) in broken.into_iter().filter(|(is_asked, _)| *is_asked) {

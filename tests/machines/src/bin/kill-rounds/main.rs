@@ -10,6 +10,7 @@ use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use understudy_tests::interrupt;
 use understudy_tests::kv::round::{self, Blow};
+use understudy_tests::pair::Transport;
 
 /// Kill rounds with the test guest: a line a round, the verdict and take-over times at the end.
 #[derive(Parser)]
@@ -33,6 +34,10 @@ struct Options {
     /// Longest epoch in milliseconds.
     #[arg(long, default_value_t = 25)]
     epoch_ms: u64,
+    /// How epochs travel: tcp, unix, or rdma:<address of this host on an RDMA device>. With --workload
+    /// verify.
+    #[arg(long, default_value = "tcp")]
+    transport: Transport,
     /// Keep the logs of a failed round here.
     #[arg(long)]
     keep: Option<PathBuf>,
@@ -120,6 +125,8 @@ fn run(options: &Options) -> Result<bool> {
             verify::run(options, seed)
         }
         Workload::Kv => {
+            let is_tcp = options.transport == Transport::Tcp;
+            ensure!(is_tcp, "--transport is for --workload verify");
             let is_blind = options.without_gate && options.kill == Kill::Backup;
             ensure!(!is_blind, "--without-gate: a primary that goes on takes nothing back");
             kv::run(options, seed)

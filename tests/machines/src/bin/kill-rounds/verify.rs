@@ -16,6 +16,7 @@ use crate::{Options, keep, ms};
 pub fn run(options: &Options, seed: u64) -> Result<bool> {
     let mut random = StdRng::seed_from_u64(seed);
     let mut setup = Setup::verify(options.vcpus, &options.memory);
+    setup.transport = options.transport;
     setup.replicate_options = format!(",epoch_ms={}", options.epoch_ms);
     let mut outcomes = Vec::new();
     let mut failed = 0;
