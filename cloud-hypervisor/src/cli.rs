@@ -99,12 +99,12 @@ pub(crate) struct Cli {
     #[arg(conflicts_with = "payload")]
     restore: Option<RestoreConfig>,
 
-    /// Protect the VM: destination_url=tcp:<host>:<port>|unix:<path>,arbiter=file:<directory>,
-    /// epoch_ms=<n>,heartbeat_ms=<n>,timeout_ms=<n>,degrade=unprotected|pause,…
+    /// Protect the VM: destination_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,
+    /// arbiter=file:<directory>,epoch_ms=<n>,heartbeat_ms=<n>,timeout_ms=<n>,degrade=unprotected|pause,…
     #[arg(long, value_name = "REPLICATE", requires = "vm")]
     replicate: Option<ReplicateData>,
 
-    /// Be the backup of a VM: receiver_url=tcp:<host>:<port>|unix:<path>,
+    /// Be the backup of a VM: receiver_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,
     /// arbiter=file:<directory>,staging_size=<size>,serial=<mode>,console=<mode>,
     /// disks=[<id>@<path>,…],net=[<id>@<tap>,…],…
     #[arg(long, value_name = "REPLICA", conflicts_with_all = ["vm", "replicate"])]

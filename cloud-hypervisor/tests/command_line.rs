@@ -253,6 +253,40 @@ fn bodies_are_printed_and_refusals_told_whole() {
     assert_eq!(code, 1);
     assert!(error.contains("Cannot connect to the API socket /nonexistent"), "{error}");
     assert_eq!(run(REMOTE, &["--api-socket=/s", "dance"]).0, 2);
-    assert_eq!(run(REMOTE, &["ping"]).0, 2);
+    let (code, _, error) = run(REMOTE, &["ping"]);
+    assert!(code == 2 && error.contains("needs --api-socket"), "{error}");
     assert_eq!(run(REMOTE, &["--api-socket=/s", "replicate", "cow=x"]).0, 2);
+}
+
+#[test]
+fn rdma_devices_says_what_this_host_has_without_a_vmm() {
+    let (code, out, error) = run(REMOTE, &["rdma-devices"]);
+    let devices = std::fs::read_dir("/sys/class/infiniband");
+    let names: Vec<String> = devices
+        .map(|all| all.map(|one| one.unwrap().file_name().into_string().unwrap()).collect())
+        .unwrap_or_default();
+    // The exit code says whether this host can do RDMA. (libibverbs warns by itself, too.)
+    let refused = error.contains("Error: This host cannot do RDMA\n  caused by: ");
+    assert!(matches!((code, refused), (0, false) | (1, true)), "{code}: {error}");
+    if error.contains("needs the library") {
+        assert_eq!(out, "");
+    } else if names.is_empty() {
+        assert_eq!(code, 1);
+        assert!(error.contains("There is no RDMA device: load the adapter's driver"), "{error}");
+    } else {
+        assert!(names.iter().all(|name| out.contains(&format!("{name}\n"))), "{out}");
+    }
+}
+
+#[test]
+fn rdma_devices_names_the_package_that_is_missing() {
+    // The loader takes this one first, and finds that it is none.
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("libibverbs.so.1"), "").unwrap();
+    let mut command = Command::new(REMOTE);
+    let command = command.arg("rdma-devices").env("LD_LIBRARY_PATH", directory.path());
+    let (code, out, error) = read(&command.output().unwrap());
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(error.starts_with("Error: This host cannot do RDMA\n  caused by: RDMA needs the"));
+    assert!(error.contains("install the packages libibverbs1 and ibverbs-providers"), "{error}");
 }

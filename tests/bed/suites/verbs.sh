@@ -32,6 +32,21 @@ memory_is_limited() {
     detail "$(grep '^[0-9]* bytes' "$CASE/check.out")"
 }
 
+devices_are_listed() {
+    rxe
+    "$REMOTE" rdma-devices >"$CASE/devices.out" 2>&1 || fail "status $?: $(cat "$CASE/devices.out")"
+    cat "$CASE/devices.out"
+    for line in "^rxe_verbs$" "^  port 1: Ethernet, Active, MTU 4096$" \
+        "^10.77.0.1 (verbs0): device rxe_verbs, port 1, GID [0-9]* (RoCE v2)$" \
+        "^fd77::1 (verbs0): device rxe_verbs, port 1, GID [0-9]* (RoCE v2)$"; do
+        grep -q "$line" "$CASE/devices.out" || fail "there is no $line in $(cat "$CASE/devices.out")"
+    done
+    /sbin/ip link set verbs0 down
+    "$REMOTE" rdma-devices >"$CASE/down.out" 2>&1 && fail "a port that is down: $(cat "$CASE/down.out")"
+    grep -q "^  caused by: No port that can be used" "$CASE/down.out" || fail "$(cat "$CASE/down.out")"
+    detail "$(grep ^10.77 "$CASE/devices.out")"
+}
+
 check() { "$CHECK" 10.77.0.1 >"$CASE/check.out" 2>&1; }
 
 # says WORDS: setting up failed, and that is what it said.
@@ -44,6 +59,9 @@ no_device() {
     rdma link delete rxe_verbs 2>/dev/null
     check
     says "no RDMA device at all"
+    "$REMOTE" rdma-devices >"$CASE/devices.out" 2>&1 && fail "status 0 without a device"
+    grep -q "^  caused by: There is no RDMA device" "$CASE/devices.out" ||
+        fail "$(cat "$CASE/devices.out")"
 }
 
 no_provider() {
@@ -57,12 +75,16 @@ no_provider() {
 no_library() {
     mount --bind /dev/null /h/lib/libibverbs.so.1 || fail "cannot hide the library"
     check
+    "$REMOTE" rdma-devices >"$CASE/devices.out" 2>&1
+    local status=$?
     umount /h/lib/libibverbs.so.1
+    [ "$status" -eq 1 ] || fail "ch-remote: status $status, $(cat "$CASE/devices.out")"
     says "install the packages libibverbs1 and ibverbs-providers"
 }
 
 run_case ipv4 "$VERBS_LIMIT_S" all_checks 10.77.0.1
 run_case ipv6 "$VERBS_LIMIT_S" all_checks fd77::1
+run_case devices 60 devices_are_listed
 run_case port-event 90 port_goes_down
 run_case locked-memory 60 memory_is_limited
 run_case no-device 60 no_device

@@ -101,12 +101,12 @@ pub(crate) enum Command {
     },
     /// Protect the VM
     Replicate {
-        /// destination_url=tcp:<host>:<port>|unix:<path>,arbiter=file:<directory>,…
+        /// destination_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,arbiter=file:<directory>,…
         config: ReplicateData,
     },
     /// Be the backup of a VM
     ReceiveReplica {
-        /// receiver_url=tcp:<host>:<port>|unix:<path>,arbiter=file:<directory>,…
+        /// receiver_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,arbiter=file:<directory>,…
         config: ReceiveReplicaData,
     },
     /// End the protection; the VM runs on
@@ -126,6 +126,12 @@ pub(crate) enum Command {
         #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(10..))]
         interval: u64,
     },
+    /// Print this host's RDMA devices, and what rdma: would use of them
+    ///
+    /// For each of its addresses a line says which device, port and GID a connection from there would
+    /// use. Needs no --api-socket. The exit code is 0 if there is one such address at least, and 1
+    /// if rdma: cannot work here; standard error then says why.
+    RdmaDevices,
 }
 
 /// A request on its way to the server.
@@ -155,6 +161,9 @@ impl Request {
 
 impl Command {
     /// The request that the command makes.
+    ///
+    /// # Panics
+    /// For `rdma-devices`, which makes none.
     pub(crate) fn request(self) -> anyhow::Result<Request> {
         Ok(match self {
             Self::Boot => Request::put("vm.boot"),
@@ -205,6 +214,7 @@ impl Command {
             Self::StopReplication => Request::put("vm.stop-replication"),
             Self::Failover { force } => Request::with("vm.failover", &FailoverData { force })?,
             Self::ReplicationInfo { .. } => Request::get("vm.replication-info"),
+            Self::RdmaDevices => unreachable!("no VMM is asked"),
         })
     }
 }

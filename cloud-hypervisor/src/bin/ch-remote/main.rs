@@ -1,10 +1,11 @@
-//! The command line client: one command, one request.
+//! The command line client: one command, one request; but for `rdma-devices`, which looks at this host.
 //!
 //! The body of a successful answer goes to standard output; the chain of errors goes to standard
 //! error, with exit code 1. A usage error exits with 2.
 #![forbid(unsafe_code)]
 
 mod command;
+mod rdma_devices;
 mod watch;
 
 use std::io::{self, IoSlice};
@@ -16,7 +17,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use api::client::{Client, ClientError};
 use api::response::BUILD_VERSION;
-use clap::Parser;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use command::Command;
@@ -24,10 +26,13 @@ use command::Command;
 /// Remote control of a running cloud-hypervisor.
 #[derive(Debug, Parser)]
 #[command(name = "ch-remote", version = BUILD_VERSION)]
+#[command(
+    override_usage = "ch-remote --api-socket <PATH> <COMMAND>\n       ch-remote rdma-devices"
+)]
 struct Cli {
-    /// The socket that cloud-hypervisor was started with
+    /// The socket that cloud-hypervisor was started with; all commands but rdma-devices need it
     #[arg(long, value_name = "PATH")]
-    api_socket: PathBuf,
+    api_socket: Option<PathBuf>,
 
     #[command(subcommand)]
     command: Command,
@@ -44,11 +49,18 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Command::RdmaDevices = cli.command {
+        return rdma_devices::run();
+    }
+    let Some(socket) = cli.api_socket else {
+        let message = "this command needs --api-socket <PATH>";
+        Cli::command().error(ErrorKind::MissingRequiredArgument, message).exit();
+    };
     if let Command::ReplicationInfo { watch: true, interval, .. } = cli.command {
-        return watch::run(&cli.api_socket, interval);
+        return watch::run(&socket, interval);
     }
     let request = cli.command.request()?;
-    let mut client = Client::connect(&cli.api_socket)?;
+    let mut client = Client::connect(&socket)?;
     let body = client
         .call_by(request.method, request.name, request.body.as_deref(), |stream, bytes| {
             send(stream, bytes, &request.fds)
