@@ -221,6 +221,7 @@ impl<B: ReplicaBuilder> Engine<B> {
                 self.image_failed(chain(&error));
             }
             Input::DataLost(number, error) if self.is_current(number) => {
+                tracing::info!("a data connection ended: {}", chain(&error));
                 if !error.is_loss() {
                     self.step(Event::Bad(chain(&error)));
                 }

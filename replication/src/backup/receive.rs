@@ -48,11 +48,8 @@ pub(super) enum ReceiveError {
     Ahead(EpochId),
     #[error("The end of epoch {0} does not match what arrived")]
     Mismatch(EpochId),
-    #[error(
-        "The primary wants to send by RDMA, and this side does not listen for it: both sides need \
-         rdma: in their URLs, or neither"
-    )]
-    NoRdma,
+    #[error("The primary's URL is {theirs} and this side's is {ours}: both need rdma:, or neither")]
+    NoRdma { ours: &'static str, theirs: &'static str },
     #[error("Cannot write to the image")]
     Apply(#[from] ApplyError),
     #[error(transparent)]
@@ -140,6 +137,7 @@ impl DataConnection {
             needs: Needs::default(),
             part: Part::default(),
             filler: None,
+            by_rdma: false,
             header: PagesHeader::default(),
             closed_round: None,
             counted: 0,
@@ -167,6 +165,8 @@ struct Receiving {
     header: PagesHeader,
     /// While pages go straight into the image.
     filler: Option<Filler>,
+    /// Frames come by RDMA.
+    by_rdma: bool,
     /// The round whose copy is over on this connection.
     closed_round: Option<u64>,
     counted: u64,
@@ -201,6 +201,9 @@ impl Receiving {
 
     fn frame(&mut self, scratch: &mut [u8]) -> Result<Option<Part>, ReceiveError> {
         let header = self.reader.begin()?;
+        if self.shared.rdma.is_some() && !self.by_rdma && header.kind != Kind::Verbs {
+            return Err(ReceiveError::NoRdma { ours: "rdma:", theirs: "tcp:" });
+        }
         match header.kind {
             Kind::Pages => self.pages(&header, scratch).map(|()| None),
             Kind::End => self.end(&header).map(Some),
@@ -211,13 +214,13 @@ impl Receiving {
 
     /// What follows comes by RDMA.
     fn change_over(&mut self, header: &Header) -> Result<(), ReceiveError> {
-        let is_first = self.counted == 0 && self.part.sum == ConnectionPart::default();
-        let Some(timeout) = self.shared.rdma.filter(|_| is_first) else {
-            return Err(ReceiveError::NoRdma);
+        let Some(timeout) = self.shared.rdma.filter(|_| !self.by_rdma) else {
+            return Err(ReceiveError::NoRdma { ours: "tcp:", theirs: "rdma:" });
         };
         let tcp = self.reader.get_mut().inner_mut().duplicate().map_err(WireError::Io)?;
         let stream = rdma::read_by(&mut self.reader, header, tcp, timeout)?;
         *self.reader.get_mut().inner_mut() = stream;
+        self.by_rdma = true;
         Ok(())
     }
 

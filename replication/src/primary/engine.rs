@@ -429,7 +429,7 @@ impl<G: Guest> Engine<G> {
         if !error.is_loss() {
             return self.lost(error);
         }
-        tracing::debug!("a data connection ended: {}", crate::error::chain(&error));
+        tracing::info!("a data connection ended: {}", crate::error::chain(&error));
         self.data_lost.get_or_insert((error, Instant::now() + self.timeout()));
     }
 
