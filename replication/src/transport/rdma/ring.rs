@@ -90,13 +90,15 @@ pub(super) struct Incoming {
     read: u64,
     /// What the writer was told last.
     told: u64,
-    /// Chunks that came since then.
-    chunks: usize,
+    /// Ends of the chunks that are not read, and how many were read since the writer was told: those
+    /// that it waits for may have come long before.
+    chunks: VecDeque<u64>,
+    freed: usize,
 }
 
 impl Incoming {
     pub(super) fn new(size: usize) -> Self {
-        Self { size: size as u64, written: 0, read: 0, told: 0, chunks: 0 }
+        Self { size: size as u64, written: 0, read: 0, told: 0, chunks: VecDeque::new(), freed: 0 }
     }
 
     /// Bytes that are here and not read.
@@ -107,11 +109,11 @@ impl Incoming {
     /// A chunk came; `false` if nobody who counts could have sent it.
     pub(super) fn arrived(&mut self, len: u32) -> bool {
         let written = self.written + u64::from(len);
-        if len == 0 || written - self.told > self.size {
+        if len == 0 || written - self.told > self.size || self.chunks.len() >= CHUNKS {
             return false;
         }
         self.written = written;
-        self.chunks += 1;
+        self.chunks.push_back(written);
         true
     }
 
@@ -119,16 +121,19 @@ impl Incoming {
     pub(super) fn read(&mut self, len: usize) -> Stretch {
         let [first, _] = stretches(self.size, self.read, len.min(self.unread()));
         self.read += first.len as u64;
+        while self.chunks.front().is_some_and(|end| *end <= self.read) {
+            self.chunks.pop_front();
+            self.freed += 1;
+        }
         first
     }
 
     /// What the writer is to be told now, if it is time. Not earlier: a word costs a packet.
     pub(super) fn credit(&mut self) -> Option<u64> {
         let bytes = self.read - self.told >= self.size / CREDIT_PART as u64;
-        let chunks = self.chunks >= CHUNKS / CREDIT_PART && self.read > self.told;
-        (bytes || chunks).then(|| {
+        (bytes || self.freed >= CHUNKS / CREDIT_PART).then(|| {
             self.told = self.read;
-            self.chunks = 0;
+            self.freed = 0;
             self.read
         })
     }
@@ -162,6 +167,25 @@ mod tests {
         }
         assert_eq!(ring.room(), 0);
         assert!(ring.credit(1) && ring.room() > 0);
+    }
+
+    /// All chunks come before any is read, and are read a byte at a time.
+    #[test]
+    fn a_burst_of_small_chunks_stops_nobody() {
+        let (mut out, mut into) = (Outgoing::new(1 << 20), Incoming::new(1 << 20));
+        for _ in 0..10 {
+            while out.room() > 0 {
+                out.write(2);
+                assert!(into.arrived(2));
+            }
+            while into.unread() > 0 {
+                into.read(1);
+                if let Some(read) = into.credit() {
+                    assert!(out.credit(read));
+                }
+            }
+            assert!(out.room() > 0, "all is read, and the writer waits for ever");
+        }
     }
 
     #[test]
