@@ -48,6 +48,13 @@ pub fn choose(hypervisor: &Hypervisor, vm: &Vm, memory: &Memory) -> Result<Track
         tracing::debug!("reading the dirty bitmap takes {read_us} us, less than rings would");
         return Ok(Tracking::Bitmap);
     }
+    if !resets_are_whole() {
+        tracing::debug!(
+            "reading the dirty bitmap takes {read_us} us; rings would take less, but this kernel may \
+             stop in the middle of re-arming them"
+        );
+        return Ok(Tracking::Bitmap);
+    }
     let sound = rings_are_sound(hypervisor).unwrap_or_else(|error| {
         tracing::info!("dirty rings cannot be tried: {}", replication::chain(&error));
         false
@@ -61,6 +68,21 @@ pub fn choose(hypervisor: &Hypervisor, vm: &Vm, memory: &Memory) -> Result<Track
     }
     tracing::debug!("reading the dirty bitmap takes {read_us} us, so the dirty log is in rings");
     Ok(Tracking::Ring)
+}
+
+/// Whether this kernel re-arms all pages of rings whatever happens. Since 6.17 a pending signal, or a
+/// SIGSTOP, ends that in the middle, and up to 64 pages that count as done are not protected.
+fn resets_are_whole() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    is_before_6_17(&release)
+}
+
+fn is_before_6_17(release: &str) -> bool {
+    let mut numbers = release.split(|other: char| !other.is_ascii_digit()).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (6, 17),
+        _ => false,
+    }
 }
 
 /// How long it takes to read the bitmaps of all slots.
@@ -90,4 +112,19 @@ pub fn set(vm: &Vm, memory: &Memory, log_dirty: bool) -> Result<(), VmError> {
         unsafe { vm.set_memory(slot.id, address, slot.size, host, log_dirty)? };
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_stop_in_the_middle_are_known() {
+        for before in ["5.10.0-amd64", "6.1.0-37-amd64", "6.12.30+bpo-amd64\n", "6.16.9"] {
+            assert!(is_before_6_17(before), "{before}");
+        }
+        for not in ["6.17.0", "6.18.44-fc", "7.0.1", "", "next", "6"] {
+            assert!(!is_before_6_17(not), "{not}");
+        }
+    }
 }

@@ -112,7 +112,9 @@ impl Rings {
 impl Rings {
     /// Protects what was read again, all of it: since Linux 6.17 a signal that is pending ends this in
     /// the middle, without an error, and what was left out would be named by no ring any more. A kick
-    /// ends KVM_RUN all the same, by the flag that comes before its signal.
+    /// ends KVM_RUN all the same, by the flag that comes before its signal. What cannot be held back
+    /// (SIGSTOP, a freezer, a debugger) is found by the count, but for the batch of pages that KVM had
+    /// counted and not protected yet: which is why rings are not chosen there.
     fn reset(&self, state: &mut State) -> Result<(), VmError> {
         let expected: u32 = state.rings.iter().map(|ring| ring.unreset).sum();
         if expected == 0 {
@@ -173,10 +175,11 @@ impl DirtyLog for Rings {
 
     fn make_room(&self) -> Result<(), VmError> {
         let mut state = self.state();
-        // Whoever asks for the pages next hears what is lost; the guest itself goes on.
-        match self.read(&mut state) {
-            Ok(()) | Err(VmError::RingOverflow) => {}
-            Err(error) => return Err(error),
+        // Whoever asks for the pages next hears what is lost; the guest itself goes on, unless there is
+        // nothing that could be done to let it.
+        let read = self.read(&mut state);
+        if read.is_err() && state.rings.iter().all(|ring| ring.unreset == 0) {
+            return read;
         }
         match self.reset(&mut state) {
             Err(VmError::PartOfRings { .. }) => Ok(()),

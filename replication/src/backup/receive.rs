@@ -189,6 +189,8 @@ impl Receiving {
                     }
                 }
                 Err(error) => {
+                    // The engine has a handle of its own: without this the peer would hear nothing.
+                    self.reader.get_mut().inner_mut().close();
                     deliver(Err(error));
                     return;
                 }

@@ -137,6 +137,11 @@ impl OneSender {
             if !deliver(sent.map(|()| number)) || failed {
                 return;
             }
+            // Where a write returns before the peer's host has the bytes, a failure shows only now.
+            if let Err(error) = self.writer.flush() {
+                deliver(Err(error));
+                return;
+            }
         }
     }
 

@@ -171,6 +171,14 @@ impl<W: Write> FrameWriter<W> {
         self.session
     }
 
+    /// Waits until nothing that was written can fail on this side any more.
+    ///
+    /// # Errors
+    /// [`WireError::Io`].
+    pub fn flush(&mut self) -> Result<(), WireError> {
+        self.inner.flush().map_err(WireError::Io)
+    }
+
     /// The same place in the stream, written through another writer.
     pub fn map<X: Write>(self, wrap: impl FnOnce(W) -> X) -> FrameWriter<X> {
         FrameWriter {

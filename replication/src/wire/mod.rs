@@ -81,7 +81,12 @@ impl WireError {
     /// Whether this is the loss of a peer rather than bytes that it should not have sent.
     #[must_use]
     pub fn is_loss(&self) -> bool {
-        matches!(self, Self::Truncated | Self::Closed | Self::Io(_))
+        match self {
+            Self::Truncated | Self::Closed => true,
+            // A stream whose peer does what it must not says so by this kind; no loss does.
+            Self::Io(error) => error.kind() != std::io::ErrorKind::InvalidData,
+            _ => false,
+        }
     }
 }
 

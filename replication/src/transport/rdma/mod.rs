@@ -184,6 +184,10 @@ impl End {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
+        let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
+        if fds[1].revents().is_some_and(|events| events.intersects(gone)) {
+            return Err(io::Error::new(ErrorKind::ConnectionReset, "The RDMA device is gone"));
+        }
         let [tcp, channel] = fds.map(|fd| fd.any().unwrap_or(true));
         if channel {
             self.device.channel.take_wakeups().map_err(failed)?;
@@ -206,6 +210,13 @@ impl End {
                 return Ok(());
             }
         }
+    }
+}
+
+impl Drop for End {
+    /// The peer hears of it, whoever else has a handle to the connection.
+    fn drop(&mut self) {
+        self.link.close();
     }
 }
 
@@ -239,7 +250,8 @@ pub(crate) fn write_by(
     control.write(Kind::Verbs, &[&verbs_of(pair.endpoint()).encode()])?;
     let answer = tcp.duplicate().map_err(WireError::Io)?;
     let theirs = receive(&mut FrameReader::new(answer, Some(control.session())))?;
-    if theirs.ring_bytes as usize != RING_BYTES {
+    let end = theirs.ring_address.checked_add(RING_BYTES as u64);
+    if theirs.ring_bytes as usize != RING_BYTES || end.is_none() {
         return Err(WireError::Malformed { kind: Kind::Verbs, what: "size of the ring" });
     }
     let local = Buffer::new(&device.domain, RING_BYTES, Access::LOCAL_READ).map_err(of)?;
@@ -366,8 +378,22 @@ impl Write for Writer {
         Ok(len)
     }
 
+    /// Waits until the backup's device has all that was written, or the connection has failed: after the
+    /// last write of an epoch nobody else would look.
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        loop {
+            self.complete()?;
+            if self.posted == 0 {
+                return Ok(());
+            }
+            self.end.device.completions.arm().map_err(failed)?;
+            // What completed before it was armed wakes nobody.
+            let before = self.posted;
+            self.complete()?;
+            if self.posted == before && self.end.wait()? {
+                self.take_words()?;
+            }
+        }
     }
 }
 
