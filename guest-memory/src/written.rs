@@ -134,8 +134,6 @@ mod orders {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use std::sync::atomic::AtomicBool;
-
     use super::*;
 
     const PAGES: usize = BITS * BITS * 2 + 70;
@@ -171,53 +169,5 @@ mod tests {
         let log = WrittenPages::with_len(PAGES * PAGE_SIZE);
         log.slice_at(100 * PAGE_SIZE).slice_at(5).mark_dirty(PAGE_SIZE, 1);
         assert_eq!(drained(&log), [101]);
-    }
-
-    /// Marks that meet a drain are in it or in the next one.
-    #[test]
-    fn nothing_is_lost_between_two_drains() {
-        let log = WrittenPages::with_len(PAGES * PAGE_SIZE);
-        let over = AtomicBool::new(false);
-        let mut seen = vec![0u64; 4];
-        std::thread::scope(|scope| {
-            let writers: Vec<_> = (0..4)
-                .map(|writer| {
-                    let log = &log;
-                    // All in one word of the summary, two writers to a word.
-                    let page = writer / 2 * BITS + writer;
-                    scope.spawn(move || {
-                        let mut marked = 0u64;
-                        for _ in 0..200_000 {
-                            // Only what was drained is marked again, so each mark is to be counted.
-                            if !log.dirty_at(page * PAGE_SIZE) {
-                                log.mark_dirty(page * PAGE_SIZE, 1);
-                                marked += 1;
-                            }
-                        }
-                        (page, marked)
-                    })
-                })
-                .collect();
-            let drainer = scope.spawn(|| {
-                let mut counts = vec![0u64; BITS * 2];
-                loop {
-                    let last = over.load(Ordering::SeqCst);
-                    for page in drained(&log) {
-                        counts[usize::try_from(page).unwrap()] += 1;
-                    }
-                    if last {
-                        return counts;
-                    }
-                }
-            });
-            let marked: Vec<_> = writers.into_iter().map(|writer| writer.join().unwrap()).collect();
-            over.store(true, Ordering::SeqCst);
-            let counts = drainer.join().unwrap();
-            for (writer, (page, marked)) in marked.into_iter().enumerate() {
-                assert_eq!(counts[page], marked, "page {page}");
-                seen[writer] = marked;
-            }
-        });
-        assert!(seen.iter().all(|marked| *marked > 0), "{seen:?}");
     }
 }

@@ -3,9 +3,7 @@
 
 use std::fmt;
 use std::mem::offset_of;
-use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
@@ -16,6 +14,8 @@ use kvm_bindings::{
     kvm_run, kvm_sync_regs,
 };
 use vmm_sys_util::errno;
+
+use crate::mapping::Mapping;
 
 /// Bit of `immediate_exit` that other threads set, through [`crate::ImmediateExit`].
 pub(crate) const KICK: u8 = 1;
@@ -89,12 +89,8 @@ impl fmt::Display for InternalError {
     }
 }
 
-/// The `kvm_run` area of one vCPU, mapped once more: this mapping covers all of it, and it lives
-/// as long as whoever holds it, the vCPU's descriptor being closed or not.
-pub(crate) struct RunMapping {
-    start: NonNull<u8>,
-    size: NonZeroUsize,
-}
+/// The `kvm_run` area of one vCPU, mapped once more: this mapping covers all of it.
+pub(crate) struct RunMapping(Mapping);
 
 // SAFETY: the area is plain shared memory. Through a shared reference only `immediate_exit` can
 // be reached, and atomically; the rest is `RunArea`'s, whose one owner moves with its thread.
@@ -104,38 +100,16 @@ unsafe impl Sync for RunMapping {}
 
 impl RunMapping {
     fn map(vcpu: &impl AsRawFd, size: usize) -> Result<Self, errno::Error> {
-        let size = NonZeroUsize::new(size)
-            .filter(|size| size.get() >= size_of::<kvm_run>())
-            .ok_or_else(|| errno::Error::new(libc::EINVAL))?;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing else.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size.get(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                vcpu.as_raw_fd(),
-                0,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(errno::Error::last());
+        if size < size_of::<kvm_run>() {
+            return Err(errno::Error::new(libc::EINVAL));
         }
-        let start = NonNull::new(address.cast()).ok_or_else(errno::Error::last)?;
-        Ok(Self { start, size })
+        Mapping::new(vcpu, size, 0).map(Self)
     }
 
     pub(crate) fn immediate_exit(&self) -> &AtomicU8 {
         // SAFETY: the byte is inside the mapping, which lives as long as `self`; every access of
         // this process to it is atomic, and the kernel only reads it.
-        unsafe { AtomicU8::from_ptr(self.start.as_ptr().add(offset_of!(kvm_run, immediate_exit))) }
-    }
-}
-
-impl Drop for RunMapping {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map`, and nothing borrows from it any more.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.size.get()) };
+        unsafe { AtomicU8::from_ptr(self.0.start().add(offset_of!(kvm_run, immediate_exit))) }
     }
 }
 
@@ -156,7 +130,7 @@ impl RunArea {
 
     /// The structure at the area's start, aligned since a mapping begins with a page.
     fn run(&self) -> *mut kvm_run {
-        self.mapping.start.as_ptr().cast()
+        self.mapping.0.start().cast()
     }
 
     /// Asks KVM to leave these KVM_SYNC_X86_* registers in the area when a run ends.
@@ -263,13 +237,11 @@ impl RunArea {
     fn bytes(&mut self, offset: usize, len: usize) -> Option<&mut [u8]> {
         let fixed = offset_of!(kvm_run, __bindgen_anon_1);
         let end = offset.checked_add(len)?;
-        if offset < fixed || end > self.mapping.size.get() {
+        if offset < fixed || end > self.mapping.0.size() {
             return None;
         }
         // SAFETY: in the mapping, as just checked, and past `immediate_exit`; the borrow of
         // `self` keeps every other access of this process and KVM_RUN away.
-        Some(unsafe {
-            std::slice::from_raw_parts_mut(self.mapping.start.as_ptr().add(offset), len)
-        })
+        Some(unsafe { std::slice::from_raw_parts_mut(self.mapping.0.start().add(offset), len) })
     }
 }

@@ -22,6 +22,7 @@ pub mod cpuid;
 pub mod dirty;
 pub mod exit;
 pub mod irq;
+mod mapping;
 mod msr;
 mod persist;
 pub mod state;

@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use crate::context::mtu_code;
 use crate::error::Error;
 use crate::memory::Access;
@@ -15,7 +13,7 @@ const TIMEOUT_UNIT: Duration = Duration::from_nanos(4096);
 
 /// One end of a connection, as the other one must know it. Plain numbers, to be sent over a connection
 /// that is trusted: whoever knows them, and a key, may write into the region that the key is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// 24 bits.
     pub queue_pair: u32,

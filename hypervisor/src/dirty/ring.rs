@@ -17,9 +17,7 @@
 //! taken for one that overflowed, and is an error from then on.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -28,6 +26,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
 
 use super::{DirtyLog, Tracking, Written, words_of};
+use crate::mapping::Mapping;
 use crate::sys;
 use crate::vm::VmError;
 
@@ -190,8 +189,7 @@ impl DirtyLog for Rings {
 
 /// One vCPU's ring, as this process sees it.
 struct Ring {
-    start: NonNull<kvm_dirty_gfn>,
-    size: NonZeroUsize,
+    mapping: Mapping,
     /// A power of two.
     entries: u32,
     /// How many were read, ever, modulo 2^32: a multiple of the ring's length.
@@ -207,23 +205,9 @@ unsafe impl Send for Ring {}
 impl Ring {
     fn map(vcpu: &dyn AsRawFd, entries: u32) -> Result<Self, errno::Error> {
         let bytes = entries as usize * size_of::<kvm_dirty_gfn>();
-        let size = NonZeroUsize::new(bytes).ok_or_else(|| errno::Error::new(libc::EINVAL))?;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing else.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size.get(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                vcpu.as_raw_fd(),
-                i64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(errno::Error::last());
-        }
-        let start = NonNull::new(address.cast()).ok_or_else(errno::Error::last)?;
-        Ok(Self { start, size, entries, next: 0, unreset: 0 })
+        let offset = i64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE;
+        let mapping = Mapping::new(vcpu, bytes, offset)?;
+        Ok(Self { mapping, entries, next: 0, unreset: 0 })
     }
 
     /// Hands each noted entry's slot and page to `note`, and marks it read; returns how many.
@@ -231,7 +215,7 @@ impl Ring {
         for count in 0..self.entries {
             let at = (self.next % self.entries) as usize;
             // SAFETY: `at` is below the ring's length, which is what was mapped.
-            let entry = unsafe { self.start.as_ptr().add(at) };
+            let entry = unsafe { self.mapping.start().cast::<kvm_dirty_gfn>().add(at) };
             // SAFETY: aligned, inside the mapping, and accessed atomically by this process; the
             // kernel's own accesses are single words.
             let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) };
@@ -250,13 +234,6 @@ impl Ring {
             note(slot & 0xffff, page);
         }
         self.entries
-    }
-}
-
-impl Drop for Ring {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map`, and nothing borrows from it any more.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.size.get()) };
     }
 }
 

@@ -28,8 +28,8 @@ use std::time::Duration;
 
 use ::rdma::{
     Access, Buffer, Completion, CompletionChannel, CompletionQueue, ConnectOptions, Context,
-    Depths, Endpoint, Library, Operation, Origin, Outcome, Place, ProtectionDomain, QueuePair,
-    Remote, Request, RequestList, Wanted,
+    Depths, Library, Operation, Origin, Outcome, Place, ProtectionDomain, QueuePair, Remote,
+    Request, RequestList, Wanted,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -99,29 +99,6 @@ impl Device {
         };
         let origin = Origin { port: self.place.port, gid_index: self.place.gid_index, access };
         QueuePair::new(&self.domain, &self.completions, &self.completions, &depths, origin)
-    }
-}
-
-fn verbs_of(endpoint: Endpoint) -> Verbs {
-    Verbs {
-        queue_pair: endpoint.queue_pair,
-        packet_number: endpoint.packet_number,
-        gid: endpoint.gid,
-        lid: endpoint.lid,
-        mtu_bytes: endpoint.mtu_bytes,
-        reads_answered: endpoint.reads_answered,
-        ..Verbs::default()
-    }
-}
-
-fn endpoint_of(verbs: &Verbs) -> Endpoint {
-    Endpoint {
-        queue_pair: verbs.queue_pair,
-        packet_number: verbs.packet_number,
-        gid: verbs.gid,
-        lid: verbs.lid,
-        mtu_bytes: verbs.mtu_bytes,
-        reads_answered: verbs.reads_answered,
     }
 }
 
@@ -247,7 +224,7 @@ pub(crate) fn write_by(
     let of = |error| WireError::Io(failed(error));
     let device = Device::open(tcp.local_address()).map_err(of)?;
     let pair = device.pair(Access::LOCAL_READ).map_err(of)?;
-    control.write(Kind::Verbs, &[&verbs_of(pair.endpoint()).encode()])?;
+    control.write(Kind::Verbs, &[&Verbs::of(pair.endpoint()).encode()])?;
     let answer = tcp.duplicate().map_err(WireError::Io)?;
     let theirs = receive(&mut FrameReader::new(answer, Some(control.session())))?;
     let end = theirs.ring_address.checked_add(RING_BYTES as u64);
@@ -255,7 +232,7 @@ pub(crate) fn write_by(
         return Err(WireError::Malformed { kind: Kind::Verbs, what: "size of the ring" });
     }
     let local = Buffer::new(&device.domain, RING_BYTES, Access::LOCAL_READ).map_err(of)?;
-    pair.connect(&endpoint_of(&theirs), &options(timeout)).map_err(of)?;
+    pair.connect(&theirs.endpoint, &options(timeout)).map_err(of)?;
     tcp.set_read_timeout(None).map_err(WireError::Io)?;
     let Place { device: name, port, gid_index, gid, .. } = &device.place;
     tracing::info!("data goes by RDMA: device {name}, port {port}, GID {gid_index} ({gid})");
@@ -298,14 +275,14 @@ impl Writer {
             return Err(ErrorKind::ConnectionReset.into());
         }
         self.word.extend_from_slice(&bytes[..count]);
-        let (words, rest) = self.word.as_chunks::<CREDIT_BYTES>();
+        let (words, _) = self.word.as_chunks::<CREDIT_BYTES>();
         for word in words {
             if !self.ring.credit(u64::from_le_bytes(*word)) {
                 return Err(invalid("The backup says that it has read what was not written"));
             }
         }
-        let rest = rest.to_vec();
-        self.word = rest;
+        let whole = words.len() * CREDIT_BYTES;
+        self.word.drain(..whole);
         Ok(())
     }
 
@@ -318,14 +295,20 @@ impl Writer {
             if room > 0 {
                 return Ok(room.min(CHUNK_BYTES_MAX));
             }
-            self.end.device.completions.arm().map_err(failed)?;
-            // What completed before it was armed wakes nobody.
-            let before = self.posted;
-            self.complete()?;
-            if self.posted == before && self.end.wait()? {
-                self.take_words()?;
-            }
+            self.sleep()?;
         }
+    }
+
+    /// Waits until something completes, or the backup says something.
+    fn sleep(&mut self) -> io::Result<()> {
+        self.end.device.completions.arm().map_err(failed)?;
+        // What completed before it was armed wakes nobody.
+        let before = self.posted;
+        self.complete()?;
+        if self.posted == before && self.end.wait()? {
+            self.take_words()?;
+        }
+        Ok(())
     }
 
     fn post(&mut self, len: usize, mut from: &[IoSlice<'_>]) -> io::Result<()> {
@@ -386,13 +369,7 @@ impl Write for Writer {
             if self.posted == 0 {
                 return Ok(());
             }
-            self.end.device.completions.arm().map_err(failed)?;
-            // What completed before it was armed wakes nobody.
-            let before = self.posted;
-            self.complete()?;
-            if self.posted == before && self.end.wait()? {
-                self.take_words()?;
-            }
+            self.sleep()?;
         }
     }
 }
@@ -424,13 +401,13 @@ pub(crate) fn read_by(
     let local = Buffer::new(&device.domain, RING_BYTES, Access::REMOTE_WRITE).map_err(of)?;
     let pair = device.pair(Access::REMOTE_WRITE).map_err(of)?;
     pair.post_empty_receives(0, CHUNKS).map_err(of)?;
-    pair.connect(&endpoint_of(&theirs), &options(timeout)).map_err(of)?;
+    pair.connect(&theirs.endpoint, &options(timeout)).map_err(of)?;
     let Remote { address, key } = local.remote();
     let answer = Verbs {
         ring_address: address,
         ring_key: key,
         ring_bytes: u32::try_from(RING_BYTES).unwrap_or(0),
-        ..verbs_of(pair.endpoint())
+        ..Verbs::of(pair.endpoint())
     };
     let back = tcp.duplicate().map_err(WireError::Io)?;
     FrameWriter::new(back, header.session).write(Kind::Verbs, &[&answer.encode()])?;
@@ -501,14 +478,19 @@ impl Read for Reader {
 }
 
 /// What a second handle of a connection can do: end it.
-struct Handle(Arc<Link>);
+struct Handle {
+    link: Arc<Link>,
+}
 
-/// An end reads or writes; the other direction is TCP's, and the connection's own.
-macro_rules! one_way {
+fn wrong_way() -> io::Error {
+    io::Error::new(ErrorKind::Unsupported, "A data connection by RDMA has one direction")
+}
+
+macro_rules! stream {
     ($end:ty, $($link:ident).+) => {
         impl Stream for $end {
             fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
-                Ok(Box::new(Handle(Arc::clone(&self.$($link).+))))
+                Ok(Box::new(Handle { link: Arc::clone(&self.$($link).+) }))
             }
 
             fn close(&self) {
@@ -524,6 +506,7 @@ macro_rules! one_way {
                 Ok(())
             }
 
+            // An end waits in one direction only.
             fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
                 self.set_read_timeout(timeout)
             }
@@ -535,63 +518,34 @@ macro_rules! one_way {
     };
 }
 
-one_way!(Writer, end.link);
-one_way!(Reader, end.link);
-impl Stream for Handle {
-    fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(Box::new(Self(Arc::clone(&self.0))))
-    }
-
-    fn close(&self) {
-        self.0.close();
-    }
-
-    fn finish(&self) {
-        lock(&self.0.tcp).finish();
-    }
-
-    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        *lock(&self.0.timeout) = timeout;
-        Ok(())
-    }
-
-    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.set_read_timeout(timeout)
-    }
+macro_rules! unreadable {
+    ($end:ty) => {
+        impl Read for $end {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(wrong_way())
+            }
+        }
+    };
 }
 
-fn wrong_way() -> io::Error {
-    io::Error::new(ErrorKind::Unsupported, "A data connection by RDMA has one direction")
+macro_rules! unwritable {
+    ($end:ty) => {
+        impl Write for $end {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(wrong_way())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+    };
 }
 
-impl Read for Writer {
-    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-        Err(wrong_way())
-    }
-}
-
-impl Write for Reader {
-    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-        Err(wrong_way())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Read for Handle {
-    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-        Err(wrong_way())
-    }
-}
-
-impl Write for Handle {
-    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-        Err(wrong_way())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
+stream!(Writer, end.link);
+unreadable!(Writer);
+stream!(Reader, end.link);
+unwritable!(Reader);
+stream!(Handle, link);
+unreadable!(Handle);
+unwritable!(Handle);
