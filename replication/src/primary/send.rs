@@ -251,6 +251,9 @@ impl OneSender {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::time::Duration;
+
     use vm_memory::GuestAddress;
 
     use super::*;
@@ -293,6 +296,65 @@ mod tests {
             lengths.push(payload.len());
         }
         lengths
+    }
+
+    /// Takes everything, and learns only when it is asked that nothing arrived.
+    struct Delayed(Box<dyn Stream>);
+
+    impl io::Read for Delayed {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            self.0.read(into)
+        }
+    }
+
+    impl io::Write for Delayed {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Err(io::ErrorKind::ConnectionReset.into())
+        }
+    }
+
+    impl Stream for Delayed {
+        fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
+            self.0.duplicate()
+        }
+
+        fn close(&self) {
+            self.0.close();
+        }
+
+        fn finish(&self) {
+            self.0.finish();
+        }
+
+        fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+            self.0.set_read_timeout(timeout)
+        }
+
+        fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+            self.0.set_write_timeout(timeout)
+        }
+    }
+
+    /// Nothing more is sent before the backup acknowledged, so nothing else would find out.
+    #[test]
+    fn a_failure_after_the_last_write_is_told() {
+        let (ours, _theirs) = memory::pair().unwrap();
+        let stream: Box<dyn Stream> = Box::new(Delayed(ours));
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let (done, sent) = unbounded();
+        let deliver = move |report: Sent| done.send(report.map_err(|_| ())).is_ok();
+        let ram = ram(1);
+        let counters = Arc::default();
+        let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
+        let senders = senders.unwrap();
+        let source = Source::Live(Arc::new(PageSet::new(1)));
+        senders.send(&Job { number: 7, epoch: EpochId(1), source });
+        assert_eq!((sent.recv(), sent.recv()), (Ok(Ok(7)), Ok(Err(()))));
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
     }
 
     /// A peer that sees no byte takes the sender for dead, and a big memory is mostly untouched.

@@ -292,6 +292,40 @@ fn an_epoch_of_more_pages_than_the_memory_has_is_refused() {
     script.aborted("has pages twice");
 }
 
+/// Zeroes cost nothing on the wire, and whoever ends a session waits for those that are under way.
+#[test]
+fn a_frame_of_a_copy_with_more_pages_than_a_frame_may_have_is_refused() {
+    let mut script = Script::start();
+    let mut runs = Runs::default();
+    assert!(runs.push(PageIndex(0), Encoding::Zero));
+    let mut head = Vec::new();
+    encode_pages_header(EpochId(0), &runs, &mut head);
+    // After the epoch, the number of runs, and the run's first page.
+    head[24..28].copy_from_slice(&1025u32.to_le_bytes());
+    script.data.write(Kind::Pages, &[&head]).unwrap();
+    script.aborted("number of pages of a copy");
+}
+
+/// Whoever held the memory for the session lets go of it before the machine runs.
+#[test]
+fn data_connections_have_ended_when_a_machine_was_handed_over() {
+    let mut script = Script::start();
+    script.pages(1, 3..5);
+    script.end(1);
+    script.seal(1, 1, 2);
+    script.acked(1);
+    script.end(2);
+    let (epoch, state) = (EpochId(2), b"sum:\0\0\0\0".to_vec());
+    let last = Seal { epoch, generation: G1, handover: true, pages: vec![0], changes: 0, state };
+    script.say(&Message::Seal(last));
+    script.acked(2);
+    let word = next(&mut script.reader);
+    assert!(matches!(word, Message::HandedOver(_)), "{word:?}");
+    let mut data = script.data.get_ref();
+    data.set_nonblocking(true).unwrap();
+    assert_eq!(data.read(&mut [0]).unwrap(), 0, "still open");
+}
+
 /// A backup that sets aside so much, and a primary whose memory has so many pages.
 fn sizes(staging_bytes: u64, pages: u64) -> Script {
     let mut options = super::receive_options(None);

@@ -268,3 +268,14 @@ fn an_abort_is_cut_at_a_character() {
     let [Message::Abort(cut)] = &read[..] else { panic!("{read:?}") };
     assert!(cut.len() <= ABORT_BYTES_MAX && cut.chars().all(|c| c == 'ä'));
 }
+
+#[test]
+fn what_a_peer_must_not_send_is_no_loss() {
+    let io = |kind: std::io::ErrorKind| WireError::Io(kind.into());
+    for loss in [WireError::Closed, WireError::Truncated, io(std::io::ErrorKind::ConnectionReset)] {
+        assert!(loss.is_loss(), "{loss}");
+    }
+    for wrong in [io(std::io::ErrorKind::InvalidData), WireError::Session] {
+        assert!(!wrong.is_loss(), "{wrong}");
+    }
+}
