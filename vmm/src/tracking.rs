@@ -30,7 +30,7 @@ const READS: u32 = 5;
 /// # Errors
 /// KVM does not let its bitmap be read.
 pub fn choose(hypervisor: &Hypervisor, vm: &Vm, memory: &Memory) -> Result<Tracking, VmError> {
-    let can = Tracking::Ring.is_possible(vm.capabilities());
+    let can = Tracking::Ring.is_possible(vm.capabilities()) && resets_are_whole();
     match std::env::var(OVERRIDE).as_deref() {
         Ok("ring") => return Ok(Tracking::Ring),
         Ok("bitmap") => return Ok(Tracking::Bitmap),
@@ -46,13 +46,6 @@ pub fn choose(hypervisor: &Hypervisor, vm: &Vm, memory: &Memory) -> Result<Track
     let read_us = read.as_micros();
     if read <= Duration::from_nanos(ENTRY_NS * EPOCH_PAGES) {
         tracing::debug!("reading the dirty bitmap takes {read_us} us, less than rings would");
-        return Ok(Tracking::Bitmap);
-    }
-    if !resets_are_whole() {
-        tracing::debug!(
-            "reading the dirty bitmap takes {read_us} us; rings would take less, but this kernel may \
-             stop in the middle of re-arming them"
-        );
         return Ok(Tracking::Bitmap);
     }
     let sound = rings_are_sound(hypervisor).unwrap_or_else(|error| {

@@ -1,9 +1,9 @@
 //! What pays: a pure rule over costs that were measured, and the averages that it looks at.
 //!
-//! Enters: how long the link took for bytes to be written, and to arrive; how long an encoding took for a page and what came of
-//! it. Leaves: a [`Choice`]. Always holds: nothing is chosen that was not tried, and an encoding is
-//! begun only where it saves a good part of the time, so that one that hardly pays does not come
-//! and go.
+//! Enters: how long the link took for bytes to be written, and to arrive; how long an encoding took for
+//! a page and what came of it. Leaves: a [`Choice`]. Always holds: nothing is chosen that was not
+//! tried, and an encoding is begun only where it saves a good part of the time, so that one that
+//! hardly pays does not come and go.
 //!
 //! ```text
 //!   raw            4096 × link
