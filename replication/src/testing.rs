@@ -396,6 +396,8 @@ pub struct ReplicaLog {
     pub alive: AtomicU64,
     /// Held by a test, no machine state is parsed and no replica goes.
     pub busy: Mutex<()>,
+    /// Held by a test, no replica starts.
+    pub starting: Mutex<()>,
 }
 
 /// Builds replicas of [`MemoryGuest`]s.
@@ -492,6 +494,7 @@ impl Replica for MemoryReplica {
     }
 
     fn start(self, (state, disks): (u32, Vec<u8>)) -> Result<(), GuestError> {
+        drop(lock(&self.log.starting));
         self.compare(state, "at the take-over");
         if let Err(wrong) = disks::compare(&self.images, &disks) {
             lock(&self.log.wrong).push(format!("at the take-over: {wrong}"));

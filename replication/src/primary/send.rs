@@ -353,7 +353,8 @@ mod tests {
         let senders = senders.unwrap();
         let source = Source::Live(Arc::new(PageSet::new(1)));
         senders.send(&Job { number: 7, epoch: EpochId(1), source });
-        assert_eq!((sent.recv(), sent.recv()), (Ok(Ok(7)), Ok(Err(()))));
+        let next = || sent.recv_timeout(Duration::from_secs(10));
+        assert_eq!((next(), next()), (Ok(Ok(7)), Ok(Err(()))));
         senders.close().into_iter().for_each(|thread| thread.join().unwrap());
     }
 

@@ -196,6 +196,10 @@ mod tests {
         assert_eq!(ring.read(4).len, 4);
         assert_eq!(ring.credit(), Some(4));
         assert!(!ring.arrived(5) && ring.arrived(4));
+        // What was read, and not said to be free, is still the reader's.
+        let mut ring = Incoming::new(100);
+        assert!(ring.arrived(100) && ring.read(10).len == 10 && ring.credit().is_none());
+        assert!(!ring.arrived(1));
     }
 
     proptest! {
