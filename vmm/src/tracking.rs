@@ -7,11 +7,11 @@
 
 use std::time::{Duration, Instant};
 
-use hypervisor::dirty::{rings_are_sound, words_of};
+use hypervisor::dirty::{Words, rings_are_sound, words_of};
 use hypervisor::{Hypervisor, Tracking, Vm, VmError};
 use replication::ids::PAGE_SIZE;
 
-use crate::memory::Memory;
+use crate::memory::{Memory, Slot};
 
 /// Makes a machine keep its dirty log so, for tests: `bitmap` or `ring`.
 const OVERRIDE: &str = "UNDERSTUDY_TEST_DIRTY_LOG";
@@ -81,13 +81,14 @@ fn is_before_6_17(release: &str) -> bool {
 /// How long it takes to read the bitmaps of all slots.
 fn reading(vm: &Vm, memory: &Memory) -> Result<Duration, VmError> {
     let slots = memory.slots();
-    let pages = slots.iter().map(|slot| slot.size / PAGE_SIZE as u64);
-    let words = pages.map(|pages| vec![0; usize::try_from(words_of(pages)).unwrap_or(0)]);
-    let mut words: Vec<Vec<u64>> = words.collect();
+    let length = |slot: &Slot| usize::try_from(words_of(slot.size / PAGE_SIZE as u64)).unwrap_or(0);
+    let lengths: Vec<_> = slots.iter().map(length).collect();
+    let mut room = Words::new(lengths.iter().copied().max().unwrap_or(0));
     let mut least = Duration::MAX;
     for _ in 0..READS {
         let start = Instant::now();
-        for (slot, words) in slots.iter().zip(&mut words) {
+        for (slot, length) in slots.iter().zip(&lengths) {
+            let words = room.first_mut(*length).unwrap_or_default();
             vm.read_bitmap(slot.id, words)?;
         }
         least = least.min(start.elapsed());

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
 
-use super::{DirtyLog, Slots, Tracking, Written};
+use super::{DirtyLog, Slots, Tracking, Words, Written};
 use crate::sys;
 use crate::vm::{Vm, VmError};
 
@@ -38,8 +38,8 @@ pub(crate) struct Bitmap {
 /// Kept from one harvest to the next, so that none allocates.
 #[derive(Default)]
 struct Buffers {
-    /// Words for the largest slot.
-    words: Vec<u64>,
+    /// Those of the largest slot.
+    words: Words,
     /// Those that are not zero.
     dirty: Vec<usize>,
 }
@@ -76,7 +76,7 @@ impl DirtyLog for Bitmap {
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = usize::try_from(words_of(pages)).unwrap_or(0);
         if buffers.words.len() < wanted {
-            buffers.words.resize(wanted, 0);
+            buffers.words = Words::new(wanted);
         }
     }
 
@@ -89,7 +89,7 @@ impl DirtyLog for Bitmap {
         let Buffers { words, dirty } = &mut *buffers;
         for (slot, pages) in self.slots.logged() {
             let count = usize::try_from(words_of(pages)).unwrap_or(0);
-            let words = words.get_mut(..count).ok_or(VmError::BitmapLength { slot })?;
+            let words = words.first_mut(count).ok_or(VmError::BitmapLength { slot })?;
             read(&self.fd, slot, words)?;
             find_dirty(words, dirty);
             let rearmed = self.rearm(slot, pages, words, dirty);
@@ -110,7 +110,7 @@ impl DirtyLog for Bitmap {
         let mut pages = 0;
         for (slot, slot_pages) in self.slots.logged() {
             let count = usize::try_from(words_of(slot_pages)).unwrap_or(0);
-            let words = buffers.words.get_mut(..count).ok_or(VmError::BitmapLength { slot })?;
+            let words = buffers.words.first_mut(count).ok_or(VmError::BitmapLength { slot })?;
             read(&self.fd, slot, words)?;
             pages += words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
         }

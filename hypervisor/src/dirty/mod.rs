@@ -18,6 +18,7 @@
 mod bitmap;
 mod probe;
 mod ring;
+mod words;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
@@ -32,6 +33,7 @@ pub use bitmap::words_of;
 pub use probe::rings_are_sound;
 pub use ring::RING_ENTRIES;
 pub(crate) use ring::Rings;
+pub use words::Words;
 
 /// Where KVM notes the pages that a guest writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
