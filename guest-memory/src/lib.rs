@@ -11,3 +11,6 @@ pub use written::WrittenPages;
 
 /// The mapping of a guest's memory.
 pub type Mapping = vm_memory::GuestMemoryMmap<WrittenPages>;
+
+/// Bytes of a guest's memory that lie side by side.
+pub type Slice<'a> = vm_memory::VolatileSlice<'a, vm_memory::bitmap::BS<'a, WrittenPages>>;

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-pub use guest_memory::Mapping;
+pub use guest_memory::{Mapping, Slice};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::ids::{PAGE_SIZE, PageIndex};

@@ -3,8 +3,7 @@
 //! ```text
 //!  repl-accept    listens; repl-hello greets
 //!  repl-backup    owns the replica and the state machine; acknowledges, applies, takes over
-//!  repl-recv-N    pages of one data connection, staged
-//!  repl-fill-N    while there is a copy: writes what repl-recv-N has of it into the image
+//!  repl-recv-N    pages of one data connection, staged; those of a copy into the image
 //!  repl-recv-disk first copies and changes of the disks, staged
 //!  repl-image     applies what is committed to the disks' images, in order
 //!  repl-ctl       what the primary says
@@ -22,7 +21,6 @@ mod apply;
 mod commit;
 mod disks;
 mod engine;
-mod fill;
 mod receive;
 mod staging;
 

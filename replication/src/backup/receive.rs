@@ -8,9 +8,8 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use thiserror::Error;
 
-use super::apply::ApplyError;
+use super::apply::{ApplyError, apply, memory_of};
 use super::disks::ImageError;
-use super::fill::Filler;
 use super::staging::{Budget, Needs, Part, cost_bytes};
 use crate::capture::cow::Share;
 use crate::engine::control::listening;
@@ -23,8 +22,8 @@ use crate::protocol::primary::IN_FLIGHT_MAX;
 use crate::ram::Ram;
 use crate::transport::{Stream, rdma};
 use crate::wire::{
-    ConnectionPart, End, FRAME_PAGES_MAX, FrameReader, Header, Kind, PagesHeader, RAW_PAGES_MAX,
-    Run, WireError, decode_pages_header, staged_bytes, unpack,
+    ConnectionPart, Encoding, End, FRAME_PAGES_MAX, FrameReader, Header, Kind, PagesHeader,
+    RAW_PAGES_MAX, Run, WireError, decode_pages_header, staged_bytes, unpack,
 };
 
 /// Why a data connection ended.
@@ -136,7 +135,7 @@ impl DataConnection {
             spares,
             needs: Needs::default(),
             part: Part::default(),
-            filler: None,
+            unpacked: Frame::default(),
             by_rdma: false,
             header: PagesHeader::default(),
             closed_round: None,
@@ -153,6 +152,13 @@ impl DataConnection {
     }
 }
 
+/// The pages of a frame as they are staged, each whole.
+#[derive(Default)]
+struct Frame {
+    runs: Vec<Run>,
+    bytes: Vec<u8>,
+}
+
 struct Receiving {
     reader: FrameReader<Listening<Box<dyn Stream>>>,
     share: Share,
@@ -163,8 +169,8 @@ struct Receiving {
     needs: Needs,
     part: Part,
     header: PagesHeader,
-    /// While pages go straight into the image.
-    filler: Option<Filler>,
+    /// Room for the encoded pages of a copy.
+    unpacked: Frame,
     /// Frames come by RDMA.
     by_rdma: bool,
     /// The round whose copy is over on this connection.
@@ -246,7 +252,10 @@ impl Receiving {
         self.stage(frame, &mut scratch[..bytes])
     }
 
-    /// Pages of a copy into the image, checked before they are written.
+    /// Pages of a copy, straight from the stream into the image, where they are before their checksum
+    /// is known. Nobody runs what a wrong one leaves there: the end of a session whose copy is not over
+    /// discards the image, and the copy is over only once each connection has brought the end of an
+    /// epoch after it, which this one then never does.
     fn straight(&mut self, frame: &Header, scratch: &mut [u8]) -> Result<(), ReceiveError> {
         let round = self.shared.round.load(Ordering::Acquire);
         if self.closed_round == Some(round) || self.part.epoch != EpochId(0) {
@@ -257,33 +266,53 @@ impl Receiving {
             let what = "number of pages of a copy";
             return Err(WireError::Malformed { kind: Kind::Pages, what }.into());
         }
-        let filler = match &mut self.filler {
-            Some(filler) => filler,
-            none => {
-                let Shared { ram, counters, .. } = self.shared.clone();
-                none.insert(Filler::start(self.share.index, ram, counters)?)
-            }
-        };
-        let mut room = filler.room()?;
-        room.runs.clear();
+        // A copy anew finds its pages there, and looking for them takes time.
+        let is_fresh = round == 0;
         if self.header.has_encoded() {
             self.reader.read_into(scratch)?;
             self.reader.finish(frame)?;
-            // At most a page for each of the runs' pages, which are few.
-            staged_bytes(&self.header.runs, scratch)?;
-            room.bytes.clear();
-            unpack(&self.header.runs, scratch, &mut room.runs, &mut room.bytes)?;
+            self.unpack(scratch, is_fresh)?;
         } else {
-            room.bytes.resize(scratch.len(), 0);
-            self.reader.read_into(&mut room.bytes)?;
+            self.read_image(is_fresh)?;
             self.reader.finish(frame)?;
-            room.runs.extend_from_slice(&self.header.runs);
         }
-        // A copy anew finds its pages there, and looking for them takes time.
-        room.is_fresh = round == 0;
-        filler.fill(room);
+        let pages = self.header.pages();
+        self.shared.counters.synced_pages.fetch_add(pages, Ordering::Relaxed);
         self.count_raw();
         Ok(())
+    }
+
+    /// Pages that are zero, or sent as they are: run by run, in the order in which they come.
+    fn read_image(&mut self, is_fresh: bool) -> Result<(), ReceiveError> {
+        let (ram, reader) = (&self.shared.ram, &mut self.reader);
+        for run in &self.header.runs {
+            if is_fresh {
+                ram.populate(run.first, run.count.into());
+            }
+            if run.encoding == Encoding::Zero {
+                apply(ram, std::slice::from_ref(run), &[])?;
+                continue;
+            }
+            memory_of(ram, run, |memory| {
+                let read = reader.read_memory(memory, |stream, into| stream.read_memory(into));
+                read.map(drop).map_err(ReceiveError::from)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Pages of which some are encoded.
+    fn unpack(&mut self, contents: &[u8], is_fresh: bool) -> Result<(), ReceiveError> {
+        let (ram, Frame { runs, bytes }) = (&self.shared.ram, &mut self.unpacked);
+        runs.clear();
+        bytes.clear();
+        // At most a page for each of the runs' pages, which are few.
+        staged_bytes(&self.header.runs, contents)?;
+        unpack(&self.header.runs, contents, runs, bytes)?;
+        if is_fresh {
+            runs.iter().for_each(|run| ram.populate(run.first, run.count.into()));
+        }
+        Ok(apply(ram, runs, bytes)?)
     }
 
     fn stage(&mut self, frame: &Header, contents: &mut [u8]) -> Result<(), ReceiveError> {
@@ -332,10 +361,6 @@ impl Receiving {
         let empty = self.part.epoch == EpochId(0) && sum == ConnectionPart::default();
         if epoch == EpochId(0) || (self.part.epoch != epoch && !empty) || self.part.sum != sum {
             return Err(ReceiveError::Mismatch(epoch));
-        }
-        if let Some(filler) = self.filler.take() {
-            // The epoch goes on top of the copy.
-            filler.settle()?;
         }
         self.part.epoch = epoch;
         self.closed_round = Some(self.shared.round.load(Ordering::Acquire));

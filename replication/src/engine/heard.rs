@@ -5,6 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::ram::Slice;
+use crate::transport::Stream;
+
 /// Shared by all threads that read from the peer.
 #[derive(Clone, Debug)]
 pub(crate) struct Heard {
@@ -61,14 +64,24 @@ impl<R> Listening<R> {
     pub(crate) fn inner_mut(&mut self) -> &mut R {
         &mut self.inner
     }
+
+    fn count(&self, count: usize) -> usize {
+        if count > 0 {
+            self.heard.now();
+        }
+        count
+    }
+}
+
+impl Listening<Box<dyn Stream>> {
+    /// See [`Stream::read_memory`].
+    pub(crate) fn read_memory(&mut self, into: &Slice<'_>) -> io::Result<usize> {
+        self.inner.read_memory(into).map(|count| self.count(count))
+    }
 }
 
 impl<R: Read> Read for Listening<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let count = self.inner.read(into)?;
-        if count > 0 {
-            self.heard.now();
-        }
-        Ok(count)
+        self.inner.read(into).map(|count| self.count(count))
     }
 }

@@ -1,7 +1,7 @@
 //! A primary that keeps to the frames and breaks the protocol: what it sends is well formed, and
 //! must neither be acknowledged nor reach the image.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +12,8 @@ use super::pair::Backup;
 use crate::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
 use crate::observer::Event;
 use crate::wire::{
-    ConnectionPart, Encoding, End, FrameReader, FrameWriter, Hello, Kind, Message, Offer, Runs,
-    Seal, SessionId, WireRegion, encode_pages_header,
+    ConnectionPart, Encoding, End, FrameReader, FrameWriter, HEADER_BYTES, Hello, Kind, Message,
+    Offer, Runs, Seal, SessionId, WireRegion, encode_pages_header,
 };
 
 const SESSION: SessionId = SessionId(42);
@@ -488,6 +488,62 @@ fn a_primary_that_is_lost_during_the_first_copy_leaves_nothing() {
     assert!(backup.handle.failover(true).is_err());
     let next = Script::again(backup, SessionId(44), (Uuid::new_v4(), Uuid::new_v4()), offer());
     assert_eq!(next.backup.wrong(), Vec::<String>::new());
+}
+
+/// Changes each byte that comes after so many.
+struct Corrupting {
+    tcp: TcpStream,
+    good: usize,
+}
+
+impl Write for Corrupting {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let mut bytes = bytes.to_vec();
+        bytes.iter_mut().skip(self.good).for_each(|byte| *byte ^= 1);
+        self.good = self.good.saturating_sub(bytes.len());
+        self.tcp.write_all(&bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.tcp.flush()
+    }
+}
+
+/// Its pages are in the image by then.
+#[test]
+fn a_copy_with_a_wrong_checksum_leaves_nothing_to_start_from() {
+    for (is_anew, encoding) in
+        [(false, Encoding::Raw), (true, Encoding::Raw), (true, Encoding::Lz4)]
+    {
+        let mut script = Script::start();
+        script.pages(0, 0..10);
+        if is_anew {
+            script.sum = ConnectionPart::default();
+            script.end(1);
+            script.seal(1, 1, 0);
+            script.acked(1);
+            script.say(&Message::Resync);
+            while !matches!(next(&mut script.reader), Message::ResyncReady) {}
+        }
+        let mut runs = Runs::default();
+        (10..12).for_each(|page| assert!(runs.push(PageIndex(page), encoding)));
+        let mut head = Vec::new();
+        encode_pages_header(EpochId(0), &runs, &mut head);
+        let contents = match encoding {
+            Encoding::Raw => vec![1; 2 * PAGE_SIZE],
+            _ => [200u16.to_le_bytes().as_slice(), &[1; 200]].concat().repeat(2),
+        };
+        let good = HEADER_BYTES + head.len();
+        let same = FrameWriter::new(script.data.get_ref().try_clone().unwrap(), SESSION);
+        let data = std::mem::replace(&mut script.data, same);
+        let mut data = data.map(|tcp| Corrupting { tcp, good });
+        data.write(Kind::Pages, &[&head, &contents]).unwrap();
+        script.hears_abort("checksum");
+        let state = api::replication::ReplicationState::Disconnected;
+        super::until(|| script.backup.handle.info(), |info| info.state == state);
+        assert!(script.backup.handle.failover(true).is_err());
+    }
 }
 
 #[test]

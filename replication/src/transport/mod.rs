@@ -15,6 +15,10 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
+use vm_memory::{Bytes, ReadVolatile, VolatileMemoryError};
+
+use crate::ids::PAGE_SIZE;
+use crate::ram::Slice;
 
 pub use api::endpoint::Endpoint as Address;
 
@@ -50,6 +54,18 @@ pub struct Delivery {
 
 /// A reliable byte stream in both directions.
 pub trait Stream: Read + Write + Send {
+    /// Reads some bytes into a guest's memory, as [`Read::read`] does into a buffer; without a copy in
+    /// between, where a system call can do it.
+    ///
+    /// # Errors
+    /// As [`Read::read`].
+    fn read_memory(&mut self, into: &Slice<'_>) -> io::Result<usize> {
+        let mut page = [0; PAGE_SIZE];
+        let count = self.read(&mut page[..into.len().min(PAGE_SIZE)])?;
+        into.write_slice(&page[..count], 0).map_err(io::Error::other)?;
+        Ok(count)
+    }
+
     /// A second handle to the same stream.
     ///
     /// # Errors
@@ -108,6 +124,15 @@ pub trait Stream: Read + Write + Send {
 /// [`TransportError::Rdma`].
 pub fn check(address: &Address) -> Result<(), TransportError> {
     if matches!(address, Address::Rdma { .. }) { rdma::check() } else { Ok(()) }
+}
+
+/// [`Stream::read_memory`] of a socket.
+fn read_socket(mut socket: impl ReadVolatile, into: &Slice<'_>) -> io::Result<usize> {
+    let mut into = *into;
+    socket.read_volatile(&mut into).map_err(|error| match error {
+        VolatileMemoryError::IOError(error) => error,
+        error => io::Error::other(error),
+    })
 }
 
 /// A stream that was accepted, and the name of its peer.
@@ -244,6 +269,8 @@ pub fn connect(address: &Address, timeout: Duration) -> Result<Box<dyn Stream>, 
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use vm_memory::{GuestAddress, GuestMemoryBackend};
+
     use super::*;
 
     /// Readable at once, and out of descriptors twice.
@@ -284,5 +311,80 @@ mod tests {
         let (listener, waker, _write) = scarce();
         drop(waker);
         assert!(listener.accept().unwrap().is_none());
+    }
+
+    /// Has only what a stream must have.
+    struct Plain(Box<dyn Stream>);
+
+    impl Read for Plain {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            self.0.read(into)
+        }
+    }
+
+    impl Write for Plain {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            self.0.flush()
+        }
+    }
+
+    impl Stream for Plain {
+        fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
+            self.0.duplicate()
+        }
+
+        fn close(&self) {
+            self.0.close();
+        }
+
+        fn finish(&self) {
+            self.0.finish();
+        }
+
+        fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+            self.0.set_read_timeout(timeout)
+        }
+
+        fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+            self.0.set_write_timeout(timeout)
+        }
+    }
+
+    /// A socket, which the kernel reads from, and a stream that knows only buffers.
+    #[test]
+    fn any_stream_is_read_into_memory() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let tcp = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let peer = listener.accept().unwrap().0;
+        let (plain, other) = memory::pair().unwrap();
+        let streams: [(Box<dyn Stream>, Box<dyn Stream>); 3] = [
+            (Box::new(tcp), Box::new(peer)),
+            memory::pair().unwrap(),
+            (Box::new(Plain(plain)), other),
+        ];
+        for (number, (mut from, mut to)) in (1u8..).zip(streams) {
+            let ram = crate::testing::memory(&[(0, 3)]);
+            let room = ram.mapping().get_slice(GuestAddress(10), 2 * PAGE_SIZE).unwrap();
+            to.write_all(&[number; 3 * PAGE_SIZE]).unwrap();
+            let mut done = 0;
+            while done < room.len() {
+                done += from.read_memory(&room.offset(done).unwrap()).unwrap();
+            }
+            let mut bytes = vec![0; 3 * PAGE_SIZE];
+            ram.mapping().read_slice(&mut bytes, GuestAddress(0)).unwrap();
+            let expected = |at| if (10..10 + 2 * PAGE_SIZE).contains(&at) { number } else { 0 };
+            assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
+            assert!(ram.written() > 0, "the VMM wrote it");
+            to.close();
+            drop(to);
+            let mut rest = Vec::new();
+            from.read_to_end(&mut rest).unwrap();
+            assert_eq!(rest, [number; PAGE_SIZE]);
+            assert_eq!(from.read_memory(&room).unwrap(), 0, "the end");
+        }
     }
 }

@@ -8,7 +8,8 @@ use std::time::Duration;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::{getsockopt_impl, sockopt_impl};
 
-use super::{Accept, Address, Delivery, Stream, TransportError};
+use super::{Accept, Address, Delivery, Stream, TransportError, read_socket};
+use crate::ram::Slice;
 
 /// Words of `struct tcp_info` (include/uapi/linux/tcp.h) up to `tcpi_delivery_rate`, which the kernel
 /// has had since 4.9. It gives no more than is asked for.
@@ -27,6 +28,10 @@ sockopt_impl!(
 );
 
 impl Stream for TcpStream {
+    fn read_memory(&mut self, into: &Slice<'_>) -> io::Result<usize> {
+        read_socket(self, into)
+    }
+
     fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
         Ok(Box::new(self.try_clone()?))
     }

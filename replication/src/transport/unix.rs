@@ -7,9 +7,14 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Accept, Address, Stream, TransportError};
+use super::{Accept, Address, Stream, TransportError, read_socket};
+use crate::ram::Slice;
 
 impl Stream for UnixStream {
+    fn read_memory(&mut self, into: &Slice<'_>) -> io::Result<usize> {
+        read_socket(self, into)
+    }
+
     fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
         Ok(Box::new(self.try_clone()?))
     }

@@ -9,6 +9,8 @@ use super::verbs::VERBS_BYTES;
 use super::{ABORT_BYTES_MAX, MAGIC, VERSION, WireError};
 use crate::disk::CHANGE_BYTES_MAX;
 use crate::guest::{DESCRIPTION_BYTES_MAX, STATE_BYTES_MAX};
+use crate::ids::PAGE_SIZE;
+use crate::ram::Slice;
 
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 32;
@@ -351,6 +353,44 @@ impl<R: Read> FrameReader<R> {
         self.rest -= into.len();
         self.bytes += into.len() as u64;
         Ok(true)
+    }
+
+    /// Reads the next bytes of the payload by `read`, which reads some, straight into a guest's memory;
+    /// `false` if it holds fewer.
+    pub fn read_memory(
+        &mut self,
+        into: &Slice<'_>,
+        mut read: impl FnMut(&mut R, &Slice<'_>) -> std::io::Result<usize>,
+    ) -> Result<bool, WireError> {
+        if into.len() > self.rest {
+            return Ok(false);
+        }
+        let mut left = *into;
+        while !left.is_empty() {
+            let count = match read(&mut self.inner, &left) {
+                Ok(0) => return Err(WireError::Truncated),
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(WireError::Io(error)),
+            };
+            let outside = |error| WireError::Io(std::io::Error::other(error));
+            let (came, rest) = left.split_at(count).map_err(outside)?;
+            self.hash(&came);
+            self.rest -= count;
+            self.bytes += count as u64;
+            left = rest;
+        }
+        Ok(true)
+    }
+
+    /// A slice of memory that others could write is no slice of Rust's: its bytes are copied to be
+    /// looked at, out of one cache into a nearer one.
+    fn hash(&mut self, memory: &Slice<'_>) {
+        let mut page = [0; PAGE_SIZE];
+        for from in (0..memory.len()).step_by(PAGE_SIZE) {
+            let count = memory.offset(from).map_or(0, |rest| rest.copy_to(&mut page));
+            self.hasher.update(&page[..count]);
+        }
     }
 
     /// Appends the rest of the payload to `into`, which grows only as bytes arrive.

@@ -1,8 +1,12 @@
+use std::io::Read;
+
 use proptest::prelude::*;
 use uuid::Uuid;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::*;
 use crate::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
+use crate::ram::Slice;
 
 const SESSION: SessionId = SessionId(0x5E55_1013);
 
@@ -278,4 +282,62 @@ fn what_a_peer_must_not_send_is_no_loss() {
     for wrong in [io(std::io::ErrorKind::InvalidData), WireError::Session] {
         assert!(!wrong.is_loss(), "{wrong}");
     }
+}
+
+/// Gives a few bytes at a time, and none between them.
+struct Sluggish<'a> {
+    from: &'a [u8],
+    interrupted: bool,
+}
+
+impl Sluggish<'_> {
+    fn read_memory(&mut self, into: &Slice<'_>) -> std::io::Result<usize> {
+        self.interrupted = !self.interrupted;
+        if self.interrupted {
+            return Err(std::io::ErrorKind::Interrupted.into());
+        }
+        let mut bytes = [0; 5000];
+        let count = self.from.read(&mut bytes[..into.len().min(5000)])?;
+        into.write_slice(&bytes[..count], 0).unwrap();
+        Ok(count)
+    }
+}
+
+impl std::io::Read for Sluggish<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        self.from.read(into)
+    }
+}
+
+#[test]
+fn a_payload_that_is_read_into_memory_is_checked_like_any_other() {
+    const SIZE: usize = 3 * PAGE_SIZE;
+    let mut content = [0; SIZE];
+    (0u8..).zip(content.chunks_mut(99)).for_each(|(number, bytes)| bytes.fill(number));
+    let mut wire = vec![];
+    let mut writer = FrameWriter::new(&mut wire, SessionId(1));
+    writer.write(Kind::Pages, &[b"head", &content]).unwrap();
+    let ram = crate::testing::memory(&[(0, 4)]);
+    let read = |wire: &[u8]| {
+        let mut reader = FrameReader::new(Sluggish { from: wire, interrupted: false }, None);
+        let header = reader.begin()?;
+        assert!(reader.read_into(&mut [0; 4])?);
+        let whole = ram.mapping().get_slice(GuestAddress(0), 4 * PAGE_SIZE).unwrap();
+        assert!(!reader.read_memory(&whole, Sluggish::read_memory)?, "more than there is");
+        let memory = whole.subslice(7, SIZE).unwrap();
+        assert!(reader.read_memory(&memory, Sluggish::read_memory)?);
+        assert_eq!((reader.rest(), reader.bytes()), (0, wire.len() as u64));
+        reader.finish(&header)
+    };
+    read(&wire).unwrap();
+    let mut bytes = vec![0; SIZE + 8];
+    ram.mapping().read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    assert!(bytes[7..][..SIZE] == content && bytes[6] == 0 && bytes[SIZE + 7] == 0);
+    for at in [HEADER_BYTES + 4, HEADER_BYTES + 4 + PAGE_SIZE + 904, wire.len() - 1] {
+        let mut wire = wire.clone();
+        wire[at] ^= 1;
+        assert!(matches!(read(&wire), Err(WireError::Checksum { .. })), "byte {at}");
+    }
+    let cut = read(&wire[..wire.len() - 1]);
+    assert!(matches!(cut, Err(WireError::Truncated)), "{cut:?}");
 }

@@ -10,11 +10,12 @@ use crate::bare::Bare;
 use crate::host;
 use crate::row::{Bound, FLOOR, OURS, Row};
 use crate::samples::Samples;
-use crate::stream::Source;
+use crate::stream::{Source, back_free_memory};
 
 const FILL_LIMIT: Duration = Duration::from_secs(180);
 /// As `--replicate` has it by default.
 const CONNECTIONS: usize = 1;
+const TURNS: u32 = 3;
 
 pub fn first(effort: &Effort) -> Result<Row> {
     let wanted_mib: u64 = if effort.is_full { 4096 } else { 1024 };
@@ -35,10 +36,15 @@ pub fn first(effort: &Effort) -> Result<Row> {
         .serial
         .wait_line("'dirty filled'", 0, FILL_LIMIT, |line| line.starts_with("dirty filled"))?;
     let (mut floor, mut ours) = (Samples::default(), Samples::default());
-    let turns = if effort.is_full { 3 } else { 2 };
-    for _ in 0..turns {
+    // A memory, and what the sockets and the processes take beside it.
+    let taken = (wanted_mib + 256) << 20;
+    for _ in 0..TURNS {
         // The source goes before the backup comes: all of them together need not fit.
-        floor.add(vec![mib / Source::new(wanted_mib << 20)?.send(CONNECTIONS)?.as_secs_f64()]);
+        let source = Source::new(wanted_mib << 20)?;
+        back_free_memory(taken)?;
+        floor.add(vec![mib / source.send(CONNECTIONS)?.as_secs_f64()]);
+        drop(source);
+        back_free_memory(taken)?;
         ours.add(vec![mib / machine.protect()?.as_secs_f64()]);
         machine.set_free()?;
     }
