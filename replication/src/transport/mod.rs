@@ -37,6 +37,8 @@ pub enum TransportError {
     Setup(#[source] io::Error),
     #[error("This host cannot do RDMA")]
     Rdma(#[source] ::rdma::Error),
+    #[error("The RDMA device did not answer within {patience_ms} ms")]
+    Hung { patience_ms: u64 },
 }
 
 /// How fast a stream's bytes arrived of late, as the host knows it.
@@ -102,14 +104,6 @@ pub trait Stream: Read + Write + Send {
     }
 }
 
-/// Whether this host can reach such an address at all.
-///
-/// # Errors
-/// [`TransportError::Rdma`].
-pub fn check(address: &Address) -> Result<(), TransportError> {
-    if matches!(address, Address::Rdma { .. }) { rdma::check() } else { Ok(()) }
-}
-
 /// A stream that was accepted, and the name of its peer.
 pub type Accepted = (Box<dyn Stream>, String);
 
@@ -136,14 +130,13 @@ impl Listener {
     /// Listens on `address`; port 0 picks a free one.
     ///
     /// # Errors
-    /// [`TransportError::Listen`], [`TransportError::Resolve`], [`TransportError::Rdma`].
+    /// [`TransportError::Listen`], [`TransportError::Resolve`].
     pub fn bind(address: &Address) -> Result<(Self, ListenerWaker), TransportError> {
         let (wake, end) = io::pipe().map_err(TransportError::Setup)?;
         let (inner, address) = match address {
             Address::Tcp { host, port } => tcp::listen(host, *port)?,
             Address::Unix(path) => unix::listen(path)?,
             Address::Rdma { host, port } => {
-                rdma::check()?;
                 let (inner, address) = tcp::listen(host, *port)?;
                 let Address::Tcp { host, port } = address else { unreachable!("of TCP") };
                 (inner, Address::Rdma { host, port })
