@@ -135,10 +135,22 @@ device_is_not_there() {
     detail "$(grep -a "rxe_other" "$CASE/a.err" | tail -n 1 | cut -c 1-250)"
 }
 
+# The backup's device fails at set-up: none has the address at which it is called. The primary's is named.
+backup_has_no_device() {
+    rxe
+    LINUX_URL=rdma:127.0.0.1:7000
+    PAIR_OPTIONS=,rdma_device=rxe_verbs,rdma_gid_index=1
+    pair 1
+    wait_for 60 "the primary to say why" \
+        grep -qa "refused the replica: .*No RDMA port here is with the address 127.0.0.1" "$CASE/a.err"
+    detail "$(grep -a "refused the replica" "$CASE/a.err" | tail -n 1 | cut -c 1-250)"
+}
+
 tcp=tcp:10.77.0.1:7000
 run_case options 600 options_are_kept
 run_case rdma-to-tcp 300 urls_differ "$LINUX_URL" "$tcp" "destination_url is rdma: and this side's"
 run_case tcp-to-rdma 300 urls_differ "$tcp" "$LINUX_URL" "receiver_url is rdma: and the primary's"
+run_case backup-without-device 300 backup_has_no_device
 run_case no-such-device 300 device_is_not_there
 
 # The test guest, and programs that judge what becomes of it.
