@@ -10,7 +10,10 @@ mod validate;
 use serde::{Deserialize, Serialize};
 
 pub use host::{ReplicaCard, ReplicaDisk};
-pub use validate::{CONNECTIONS, EPOCH_MS, HEARTBEAT_MS, STAGING_SIZE, TIMEOUT_MS_MAX};
+pub use validate::{
+    CONNECTIONS, EPOCH_MS, HEARTBEAT_MS, RDMA_DEPTH, RDMA_DEVICE_BYTES_MAX, RDMA_GID_INDEX,
+    RDMA_PORT, STAGING_SIZE, TIMEOUT_MS_MAX,
+};
 
 use crate::config::ConsoleConfig;
 
@@ -24,6 +27,9 @@ pub const HEARTBEAT_MS_DEFAULT: u64 = 100;
 pub const TIMEOUT_MS_DEFAULT: u64 = 1000;
 /// Bytes of one uncommitted epoch that a backup holds unless told otherwise.
 pub const STAGING_SIZE_DEFAULT: u64 = 256 << 20;
+
+/// Chunks under way on a data connection by RDMA unless told otherwise.
+pub const RDMA_DEPTH_DEFAULT: u32 = 64;
 
 /// How the pages of an epoch are kept as they were at the seal while the guest runs on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -130,6 +136,20 @@ pub struct ReplicateData {
     pub disk_mode: DiskMode,
     #[serde(default)]
     pub console_output: ConsoleOutput,
+    /// With `rdma:`, the device to use; by default the one that has the address towards the peer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_device: Option<String>,
+    /// With `rdma:`, the device's port, 1 to 254.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_port: Option<u32>,
+    /// With `rdma:`, the index of the port's GID, 0 to 255; by default that of the address towards the
+    /// peer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_gid_index: Option<u32>,
+    /// With `rdma:`, chunks under way on each data connection, 4 to 1024; the smaller one of both
+    /// sides' counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_depth: Option<u32>,
 }
 
 /// Body of `vm.receive-replica` and value of `--receive-replica`: be the backup.
@@ -161,6 +181,20 @@ pub struct ReceiveReplicaData {
     /// This host's taps for the VM's cards, where they have not the primary's names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub net: Vec<ReplicaCard>,
+    /// With `rdma:`, the device to use; by default the one that has the address towards the peer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_device: Option<String>,
+    /// With `rdma:`, the device's port, 1 to 254.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_port: Option<u32>,
+    /// With `rdma:`, the index of the port's GID, 0 to 255; by default that of the address towards the
+    /// peer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_gid_index: Option<u32>,
+    /// With `rdma:`, chunks under way on each data connection, 4 to 1024; the smaller one of both
+    /// sides' counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_depth: Option<u32>,
 }
 
 /// Body of `vm.failover`.
@@ -267,6 +301,9 @@ pub struct ReplicationInfo {
     pub peer: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub transport: Option<String>,
+    /// What carries the data, with `rdma:` and once the first data connection stands.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub rdma: Option<RdmaPath>,
     /// How the pages that the guest writes are found: `bitmap` or `ring`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub dirty_log: Option<String>,
@@ -275,6 +312,20 @@ pub struct ReplicationInfo {
     /// Take-over steps in microseconds since the UNIX epoch, on the side that took over.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub takeover: Option<TakeoverTimes>,
+}
+
+/// What this side's data connections by RDMA use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RdmaPath {
+    pub device: String,
+    pub port: u8,
+    pub gid_index: u8,
+    /// As an IPv6 address.
+    pub gid: String,
+    /// Payload of a packet in bytes: the smaller one of both ports'.
+    pub mtu_bytes: u16,
+    /// Chunks under way on each data connection: the smaller one of both sides' `rdma_depth`.
+    pub depth: u32,
 }
 
 /// The steps of a pause in microseconds, in their order.

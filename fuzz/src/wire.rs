@@ -95,6 +95,7 @@ enum Body {
     },
     Offer {
         arbiter: bool,
+        rdma: bool,
         regions: Vec<(u64, u32)>,
         disks: Vec<(u8, u32)>,
         text: Blob,
@@ -177,7 +178,7 @@ impl Body {
                 let good = known && numbers[0] <= numbers[1] + 2;
                 Payload { kind: Kind::Hello, bytes, good: Some(good) }
             }
-            Self::Offer { arbiter, regions, disks, text } => {
+            Self::Offer { arbiter, rdma, regions, disks, text } => {
                 let size = |(odd, sectors): &(u8, u32)| {
                     u64::from(*sectors) * SECTOR_BYTES + u64::from(odd.is_multiple_of(8))
                 };
@@ -192,6 +193,7 @@ impl Body {
                     heartbeat_ms: 1,
                     timeout_ms: 2,
                     arbiter: *arbiter,
+                    rdma: *rdma,
                     regions: regions.iter().map(region).collect(),
                     disks: disks.iter().map(size).collect(),
                     description: text.0.clone(),

@@ -1,7 +1,8 @@
 //! Which device, port and GID to use for a peer.
 //!
 //! Enters: what there is, what is wanted. Leaves: one place, or an error that lists what there is. A pure
-//! function. The order of preference: a port that is active, RoCE v2 before v1, the lower index.
+//! function. The order of preference: a port that is active, one that has the address, RoCE v2 before v1, the
+//! lower index.
 
 use std::net::IpAddr;
 
@@ -46,7 +47,12 @@ impl Wanted {
         let usable = fitting.iter().filter(|(device, port, _)| {
             device.problem.is_none() && port.state == PortState::Active
         });
-        let best = usable.min_by_key(|(_, _, gid)| (gid.kind == GidKind::RoceV1, gid.index));
+        // An index alone may be there on several ports: the one towards the peer is meant.
+        let is_away = |port: &Port| {
+            self.local.is_some_and(|local| port.gids.iter().all(|gid| gid.gid != Gid::of(local)))
+        };
+        let best = usable
+            .min_by_key(|(_, port, gid)| (is_away(port), gid.kind == GidKind::RoceV1, gid.index));
         let Some((device, port, gid)) = best else {
             let mut wanted = self.words();
             if !fitting.is_empty() {

@@ -47,6 +47,10 @@ impl FromStr for ReplicateData {
             "tls_dir",
             "disk_mode",
             "console_output",
+            "rdma_device",
+            "rdma_port",
+            "rdma_gid_index",
+            "rdma_depth",
         ];
         let mut pairs = Pairs::parse(text, &known)?;
         let epoch_ms = pairs.parsed("epoch_ms", MILLISECONDS)?.unwrap_or(EPOCH_MS_DEFAULT);
@@ -69,6 +73,10 @@ impl FromStr for ReplicateData {
             tls_dir: pairs.text("tls_dir"),
             disk_mode: pairs.word("disk_mode", &DISK_MODE)?.unwrap_or_default(),
             console_output: pairs.word("console_output", &CONSOLE_OUTPUT)?.unwrap_or_default(),
+            rdma_device: pairs.text("rdma_device"),
+            rdma_port: pairs.parsed("rdma_port", NUMBER)?,
+            rdma_gid_index: pairs.parsed("rdma_gid_index", NUMBER)?,
+            rdma_depth: pairs.parsed("rdma_depth", NUMBER)?,
         })
     }
 }
@@ -92,6 +100,10 @@ impl ReplicateData {
             .optional("tls_dir", self.tls_dir.as_deref())
             .pair("disk_mode", name(&DISK_MODE, self.disk_mode))
             .pair("console_output", name(&CONSOLE_OUTPUT, self.console_output))
+            .optional("rdma_device", self.rdma_device.as_deref())
+            .optional("rdma_port", number(self.rdma_port).as_deref())
+            .optional("rdma_gid_index", number(self.rdma_gid_index).as_deref())
+            .optional("rdma_depth", number(self.rdma_depth).as_deref())
             .finish()
     }
 }
@@ -111,6 +123,10 @@ impl FromStr for ReceiveReplicaData {
             "console",
             "disks",
             "net",
+            "rdma_device",
+            "rdma_port",
+            "rdma_gid_index",
+            "rdma_depth",
         ];
         let mut pairs = Pairs::parse(text, &known)?;
         let heartbeat_ms =
@@ -126,6 +142,10 @@ impl FromStr for ReceiveReplicaData {
             console: pairs.with("console", CONSOLE, console)?,
             disks: entries(&mut pairs, "disks", "items as <id>@<path>", ReplicaDisk::from_text)?,
             net: entries(&mut pairs, "net", "items as <id>@<tap>", ReplicaCard::from_text)?,
+            rdma_device: pairs.text("rdma_device"),
+            rdma_port: pairs.parsed("rdma_port", NUMBER)?,
+            rdma_gid_index: pairs.parsed("rdma_gid_index", NUMBER)?,
+            rdma_depth: pairs.parsed("rdma_depth", NUMBER)?,
         })
     }
 }
@@ -145,8 +165,16 @@ impl ReceiveReplicaData {
             .optional("console", self.console.as_ref().map(console_text).as_deref())
             .list("disks", self.disks.iter().map(ReplicaDisk::to_text))
             .list("net", self.net.iter().map(ReplicaCard::to_text))
+            .optional("rdma_device", self.rdma_device.as_deref())
+            .optional("rdma_port", number(self.rdma_port).as_deref())
+            .optional("rdma_gid_index", number(self.rdma_gid_index).as_deref())
+            .optional("rdma_depth", number(self.rdma_depth).as_deref())
             .finish()
     }
+}
+
+fn number(value: Option<u32>) -> Option<String> {
+    value.map(|value| value.to_string())
 }
 
 fn entries<T>(

@@ -223,11 +223,15 @@ prop_compose! {
         tls_dir in prop::option::of(text()),
         disk_mode in prop::sample::select(vec![DiskMode::Replicated, DiskMode::Shared]),
         console_output in prop::sample::select(vec![ConsoleOutput::Hold, ConsoleOutput::Pass]),
+        rdma_device in prop::option::of(text()),
+        rdma in any::<[Option<u32>; 3]>(),
     ) -> ReplicateData {
         let [epoch_ms, epoch_min_ms, heartbeat_ms, timeout_ms] = numbers;
+        let [rdma_port, rdma_gid_index, rdma_depth] = rdma;
         ReplicateData {
             destination_url, epoch_ms, epoch_min_ms, epoch_max_ms, cow, connections, compression,
             heartbeat_ms, timeout_ms, arbiter, degrade, tls_dir, disk_mode, console_output,
+            rdma_device, rdma_port, rdma_gid_index, rdma_depth,
         }
     }
 }
@@ -242,8 +246,11 @@ prop_compose! {
         console in prop::option::of(a_console()),
         disks in entries(),
         net in entries(),
+        rdma_device in prop::option::of(text()),
+        rdma in any::<[Option<u32>; 3]>(),
     ) -> ReceiveReplicaData {
         let [staging_size, heartbeat_ms, timeout_ms] = numbers;
+        let [rdma_port, rdma_gid_index, rdma_depth] = rdma;
         ReceiveReplicaData {
             receiver_url, staging_size, heartbeat_ms, timeout_ms, arbiter, tls_dir, serial, console,
             disks: disks
@@ -251,6 +258,7 @@ prop_compose! {
                 .map(|(id, path)| ReplicaDisk { id, path: path.into() })
                 .collect(),
             net: net.into_iter().map(|(id, tap)| ReplicaCard { id, tap }).collect(),
+            rdma_device, rdma_port, rdma_gid_index, rdma_depth,
         }
     }
 }

@@ -19,6 +19,15 @@ pub const TIMEOUT_MS_MAX: u64 = 600_000;
 /// Range of `staging_size`.
 pub const STAGING_SIZE: RangeInclusive<u64> = 1 << 20..=1 << 40;
 
+/// Bytes of an RDMA device's name (`IB_DEVICE_NAME_MAX` of the kernel, less the closing zero).
+pub const RDMA_DEVICE_BYTES_MAX: usize = 63;
+/// Range of `rdma_port`.
+pub const RDMA_PORT: RangeInclusive<u32> = 1..=254;
+/// Range of `rdma_gid_index`: a packet's header is made with an index of one byte.
+pub const RDMA_GID_INDEX: RangeInclusive<u32> = 0..=255;
+/// Range of `rdma_depth`.
+pub const RDMA_DEPTH: RangeInclusive<u32> = 4..=1024;
+
 const NOT_BUILT: &str = "this version cannot do it";
 
 impl ReplicateData {
@@ -45,6 +54,9 @@ impl ReplicateData {
         silence(self.heartbeat_ms, self.timeout_ms, &mut found);
         arbiter(self.arbiter.as_deref(), &mut found);
         tls(self.tls_dir.as_deref(), &mut found);
+        let Self { rdma_device, rdma_port, rdma_gid_index, rdma_depth, .. } = self;
+        let numbers = [*rdma_port, *rdma_gid_index, *rdma_depth];
+        rdma("destination_url", &self.destination_url, rdma_device.as_deref(), numbers, &mut found);
         found
     }
 }
@@ -69,6 +81,9 @@ impl ReceiveReplicaData {
         entries("disks", "path", disks, &mut found);
         let cards = self.net.iter().map(|card| (&card.id, card.tap.is_empty()));
         entries("net", "tap", cards, &mut found);
+        let Self { rdma_device, rdma_port, rdma_gid_index, rdma_depth, .. } = self;
+        let numbers = [*rdma_port, *rdma_gid_index, *rdma_depth];
+        rdma("receiver_url", &self.receiver_url, rdma_device.as_deref(), numbers, &mut found);
         found
     }
 }
@@ -140,6 +155,39 @@ fn tls(directory: Option<&str>, found: &mut Vec<Invalid>) {
     }
 }
 
+/// The options of `rdma:`; `numbers` are port, GID index and depth.
+fn rdma(
+    url_key: &str,
+    url: &str,
+    device: Option<&str>,
+    numbers: [Option<u32>; 3],
+    found: &mut Vec<Invalid>,
+) {
+    const DEVICE: &str = "rdma_device";
+    let ranges =
+        [("rdma_port", RDMA_PORT), ("rdma_gid_index", RDMA_GID_INDEX), ("rdma_depth", RDMA_DEPTH)];
+    let given = ranges.iter().zip(numbers).filter_map(|((key, _), value)| value.map(|_| *key));
+    // A URL that is none was named already.
+    if matches!(url.parse(), Ok(Endpoint::Tcp { .. } | Endpoint::Unix(_))) {
+        for key in device.map(|_| DEVICE).into_iter().chain(given) {
+            found.push(Invalid::contradiction(key, url_key, "it is for rdma:<host>:<port> only"));
+        }
+    }
+    let is_name = |name: &str| {
+        (1..=RDMA_DEVICE_BYTES_MAX).contains(&name.len())
+            && name.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    if let Some(name) = device.filter(|name| !is_name(name)) {
+        let wanted = format!("the name of a device, {RDMA_DEVICE_BYTES_MAX} bytes at most");
+        found.push(Invalid::value(DEVICE, wanted, name));
+    }
+    for ((key, bounds), value) in ranges.iter().zip(numbers) {
+        if let Some(value) = value {
+            range(key, value, bounds, found);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -172,6 +220,26 @@ mod tests {
             let data: ReplicateData = format!("{good},{option}").parse().unwrap();
             assert_eq!(lines(&data.validate())[0], line);
         }
+        let long = "x".repeat(64);
+        for (option, line) in [
+            ("rdma_port=0", "rdma_port must be 1 to 254, not 0"),
+            ("rdma_port=255", "rdma_port must be 1 to 254, not 255"),
+            ("rdma_gid_index=256", "rdma_gid_index must be 0 to 255, not 256"),
+            ("rdma_depth=3", "rdma_depth must be 4 to 1024, not 3"),
+            ("rdma_depth=1025", "rdma_depth must be 4 to 1024, not 1025"),
+            ("rdma_device=", "rdma_device must be the name of a device, 63 bytes at most, not "),
+            (
+                &format!("rdma_device={long}"),
+                &format!("rdma_device must be the name of a device, 63 bytes at most, not {long}"),
+            ),
+        ] {
+            let data: ReplicateData =
+                format!("destination_url=rdma:b:4000,{option}").parse().unwrap();
+            assert_eq!(lines(&data.validate()), [line]);
+            let data: ReceiveReplicaData =
+                format!("receiver_url=rdma:b:4000,{option}").parse().unwrap();
+            assert_eq!(lines(&data.validate()), [line]);
+        }
         let data: ReplicateData = "destination_url=here".parse().unwrap();
         assert!(lines(&data.validate())[0].starts_with("destination_url is malformed: Expected"));
     }
@@ -192,6 +260,31 @@ mod tests {
         ] {
             let data: ReplicateData = format!("destination_url=unix:/a,{option}").parse().unwrap();
             assert_eq!(lines(&data.validate()), [""; 0], "{option}");
+        }
+    }
+
+    #[test]
+    fn options_of_rdma_need_its_url() {
+        const OPTIONS: &str = "rdma_device=mlx5_0,rdma_port=1,rdma_gid_index=0,rdma_depth=4";
+        let keys = ["rdma_device", "rdma_port", "rdma_gid_index", "rdma_depth"];
+        for url in ["tcp:b:4000", "unix:/a"] {
+            let expected = |other: &str| {
+                keys.map(|key| {
+                    format!("{key} contradicts {other}: it is for rdma:<host>:<port> only")
+                })
+            };
+            let data: ReplicateData = format!("destination_url={url},{OPTIONS}").parse().unwrap();
+            assert_eq!(lines(&data.validate()), expected("destination_url"));
+            let data: ReceiveReplicaData = format!("receiver_url={url},{OPTIONS}").parse().unwrap();
+            assert_eq!(lines(&data.validate()), expected("receiver_url"));
+        }
+        for options in [OPTIONS, "rdma_port=254,rdma_gid_index=255,rdma_depth=1024"] {
+            let data: ReplicateData =
+                format!("destination_url=rdma:b:4000,{options}").parse().unwrap();
+            assert_eq!(lines(&data.validate()), [""; 0]);
+            let data: ReceiveReplicaData =
+                format!("receiver_url=rdma:b:4000,{options}").parse().unwrap();
+            assert_eq!(lines(&data.validate()), [""; 0]);
         }
     }
 

@@ -107,6 +107,21 @@ fn what_is_named_counts_more() {
     assert_eq!(place.link_layer, LinkLayer::InfiniBand);
 }
 
+/// The index is on two ports: the one that the routes say is meant, not the first.
+#[test]
+fn an_index_alone_is_one_of_the_port_towards_the_peer() {
+    let mut devices = devices();
+    let mut other = devices[1].clone();
+    other.name = "aaa_0".to_owned();
+    for gid in &mut other.ports[0].gids {
+        gid.gid = Gid([gid.index + 1; 16]);
+    }
+    devices.insert(0, other);
+    let named = Wanted { gid_index: Some(1), ..wanted(Some("10.77.0.1")) };
+    let place = named.choose(&devices).unwrap();
+    assert_eq!((place.device.as_str(), place.gid_index), ("mlx5_0", 1));
+}
+
 #[test]
 fn an_error_lists_what_there_is() {
     let devices = devices();

@@ -21,7 +21,7 @@ use crate::ids::Generation;
 use crate::observer::{Event as Told, Observer};
 use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing};
 use crate::protocol::backup::{Backup, Event, State};
-use crate::transport::Stream;
+use crate::transport::{Stream, rdma};
 use crate::wire::{Message, SessionId, WireError};
 
 mod actions;
@@ -73,6 +73,8 @@ struct Session {
 pub(super) struct Engine<B: ReplicaBuilder> {
     builder: B,
     options: ReceiveReplicaData,
+    /// Where data comes by RDMA.
+    rdma: Option<rdma::Asked>,
     identity: Arc<Mutex<HostIdentity>>,
     machine: Backup,
     observer: Arc<dyn Observer>,
@@ -102,7 +104,7 @@ pub(super) struct Engine<B: ReplicaBuilder> {
 impl<B: ReplicaBuilder> Engine<B> {
     pub(super) fn new(
         builder: B,
-        options: ReceiveReplicaData,
+        (options, rdma): (ReceiveReplicaData, Option<rdma::Asked>),
         arbiter: Option<Box<dyn Arbiter>>,
         identity: Arc<Mutex<HostIdentity>>,
         observer: Arc<dyn Observer>,
@@ -115,6 +117,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         Ok(Self {
             builder,
             options,
+            rdma,
             identity,
             machine: Backup::new(asker.exists()),
             observer,

@@ -4,6 +4,7 @@
 //!  repl-accept    listens; repl-hello greets
 //!  repl-backup    owns the replica and the state machine; acknowledges, applies, takes over
 //!  repl-recv-N    pages of one data connection, staged; those of a copy into the image
+//!  repl-verbs     with RDMA: asks the device at set-up, and ends
 //!  repl-recv-disk first copies and changes of the disks, staged
 //!  repl-image     applies what is committed to the disks' images, in order
 //!  repl-ctl       what the primary says
@@ -37,7 +38,7 @@ use crate::error::Error;
 use crate::guest::ReplicaBuilder;
 use crate::observer::{Event, Observer};
 use crate::ownership::HostIdentity;
-use crate::primary::{address, arbiter, validate_paces};
+use crate::primary::{address, arbiter, asked_of_rdma, validate_paces};
 use crate::transport::{Address, Listener, name};
 use engine::{Ask, Engine, Input};
 
@@ -89,6 +90,8 @@ pub fn receive_at<B: ReplicaBuilder>(
         let reason = "this build has no TLS".to_owned();
         return Err(Error::Option { option: "tls_dir", reason });
     }
+    let numbers = [options.rdma_port, options.rdma_gid_index, options.rdma_depth];
+    let rdma = asked_of_rdma(address, options.rdma_device.as_deref(), numbers)?;
     let arbiter = arbiter(options.arbiter.as_deref())?;
     let (listener, waker) = Listener::bind(address).map_err(Error::Transport)?;
     let local = listener.address().clone();
@@ -106,7 +109,7 @@ pub fn receive_at<B: ReplicaBuilder>(
     let options = ReceiveReplicaData { receiver_url: local.to_string(), ..options };
     let engine = Engine::new(
         builder,
-        options,
+        (options, rdma),
         arbiter,
         Arc::clone(&identity),
         Arc::clone(&observer),

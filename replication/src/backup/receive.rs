@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use thiserror::Error;
@@ -20,10 +19,10 @@ use crate::error::Error;
 use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
 use crate::protocol::primary::IN_FLIGHT_MAX;
 use crate::ram::Ram;
-use crate::transport::{Stream, rdma};
+use crate::transport::{Stream, TransportError, rdma};
 use crate::wire::{
     ConnectionPart, Encoding, End, FRAME_PAGES_MAX, FrameReader, Header, Kind, PagesHeader,
-    RAW_PAGES_MAX, Run, WireError, decode_pages_header, staged_bytes, unpack,
+    RAW_PAGES_MAX, Run, Verbs, WireError, decode_pages_header, staged_bytes, unpack,
 };
 
 /// Why a data connection ended.
@@ -47,8 +46,11 @@ pub(super) enum ReceiveError {
     Ahead(EpochId),
     #[error("The end of epoch {0} does not match what arrived")]
     Mismatch(EpochId),
-    #[error("The primary's URL is {theirs} and this side's is {ours}: both need rdma:, or neither")]
-    NoRdma { ours: &'static str, theirs: &'static str },
+    #[error("The primary offered to send by {offered} and sent {sent}")]
+    Transport { offered: &'static str, sent: &'static str },
+    /// Of this host.
+    #[error(transparent)]
+    Device(TransportError),
     #[error("Cannot write to the image")]
     Apply(#[from] ApplyError),
     #[error(transparent)]
@@ -74,8 +76,8 @@ pub(super) struct Shared {
     pub(super) round: Arc<AtomicU64>,
     pub(super) heard: Heard,
     pub(super) counters: Arc<Counters>,
-    /// The session's patience with a device, where data may come by RDMA.
-    pub(super) rdma: Option<Duration>,
+    /// Where data comes by RDMA.
+    pub(super) rdma: Option<rdma::Adapter>,
 }
 
 /// A part on its way to the engine, which drops this when it takes the part: as many as may be in
@@ -210,7 +212,7 @@ impl Receiving {
     fn frame(&mut self, scratch: &mut [u8]) -> Result<Option<Part>, ReceiveError> {
         let header = self.reader.begin()?;
         if self.shared.rdma.is_some() && !self.by_rdma && header.kind != Kind::Verbs {
-            return Err(ReceiveError::NoRdma { ours: "rdma:", theirs: "tcp:" });
+            return Err(ReceiveError::Transport { offered: "RDMA", sent: "by TCP" });
         }
         match header.kind {
             Kind::Pages => self.pages(&header, scratch).map(|()| None),
@@ -222,11 +224,18 @@ impl Receiving {
 
     /// What follows comes by RDMA.
     fn change_over(&mut self, header: &Header) -> Result<(), ReceiveError> {
-        let Some(timeout) = self.shared.rdma.filter(|_| !self.by_rdma) else {
-            return Err(ReceiveError::NoRdma { ours: "tcp:", theirs: "rdma:" });
+        let Some(adapter) = self.shared.rdma.as_ref().filter(|_| !self.by_rdma) else {
+            return Err(ReceiveError::Transport { offered: "TCP", sent: "a queue pair" });
         };
+        let mut payload = Vec::new();
+        self.reader.read_rest(&mut payload)?;
+        self.reader.finish(header)?;
+        let theirs = Verbs::decode(&payload)?;
         let tcp = self.reader.get_mut().inner_mut().duplicate().map_err(WireError::Io)?;
-        let stream = rdma::read_by(&mut self.reader, header, tcp, timeout)?;
+        let stream = adapter.read_by(theirs, header.session, tcp).map_err(|error| match error {
+            rdma::SetupError::Device(error) => ReceiveError::Device(error),
+            rdma::SetupError::Wire(error) => ReceiveError::Wire(error),
+        })?;
         *self.reader.get_mut().inner_mut() = stream;
         self.by_rdma = true;
         Ok(())

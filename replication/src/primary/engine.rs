@@ -27,6 +27,7 @@ use crate::observer::{Event as Told, Observer};
 use crate::ownership::{HostId, HostIdentity, Record, Standing};
 use crate::protocol::ownership::{self, Claim};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Report, State};
+use crate::transport::rdma;
 use crate::wire::{Message, WireError};
 
 /// Passes of a copy after which the rest goes into the first epoch, however large.
@@ -157,10 +158,14 @@ impl<G: Guest> Engine<G> {
         queue: Receiver<Input>,
         status: Status,
     ) -> Result<Self, Error> {
-        let Checked { options, address, arbiter } = checked;
+        let Checked { options, address, rdma, arbiter } = checked;
         let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
         let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
-        let session = session::open(&mut guest, &address, &options, identity)?;
+        let adapter = rdma.map(|asked| {
+            let (timeout, status) = (Duration::from_millis(options.timeout_ms), status.clone());
+            rdma::Adapter::new(asked, timeout, move |path| status.lock().info.rdma = Some(path))
+        });
+        let session = session::open(&mut guest, &address, &options, identity, adapter)?;
         let Session { control, data, disks, backup, welcome } = session;
         let millis = Duration::from_millis;
         let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  repl-engine    owns the guest and the state machine; seals, commits, decides
+//!  repl-setup     makes the data connections, and ends
 //!  repl-send-N    pages of one data connection
 //!  repl-disk      first copies and logs of the disks
 //!  repl-ctl       what the backup says
@@ -28,7 +29,7 @@ use std::time::Duration;
 use api::replication::{ReplicateData, ReplicationInfo, ReplicationState, Role};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
-pub(crate) use options::{address, arbiter, validate_paces};
+pub(crate) use options::{address, arbiter, asked_of_rdma, validate_paces};
 pub(crate) use session::layout;
 
 use crate::engine::spawn;

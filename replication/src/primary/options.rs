@@ -1,16 +1,20 @@
 //! What a request asks for, checked against itself and against this build.
 
-use api::replication::ReplicateData;
+use api::replication::{
+    RDMA_DEPTH, RDMA_DEVICE_BYTES_MAX, RDMA_GID_INDEX, RDMA_PORT, ReplicateData,
+};
 
 use crate::error::Error;
 use crate::ownership::{Arbiter, ArbiterError, open};
-use crate::transport::{Address, check};
+use crate::transport::{Address, rdma};
 use crate::wire::CONNECTIONS_MAX;
 
 /// A request that can be carried out.
 pub(super) struct Checked {
     pub(super) options: ReplicateData,
     pub(super) address: Address,
+    /// Where data goes by RDMA.
+    pub(super) rdma: Option<rdma::Asked>,
     pub(super) arbiter: Option<Box<dyn Arbiter>>,
 }
 
@@ -32,12 +36,42 @@ pub(crate) fn validate_paces(heartbeat_ms: u64, timeout_ms: u64) -> Result<(), E
 /// Reads an endpoint.
 pub(crate) fn address(option: &'static str, url: &str) -> Result<Address, Error> {
     match url.parse::<Address>() {
-        Ok(address) => {
-            check(&address).map_err(Error::Transport)?;
-            Ok(address)
-        }
+        Ok(address) => Ok(address),
         Err(error) => invalid(option, error.to_string()),
     }
+}
+
+/// What a request with this address asks of RDMA; `numbers` are port, GID index and depth. Whether this host
+/// can do it is looked at here, before anything else is begun.
+pub(crate) fn asked_of_rdma(
+    address: &Address,
+    device: Option<&str>,
+    numbers: [Option<u32>; 3],
+) -> Result<Option<rdma::Asked>, Error> {
+    const NAMES: [&str; 3] = ["rdma_port", "rdma_gid_index", "rdma_depth"];
+    if !matches!(address, Address::Rdma { .. }) {
+        let given = NAMES.iter().zip(numbers).filter_map(|(name, number)| number.map(|_| *name));
+        return match device.map(|_| "rdma_device").into_iter().chain(given).next() {
+            Some(option) => invalid(option, "it is for rdma: only"),
+            None => Ok(None),
+        };
+    }
+    if device.is_some_and(|name| name.is_empty() || name.len() > RDMA_DEVICE_BYTES_MAX) {
+        return invalid("rdma_device", format!("expected 1 to {RDMA_DEVICE_BYTES_MAX} bytes"));
+    }
+    for ((name, number), range) in
+        NAMES.iter().zip(numbers).zip([RDMA_PORT, RDMA_GID_INDEX, RDMA_DEPTH])
+    {
+        if number.is_some_and(|number| !range.contains(&number)) {
+            return invalid(name, format!("expected {} to {}", range.start(), range.end()));
+        }
+    }
+    let [port, gid_index, depth] = numbers;
+    let byte = |number: Option<u32>| number.and_then(|number| u8::try_from(number).ok());
+    let device = device.map(str::to_owned);
+    let asked = rdma::Asked { device, port: byte(port), gid_index: byte(gid_index), depth };
+    asked.check().map_err(Error::Transport)?;
+    Ok(Some(asked))
 }
 
 /// Opens the arbiter of a request.
@@ -69,7 +103,9 @@ impl Checked {
             return invalid("tls_dir", "this build has no TLS");
         }
         let address = address("destination_url", &options.destination_url)?;
+        let numbers = [options.rdma_port, options.rdma_gid_index, options.rdma_depth];
+        let rdma = asked_of_rdma(&address, options.rdma_device.as_deref(), numbers)?;
         let arbiter = arbiter(options.arbiter.as_deref())?;
-        Ok(Self { options, address, arbiter })
+        Ok(Self { options, address, rdma, arbiter })
     }
 }

@@ -10,19 +10,21 @@
 //! ```
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::replication::ReplicateData;
+use crossbeam_channel::{RecvTimeoutError, bounded, unbounded};
 use uuid::Uuid;
 
 use crate::disk::DISKS_MAX;
 use crate::engine::control::Greeted;
+use crate::engine::spawn;
 use crate::error::Error;
 use crate::guest::{DESCRIPTION_BYTES_MAX, Guest};
 use crate::ids::PAGE_SIZE;
 use crate::ownership::{HostId, HostIdentity};
 use crate::ram::Ram;
-use crate::transport::{Address, Stream, connect, rdma};
+use crate::transport::{Address, Stream, TransportError, connect, rdma};
 use crate::wire::{
     FrameReader, FrameWriter, Hello, Message, Offer, REGIONS_MAX, SessionId, Welcome, WireError,
     WireRegion,
@@ -47,24 +49,60 @@ pub(crate) fn layout(ram: &Ram) -> Vec<WireRegion> {
     regions.map(|region| WireRegion { start: region.start.0, pages: region.pages }).collect()
 }
 
+/// Makes the connections beside the control connection.
+#[derive(Clone)]
+struct Caller {
+    address: Address,
+    session: SessionId,
+    identity: HostIdentity,
+    connections: u32,
+    timeout: Duration,
+}
+
+impl Caller {
+    fn hello(&self, connection: u32) -> Message {
+        let HostIdentity { host, vm } = self.identity;
+        let connections = self.connections;
+        Message::Hello(Hello { vm: vm.0, host: host.0, connection, connections })
+    }
+
+    fn connect(&self, connection: u32) -> Result<FrameWriter<Box<dyn Stream>>, Error> {
+        let stream = connect(&self.address, self.timeout).map_err(Error::Transport)?;
+        let mut writer = FrameWriter::new(stream, self.session);
+        self.hello(connection).send(&mut writer).map_err(Error::Wire)?;
+        Ok(writer)
+    }
+
+    fn connect_data(
+        &self,
+        connection: u32,
+        adapter: Option<&rdma::Adapter>,
+    ) -> Result<FrameWriter<Box<dyn Stream>>, Error> {
+        let writer = self.connect(connection)?;
+        let Some(adapter) = adapter else { return Ok(writer) };
+        adapter.write_by(writer).map_err(|error| match error {
+            rdma::SetupError::Device(error) => Error::Transport(error),
+            rdma::SetupError::Wire(error) => Error::Wire(error),
+        })
+    }
+}
+
 /// Connects, offers the guest, and waits for the backup's word.
 pub(super) fn open(
     guest: &mut impl Guest,
     address: &Address,
     options: &ReplicateData,
     identity: HostIdentity,
+    adapter: Option<rdma::Adapter>,
 ) -> Result<Session, Error> {
     let timeout = Duration::from_millis(options.timeout_ms);
-    let offer = offer(guest, options)?;
+    let offer = offer(guest, options, adapter.is_some())?;
     let has_disks = !offer.disks.is_empty();
     let stream = connect(address, timeout).map_err(Error::Transport)?;
     let (session, _) = Uuid::new_v4().as_u64_pair();
     let session = SessionId(session);
-    let hello = |connection| {
-        let HostIdentity { host, vm } = identity;
-        let connections = options.connections;
-        Message::Hello(Hello { vm: vm.0, host: host.0, connection, connections })
-    };
+    let connections = options.connections;
+    let caller = Caller { address: address.clone(), session, identity, connections, timeout };
     let io = |error| Error::Wire(WireError::Io(error));
     let patience = timeout.max(SIGN_WAIT_MIN);
     stream.set_read_timeout(Some(patience)).map_err(io)?;
@@ -72,7 +110,8 @@ pub(super) fn open(
     let mut control = Greeted { reader, writer: FrameWriter::new(stream, session) };
     // A backup that refuses may close before it has read all: its reason is worth more than the
     // failure to write.
-    let written = hello(0)
+    let written = caller
+        .hello(0)
         .send(&mut control.writer)
         .and_then(|()| Message::Offer(offer).send(&mut control.writer));
     let welcome = match first_word(&mut control.reader) {
@@ -89,22 +128,78 @@ pub(super) fn open(
         Err(error) => return Err(Error::Wire(written.err().unwrap_or(error))),
     };
     written.map_err(Error::Wire)?;
-    let further = |connection| {
-        let stream = connect(address, timeout).map_err(Error::Transport)?;
-        let mut writer = FrameWriter::new(stream, session);
-        hello(connection).send(&mut writer).map_err(Error::Wire)?;
-        Ok(writer)
-    };
-    let by_rdma = matches!(address, Address::Rdma { .. });
-    let carries = |writer| {
-        if by_rdma { rdma::write_by(writer, timeout).map_err(Error::Wire) } else { Ok(writer) }
-    };
-    let data = (1..=options.connections).map(|number| further(number).and_then(carries));
-    let data = data.collect::<Result<_, Error>>()?;
-    let disks = has_disks.then(|| further(options.connections + 2)).transpose()?;
-    let bell = hello(options.connections + 1);
+    let heartbeat = Duration::from_millis(options.heartbeat_ms);
+    let data = data_connections(&caller, adapter, heartbeat, &mut control)
+        .map_err(|error| explained(error, &mut control, patience))?;
+    let disks = has_disks.then(|| caller.connect(connections + 2)).transpose()?;
+    let bell = caller.hello(connections + 1);
     super::bell::start(address.clone(), session, bell, timeout);
     Ok(Session { control, data, disks, backup: HostId(welcome.host), welcome })
+}
+
+/// Makes the data connections beside the engine, whose heart beats meanwhile: there may be many, and a
+/// device may hang. What it has when it is given up is dropped there, since that may hang as well.
+fn data_connections(
+    caller: &Caller,
+    adapter: Option<rdma::Adapter>,
+    heartbeat: Duration,
+    control: &mut Greeted,
+) -> Result<Vec<FrameWriter<Box<dyn Stream>>>, Error> {
+    let patience = caller.timeout + adapter.as_ref().map_or(SIGN_WAIT_MIN, |a| a.write_patience());
+    // Each connection is told of; all of them change hands at once, and only if somebody takes them.
+    let (tell, told) = unbounded();
+    let (give, take) = bounded(0);
+    let caller = caller.clone();
+    spawn("repl-setup", None, move || {
+        let each = (1..=caller.connections).map(|number| {
+            let made = caller.connect_data(number, adapter.as_ref());
+            // Nobody listens: the next one is in vain.
+            made.and_then(|made| tell.send(()).map(|()| made).map_err(|_| given_up()))
+        });
+        let all = each.collect::<Result<Vec<_>, Error>>();
+        drop(give.send(all));
+    })?;
+    let mut last = Instant::now();
+    loop {
+        // A connection that fails is noticed by who makes the others.
+        let _ = Message::Heartbeat.send(&mut control.writer);
+        match take.recv_timeout(heartbeat) {
+            Ok(all) => return all,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(given_up()),
+        }
+        if told.try_iter().count() > 0 {
+            last = Instant::now();
+        }
+        if last.elapsed() > patience {
+            let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+            return Err(Error::Transport(TransportError::Hung { patience_ms }));
+        }
+    }
+}
+
+fn given_up() -> Error {
+    Error::Failed("The data connections were given up".to_owned())
+}
+
+/// Why the data connections were not made: this side's reason is told to the backup; else the backup's own counts
+/// for more than a connection that it closed, and is on its way or comes soon.
+fn explained(error: Error, control: &mut Greeted, patience: Duration) -> Error {
+    if matches!(error, Error::Transport(TransportError::Rdma(_) | TransportError::Hung { .. })) {
+        // A backup that is gone needs no reason.
+        let _ = Message::Abort(error.chain()).send(&mut control.writer);
+        return error;
+    }
+    let until = Instant::now() + patience;
+    let mut payload = Vec::new();
+    while Instant::now() < until {
+        match Message::receive(&mut control.reader, &mut payload) {
+            Ok(Message::Abort(reason)) => return Error::Refused(reason),
+            Ok(Message::Heartbeat | Message::Progress(_)) => {}
+            _ => break,
+        }
+    }
+    error
 }
 
 fn is_late(error: &io::Error) -> bool {
@@ -122,7 +217,7 @@ fn first_word(reader: &mut FrameReader<Box<dyn Stream>>) -> Result<Message, Wire
     }
 }
 
-fn offer(guest: &mut impl Guest, options: &ReplicateData) -> Result<Offer, Error> {
+fn offer(guest: &mut impl Guest, options: &ReplicateData, rdma: bool) -> Result<Offer, Error> {
     let description =
         guest.describe().map_err(|source| Error::Guest { what: "describe the VM", source })?;
     if description.len() > DESCRIPTION_BYTES_MAX {
@@ -143,6 +238,7 @@ fn offer(guest: &mut impl Guest, options: &ReplicateData) -> Result<Offer, Error
         heartbeat_ms: ms(options.heartbeat_ms),
         timeout_ms: ms(options.timeout_ms),
         arbiter: options.arbiter.is_some(),
+        rdma,
         regions,
         disks,
         description,

@@ -260,6 +260,18 @@ fn options_that_contradict_themselves_are_refused() {
     refuse(&|options| options.timeout_ms = options.heartbeat_ms);
     refuse(&|options| options.destination_url = "carrier-pigeon".to_owned());
     refuse(&|options| options.arbiter = Some("sqlite:x".to_owned()));
+    refuse(&|options| options.rdma_device = Some("mlx5_0".to_owned()));
+    refuse(&|options| options.rdma_depth = Some(64));
+    let refuse_rdma = |change: &dyn Fn(&mut api::replication::ReplicateData)| {
+        refuse(&|options| {
+            options.destination_url = "rdma:127.0.0.1:1".to_owned();
+            change(options);
+        });
+    };
+    refuse_rdma(&|options| options.rdma_device = Some(String::new()));
+    refuse_rdma(&|options| options.rdma_port = Some(0));
+    refuse_rdma(&|options| options.rdma_gid_index = Some(256));
+    refuse_rdma(&|options| options.rdma_depth = Some(3));
     let machine = small_machine();
     let nobody = Primary::start(&machine, "unix:/nonexistent/socket", None).err().unwrap();
     assert!(matches!(nobody, Error::Transport(_)), "{nobody}");

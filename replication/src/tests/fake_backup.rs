@@ -191,6 +191,47 @@ fn very_hurried(options: &mut ReplicateData) {
     (options.heartbeat_ms, options.timeout_ms) = (50, 150);
 }
 
+/// A backup whose device fails closes the data connection, and says why on the control connection.
+#[test]
+fn a_data_connection_that_fails_is_explained_by_the_backup() {
+    let fake = Fake::start();
+    let machine = small_machine();
+    let protecting = fake.protect(&machine, |_| {});
+    let (mut reader, session) = fake.greeted();
+    Message::receive(&mut reader, &mut Vec::new()).unwrap();
+    // Nobody takes the data connection.
+    drop(fake);
+    let mut writer = FrameWriter::new(reader.get_ref().try_clone().unwrap(), session);
+    Fake::welcome().send(&mut writer).unwrap();
+    Message::Heartbeat.send(&mut writer).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    Message::Abort("there is no such device".to_owned()).send(&mut writer).unwrap();
+    let error = protecting.join().unwrap().err().unwrap();
+    assert_eq!(error.to_string(), "The backup refused the replica: there is no such device");
+    assert!(machine.is_running() && !machine.is_holding());
+}
+
+/// As long as a data connection is not made, be it that a device hangs, this side must not seem dead.
+#[test]
+fn the_heart_beats_while_data_connections_are_made() {
+    let fake = Fake::start();
+    let machine = small_machine();
+    let protecting = fake.protect(&machine, |options| options.heartbeat_ms = 20);
+    let (mut reader, session) = fake.greeted();
+    Message::receive(&mut reader, &mut Vec::new()).unwrap();
+    // One connection waits to be taken, and there is no room for another.
+    nix::sys::socket::listen(&fake.listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    let waits = TcpStream::connect(fake.listener.local_addr().unwrap()).unwrap();
+    let mut writer = FrameWriter::new(reader.get_ref().try_clone().unwrap(), session);
+    Fake::welcome().send(&mut writer).unwrap();
+    for _ in 0..5 {
+        assert_eq!(Message::receive(&mut reader, &mut Vec::new()).unwrap(), Message::Heartbeat);
+    }
+    assert!(!protecting.is_finished());
+    drop((waits, fake, reader, writer));
+    assert!(protecting.join().unwrap().is_err());
+}
+
 #[test]
 fn one_that_accepts_and_never_welcomes_is_given_up() {
     let fake = Fake::start();

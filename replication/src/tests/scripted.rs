@@ -35,8 +35,8 @@ pub(super) fn offer() -> Offer {
     let description = [0u64.to_le_bytes(), PAGES.to_le_bytes()].concat();
     let regions = vec![WireRegion { start: 0, pages: PAGES }];
     let (heartbeat_ms, timeout_ms, page_bytes) = (200, 5000, 4096);
-    let (arbiter, disks) = (false, vec![]);
-    Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, regions, disks, description }
+    let (arbiter, rdma, disks) = (false, false, vec![]);
+    Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, rdma, regions, disks, description }
 }
 
 pub(super) fn connect(backup: &Backup) -> TcpStream {
@@ -449,6 +449,28 @@ fn paces_that_nobody_could_keep_are_refused() {
         assert!(reason.contains("_ms' is invalid"), "{reason}");
     }
     assert_eq!(backup.log.built.load(std::sync::atomic::Ordering::Acquire), 0);
+}
+
+#[test]
+fn a_primary_whose_url_is_of_another_kind_hears_why() {
+    let backup = Backup::start(None);
+    let offer = Offer { rdma: true, ..offer() };
+    let names = (Uuid::new_v4(), Uuid::new_v4());
+    let (_, _, word) = greet(&backup, SESSION, names, offer);
+    let Message::Abort(reason) = word else { panic!("{word:?}") };
+    assert!(
+        reason.contains("destination_url is rdma: and this side's receiver_url is not"),
+        "{reason}"
+    );
+    assert_eq!(backup.log.built.load(std::sync::atomic::Ordering::Acquire), 0);
+}
+
+/// The offer said that pages come by TCP.
+#[test]
+fn a_queue_pair_that_nobody_offered_is_refused() {
+    let mut script = Script::start();
+    script.data.write(Kind::Verbs, &[&[0; 49]]).unwrap();
+    script.aborted("sent a queue pair");
 }
 
 #[test]

@@ -41,6 +41,8 @@ pub enum TransportError {
     Setup(#[source] io::Error),
     #[error("This host cannot do RDMA")]
     Rdma(#[source] ::rdma::Error),
+    #[error("The RDMA device did not answer within {patience_ms} ms")]
+    Hung { patience_ms: u64 },
 }
 
 /// How fast a stream's bytes arrived of late, as the host knows it.
@@ -118,14 +120,6 @@ pub trait Stream: Read + Write + Send {
     }
 }
 
-/// Whether this host can reach such an address at all.
-///
-/// # Errors
-/// [`TransportError::Rdma`].
-pub fn check(address: &Address) -> Result<(), TransportError> {
-    if matches!(address, Address::Rdma { .. }) { rdma::check() } else { Ok(()) }
-}
-
 /// [`Stream::read_memory`] of a socket.
 fn read_socket(mut socket: impl ReadVolatile, into: &Slice<'_>) -> io::Result<usize> {
     let mut into = *into;
@@ -161,14 +155,13 @@ impl Listener {
     /// Listens on `address`; port 0 picks a free one.
     ///
     /// # Errors
-    /// [`TransportError::Listen`], [`TransportError::Resolve`], [`TransportError::Rdma`].
+    /// [`TransportError::Listen`], [`TransportError::Resolve`].
     pub fn bind(address: &Address) -> Result<(Self, ListenerWaker), TransportError> {
         let (wake, end) = io::pipe().map_err(TransportError::Setup)?;
         let (inner, address) = match address {
             Address::Tcp { host, port } => tcp::listen(host, *port)?,
             Address::Unix(path) => unix::listen(path)?,
             Address::Rdma { host, port } => {
-                rdma::check()?;
                 let (inner, address) = tcp::listen(host, *port)?;
                 let Address::Tcp { host, port } = address else { unreachable!("of TCP") };
                 (inner, Address::Rdma { host, port })

@@ -45,6 +45,8 @@ pub struct Offer {
     pub timeout_ms: u32,
     /// Whether an arbiter decides; both sides must say the same.
     pub arbiter: bool,
+    /// Whether data connections are by RDMA; both sides must say the same.
+    pub rdma: bool,
     pub regions: Vec<WireRegion>,
     /// Sizes in bytes of the disks that are to be replicated: whole sectors.
     pub disks: Vec<u64>,
@@ -206,6 +208,7 @@ impl Message {
                 out.extend(offer.heartbeat_ms.to_le_bytes());
                 out.extend(offer.timeout_ms.to_le_bytes());
                 out.push(u8::from(offer.arbiter));
+                out.push(u8::from(offer.rdma));
                 out.extend((offer.regions.len() as u64).to_le_bytes());
                 for region in &offer.regions {
                     out.extend(region.start.to_le_bytes());
@@ -310,6 +313,7 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
     let heartbeat_ms = from.u32()?;
     let timeout_ms = from.u32()?;
     let arbiter = from.flag()?;
+    let rdma = from.flag()?;
     let count = from.count(REGIONS_MAX)?;
     let mut regions = Vec::with_capacity(count);
     for _ in 0..count {
@@ -328,7 +332,7 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
         return from.malformed("description too long");
     }
     let description = description.to_vec();
-    Ok(Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, regions, disks, description })
+    Ok(Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, rdma, regions, disks, description })
 }
 
 fn decode_seal(from: &mut Fields<'_>) -> Result<Seal, WireError> {

@@ -20,7 +20,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         (any::<u64>(), any::<u64>()).prop_map(|(start, pages)| WireRegion { start, pages });
     let sizes = prop::collection::vec((0..1u64 << 50).prop_map(|sectors| sectors * 512), 0..4);
     let regions = prop::collection::vec(region, 0..5);
-    let offer = (any::<[u32; 3]>(), any::<bool>(), regions, sizes, bytes());
+    let offer = (any::<[u32; 3]>(), any::<[bool; 2]>(), regions, sizes, bytes());
     let pages = prop::collection::vec(any::<u64>(), 0..9);
     let seal = (any::<[u64; 3]>(), any::<bool>(), pages, bytes());
     prop_oneof![
@@ -28,12 +28,19 @@ fn any_message() -> impl Strategy<Value = Message> {
             Message::Hello(Hello { vm, host, connection: connections, connections })
         }),
         offer.prop_map(
-            |([page_bytes, heartbeat_ms, timeout_ms], arbiter, regions, disks, description)| {
+            |(
+                [page_bytes, heartbeat_ms, timeout_ms],
+                [arbiter, rdma],
+                regions,
+                disks,
+                description,
+            )| {
                 Message::Offer(Offer {
                     page_bytes,
                     heartbeat_ms,
                     timeout_ms,
                     arbiter,
+                    rdma,
                     regions,
                     disks,
                     description,

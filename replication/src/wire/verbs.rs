@@ -1,17 +1,20 @@
 //! What the two ends of a data connection by RDMA tell each other before the first byte goes so.
 
+use api::replication::RDMA_DEPTH;
 use rdma::Endpoint;
 
 use super::message::Fields;
 use super::{Kind, WireError};
 
 /// Bytes of an encoded [`Verbs`].
-pub(super) const VERBS_BYTES: usize = 45;
+pub(super) const VERBS_BYTES: usize = 49;
 
 /// One end's queue pair and, of the backup, the ring that the primary writes into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verbs {
     pub endpoint: Endpoint,
+    /// Chunks under way that this end has room for: the smaller number of both ends' counts.
+    pub chunks: u32,
     /// The primary has no ring: all of these are zero.
     pub ring_address: u64,
     pub ring_key: u32,
@@ -21,8 +24,8 @@ pub struct Verbs {
 impl Verbs {
     /// An end without a ring.
     #[must_use]
-    pub fn of(endpoint: Endpoint) -> Self {
-        Self { endpoint, ring_address: 0, ring_key: 0, ring_bytes: 0 }
+    pub fn of(endpoint: Endpoint, chunks: u32) -> Self {
+        Self { endpoint, chunks, ring_address: 0, ring_key: 0, ring_bytes: 0 }
     }
 
     #[must_use]
@@ -36,6 +39,7 @@ impl Verbs {
         out.extend(lid.to_le_bytes());
         out.extend(mtu_bytes.to_le_bytes());
         out.push(reads_answered);
+        out.extend(self.chunks.to_le_bytes());
         out.extend(self.ring_address.to_le_bytes());
         out.extend(self.ring_key.to_le_bytes());
         out.extend(self.ring_bytes.to_le_bytes());
@@ -58,11 +62,15 @@ impl Verbs {
         };
         let verbs = Self {
             endpoint,
+            chunks: from.u32()?,
             ring_address: from.u64()?,
             ring_key: from.u32()?,
             ring_bytes: from.u32()?,
         };
         from.end()?;
+        if !RDMA_DEPTH.contains(&verbs.chunks) {
+            return from.malformed("number of chunks");
+        }
         Ok(verbs)
     }
 }
@@ -82,6 +90,7 @@ mod tests {
                 mtu_bytes: 4096,
                 reads_answered: 16,
             },
+            chunks: 0x0203,
             ring_address: 0x0809_0a0b_0c0d_0e0f,
             ring_key: 0x1011_1213,
             ring_bytes: 0x1415_1617,
@@ -92,5 +101,8 @@ mod tests {
             Verbs::decode(&bytes[1..]).is_err()
                 && Verbs::decode(&[&bytes[..], &[0]].concat()).is_err()
         );
+        for chunks in [0, 3, 1025, u32::MAX] {
+            assert!(Verbs::decode(&Verbs { chunks, ..said }.encode()).is_err(), "{chunks} chunks");
+        }
     }
 }

@@ -15,7 +15,8 @@ listens() { grep -qi "^ *[0-9]*: [0-9A-F]*:$(printf %04x "$1") 0*:0000 0A" /proc
 pair() { # VCPUS
     mkdir "$CASE/arbiter"
     start b "$VMM" --api-socket "path=$CASE/b.sock" \
-        --receive-replica "receiver_url=$LINUX_URL,arbiter=file:$CASE/arbiter" \
+        --receive-replica "receiver_url=${LINUX_URL_BACKUP:-$LINUX_URL},arbiter=file:$CASE/arbiter$(
+        )${PAIR_OPTIONS_BACKUP:-}" \
         --serial "file=$CASE/b.serial" --console off ${PAIR_MORE_BACKUP:-}
     wait_for 60 "the backup to listen on port $PORT" listens "$PORT"
     start a "$VMM" --api-socket "path=$CASE/a.sock" --kernel /bed/l2/vmlinux \

@@ -87,6 +87,72 @@ PAIR_MORE="-v" PAIR_MORE_BACKUP="-v"
 LINUX_SURVIVES=by_rdma
 . /h/suites/linux.sh
 
+# told NAME: what NAME says it uses, without spaces.
+told() {
+    "$REMOTE" "--api-socket=$CASE/$1.sock" replication-info | tr -d ' \n' |
+        sed -n 's/.*\("rdma":{[^}]*}\).*/\1/p'
+}
+
+# All options, and several connections: each side opens the device once, and says what it uses.
+options_are_kept() {
+    rxe
+    local gid name options contexts want
+    gid=$("$REMOTE" rdma-devices | sed -n 's/^10.77.0.1 .*, GID \([0-9]*\) .*/\1/p')
+    options=,rdma_device=rxe_verbs,rdma_port=1,rdma_gid_index=$gid
+    # The smaller depth counts.
+    PAIR_OPTIONS=$options,rdma_depth=16,connections=8
+    PAIR_OPTIONS_BACKUP=$options,rdma_depth=5
+    pair 2
+    wait_state a Protected 300
+    want="\"rdma\":{\"device\":\"rxe_verbs\",\"port\":1,\"gid_index\":$gid,$(
+    )\"gid\":\"::ffff:10.77.0.1\",\"mtu_bytes\":4096,\"depth\":5}"
+    for name in a b; do
+        [ "$(told $name)" = "$want" ] || fail "$name says $(told $name), not $want"
+        contexts=$(ls -l /proc/"$(pid_of $name)"/fd | grep -c uverbs)
+        [ "$contexts" -eq 1 ] || fail "$name has the device open $contexts times"
+        [ "$(grep -ca "by RDMA: device rxe_verbs, port 1, GID $gid (::ffff:10.77.0.1), MTU 4096, depth 5" \
+            "$CASE/$name.err")" -eq 8 ] || fail "the log of $name is another"
+    done
+    wait_serial a "^count [0-9]* up" 120
+    detail "8 connections, one context on each side, $want"
+}
+
+# urls_differ PRIMARY BACKUP WORDS: the primary hears why it is not served.
+urls_differ() {
+    rxe
+    LINUX_URL=$1 LINUX_URL_BACKUP=$2
+    pair 1
+    wait_for 60 "the primary to say why" grep -qa "refused the replica.*$3" "$CASE/a.err"
+    detail "$(grep -a "refused the replica" "$CASE/a.err" | tail -n 1 | cut -c 1-250)"
+}
+
+# A device that is not there is refused by its name, before anything else.
+device_is_not_there() {
+    rxe
+    PAIR_OPTIONS=,rdma_device=rxe_other
+    pair 1
+    wait_for 60 "the primary to refuse" grep -qa "No RDMA port here is of the device rxe_other" "$CASE/a.err"
+    detail "$(grep -a "rxe_other" "$CASE/a.err" | tail -n 1 | cut -c 1-250)"
+}
+
+# The backup's device fails at set-up: none has the address at which it is called. The primary's is named.
+backup_has_no_device() {
+    rxe
+    LINUX_URL=rdma:127.0.0.1:7000
+    PAIR_OPTIONS=,rdma_device=rxe_verbs,rdma_gid_index=1
+    pair 1
+    wait_for 60 "the primary to say why" \
+        grep -qa "refused the replica: .*No RDMA port here is with the address 127.0.0.1" "$CASE/a.err"
+    detail "$(grep -a "refused the replica" "$CASE/a.err" | tail -n 1 | cut -c 1-250)"
+}
+
+tcp=tcp:10.77.0.1:7000
+run_case options 600 options_are_kept
+run_case rdma-to-tcp 300 urls_differ "$LINUX_URL" "$tcp" "destination_url is rdma: and this side's"
+run_case tcp-to-rdma 300 urls_differ "$tcp" "$LINUX_URL" "receiver_url is rdma: and the primary's"
+run_case backup-without-device 300 backup_has_no_device
+run_case no-such-device 300 device_is_not_there
+
 # The test guest, and programs that judge what becomes of it.
 export UNDERSTUDY_TEST_GUEST=/h/understudy-guest
 

@@ -26,7 +26,7 @@ use crate::ownership::{HostId, VmId};
 use crate::primary::{layout, validate_paces};
 use crate::protocol::backup::{Event, State};
 use crate::ram::Ram;
-use crate::transport::{Address, Stream};
+use crate::transport::{Stream, rdma};
 use crate::wire::{FrameReader, FrameWriter, Hello, Message, Offer, SessionId, Welcome};
 
 impl<B: ReplicaBuilder> Engine<B> {
@@ -70,7 +70,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             let (here, there) = if offer.arbiter { ("no", "an") } else { ("an", "no") };
             return Some(format!("This side has {here} arbiter, the primary has {there} arbiter"));
         }
-        None
+        mismatch(self.rdma.is_some(), offer.rdma)
     }
 
     fn control(&mut self, greeted: Greeted, hello: Hello, offer: Offer, peer: String) {
@@ -128,6 +128,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         });
         let mut gathered = self.status.lock();
         gathered.info.peer = Some(peer);
+        gathered.info.rdma = None;
         gathered.info.last_error = None;
     }
 
@@ -147,14 +148,17 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 
     fn share(&self, ram: Ram, heard: Heard, timeout: Duration) -> Shared {
+        let adapter = self.rdma.clone().map(|asked| {
+            let status = self.status.clone();
+            rdma::Adapter::new(asked, timeout, move |path| status.lock().info.rdma = Some(path))
+        });
         Shared {
             ram,
             budget: Budget::new(self.options.staging_size),
             round: Arc::new(AtomicU64::new(0)),
             heard,
             counters: Arc::clone(&self.status.counters),
-            rdma: matches!(self.options.receiver_url.parse(), Ok(Address::Rdma { .. }))
-                .then_some(timeout),
+            rdma: adapter,
         }
     }
 
@@ -287,9 +291,45 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 }
 
+/// What the primary is told whose data come in another way than this side's do.
+fn mismatch(ours: bool, theirs: bool) -> Option<String> {
+    const OURS: &str = "this side's receiver_url";
+    const THEIRS: &str = "the primary's destination_url";
+    let (is, is_not) = if ours { (OURS, THEIRS) } else { (THEIRS, OURS) };
+    let said =
+        || format!("Of the URLs {is} is rdma: and {is_not} is not: both must be, or neither");
+    (ours != theirs).then(said)
+}
+
 /// Tells a primary why it is not served, without waiting for it.
 fn refuse(mut writer: FrameWriter<Box<dyn Stream>>, reason: &str) {
     // A primary that does not read its refusal has lost the connection: it learns that instead.
     let _ = Message::Abort(reason.to_owned()).send(&mut writer);
     writer.get_ref().finish();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_sides_say_rdma_or_neither() {
+        assert_eq!((mismatch(true, true), mismatch(false, false)), (None, None));
+        let refused = [mismatch(true, false), mismatch(false, true)].map(Option::unwrap);
+        let both = "both must be, or neither";
+        assert_eq!(
+            refused[0],
+            format!(
+                "Of the URLs this side's receiver_url is rdma: and the primary's destination_url is \
+                 not: {both}"
+            )
+        );
+        assert_eq!(
+            refused[1],
+            format!(
+                "Of the URLs the primary's destination_url is rdma: and this side's receiver_url is \
+                 not: {both}"
+            )
+        );
+    }
 }

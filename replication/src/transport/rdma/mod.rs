@@ -13,29 +13,29 @@
 //! into the ring, never into guest memory, so what a primary that was given up still writes reaches
 //! nobody; bytes of the ring are checked like those of a socket, after they were copied out of it; no
 //! more is under way than the ring has room for ([`ring`]). The TCP connection stays: its end ends
-//! this one, and all that is not bytes of frames goes over it.
+//! this one, whichever thread ends it, and all that is not bytes of frames goes over it. Verbs are called
+//! by the thread that reads or writes, and when it drops its end: a device that hangs keeps no other.
 //!
 //! A completion at the primary says that the backup's device has the bytes, not that its software
 //! does: nothing here is an acknowledgement.
 
 mod ring;
+mod setup;
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ::rdma::{
-    Access, Buffer, Completion, CompletionChannel, CompletionQueue, ConnectOptions, Context,
-    Depths, Library, Operation, Origin, Outcome, Place, ProtectionDomain, QueuePair, Remote,
-    Request, RequestList, Wanted,
+    Buffer, Completion, CompletionChannel, CompletionQueue, Operation, Outcome, ProtectionDomain,
+    QueuePair, Remote, Request, RequestList,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use self::ring::{CHUNKS, Incoming, Outgoing, RING_BYTES};
-use super::{Stream, TransportError};
-use crate::wire::{FrameReader, FrameWriter, Kind, Verbs, WireError};
+use self::ring::{Incoming, Outgoing};
+pub(crate) use self::setup::{Adapter, Asked, SetupError};
+use super::Stream;
 
 /// Most bytes of one chunk.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
@@ -43,19 +43,6 @@ const CHUNK_BYTES_MAX: usize = 1 << 20;
 const BATCH: usize = 16;
 /// Bytes of a word about what was read.
 const CREDIT_BYTES: usize = 8;
-/// How long a device tries before it gives up a peer that does not answer, at least. The protocol's own
-/// silence is what usually ends a session.
-const PATIENCE_MIN: Duration = Duration::from_millis(500);
-
-/// Whether this host could do RDMA at all, before anything else is begun.
-///
-/// # Errors
-/// [`TransportError::Rdma`]: no library, or no device.
-pub(super) fn check() -> Result<(), TransportError> {
-    let devices = Library::load().and_then(|library| library.devices());
-    let any = Wanted::default();
-    devices.and_then(|devices| any.choose(&devices)).map(drop).map_err(TransportError::Rdma)
-}
 
 fn failed(error: ::rdma::Error) -> io::Error {
     io::Error::other(crate::error::chain(&error))
@@ -65,56 +52,24 @@ fn invalid(what: &'static str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, what)
 }
 
-/// What both ends need of a device.
+/// What an end has of the device for itself.
 struct Device {
-    domain: Arc<ProtectionDomain>,
     channel: Arc<CompletionChannel>,
     completions: Arc<CompletionQueue>,
-    place: Place,
 }
 
 impl Device {
-    /// Opens the device whose address is `local`.
-    fn open(local: Option<IpAddr>) -> Result<Self, ::rdma::Error> {
-        let library = Library::load()?;
-        let wanted = Wanted { local, ..Wanted::default() };
-        let place = wanted.choose(&library.devices()?)?;
-        let context = Context::open(&library, &place.device)?;
-        let domain = ProtectionDomain::new(&context)?;
-        let channel = CompletionChannel::new(&context)?;
-        let entries = u32::try_from(4 * CHUNKS).unwrap_or(u32::MAX);
-        let completions = CompletionQueue::new(&context, entries, Some(&channel))?;
-        Ok(Self { domain, channel, completions, place })
-    }
-
-    fn pair(&self, access: Access) -> Result<QueuePair, ::rdma::Error> {
-        // A chunk is two requests at most, and each of them completes.
-        let chunks = u32::try_from(CHUNKS).unwrap_or(u32::MAX);
-        let depths = Depths {
-            sends: 2 * chunks,
-            receives: chunks,
-            send_segments: 1,
-            receive_segments: 1,
-            inline_bytes: 0,
-        };
-        let origin = Origin { port: self.place.port, gid_index: self.place.gid_index, access };
-        QueuePair::new(&self.domain, &self.completions, &self.completions, &depths, origin)
+    fn new(domain: &ProtectionDomain, entries: u32) -> Result<Self, ::rdma::Error> {
+        let channel = CompletionChannel::new(domain.context())?;
+        let completions = CompletionQueue::new(domain.context(), entries, Some(&channel))?;
+        Ok(Self { channel, completions })
     }
 }
 
-fn options(timeout: Duration) -> ConnectOptions {
-    let defaults = ConnectOptions::default();
-    let tries = u32::from(defaults.retries) + 1;
-    ConnectOptions {
-        timeout: ConnectOptions::timeout_of(timeout.max(PATIENCE_MIN) / tries),
-        ..defaults
-    }
-}
-
-/// What the handles of a connection share: how to end it.
+/// What the handles of a connection share: how to end it. The device is no part of this: whoever has a
+/// handle, an engine, does not wait for it.
 struct Link {
     tcp: Mutex<Box<dyn Stream>>,
-    pair: QueuePair,
     timeout: Mutex<Option<Duration>>,
 }
 
@@ -122,26 +77,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Link {
-    fn close(&self) {
-        lock(&self.tcp).close();
-        // A queue pair that cannot be invalidated is in error already, or its device is gone.
-        let _ = self.pair.invalidate();
-    }
-}
-
 /// One end, and what it waits for.
 struct End {
     link: Arc<Link>,
     tcp: Box<dyn Stream>,
+    pair: QueuePair,
     device: Device,
 }
 
 impl End {
     fn new(tcp: Box<dyn Stream>, pair: QueuePair, device: Device) -> io::Result<Self> {
         let second = Mutex::new(tcp.duplicate()?);
-        let link = Arc::new(Link { tcp: second, pair, timeout: Mutex::default() });
-        Ok(Self { link, tcp, device })
+        let link = Arc::new(Link { tcp: second, timeout: Mutex::default() });
+        Ok(Self { link, tcp, pair, device })
     }
 
     /// Waits for a completion or for the TCP connection; `true`: that can be read.
@@ -193,7 +141,7 @@ impl End {
 impl Drop for End {
     /// The peer hears of it, whoever else has a handle to the connection.
     fn drop(&mut self) {
-        self.link.close();
+        self.tcp.close();
     }
 }
 
@@ -207,54 +155,10 @@ struct Writer {
     requests: RequestList,
     /// Requests that were posted and have not completed: the buffer's bytes are theirs.
     posted: usize,
+    /// As many as the queue holds.
+    posted_max: usize,
     /// Bytes of a word that is not whole yet.
     word: Vec<u8>,
-}
-
-/// Turns the primary's end of a data connection, whose greeting was sent, into one by RDMA.
-///
-/// # Errors
-/// [`WireError`]: what the device, or the backup, says.
-pub(crate) fn write_by(
-    mut control: FrameWriter<Box<dyn Stream>>,
-    timeout: Duration,
-) -> Result<FrameWriter<Box<dyn Stream>>, WireError> {
-    let tcp = control.get_ref().duplicate().map_err(WireError::Io)?;
-    tcp.set_read_timeout(Some(timeout.max(Duration::from_secs(1)))).map_err(WireError::Io)?;
-    let of = |error| WireError::Io(failed(error));
-    let device = Device::open(tcp.local_address()).map_err(of)?;
-    let pair = device.pair(Access::LOCAL_READ).map_err(of)?;
-    control.write(Kind::Verbs, &[&Verbs::of(pair.endpoint()).encode()])?;
-    let answer = tcp.duplicate().map_err(WireError::Io)?;
-    let theirs = receive(&mut FrameReader::new(answer, Some(control.session())))?;
-    let end = theirs.ring_address.checked_add(RING_BYTES as u64);
-    if theirs.ring_bytes as usize != RING_BYTES || end.is_none() {
-        return Err(WireError::Malformed { kind: Kind::Verbs, what: "size of the ring" });
-    }
-    let local = Buffer::new(&device.domain, RING_BYTES, Access::LOCAL_READ).map_err(of)?;
-    pair.connect(&theirs.endpoint, &options(timeout)).map_err(of)?;
-    tcp.set_read_timeout(None).map_err(WireError::Io)?;
-    let Place { device: name, port, gid_index, gid, .. } = &device.place;
-    tracing::info!("data goes by RDMA: device {name}, port {port}, GID {gid_index} ({gid})");
-    let writer = Writer {
-        end: End::new(tcp, pair, device).map_err(WireError::Io)?,
-        local,
-        remote: Remote { address: theirs.ring_address, key: theirs.ring_key },
-        ring: Outgoing::new(RING_BYTES),
-        requests: RequestList::with_capacity(2, 2, 0),
-        posted: 0,
-        word: Vec::with_capacity(CREDIT_BYTES),
-    };
-    Ok(control.map(|_| Box::new(writer) as _))
-}
-
-fn receive(reader: &mut FrameReader<Box<dyn Stream>>) -> Result<Verbs, WireError> {
-    let mut payload = Vec::new();
-    let header = reader.read(&mut payload)?;
-    match header.kind {
-        Kind::Verbs => Verbs::decode(&payload),
-        found => Err(WireError::Unexpected { found, expected: "an RDMA queue pair" }),
-    }
 }
 
 impl Writer {
@@ -291,7 +195,7 @@ impl Writer {
         loop {
             self.complete()?;
             // Two requests a chunk fit the queue beside those of all other chunks.
-            let room = if self.posted + 2 > 2 * CHUNKS { 0 } else { self.ring.room() };
+            let room = if self.posted + 2 > self.posted_max { 0 } else { self.ring.room() };
             if room > 0 {
                 return Ok(room.min(CHUNK_BYTES_MAX));
             }
@@ -341,7 +245,7 @@ impl Writer {
             self.requests.push(Request { id: 0, signalled: true, fence: false, operation });
         }
         self.posted += self.requests.len();
-        self.end.link.pair.post(&mut self.requests).map_err(failed)
+        self.end.pair.post(&mut self.requests).map_err(failed)
     }
 }
 
@@ -381,42 +285,6 @@ struct Reader {
     ring: Incoming,
 }
 
-/// Turns the backup's end of a data connection into one by RDMA; the header of the primary's word for
-/// it was read already.
-///
-/// # Errors
-/// [`WireError`]: what the device, or the primary, says.
-pub(crate) fn read_by(
-    reader: &mut FrameReader<impl Read>,
-    header: &crate::wire::Header,
-    tcp: Box<dyn Stream>,
-    timeout: Duration,
-) -> Result<Box<dyn Stream>, WireError> {
-    let mut payload = Vec::new();
-    reader.read_rest(&mut payload)?;
-    reader.finish(header)?;
-    let theirs = Verbs::decode(&payload)?;
-    let of = |error| WireError::Io(failed(error));
-    let device = Device::open(tcp.local_address()).map_err(of)?;
-    let local = Buffer::new(&device.domain, RING_BYTES, Access::REMOTE_WRITE).map_err(of)?;
-    let pair = device.pair(Access::REMOTE_WRITE).map_err(of)?;
-    pair.post_empty_receives(0, CHUNKS).map_err(of)?;
-    pair.connect(&theirs.endpoint, &options(timeout)).map_err(of)?;
-    let Remote { address, key } = local.remote();
-    let answer = Verbs {
-        ring_address: address,
-        ring_key: key,
-        ring_bytes: u32::try_from(RING_BYTES).unwrap_or(0),
-        ..Verbs::of(pair.endpoint())
-    };
-    let back = tcp.duplicate().map_err(WireError::Io)?;
-    FrameWriter::new(back, header.session).write(Kind::Verbs, &[&answer.encode()])?;
-    let Place { device: name, port, gid_index, gid, .. } = &device.place;
-    tracing::info!("data comes by RDMA: device {name}, port {port}, GID {gid_index} ({gid})");
-    let end = End::new(tcp, pair, device).map_err(WireError::Io)?;
-    Ok(Box::new(Reader { end, local, ring: Incoming::new(RING_BYTES) }))
-}
-
 impl Reader {
     /// Takes completions: chunks that have come.
     fn complete(&mut self) -> io::Result<()> {
@@ -433,7 +301,7 @@ impl Reader {
             }
         })?;
         if chunks > 0 {
-            self.end.link.pair.post_empty_receives(0, chunks).map_err(failed)?;
+            self.end.pair.post_empty_receives(0, chunks).map_err(failed)?;
         }
         Ok(())
     }
@@ -494,7 +362,7 @@ macro_rules! stream {
             }
 
             fn close(&self) {
-                self.$($link).+.close();
+                lock(&self.$($link).+.tcp).close();
             }
 
             fn finish(&self) {

@@ -8,14 +8,12 @@
 //!
 //! All counts are of bytes since the beginning; a place in the ring is a count modulo its size. A
 //! *chunk* is what one write announces. The reader has a receive posted for each chunk that the writer
-//! may have under way, so there are at most [`CHUNKS`] of them that it has not said to be free.
+//! may have under way, so there are at most as many as both sides agreed on that it has not said to be free.
 
 use std::collections::VecDeque;
 
 /// Bytes of a ring: some frames of pages, so that either end can be late.
 pub(super) const RING_BYTES: usize = 4 << 20;
-/// Chunks under way at most.
-pub(super) const CHUNKS: usize = 64;
 /// A reader says what is free after this part of a ring, or of the chunks.
 const CREDIT_PART: usize = 4;
 
@@ -28,6 +26,7 @@ pub(super) struct Outgoing {
     read: u64,
     /// Ends of the chunks that are not read.
     chunks: VecDeque<u64>,
+    chunks_max: usize,
 }
 
 /// Where bytes go: one stretch, or two around the ring's end.
@@ -45,13 +44,14 @@ fn stretches(size: u64, from: u64, len: usize) -> [Stretch; 2] {
 }
 
 impl Outgoing {
-    pub(super) fn new(size: usize) -> Self {
-        Self { size: size as u64, written: 0, read: 0, chunks: VecDeque::new() }
+    /// Of a ring of `size` bytes, and for so many chunks under way.
+    pub(super) fn new(size: usize, chunks_max: usize) -> Self {
+        Self { size: size as u64, written: 0, read: 0, chunks: VecDeque::new(), chunks_max }
     }
 
     /// Bytes that may be written now.
     pub(super) fn room(&self) -> usize {
-        if self.chunks.len() >= CHUNKS {
+        if self.chunks.len() >= self.chunks_max {
             return 0;
         }
         usize::try_from(self.size - (self.written - self.read)).unwrap_or(0)
@@ -94,11 +94,14 @@ pub(super) struct Incoming {
     /// that it waits for may have come long before.
     chunks: VecDeque<u64>,
     freed: usize,
+    chunks_max: usize,
 }
 
 impl Incoming {
-    pub(super) fn new(size: usize) -> Self {
-        Self { size: size as u64, written: 0, read: 0, told: 0, chunks: VecDeque::new(), freed: 0 }
+    /// Of a ring of `size` bytes, and for so many chunks under way.
+    pub(super) fn new(size: usize, chunks_max: usize) -> Self {
+        let (size, chunks) = (size as u64, VecDeque::new());
+        Self { size, written: 0, read: 0, told: 0, chunks, freed: 0, chunks_max }
     }
 
     /// Bytes that are here and not read.
@@ -109,7 +112,7 @@ impl Incoming {
     /// A chunk came; `false` if nobody who counts could have sent it.
     pub(super) fn arrived(&mut self, len: u32) -> bool {
         let written = self.written + u64::from(len);
-        if len == 0 || written - self.told > self.size || self.chunks.len() >= CHUNKS {
+        if len == 0 || written - self.told > self.size || self.chunks.len() >= self.chunks_max {
             return false;
         }
         self.written = written;
@@ -131,7 +134,8 @@ impl Incoming {
     /// What the writer is to be told now, if it is time. Not earlier: a word costs a packet.
     pub(super) fn credit(&mut self) -> Option<u64> {
         let bytes = self.read - self.told >= self.size / CREDIT_PART as u64;
-        (bytes || self.freed >= CHUNKS / CREDIT_PART).then(|| {
+        let chunks = self.freed >= (self.chunks_max / CREDIT_PART).max(1);
+        (bytes || chunks).then(|| {
             self.told = self.read;
             self.freed = 0;
             self.read
@@ -145,9 +149,11 @@ mod tests {
 
     use super::*;
 
+    const CHUNKS: usize = 64;
+
     #[test]
     fn a_ring_wraps_and_fills() {
-        let mut ring = Outgoing::new(10);
+        let mut ring = Outgoing::new(10, CHUNKS);
         let whole = |at: [Stretch; 2]| at.map(|at| (at.offset, at.len));
         assert_eq!(whole(ring.write(7)), [(0, 7), (0, 0)]);
         assert_eq!(ring.room(), 3);
@@ -161,7 +167,7 @@ mod tests {
 
     #[test]
     fn chunks_are_bounded() {
-        let mut ring = Outgoing::new(1000);
+        let mut ring = Outgoing::new(1000, CHUNKS);
         for _ in 0..CHUNKS {
             ring.write(1);
         }
@@ -172,12 +178,19 @@ mod tests {
     /// All chunks come before any is read, and are read a byte at a time.
     #[test]
     fn a_burst_of_small_chunks_stops_nobody() {
-        let (mut out, mut into) = (Outgoing::new(1 << 20), Incoming::new(1 << 20));
+        for depth in [1, 3, 4, CHUNKS, 1024] {
+            burst(depth);
+        }
+    }
+
+    fn burst(depth: usize) {
+        let (mut out, mut into) = (Outgoing::new(1 << 20, depth), Incoming::new(1 << 20, depth));
         for _ in 0..10 {
             while out.room() > 0 {
                 out.write(2);
                 assert!(into.arrived(2));
             }
+            assert!(!into.arrived(2), "more than there are receives for");
             while into.unread() > 0 {
                 into.read(1);
                 if let Some(read) = into.credit() {
@@ -190,14 +203,14 @@ mod tests {
 
     #[test]
     fn what_nobody_could_have_sent_is_refused() {
-        let mut ring = Incoming::new(10);
+        let mut ring = Incoming::new(10, CHUNKS);
         assert!(!ring.arrived(0) && !ring.arrived(11));
         assert!(ring.arrived(10) && !ring.arrived(1), "no word that anything is free");
         assert_eq!(ring.read(4).len, 4);
         assert_eq!(ring.credit(), Some(4));
         assert!(!ring.arrived(5) && ring.arrived(4));
         // What was read, and not said to be free, is still the reader's.
-        let mut ring = Incoming::new(100);
+        let mut ring = Incoming::new(100, CHUNKS);
         assert!(ring.arrived(100) && ring.read(10).len == 10 && ring.credit().is_none());
         assert!(!ring.arrived(1));
     }
@@ -206,9 +219,9 @@ mod tests {
         /// Both ends in any order: bytes come in their order, nothing is overwritten before it was
         /// read, and whoever waits is told in the end.
         #[test]
-        fn two_ends_agree(steps in prop::collection::vec((0usize..3, 1usize..40), 1..400)) {
+        fn two_ends_agree(steps in prop::collection::vec((0usize..3, 1usize..40), 1..400), depth in 1usize..80) {
             const SIZE: usize = 64;
-            let (mut out, mut into) = (Outgoing::new(SIZE), Incoming::new(SIZE));
+            let (mut out, mut into) = (Outgoing::new(SIZE, depth), Incoming::new(SIZE, depth));
             let mut memory = [0u8; SIZE];
             let (mut wire, mut next, mut expected) = (VecDeque::new(), 0u8, 0u8);
             for (what, len) in steps {

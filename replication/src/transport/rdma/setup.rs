@@ -1,0 +1,367 @@
+//! How a data connection becomes one by RDMA.
+//!
+//! Enters: what was asked for, and a TCP connection on which the primary has greeted. Leaves: one end of a
+//! connection by RDMA, or why there is none, and whose fault that is. Always holds: a device is opened once for all
+//! connections of a session; nobody waits for a device for longer than the patience that was given, since
+//! what asks it is a thread of its own ([`aside`]).
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ::rdma::{
+    Access, Buffer, ConnectOptions, Context, Depths, Library, Origin, Place, ProtectionDomain,
+    QueuePair, Remote, RequestList, Wanted,
+};
+use api::replication::{RDMA_DEPTH, RDMA_DEPTH_DEFAULT, RdmaPath};
+use crossbeam_channel::bounded;
+use thiserror::Error;
+
+use super::ring::{Incoming, Outgoing, RING_BYTES};
+use super::{CREDIT_BYTES, Device, End, Reader, Writer, lock};
+use crate::transport::{Stream, TransportError};
+use crate::wire::{FrameReader, FrameWriter, Kind, SessionId, Verbs, WireError};
+
+/// How long a device may take to say what it is, when nothing else waits for it yet.
+const CHECK_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the peer, or the device, may take for one connection, at least.
+const SETUP_PATIENCE_MIN: Duration = Duration::from_secs(1);
+/// How long a device tries before it gives up a peer that does not answer, at least. The protocol's own
+/// silence is what usually ends a session.
+const RETRY_PATIENCE_MIN: Duration = Duration::from_millis(500);
+
+/// Why a connection by RDMA was not made.
+#[derive(Debug, Error)]
+pub(crate) enum SetupError {
+    /// This host's own device.
+    #[error(transparent)]
+    Device(#[from] TransportError),
+    /// The peer, or the connection to it.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+}
+
+impl From<::rdma::Error> for SetupError {
+    fn from(error: ::rdma::Error) -> Self {
+        Self::Device(TransportError::Rdma(error))
+    }
+}
+
+/// What the options ask for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Asked {
+    pub(crate) device: Option<String>,
+    pub(crate) port: Option<u8>,
+    pub(crate) gid_index: Option<u8>,
+    /// Within the option's range.
+    pub(crate) depth: Option<u32>,
+}
+
+impl Asked {
+    fn wanted(&self) -> Wanted {
+        let Self { device, port, gid_index, .. } = self.clone();
+        Wanted { device, port, gid_index, local: None }
+    }
+
+    /// Whether this host could do it at all, before anything else is begun.
+    ///
+    /// # Errors
+    /// [`TransportError::Rdma`]: no library, or no such device; [`TransportError::Hung`].
+    pub(crate) fn check(&self) -> Result<(), TransportError> {
+        let wanted = self.wanted();
+        let choice = aside(CHECK_PATIENCE, move || {
+            let devices = Library::load().and_then(|library| library.devices());
+            devices.and_then(|devices| wanted.choose(&devices))
+        })?;
+        choice.map(drop).map_err(TransportError::Rdma)
+    }
+}
+
+/// Has a thread of its own do `work`: a device that hangs keeps whoever asks it, in the kernel, and for as long
+/// as it likes. What comes too late is dropped there, too.
+pub(super) fn aside<T: Send + 'static>(
+    patience: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, TransportError> {
+    // A rendezvous: either the caller takes the result or, having left, never sees it.
+    let (give, take) = bounded(0);
+    let body = move || drop(give.send(work()));
+    std::thread::Builder::new()
+        .name("repl-verbs".to_owned())
+        .spawn(body)
+        .map_err(TransportError::Setup)?;
+    take.recv_timeout(patience).map_err(|_| TransportError::Hung {
+        patience_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
+    })
+}
+
+/// A device that was opened, for all connections of a session.
+struct Opened {
+    domain: Arc<ProtectionDomain>,
+    place: Place,
+    chunks: u32,
+}
+
+impl Opened {
+    fn new(wanted: &Wanted, depth: Option<u32>) -> Result<Self, ::rdma::Error> {
+        let library = Library::load()?;
+        let place = wanted.choose(&library.devices()?)?;
+        let context = Context::open(&library, &place.device)?;
+        let limits = context.limits()?;
+        let chunks = chunks(depth, limits.requests_max, limits.completions_max, &place.device)?;
+        let domain = ProtectionDomain::new(&context)?;
+        Ok(Self { domain, place, chunks })
+    }
+
+    fn pair(&self, device: &Device, access: Access) -> Result<QueuePair, ::rdma::Error> {
+        let depths = Depths {
+            sends: sends(self.chunks),
+            receives: self.chunks,
+            send_segments: 1,
+            receive_segments: 1,
+            inline_bytes: 0,
+        };
+        let origin = Origin { port: self.place.port, gid_index: self.place.gid_index, access };
+        QueuePair::new(&self.domain, &device.completions, &device.completions, &depths, origin)
+    }
+}
+
+/// A chunk is two requests at most, and each of them completes.
+pub(super) fn sends(chunks: u32) -> u32 {
+    2 * chunks
+}
+
+/// Completions of requests and of receives, with room to spare: a queue that runs over is lost.
+fn completions(chunks: u32) -> u32 {
+    4 * chunks
+}
+
+/// The depth that was asked for, or as much of the default as the device holds.
+fn chunks(
+    depth: Option<u32>,
+    requests_max: u32,
+    completions_max: u32,
+    device: &str,
+) -> Result<u32, ::rdma::Error> {
+    let most = (requests_max / sends(1)).min(completions_max / completions(1));
+    let chunks = depth.unwrap_or(RDMA_DEPTH_DEFAULT.min(most));
+    if chunks > most || chunks < *RDMA_DEPTH.start() {
+        let what = format!("rdma_depth is {chunks}, the device {device} holds {most} at most");
+        return Err(::rdma::Error::Option { what });
+    }
+    Ok(chunks)
+}
+
+/// What a session's data connections share.
+#[derive(Clone)]
+pub(crate) struct Adapter(Arc<Shared>);
+
+struct Shared {
+    asked: Asked,
+    patience: Duration,
+    report: Box<dyn Fn(RdmaPath) + Send + Sync>,
+    opened: Mutex<Option<Arc<Opened>>>,
+}
+
+impl Adapter {
+    /// Nothing is opened yet: which device it is depends on how the peer is reached. `timeout` is the session's,
+    /// and `report` hears what each connection uses.
+    pub(crate) fn new(
+        asked: Asked,
+        timeout: Duration,
+        report: impl Fn(RdmaPath) + Send + Sync + 'static,
+    ) -> Self {
+        let report = Box::new(report);
+        Self(Arc::new(Shared { asked, patience: timeout, report, opened: Mutex::default() }))
+    }
+
+    fn patience(&self) -> Duration {
+        self.0.patience.max(SETUP_PATIENCE_MIN)
+    }
+
+    /// The session's device: the one whose address the first connection has.
+    fn opened(&self, tcp: &dyn Stream) -> Result<Arc<Opened>, ::rdma::Error> {
+        let mut opened = lock(&self.0.opened);
+        if let Some(opened) = &*opened {
+            return Ok(Arc::clone(opened));
+        }
+        let wanted = Wanted { local: tcp.local_address(), ..self.0.asked.wanted() };
+        let new = Arc::new(Opened::new(&wanted, self.0.asked.depth)?);
+        Ok(Arc::clone(opened.insert(new)))
+    }
+
+    fn options(&self) -> ConnectOptions {
+        let defaults = ConnectOptions::default();
+        let tries = u32::from(defaults.retries) + 1;
+        let patience = self.0.patience.max(RETRY_PATIENCE_MIN);
+        ConnectOptions { timeout: ConnectOptions::timeout_of(patience / tries), ..defaults }
+    }
+
+    /// Says what a connection uses, here and in the log; returns how many chunks may be under way.
+    fn agreed(&self, opened: &Opened, ours: &Verbs, theirs: &Verbs, verb: &str) -> usize {
+        let Place { device, port, gid_index, gid, .. } = &opened.place;
+        let mtu_bytes = ours.endpoint.mtu_bytes.min(theirs.endpoint.mtu_bytes);
+        let depth = ours.chunks.min(theirs.chunks);
+        tracing::info!(
+            "data {verb} by RDMA: device {device}, port {port}, GID {gid_index} ({gid}), MTU {mtu_bytes}, \
+             depth {depth}"
+        );
+        (self.0.report)(RdmaPath {
+            device: device.clone(),
+            port: *port,
+            gid_index: *gid_index,
+            gid: gid.to_string(),
+            mtu_bytes,
+            depth,
+        });
+        usize::try_from(depth).unwrap_or(usize::MAX)
+    }
+
+    /// Turns the primary's end of a data connection, whose greeting was sent, into one by RDMA. Asks the
+    /// device, so not for an engine's thread.
+    ///
+    /// # Errors
+    /// What the device, or the backup, says.
+    pub(crate) fn write_by(
+        &self,
+        mut control: FrameWriter<Box<dyn Stream>>,
+    ) -> Result<FrameWriter<Box<dyn Stream>>, SetupError> {
+        let tcp = control.get_ref().duplicate().map_err(WireError::Io)?;
+        tcp.set_read_timeout(Some(self.answer_patience())).map_err(WireError::Io)?;
+        let opened = self.opened(tcp.as_ref())?;
+        let device = Device::new(&opened.domain, completions(opened.chunks))?;
+        let pair = opened.pair(&device, Access::LOCAL_READ)?;
+        let ours = Verbs::of(pair.endpoint(), opened.chunks);
+        control.write(Kind::Verbs, &[&ours.encode()])?;
+        let answer = tcp.duplicate().map_err(WireError::Io)?;
+        let theirs = receive(&mut FrameReader::new(answer, Some(control.session())))?;
+        let end = theirs.ring_address.checked_add(RING_BYTES as u64);
+        if theirs.ring_bytes as usize != RING_BYTES || end.is_none() {
+            let what = "size of the ring";
+            return Err(WireError::Malformed { kind: Kind::Verbs, what }.into());
+        }
+        let local = Buffer::new(&opened.domain, RING_BYTES, Access::LOCAL_READ)?;
+        pair.connect(&theirs.endpoint, &self.options())?;
+        tcp.set_read_timeout(None).map_err(WireError::Io)?;
+        let chunks = self.agreed(&opened, &ours, &theirs, "goes");
+        let writer = Writer {
+            end: End::new(tcp, pair, device).map_err(WireError::Io)?,
+            local,
+            remote: Remote { address: theirs.ring_address, key: theirs.ring_key },
+            ring: Outgoing::new(RING_BYTES, chunks),
+            requests: RequestList::with_capacity(2, 2, 0),
+            posted: 0,
+            posted_max: 2 * chunks,
+            word: Vec::with_capacity(CREDIT_BYTES),
+        };
+        Ok(control.map(|_| Box::new(writer) as _))
+    }
+
+    /// The backup gives up its own device after its patience, and that is to arrive here.
+    fn answer_patience(&self) -> Duration {
+        2 * self.patience()
+    }
+
+    /// How long [`Adapter::write_by`] may take: this device, and the backup's answer.
+    pub(crate) fn write_patience(&self) -> Duration {
+        self.patience() + self.answer_patience()
+    }
+
+    /// Turns the backup's end of a data connection into one by RDMA, after the primary's word for it.
+    /// Waits for the device no longer than the session's patience.
+    ///
+    /// # Errors
+    /// What the device, or the primary, says.
+    pub(crate) fn read_by(
+        &self,
+        theirs: Verbs,
+        session: SessionId,
+        tcp: Box<dyn Stream>,
+    ) -> Result<Box<dyn Stream>, SetupError> {
+        let this = self.clone();
+        let reader = aside(self.patience(), move || this.answer(&theirs, session, tcp))??;
+        Ok(Box::new(reader))
+    }
+
+    fn answer(
+        &self,
+        theirs: &Verbs,
+        session: SessionId,
+        tcp: Box<dyn Stream>,
+    ) -> Result<Reader, SetupError> {
+        let opened = self.opened(tcp.as_ref())?;
+        let device = Device::new(&opened.domain, completions(opened.chunks))?;
+        let local = Buffer::new(&opened.domain, RING_BYTES, Access::REMOTE_WRITE)?;
+        let pair = opened.pair(&device, Access::REMOTE_WRITE)?;
+        let Remote { address, key } = local.remote();
+        let ours = Verbs {
+            ring_address: address,
+            ring_key: key,
+            ring_bytes: u32::try_from(RING_BYTES).unwrap_or(0),
+            ..Verbs::of(pair.endpoint(), opened.chunks)
+        };
+        let receives = ours.chunks.min(theirs.chunks);
+        pair.post_empty_receives(0, usize::try_from(receives).unwrap_or(0))?;
+        pair.connect(&theirs.endpoint, &self.options())?;
+        let back = tcp.duplicate().map_err(WireError::Io)?;
+        FrameWriter::new(back, session).write(Kind::Verbs, &[&ours.encode()])?;
+        let chunks = self.agreed(&opened, &ours, theirs, "comes");
+        let end = End::new(tcp, pair, device).map_err(WireError::Io)?;
+        Ok(Reader { end, local, ring: Incoming::new(RING_BYTES, chunks) })
+    }
+}
+
+fn receive(reader: &mut FrameReader<Box<dyn Stream>>) -> Result<Verbs, WireError> {
+    let mut payload = Vec::new();
+    let header = reader.read(&mut payload)?;
+    match header.kind {
+        Kind::Verbs => Verbs::decode(&payload),
+        found => Err(WireError::Unexpected { found, expected: "an RDMA queue pair" }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_a_device_that_hangs() {
+        /// Says which thread dropped it.
+        struct Queue(mpsc::Sender<thread::ThreadId>);
+        impl Drop for Queue {
+            fn drop(&mut self) {
+                let _ = self.0.send(thread::current().id());
+            }
+        }
+        let ((hang, hangs), (told, dropped)) = (mpsc::channel::<()>(), mpsc::channel());
+        let late = aside(Duration::from_millis(20), move || {
+            let _ = hangs.recv();
+            Queue(told)
+        });
+        let error = late.err().unwrap();
+        assert_eq!(error.to_string(), "The RDMA device did not answer within 20 ms");
+        drop(hang);
+        // Giving back what it made may hang as well.
+        assert_ne!(dropped.recv().unwrap(), thread::current().id());
+        assert_eq!(aside(Duration::from_secs(60), || 7).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_depth_is_what_was_asked_for_or_what_fits() {
+        let fit = |depth, requests, completions| {
+            chunks(depth, requests, completions, "mlx5_0").map_err(|error| error.to_string())
+        };
+        assert_eq!(fit(None, 4096, 4096), Ok(64));
+        assert_eq!(fit(None, 60, 4096), Ok(30), "the default is no demand");
+        assert_eq!(fit(None, 4096, 100), Ok(25));
+        assert_eq!(fit(Some(1024), 2048, 4096), Ok(1024));
+        let refused = fit(Some(65), 128, 4096).unwrap_err();
+        assert!(
+            refused.ends_with("rdma_depth is 65, the device mlx5_0 holds 64 at most"),
+            "{refused}"
+        );
+        assert!(fit(Some(1024), 2048, 4095).is_err() && fit(None, 7, 4096).is_err());
+    }
+}
