@@ -55,6 +55,8 @@ pub(super) enum ReceiveError {
     Apply(#[from] ApplyError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error("This host has no memory for the image's pages from {0} on")]
+    NoMemory(PageIndex),
     #[error("The copy cannot begin")]
     Begin(#[from] Error),
 }
@@ -304,7 +306,13 @@ impl Receiving {
             }
             memory_of(ram, run, |memory| {
                 let read = reader.read_memory(memory, |stream, into| stream.read_memory(into));
-                read.map(drop).map_err(ReceiveError::from)
+                read.map(drop).map_err(|error| match error {
+                    // No fault of the peer's, nor of the connection.
+                    WireError::Io(fault) if fault.raw_os_error() == Some(libc::EFAULT) => {
+                        ReceiveError::NoMemory(run.first)
+                    }
+                    error => error.into(),
+                })
             })?;
         }
         Ok(())

@@ -161,10 +161,9 @@ impl<G: Guest> Engine<G> {
         let Checked { options, address, rdma, arbiter } = checked;
         let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
         let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
-        let adapter = rdma.map(|asked| {
-            let (timeout, status) = (Duration::from_millis(options.timeout_ms), status.clone());
-            rdma::Adapter::new(asked, timeout, move |path| status.lock().info.rdma = Some(path))
-        });
+        let report = status.clone();
+        let report = move |path| report.lock().info.rdma = Some(path);
+        let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report));
         let session = session::open(&mut guest, &address, &options, identity, adapter)?;
         let Session { control, data, disks, backup, welcome } = session;
         let millis = Duration::from_millis;

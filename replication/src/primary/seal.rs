@@ -71,7 +71,7 @@ pub(super) struct Sealer {
     /// `None`: the guest stands until its pages are sent.
     freezer: Option<Box<dyn Freezer>>,
     pub(super) journal: Option<Arc<Journal>>,
-    /// The set that was sealed last: its pages are on their way.
+    /// The set that was sealed last: its pages are on their way, until [`Sealer::ahead`] of the next seal.
     sealed: Arc<PageSet>,
     /// Since when the guest stands still.
     stands: Option<Instant>,
@@ -144,7 +144,7 @@ impl Sealer {
         self.stands.is_some()
     }
 
-    /// The set that was sealed last.
+    /// The set that was sealed last, if nothing was done ahead of the next one.
     pub(super) fn sealed(&self) -> &PageSet {
         &self.sealed
     }
@@ -167,6 +167,10 @@ impl Sealer {
 
     /// Does ahead of the pause what can be done while the guest runs.
     pub(super) fn ahead(&mut self, guest: &mut impl Guest) -> Result<(), Error> {
+        // What was sealed last makes room for what is next, unless its pages are still on their way.
+        if let Some(spare) = Arc::get_mut(&mut self.sealed) {
+            spare.clear();
+        }
         let Some(freezer) = self.freezer.as_mut().filter(|_| self.stands.is_none()) else {
             return Ok(());
         };

@@ -9,7 +9,6 @@
 //!   disks:   Hello(n + 2)     ->   (if there are any)
 //! ```
 
-use std::io;
 use std::time::{Duration, Instant};
 
 use api::replication::ReplicateData;
@@ -24,7 +23,7 @@ use crate::guest::{DESCRIPTION_BYTES_MAX, Guest};
 use crate::ids::PAGE_SIZE;
 use crate::ownership::{HostId, HostIdentity};
 use crate::ram::Ram;
-use crate::transport::{Address, Stream, TransportError, connect, rdma};
+use crate::transport::{Address, Stream, TransportError, connect, is_late, rdma};
 use crate::wire::{
     FrameReader, FrameWriter, Hello, Message, Offer, REGIONS_MAX, SessionId, Welcome, WireError,
     WireRegion,
@@ -73,13 +72,16 @@ impl Caller {
         Ok(writer)
     }
 
+    /// `asks` is called before the device is.
     fn connect_data(
         &self,
         connection: u32,
         adapter: Option<&rdma::Adapter>,
+        asks: impl FnOnce(),
     ) -> Result<FrameWriter<Box<dyn Stream>>, Error> {
         let writer = self.connect(connection)?;
         let Some(adapter) = adapter else { return Ok(writer) };
+        asks();
         adapter.write_by(writer).map_err(|error| match error {
             rdma::SetupError::Device(error) => Error::Transport(error),
             rdma::SetupError::Wire(error) => Error::Wire(error),
@@ -87,13 +89,14 @@ impl Caller {
     }
 }
 
-/// Connects, offers the guest, and waits for the backup's word.
+/// Connects, offers the guest, and waits for the backup's word. `adapter` makes what asks the device,
+/// with the patience of both sides: the longer of their time-outs.
 pub(super) fn open(
     guest: &mut impl Guest,
     address: &Address,
     options: &ReplicateData,
     identity: HostIdentity,
-    adapter: Option<rdma::Adapter>,
+    adapter: Option<impl FnOnce(Duration) -> rdma::Adapter>,
 ) -> Result<Session, Error> {
     let timeout = Duration::from_millis(options.timeout_ms);
     let offer = offer(guest, options, adapter.is_some())?;
@@ -129,6 +132,8 @@ pub(super) fn open(
     };
     written.map_err(Error::Wire)?;
     let heartbeat = Duration::from_millis(options.heartbeat_ms);
+    let agreed = timeout.max(Duration::from_millis(welcome.timeout_ms.into()));
+    let adapter = adapter.map(|make| make(agreed));
     let data = data_connections(&caller, adapter, heartbeat, &mut control)
         .map_err(|error| explained(error, &mut control, patience))?;
     let disks = has_disks.then(|| caller.connect(connections + 2)).transpose()?;
@@ -145,21 +150,26 @@ fn data_connections(
     heartbeat: Duration,
     control: &mut Greeted,
 ) -> Result<Vec<FrameWriter<Box<dyn Stream>>>, Error> {
-    let patience = caller.timeout + adapter.as_ref().map_or(SIGN_WAIT_MIN, |a| a.write_patience());
-    // Each connection is told of; all of them change hands at once, and only if somebody takes them.
+    let patience = adapter.as_ref().map(rdma::Adapter::write_patience);
+    // When a connection asks the device is told, and when it is made; all of them change hands at once,
+    // and only if somebody takes them.
     let (tell, told) = unbounded();
     let (give, take) = bounded(0);
     let caller = caller.clone();
     spawn("repl-setup", None, move || {
         let each = (1..=caller.connections).map(|number| {
-            let made = caller.connect_data(number, adapter.as_ref());
+            let asks = || {
+                let _ = tell.send(true);
+            };
+            let made = caller.connect_data(number, adapter.as_ref(), asks);
             // Nobody listens: the next one is in vain.
-            made.and_then(|made| tell.send(()).map(|()| made).map_err(|_| given_up()))
+            made.and_then(|made| tell.send(false).map(|()| made).map_err(|_| given_up()))
         });
         let all = each.collect::<Result<Vec<_>, Error>>();
         drop(give.send(all));
     })?;
-    let mut last = Instant::now();
+    // Since when the device has been asked. What TCP takes has its own limits.
+    let mut asked = None;
     loop {
         // A connection that fails is noticed by who makes the others.
         let _ = Message::Heartbeat.send(&mut control.writer);
@@ -168,10 +178,12 @@ fn data_connections(
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Err(given_up()),
         }
-        if told.try_iter().count() > 0 {
-            last = Instant::now();
+        if let Some(asks) = told.try_iter().last() {
+            asked = asks.then(Instant::now);
         }
-        if last.elapsed() > patience {
+        if let (Some(asked), Some(patience)) = (asked, patience)
+            && asked.elapsed() > patience
+        {
             let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
             return Err(Error::Transport(TransportError::Hung { patience_ms }));
         }
@@ -182,10 +194,16 @@ fn given_up() -> Error {
     Error::Failed("The data connections were given up".to_owned())
 }
 
+/// Whether this host's own RDMA device is the reason.
+fn is_of_device(error: &Error) -> bool {
+    use TransportError::{Hung, Rdma, Stuck};
+    matches!(error, Error::Transport(Rdma(_) | Hung { .. } | Stuck { .. }))
+}
+
 /// Why the data connections were not made: this side's reason is told to the backup; else the backup's own counts
 /// for more than a connection that it closed, and is on its way or comes soon.
 fn explained(error: Error, control: &mut Greeted, patience: Duration) -> Error {
-    if matches!(error, Error::Transport(TransportError::Rdma(_) | TransportError::Hung { .. })) {
+    if is_of_device(&error) {
         // A backup that is gone needs no reason.
         let _ = Message::Abort(error.chain()).send(&mut control.writer);
         return error;
@@ -200,10 +218,6 @@ fn explained(error: Error, control: &mut Greeted, patience: Duration) -> Error {
         }
     }
     error
-}
-
-fn is_late(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
 /// The first message that is no heartbeat: a backup that builds the machine proves its life.

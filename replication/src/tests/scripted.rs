@@ -1,5 +1,5 @@
 //! A primary that keeps to the frames and breaks the protocol: what it sends is well formed, and
-//! must neither be acknowledged nor reach the image.
+//! must neither be acknowledged nor reach an image that may run.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -459,7 +459,7 @@ fn a_primary_whose_url_is_of_another_kind_hears_why() {
     let (_, _, word) = greet(&backup, SESSION, names, offer);
     let Message::Abort(reason) = word else { panic!("{word:?}") };
     assert!(
-        reason.contains("destination_url is rdma: and this side's receiver_url is not"),
+        reason.contains("destination_url is rdma: and the backup's receiver_url is not"),
         "{reason}"
     );
     assert_eq!(backup.log.built.load(std::sync::atomic::Ordering::Acquire), 0);

@@ -43,6 +43,16 @@ pub enum TransportError {
     Rdma(#[source] ::rdma::Error),
     #[error("The RDMA device did not answer within {patience_ms} ms")]
     Hung { patience_ms: u64 },
+    #[error(
+        "{threads} threads still wait for an RDMA device that does not answer: it has to be reset, or this \
+         process started anew"
+    )]
+    Stuck { threads: usize },
+}
+
+/// Whether a time-out of the stream's own ended a call.
+pub(crate) fn is_late(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
 /// How fast a stream's bytes arrived of late, as the host knows it.

@@ -293,7 +293,7 @@ impl<B: ReplicaBuilder> Engine<B> {
 
 /// What the primary is told whose data come in another way than this side's do.
 fn mismatch(ours: bool, theirs: bool) -> Option<String> {
-    const OURS: &str = "this side's receiver_url";
+    const OURS: &str = "the backup's receiver_url";
     const THEIRS: &str = "the primary's destination_url";
     let (is, is_not) = if ours { (OURS, THEIRS) } else { (THEIRS, OURS) };
     let said =
@@ -320,14 +320,14 @@ mod tests {
         assert_eq!(
             refused[0],
             format!(
-                "Of the URLs this side's receiver_url is rdma: and the primary's destination_url is \
+                "Of the URLs the backup's receiver_url is rdma: and the primary's destination_url is \
                  not: {both}"
             )
         );
         assert_eq!(
             refused[1],
             format!(
-                "Of the URLs the primary's destination_url is rdma: and this side's receiver_url is \
+                "Of the URLs the primary's destination_url is rdma: and the backup's receiver_url is \
                  not: {both}"
             )
         );

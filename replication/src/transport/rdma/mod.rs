@@ -14,15 +14,19 @@
 //! nobody; bytes of the ring are checked like those of a socket, after they were copied out of it; no
 //! more is under way than the ring has room for ([`ring`]). The TCP connection stays: its end ends
 //! this one, whichever thread ends it, and all that is not bytes of frames goes over it. Verbs are called
-//! by the thread that reads or writes, and when it drops its end: a device that hangs keeps no other.
+//! by the thread that reads or writes, and by threads of their own ([`aside`]) before and after that: a
+//! device that hangs keeps no other.
 //!
 //! A completion at the primary says that the backup's device has the bytes, not that its software
 //! does: nothing here is an acknowledgement.
 
+mod aside;
+mod opening;
 mod ring;
 mod setup;
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::ops::{Deref, DerefMut};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -33,6 +37,7 @@ use ::rdma::{
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use self::aside::drop_aside;
 use self::ring::{Incoming, Outgoing};
 pub(crate) use self::setup::{Adapter, Asked, SetupError};
 use super::Stream;
@@ -77,19 +82,43 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What of the device an end has, in the order in which it is given back.
+struct Parts {
+    pair: QueuePair,
+    device: Device,
+    /// The ring.
+    local: Buffer,
+}
+
 /// One end, and what it waits for.
 struct End {
     link: Arc<Link>,
     tcp: Box<dyn Stream>,
-    pair: QueuePair,
-    device: Device,
+    /// `None` once it is dropped.
+    parts: Option<Parts>,
+    /// How long whoever drops it waits for the device.
+    patience: Duration,
+}
+
+impl Deref for End {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        self.parts.as_ref().expect("an end that is not dropped")
+    }
+}
+
+impl DerefMut for End {
+    fn deref_mut(&mut self) -> &mut Parts {
+        self.parts.as_mut().expect("an end that is not dropped")
+    }
 }
 
 impl End {
-    fn new(tcp: Box<dyn Stream>, pair: QueuePair, device: Device) -> io::Result<Self> {
+    fn new(tcp: Box<dyn Stream>, parts: Parts, patience: Duration) -> io::Result<Self> {
         let second = Mutex::new(tcp.duplicate()?);
         let link = Arc::new(Link { tcp: second, timeout: Mutex::default() });
-        Ok(Self { link, tcp, pair, device })
+        Ok(Self { link, tcp, parts: Some(parts), patience })
     }
 
     /// Waits for a completion or for the TCP connection; `true`: that can be read.
@@ -139,17 +168,18 @@ impl End {
 }
 
 impl Drop for End {
-    /// The peer hears of it, whoever else has a handle to the connection.
+    /// The peer hears of it, whoever else has a handle to the connection. A device that answers has given
+    /// up the ring when this returns; one that does not keeps the ring, which is nobody else's memory.
     fn drop(&mut self) {
         self.tcp.close();
+        drop_aside(self.patience, self.parts.take());
     }
 }
 
 /// The primary's end.
 struct Writer {
+    /// Its ring is as large as the backup's: bytes leave from the place at which they arrive.
     end: End,
-    /// A ring as large as the backup's: bytes leave from the place at which they arrive.
-    local: Buffer,
     remote: Remote,
     ring: Outgoing,
     requests: RequestList,
@@ -225,7 +255,7 @@ impl Writer {
                 let Some((first, rest)) = from.split_first() else { break };
                 let part = &first[skip..];
                 let count = part.len().min(at.len - done);
-                self.local.write(at.offset + done, &part[..count]);
+                self.end.local.write(at.offset + done, &part[..count]);
                 done += count;
                 skip += count;
                 if skip == first.len() {
@@ -233,7 +263,7 @@ impl Writer {
                 }
             }
             let bytes = u32::try_from(at.len).unwrap_or(0);
-            let segment = [self.local.segment(at.offset, bytes).map_err(failed)?];
+            let segment = [self.end.local.segment(at.offset, bytes).map_err(failed)?];
             let to = Remote { address: self.remote.address + at.offset as u64, ..self.remote };
             let is_last = number == 1 || stretches[1].len == 0;
             let operation = if is_last {
@@ -281,7 +311,6 @@ impl Write for Writer {
 /// The backup's end.
 struct Reader {
     end: End,
-    local: Buffer,
     ring: Incoming,
 }
 
@@ -337,7 +366,7 @@ impl Read for Reader {
             return Ok(0);
         }
         let at = self.ring.read(into.len());
-        self.local.read(at.offset, &mut into[..at.len]);
+        self.end.local.read(at.offset, &mut into[..at.len]);
         if let Some(read) = self.ring.credit() {
             self.end.tcp.write_all(&read.to_le_bytes())?;
         }

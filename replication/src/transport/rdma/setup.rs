@@ -1,11 +1,12 @@
 //! How a data connection becomes one by RDMA.
 //!
-//! Enters: what was asked for, and a TCP connection on which the primary has greeted. Leaves: one end of a
-//! connection by RDMA, or why there is none, and whose fault that is. Always holds: a device is opened once for all
-//! connections of a session; nobody waits for a device for longer than the patience that was given, since
-//! what asks it is a thread of its own ([`aside`]).
+//! Enters: what was asked for, and a TCP connection on which the primary has greeted. Leaves: one end
+//! of a connection by RDMA, or why there is none, and whose fault that is. Always holds: a device is
+//! opened once for all connections of a session; nobody waits for a device for longer than the
+//! patience that was given, since what asks it is a thread of its own ([`aside`]).
 
-use std::sync::{Arc, Mutex};
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ::rdma::{
@@ -13,12 +14,13 @@ use ::rdma::{
     QueuePair, Remote, RequestList, Wanted,
 };
 use api::replication::{RDMA_DEPTH, RDMA_DEPTH_DEFAULT, RdmaPath};
-use crossbeam_channel::bounded;
 use thiserror::Error;
 
+use super::aside::{aside, drop_aside};
+use super::opening::Opening;
 use super::ring::{Incoming, Outgoing, RING_BYTES};
-use super::{CREDIT_BYTES, Device, End, Reader, Writer, lock};
-use crate::transport::{Stream, TransportError};
+use super::{CREDIT_BYTES, Device, End, Parts, Reader, Writer};
+use crate::transport::{Stream, TransportError, is_late};
 use crate::wire::{FrameReader, FrameWriter, Kind, SessionId, Verbs, WireError};
 
 /// How long a device may take to say what it is, when nothing else waits for it yet.
@@ -42,7 +44,14 @@ pub(crate) enum SetupError {
 
 impl From<::rdma::Error> for SetupError {
     fn from(error: ::rdma::Error) -> Self {
-        Self::Device(TransportError::Rdma(error))
+        match error {
+            // Of this host's own endpoint nothing is checked: the peer has said what cannot be.
+            ::rdma::Error::Endpoint { .. } => {
+                let what = "queue pair";
+                Self::Wire(WireError::Malformed { kind: Kind::Verbs, what })
+            }
+            error => Self::Device(TransportError::Rdma(error)),
+        }
     }
 }
 
@@ -74,24 +83,6 @@ impl Asked {
         })?;
         choice.map(drop).map_err(TransportError::Rdma)
     }
-}
-
-/// Has a thread of its own do `work`: a device that hangs keeps whoever asks it, in the kernel, and for as long
-/// as it likes. What comes too late is dropped there, too.
-pub(super) fn aside<T: Send + 'static>(
-    patience: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, TransportError> {
-    // A rendezvous: either the caller takes the result or, having left, never sees it.
-    let (give, take) = bounded(0);
-    let body = move || drop(give.send(work()));
-    std::thread::Builder::new()
-        .name("repl-verbs".to_owned())
-        .spawn(body)
-        .map_err(TransportError::Setup)?;
-    take.recv_timeout(patience).map_err(|_| TransportError::Hung {
-        patience_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
-    })
 }
 
 /// A device that was opened, for all connections of a session.
@@ -151,15 +142,29 @@ fn chunks(
     Ok(chunks)
 }
 
+/// How long a device may take where the session gives a silent peer `timeout`.
+fn patience(timeout: Duration) -> Duration {
+    timeout.max(SETUP_PATIENCE_MIN)
+}
+
 /// What a session's data connections share.
 #[derive(Clone)]
 pub(crate) struct Adapter(Arc<Shared>);
 
 struct Shared {
     asked: Asked,
-    patience: Duration,
+    timeout: Duration,
     report: Box<dyn Fn(RdmaPath) + Send + Sync>,
-    opened: Mutex<Option<Arc<Opened>>>,
+    opening: Opening<Opened>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Closing a device asks it.
+        if let Some(opened) = self.opening.take() {
+            drop_aside(patience(self.timeout), opened);
+        }
+    }
 }
 
 impl Adapter {
@@ -170,29 +175,26 @@ impl Adapter {
         timeout: Duration,
         report: impl Fn(RdmaPath) + Send + Sync + 'static,
     ) -> Self {
-        let report = Box::new(report);
-        Self(Arc::new(Shared { asked, patience: timeout, report, opened: Mutex::default() }))
+        let (report, opening) = (Box::new(report), Opening::new());
+        Self(Arc::new(Shared { asked, timeout, report, opening }))
     }
 
     fn patience(&self) -> Duration {
-        self.0.patience.max(SETUP_PATIENCE_MIN)
+        patience(self.0.timeout)
     }
 
     /// The session's device: the one whose address the first connection has.
-    fn opened(&self, tcp: &dyn Stream) -> Result<Arc<Opened>, ::rdma::Error> {
-        let mut opened = lock(&self.0.opened);
-        if let Some(opened) = &*opened {
-            return Ok(Arc::clone(opened));
-        }
-        let wanted = Wanted { local: tcp.local_address(), ..self.0.asked.wanted() };
-        let new = Arc::new(Opened::new(&wanted, self.0.asked.depth)?);
-        Ok(Arc::clone(opened.insert(new)))
+    fn opened(&self, tcp: &dyn Stream) -> Result<Arc<Opened>, TransportError> {
+        self.0.opening.get(self.patience(), || {
+            let wanted = Wanted { local: tcp.local_address(), ..self.0.asked.wanted() };
+            Opened::new(&wanted, self.0.asked.depth)
+        })
     }
 
     fn options(&self) -> ConnectOptions {
         let defaults = ConnectOptions::default();
         let tries = u32::from(defaults.retries) + 1;
-        let patience = self.0.patience.max(RETRY_PATIENCE_MIN);
+        let patience = self.0.timeout.max(RETRY_PATIENCE_MIN);
         ConnectOptions { timeout: ConnectOptions::timeout_of(patience / tries), ..defaults }
     }
 
@@ -233,7 +235,8 @@ impl Adapter {
         let ours = Verbs::of(pair.endpoint(), opened.chunks);
         control.write(Kind::Verbs, &[&ours.encode()])?;
         let answer = tcp.duplicate().map_err(WireError::Io)?;
-        let theirs = receive(&mut FrameReader::new(answer, Some(control.session())))?;
+        let theirs = receive(&mut FrameReader::new(answer, Some(control.session())));
+        let theirs = theirs.map_err(|error| self.silence(error))?;
         let end = theirs.ring_address.checked_add(RING_BYTES as u64);
         if theirs.ring_bytes as usize != RING_BYTES || end.is_none() {
             let what = "size of the ring";
@@ -243,9 +246,9 @@ impl Adapter {
         pair.connect(&theirs.endpoint, &self.options())?;
         tcp.set_read_timeout(None).map_err(WireError::Io)?;
         let chunks = self.agreed(&opened, &ours, &theirs, "goes");
+        let parts = Parts { pair, device, local };
         let writer = Writer {
-            end: End::new(tcp, pair, device).map_err(WireError::Io)?,
-            local,
+            end: End::new(tcp, parts, self.patience()).map_err(WireError::Io)?,
             remote: Remote { address: theirs.ring_address, key: theirs.ring_key },
             ring: Outgoing::new(RING_BYTES, chunks),
             requests: RequestList::with_capacity(2, 2, 0),
@@ -254,6 +257,18 @@ impl Adapter {
             word: Vec::with_capacity(CREDIT_BYTES),
         };
         Ok(control.map(|_| Box::new(writer) as _))
+    }
+
+    /// Says what was waited for.
+    fn silence(&self, error: WireError) -> WireError {
+        match error {
+            WireError::Io(late) if is_late(&late) => {
+                let ms = self.answer_patience().as_millis();
+                let what = format!("The backup did not say within {ms} ms how it does RDMA");
+                WireError::Io(io::Error::new(io::ErrorKind::TimedOut, what))
+            }
+            other => other,
+        }
     }
 
     /// The backup gives up its own device after its patience, and that is to arrive here.
@@ -305,8 +320,9 @@ impl Adapter {
         let back = tcp.duplicate().map_err(WireError::Io)?;
         FrameWriter::new(back, session).write(Kind::Verbs, &[&ours.encode()])?;
         let chunks = self.agreed(&opened, &ours, theirs, "comes");
-        let end = End::new(tcp, pair, device).map_err(WireError::Io)?;
-        Ok(Reader { end, local, ring: Incoming::new(RING_BYTES, chunks) })
+        let parts = Parts { pair, device, local };
+        let end = End::new(tcp, parts, self.patience()).map_err(WireError::Io)?;
+        Ok(Reader { end, ring: Incoming::new(RING_BYTES, chunks) })
     }
 }
 
@@ -321,32 +337,7 @@ fn receive(reader: &mut FrameReader<Box<dyn Stream>>) -> Result<Verbs, WireError
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
-    use std::thread;
-
     use super::*;
-
-    #[test]
-    fn nobody_waits_for_a_device_that_hangs() {
-        /// Says which thread dropped it.
-        struct Queue(mpsc::Sender<thread::ThreadId>);
-        impl Drop for Queue {
-            fn drop(&mut self) {
-                let _ = self.0.send(thread::current().id());
-            }
-        }
-        let ((hang, hangs), (told, dropped)) = (mpsc::channel::<()>(), mpsc::channel());
-        let late = aside(Duration::from_millis(20), move || {
-            let _ = hangs.recv();
-            Queue(told)
-        });
-        let error = late.err().unwrap();
-        assert_eq!(error.to_string(), "The RDMA device did not answer within 20 ms");
-        drop(hang);
-        // Giving back what it made may hang as well.
-        assert_ne!(dropped.recv().unwrap(), thread::current().id());
-        assert_eq!(aside(Duration::from_secs(60), || 7).unwrap(), 7);
-    }
 
     #[test]
     fn a_depth_is_what_was_asked_for_or_what_fits() {
