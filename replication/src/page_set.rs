@@ -216,6 +216,7 @@ mod tests {
         for (at, word) in set.words.iter().enumerate() {
             let says = set.summary[at / 64] >> (at % 64) & 1 == 1;
             assert_eq!(says, *word != 0, "the summary of group {at}");
+            assert_eq!(set.word(at), *word);
         }
         pages.collect()
     }
