@@ -113,6 +113,7 @@ options_are_kept() {
         [ "$(grep -ca "by RDMA: device rxe_verbs, port 1, GID $gid (::ffff:10.77.0.1), MTU 4096, depth 5" \
             "$CASE/$name.err")" -eq 8 ] || fail "the log of $name is another"
     done
+    wait_serial a "^L2 READY cpus 2 " "$L2_READY_S"
     wait_serial a "^count [0-9]* up" 120
     detail "8 connections, one context on each side, $want"
 }
@@ -148,7 +149,7 @@ backup_has_no_device() {
 
 tcp=tcp:10.77.0.1:7000
 run_case options 600 options_are_kept
-run_case rdma-to-tcp 300 urls_differ "$LINUX_URL" "$tcp" "destination_url is rdma: and this side's"
+run_case rdma-to-tcp 300 urls_differ "$LINUX_URL" "$tcp" "destination_url is rdma: and the backup's"
 run_case tcp-to-rdma 300 urls_differ "$tcp" "$LINUX_URL" "receiver_url is rdma: and the primary's"
 run_case backup-without-device 300 backup_has_no_device
 run_case no-such-device 300 device_is_not_there
