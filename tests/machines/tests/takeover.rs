@@ -133,7 +133,10 @@ fn a_frozen_primary_is_replaced_and_stays_silent() -> Result<()> {
     pair.primary_serial.settled()?;
     let (after, theirs) = (pair.primary_serial.text(), pair.backup_serial.text());
     let late = after.strip_prefix(&before).context("it takes back what it said")?;
-    ensure!(theirs.contains(late), "the loser said by itself: {late:?}\nthe winner says: {theirs:?}");
+    ensure!(
+        theirs.contains(late),
+        "the loser said by itself: {late:?}\nthe winner says: {theirs:?}"
+    );
     pair.primary.put_expect("vm.resume", None, 404)?;
     pair.primary.get_expect("vmm.ping", 200)?;
     owned_by(&pair.arbiter, Role::Backup)?;
