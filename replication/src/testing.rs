@@ -6,6 +6,7 @@
 //! whether its image is the primary's at that seal, byte by byte.
 
 mod disks;
+mod stream;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -15,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use vm_memory::{Bytes, GuestAddress};
 
 pub use disks::{MemoryDisks, MemoryImage, Request};
+pub use stream::Plain;
 
 use crate::disk::{Disks, ReplicaDisk};
 use crate::guest::{Guest, GuestError, MachineState, Replica, ReplicaBuilder, Waker};

@@ -57,8 +57,6 @@ pub(super) enum ReceiveError {
     Image(#[from] ImageError),
     #[error("This host has no memory for the image's pages from {0} on")]
     NoMemory(PageIndex),
-    #[error("The copy cannot begin")]
-    Begin(#[from] Error),
 }
 
 impl ReceiveError {

@@ -41,8 +41,8 @@ pub(crate) fn address(option: &'static str, url: &str) -> Result<Address, Error>
     }
 }
 
-/// What a request with this address asks of RDMA; `numbers` are port, GID index and depth. Whether this host
-/// can do it is looked at here, before anything else is begun.
+/// What a request with this address asks of RDMA; `numbers` are port, GID index and depth. Whether
+/// this host can do it is looked at here, before anything else is begun.
 pub(crate) fn asked_of_rdma(
     address: &Address,
     device: Option<&str>,

@@ -259,6 +259,7 @@ mod tests {
     use super::*;
     use crate::ids::PageIndex;
     use crate::ram::Mapping;
+    use crate::testing::Plain;
     use crate::transport::memory;
     use crate::wire::{FRAME_PAGES_MAX, FrameReader, SessionId};
 
@@ -298,52 +299,13 @@ mod tests {
         lengths
     }
 
-    /// Takes everything, and learns only when it is asked that nothing arrived.
-    struct Delayed(Box<dyn Stream>);
-
-    impl io::Read for Delayed {
-        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-            self.0.read(into)
-        }
-    }
-
-    impl io::Write for Delayed {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Err(io::ErrorKind::ConnectionReset.into())
-        }
-    }
-
-    impl Stream for Delayed {
-        fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
-            self.0.duplicate()
-        }
-
-        fn close(&self) {
-            self.0.close();
-        }
-
-        fn finish(&self) {
-            self.0.finish();
-        }
-
-        fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-            self.0.set_read_timeout(timeout)
-        }
-
-        fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-            self.0.set_write_timeout(timeout)
-        }
-    }
-
     /// Nothing more is sent before the backup acknowledged, so nothing else would find out.
     #[test]
     fn a_failure_after_the_last_write_is_told() {
         let (ours, _theirs) = memory::pair().unwrap();
-        let stream: Box<dyn Stream> = Box::new(Delayed(ours));
+        // It learns only when it is asked that nothing arrived.
+        let flushed = || Err(io::ErrorKind::ConnectionReset.into());
+        let stream: Box<dyn Stream> = Box::new(Plain { flushed, ..Plain::new(ours) });
         let writer = FrameWriter::new(stream, SessionId(1));
         let (done, sent) = unbounded();
         let deliver = move |report: Sent| done.send(report.map_err(|_| ())).is_ok();

@@ -275,6 +275,7 @@ mod tests {
     use vm_memory::{GuestAddress, GuestMemoryBackend};
 
     use super::*;
+    use crate::testing::Plain;
 
     /// Readable at once, and out of descriptors twice.
     struct Scarce(PipeReader, AtomicUsize);
@@ -316,47 +317,6 @@ mod tests {
         assert!(listener.accept().unwrap().is_none());
     }
 
-    /// Has only what a stream must have.
-    struct Plain(Box<dyn Stream>);
-
-    impl Read for Plain {
-        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-            self.0.read(into)
-        }
-    }
-
-    impl Write for Plain {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.write(bytes)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            self.0.flush()
-        }
-    }
-
-    impl Stream for Plain {
-        fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
-            self.0.duplicate()
-        }
-
-        fn close(&self) {
-            self.0.close();
-        }
-
-        fn finish(&self) {
-            self.0.finish();
-        }
-
-        fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-            self.0.set_read_timeout(timeout)
-        }
-
-        fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-            self.0.set_write_timeout(timeout)
-        }
-    }
-
     /// A socket, which the kernel reads from, and a stream that knows only buffers.
     #[test]
     fn any_stream_is_read_into_memory() {
@@ -367,7 +327,7 @@ mod tests {
         let streams: [(Box<dyn Stream>, Box<dyn Stream>); 3] = [
             (Box::new(tcp), Box::new(peer)),
             memory::pair().unwrap(),
-            (Box::new(Plain(plain)), other),
+            (Box::new(Plain::new(plain)), other),
         ];
         for (number, (mut from, mut to)) in (1u8..).zip(streams) {
             let ram = crate::testing::memory(&[(0, 3)]);
