@@ -163,7 +163,7 @@ fi
 cd "$ROOT"
 need_build_tools
 # The header says whether the crate rdma declares libibverbs as it is.
-need_packages python3 iproute2 libibverbs-dev
+need_packages python3 iproute2 libibverbs-dev openssl
 command -v busybox >/dev/null || need_packages busybox
 step "Formatting" cargo fmt --all --check
 step "Lints" cargo clippy --release --locked --workspace --all-targets -- -D warnings

@@ -130,6 +130,8 @@ pub struct ReplicateData {
     pub arbiter: Option<String>,
     #[serde(default)]
     pub degrade: Degrade,
+    /// Directory with `ca-cert.pem`, `client-cert.pem` and `client-key.pem`: all connections but RDMA's own
+    /// go by TLS 1.3, and both sides show certificates of that authority. Not for `unix:`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
     #[serde(default)]
@@ -167,6 +169,7 @@ pub struct ReceiveReplicaData {
     pub timeout_ms: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arbiter: Option<String>,
+    /// As for a primary, with `server-cert.pem` and `server-key.pem`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
     /// This host's serial port for the VM, instead of the one in the primary's configuration.

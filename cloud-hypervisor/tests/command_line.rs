@@ -82,8 +82,12 @@ fn a_configuration_error_exits_with_one_and_the_whole_chain() {
         // Of a name that nobody resolves, should this host have RDMA.
         (&["--receive-replica", "receiver_url=rdma:a.invalid:1"], without_rdma()),
         (
-            &["--kernel", "/k", "--replicate", "destination_url=tcp:a:1,tls_dir=/t"],
-            "tls_dir is not supported",
+            &["--kernel", "/k", "--replicate", "destination_url=unix:/s,tls_dir=/t"],
+            "tls_dir contradicts destination_url",
+        ),
+        (
+            &["--receive-replica", "receiver_url=tcp:127.0.0.1:1,tls_dir=/nonexistent/tls"],
+            "Cannot read '/nonexistent/tls/ca-cert.pem': No such file",
         ),
         (&["--api-socket", "fd=999"], "Descriptor 999 of --api-socket is not open"),
         (

@@ -53,7 +53,7 @@ impl ReplicateData {
         range("connections", self.connections, &CONNECTIONS, &mut found);
         silence(self.heartbeat_ms, self.timeout_ms, &mut found);
         arbiter(self.arbiter.as_deref(), &mut found);
-        tls(self.tls_dir.as_deref(), &mut found);
+        tls("destination_url", &self.destination_url, self.tls_dir.as_deref(), &mut found);
         let Self { rdma_device, rdma_port, rdma_gid_index, rdma_depth, .. } = self;
         let numbers = [*rdma_port, *rdma_gid_index, *rdma_depth];
         rdma("destination_url", &self.destination_url, rdma_device.as_deref(), numbers, &mut found);
@@ -71,7 +71,7 @@ impl ReceiveReplicaData {
         range("staging_size", self.staging_size, &STAGING_SIZE, &mut found);
         silence(self.heartbeat_ms, self.timeout_ms, &mut found);
         arbiter(self.arbiter.as_deref(), &mut found);
-        tls(self.tls_dir.as_deref(), &mut found);
+        tls("receiver_url", &self.receiver_url, self.tls_dir.as_deref(), &mut found);
         for (key, config) in [("serial", &self.serial), ("console", &self.console)] {
             if let Some(config) = config {
                 console(key, config, &mut found);
@@ -149,9 +149,18 @@ fn arbiter(url: Option<&str>, found: &mut Vec<Invalid>) {
     }
 }
 
-fn tls(directory: Option<&str>, found: &mut Vec<Invalid>) {
-    if directory.is_some() {
-        found.push(unbuilt("tls_dir", NOT_BUILT));
+fn tls(url_key: &str, url: &str, directory: Option<&str>, found: &mut Vec<Invalid>) {
+    const KEY: &str = "tls_dir";
+    match directory {
+        None => {}
+        Some("") => found.push(Invalid::value(KEY, "a directory", "")),
+        // Its bytes never leave the host, and who may open it is what the permissions say. A URL that is
+        // none was named already.
+        Some(_) if matches!(url.parse(), Ok(Endpoint::Unix(_))) => {
+            let because = "it is for tcp:<host>:<port> and rdma:<host>:<port> only";
+            found.push(Invalid::contradiction(KEY, url_key, because));
+        }
+        Some(_) => {}
     }
 }
 
@@ -215,7 +224,7 @@ mod tests {
                 "arbiter=/shared",
                 "arbiter is malformed: Expected file:<dir> or etcd:<url>[,<url>], found \"/shared\"",
             ),
-            ("tls_dir=/t", "tls_dir is not supported: this version cannot do it"),
+            ("tls_dir=", "tls_dir must be a directory, not "),
         ] {
             let data: ReplicateData = format!("{good},{option}").parse().unwrap();
             assert_eq!(lines(&data.validate())[0], line);
@@ -289,12 +298,29 @@ mod tests {
     }
 
     #[test]
+    fn certificates_are_for_networks() {
+        for (url, wrong) in [("tcp:b:4000", false), ("rdma:b:4000", false), ("unix:/a", true)] {
+            let expected = |other: &str| match wrong {
+                true => vec![format!(
+                    "tls_dir contradicts {other}: it is for tcp:<host>:<port> and rdma:<host>:<port> only"
+                )],
+                false => vec![],
+            };
+            let data: ReplicateData = format!("destination_url={url},tls_dir=/t").parse().unwrap();
+            assert_eq!(lines(&data.validate()), expected("destination_url"));
+            let data: ReceiveReplicaData =
+                format!("receiver_url={url},tls_dir=/t").parse().unwrap();
+            assert_eq!(lines(&data.validate()), expected("receiver_url"));
+        }
+    }
+
+    #[test]
     fn a_backup_is_checked_as_well() {
         for (option, line) in [
             ("staging_size=1048575", "staging_size must be 1048576 to 1099511627776, not 1048575"),
             ("staging_size=2T", "staging_size must be 1048576 to 1099511627776, not 2199023255552"),
             ("timeout_ms=1", "timeout_ms must be at least twice heartbeat_ms (100), not 1"),
-            ("tls_dir=/t", "tls_dir is not supported: this version cannot do it"),
+            ("tls_dir=", "tls_dir must be a directory, not "),
         ] {
             let data: ReceiveReplicaData =
                 format!("receiver_url=tcp:b:4000,{option}").parse().unwrap();

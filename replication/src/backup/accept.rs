@@ -1,7 +1,7 @@
 //! The listening side: greets whoever connects, and leaves all decisions to the engine.
 //!
 //! Each greeting has a thread of its own and a time limit, so a peer that connects and says
-//! nothing holds nobody up. The number of greetings and of arrivals that the engine has not dealt
+//! nothing holds nobody up; where certificates are asked for, they are shown there, within the same limit. The number of greetings and of arrivals that the engine has not dealt
 //! with is bounded, and a stranger's first bytes are read only if they can be a greeting.
 
 use std::io;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::engine::control::Greeted;
 use crate::engine::spawn;
 use crate::error::{Error, chain};
-use crate::transport::{Listener, Stream};
+use crate::transport::{Listener, Stream, tls};
 use crate::wire::{FrameReader, FrameWriter, Hello, Kind, Message, Offer, SessionId, WireError};
 
 /// Most connections whose greeting is awaited, or that wait for the engine, at once.
@@ -61,6 +61,7 @@ pub(super) enum Arrival {
 /// Starts the acceptor. It ends when the listener is woken.
 pub(super) fn start(
     listener: Listener,
+    tls: Option<tls::Server>,
     patience: Duration,
     deliver: impl Fn(Arrival, Place) -> bool + Clone + Send + 'static,
 ) -> Result<JoinHandle<()>, Error> {
@@ -68,8 +69,15 @@ pub(super) fn start(
     spawn("repl-accept", None, move || {
         loop {
             match listener.accept() {
-                Ok(Some((stream, peer))) => {
-                    greet_aside(stream, peer, patience, &greetings, deliver.clone());
+                Ok(Some((incoming, peer))) => {
+                    let tls = tls.clone();
+                    let name = peer.clone();
+                    let greet = move || {
+                        let stream = incoming.admit(tls.as_ref(), patience);
+                        let stream = stream.map_err(|error| chain(&error))?;
+                        greet(stream, name, patience).map_err(|error| chain(&error))
+                    };
+                    greet_aside(greet, peer, &greetings, deliver.clone());
                 }
                 Ok(None) => return,
                 Err(error) => {
@@ -82,9 +90,8 @@ pub(super) fn start(
 }
 
 fn greet_aside(
-    stream: Box<dyn Stream>,
+    greet: impl FnOnce() -> Result<Arrival, String> + Send + 'static,
     peer: String,
-    patience: Duration,
     greetings: &Arc<AtomicUsize>,
     deliver: impl Fn(Arrival, Place) -> bool + Send + 'static,
 ) {
@@ -94,8 +101,7 @@ fn greet_aside(
         return;
     };
     let body = move || {
-        let arrival = greet(stream, peer.clone(), patience)
-            .unwrap_or_else(|error| Arrival::Stray { peer, error: chain(&error) });
+        let arrival = greet().unwrap_or_else(|error| Arrival::Stray { peer, error });
         deliver(arrival, place);
     };
     if let Err(error) = spawn("repl-hello", None, body) {

@@ -25,6 +25,7 @@ mod engine;
 mod receive;
 mod staging;
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -38,8 +39,8 @@ use crate::error::Error;
 use crate::guest::ReplicaBuilder;
 use crate::observer::{Event, Observer};
 use crate::ownership::HostIdentity;
-use crate::primary::{address, arbiter, asked_of_rdma, validate_paces};
-use crate::transport::{Address, Listener, name};
+use crate::primary::{address, arbiter, asked_of_rdma, certificates, validate_paces};
+use crate::transport::{Address, Listener, name, tls};
 use engine::{Ask, Engine, Input};
 
 /// Bytes of staging that a request may ask for.
@@ -86,25 +87,25 @@ pub fn receive_at<B: ReplicaBuilder>(
         let reason = "expected 1 MiB to 1 TiB".to_owned();
         return Err(Error::Option { option: "staging_size", reason });
     }
-    if options.tls_dir.is_some() {
-        let reason = "this build has no TLS".to_owned();
-        return Err(Error::Option { option: "tls_dir", reason });
-    }
     let numbers = [options.rdma_port, options.rdma_gid_index, options.rdma_depth];
     let rdma = asked_of_rdma(address, options.rdma_device.as_deref(), numbers)?;
     let arbiter = arbiter(options.arbiter.as_deref())?;
+    let load = |directory: &Path, _: &str| tls::Server::load(directory);
+    let tls = certificates(address, options.tls_dir.as_deref(), load)?;
     let (listener, waker) = Listener::bind(address).map_err(Error::Transport)?;
     let local = listener.address().clone();
     let status = Status::default();
     status.lock().info.role = Role::Backup;
-    status.lock().info.transport = Some(name(&local).to_owned());
+    status.lock().info.transport = Some(name(&local, tls.is_some()).to_owned());
     let timeout = Duration::from_millis(options.timeout_ms);
     let (inputs, queue) = unbounded();
     let deliver = inputs.clone();
-    let acceptor =
-        accept::start(listener, timeout.max(Duration::from_secs(1)), move |arrival, place| {
-            deliver.send(Input::Arrival(arrival, place)).is_ok()
-        })?;
+    let acceptor = accept::start(
+        listener,
+        tls,
+        timeout.max(Duration::from_secs(1)),
+        move |arrival, place| deliver.send(Input::Arrival(arrival, place)).is_ok(),
+    )?;
     let identity = Arc::new(Mutex::new(identity));
     let options = ReceiveReplicaData { receiver_url: local.to_string(), ..options };
     let engine = Engine::new(

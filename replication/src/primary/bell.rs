@@ -14,16 +14,21 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, unshare};
 
 use crate::engine::spawn;
-use crate::transport::{Address, Stream, connect};
+use crate::transport::{Destination, Stream};
 use crate::wire::{FrameWriter, Message, SessionId};
 
 /// First descriptor that is not a standard stream.
 const FIRST_FD: i32 = 3;
 
 /// Starts the bell's thread. `hello` is what a data connection after the last one would say.
-pub(super) fn start(address: Address, session: SessionId, hello: Message, timeout: Duration) {
+pub(super) fn start(
+    destination: Destination,
+    session: SessionId,
+    hello: Message,
+    timeout: Duration,
+) {
     let body = move || {
-        if let Err(error) = hang(&address, session, &hello, timeout) {
+        if let Err(error) = hang(&destination, session, &hello, timeout) {
             tracing::debug!("no bell: {error}");
         }
     };
@@ -35,14 +40,14 @@ pub(super) fn start(address: Address, session: SessionId, hello: Message, timeou
 /// From here on this thread must not write to anything that it did not open: the numbers of
 /// other descriptors mean something else to it.
 fn hang(
-    address: &Address,
+    destination: &Destination,
     session: SessionId,
     hello: &Message,
     timeout: Duration,
 ) -> io::Result<()> {
     unshare(CloneFlags::CLONE_FILES)?;
     close_inherited()?;
-    let stream = connect(address, timeout).map_err(io::Error::other)?;
+    let stream = destination.connect(timeout).map_err(io::Error::other)?;
     stream.keep_alive(timeout)?;
     let mut writer = FrameWriter::new(stream.duplicate()?, session);
     hello.send(&mut writer).map_err(io::Error::other)?;

@@ -158,13 +158,13 @@ impl<G: Guest> Engine<G> {
         queue: Receiver<Input>,
         status: Status,
     ) -> Result<Self, Error> {
-        let Checked { options, address, rdma, arbiter } = checked;
+        let Checked { options, destination, rdma, arbiter } = checked;
         let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
         let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
         let report = status.clone();
         let report = move |path| report.lock().info.rdma = Some(path);
         let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report));
-        let session = session::open(&mut guest, &address, &options, identity, adapter)?;
+        let session = session::open(&mut guest, &destination, &options, identity, adapter)?;
         let Session { control, data, disks, backup, welcome } = session;
         let millis = Duration::from_millis;
         let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));

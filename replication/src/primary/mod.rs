@@ -29,7 +29,7 @@ use std::time::Duration;
 use api::replication::{ReplicateData, ReplicationInfo, ReplicationState, Role};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
-pub(crate) use options::{address, arbiter, asked_of_rdma, validate_paces};
+pub(crate) use options::{address, arbiter, asked_of_rdma, certificates, validate_paces};
 pub(crate) use session::layout;
 
 use crate::engine::spawn;
@@ -38,7 +38,7 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::observer::{Event, Observer};
 use crate::ownership::HostIdentity;
-use crate::transport::name;
+use crate::transport::{Destination, name};
 use engine::{Ask, Engine, Input};
 use options::Checked;
 
@@ -73,7 +73,8 @@ pub fn protect<G: Guest>(
         gathered.info.role = Role::Primary;
         gathered.info.state = ReplicationState::Syncing;
         gathered.info.peer = Some(checked.options.destination_url.clone());
-        gathered.info.transport = Some(name(&checked.address).to_owned());
+        let Destination { address, tls } = &checked.destination;
+        gathered.info.transport = Some(name(address, tls.is_some()).to_owned());
         gathered.info.dirty_log = guest.tracking_name().map(str::to_owned);
     }
     let timeout = Duration::from_millis(checked.options.timeout_ms);

@@ -1,18 +1,20 @@
 //! What a request asks for, checked against itself and against this build.
 
+use std::path::Path;
+
 use api::replication::{
     RDMA_DEPTH, RDMA_DEVICE_BYTES_MAX, RDMA_GID_INDEX, RDMA_PORT, ReplicateData,
 };
 
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::ownership::{Arbiter, ArbiterError, open};
-use crate::transport::{Address, rdma};
+use crate::transport::{Address, Destination, rdma, tls};
 use crate::wire::CONNECTIONS_MAX;
 
 /// A request that can be carried out.
 pub(super) struct Checked {
     pub(super) options: ReplicateData,
-    pub(super) address: Address,
+    pub(super) destination: Destination,
     /// Where data goes by RDMA.
     pub(super) rdma: Option<rdma::Asked>,
     pub(super) arbiter: Option<Box<dyn Arbiter>>,
@@ -83,6 +85,26 @@ pub(crate) fn arbiter(url: Option<&str>) -> Result<Option<Box<dyn Arbiter>>, Err
     }
 }
 
+/// What a side with this address needs for TLS; `load` reads it for the address's host.
+pub(crate) fn certificates<T>(
+    address: &Address,
+    directory: Option<&str>,
+    load: impl FnOnce(&Path, &str) -> Result<T, tls::CredentialError>,
+) -> Result<Option<T>, Error> {
+    const OPTION: &str = "tls_dir";
+    match (directory, address) {
+        (None, _) => Ok(None),
+        (Some(directory), Address::Tcp { host, .. } | Address::Rdma { host, .. }) => {
+            match load(Path::new(directory), host) {
+                Ok(loaded) => Ok(Some(loaded)),
+                Err(error) => invalid(OPTION, chain(&error)),
+            }
+        }
+        // Who may open the socket is what its directory's permissions say, and its bytes stay here.
+        (Some(_), Address::Unix(_)) => invalid(OPTION, "it is for tcp: and rdma: only"),
+    }
+}
+
 impl Checked {
     pub(super) fn new(options: ReplicateData) -> Result<Self, Error> {
         if !(1..=10_000).contains(&options.epoch_ms) {
@@ -99,13 +121,11 @@ impl Checked {
             return invalid("connections", format!("expected 1 to {CONNECTIONS_MAX}"));
         }
         validate_paces(options.heartbeat_ms, options.timeout_ms)?;
-        if options.tls_dir.is_some() {
-            return invalid("tls_dir", "this build has no TLS");
-        }
         let address = address("destination_url", &options.destination_url)?;
         let numbers = [options.rdma_port, options.rdma_gid_index, options.rdma_depth];
         let rdma = asked_of_rdma(&address, options.rdma_device.as_deref(), numbers)?;
         let arbiter = arbiter(options.arbiter.as_deref())?;
-        Ok(Self { options, address, rdma, arbiter })
+        let tls = certificates(&address, options.tls_dir.as_deref(), tls::Client::load)?;
+        Ok(Self { options, destination: Destination { address, tls }, rdma, arbiter })
     }
 }

@@ -23,7 +23,7 @@ use crate::guest::{DESCRIPTION_BYTES_MAX, Guest};
 use crate::ids::PAGE_SIZE;
 use crate::ownership::{HostId, HostIdentity};
 use crate::ram::Ram;
-use crate::transport::{Address, Stream, TransportError, connect, is_late, rdma};
+use crate::transport::{Destination, Stream, TransportError, is_late, rdma};
 use crate::wire::{
     FrameReader, FrameWriter, Hello, Message, Offer, REGIONS_MAX, SessionId, Welcome, WireError,
     WireRegion,
@@ -51,7 +51,7 @@ pub(crate) fn layout(ram: &Ram) -> Vec<WireRegion> {
 /// Makes the connections beside the control connection.
 #[derive(Clone)]
 struct Caller {
-    address: Address,
+    destination: Destination,
     session: SessionId,
     identity: HostIdentity,
     connections: u32,
@@ -66,7 +66,7 @@ impl Caller {
     }
 
     fn connect(&self, connection: u32) -> Result<FrameWriter<Box<dyn Stream>>, Error> {
-        let stream = connect(&self.address, self.timeout).map_err(Error::Transport)?;
+        let stream = self.destination.connect(self.timeout).map_err(Error::Transport)?;
         let mut writer = FrameWriter::new(stream, self.session);
         self.hello(connection).send(&mut writer).map_err(Error::Wire)?;
         Ok(writer)
@@ -93,7 +93,7 @@ impl Caller {
 /// with the patience of both sides: the longer of their time-outs.
 pub(super) fn open(
     guest: &mut impl Guest,
-    address: &Address,
+    destination: &Destination,
     options: &ReplicateData,
     identity: HostIdentity,
     adapter: Option<impl FnOnce(Duration) -> rdma::Adapter>,
@@ -101,11 +101,12 @@ pub(super) fn open(
     let timeout = Duration::from_millis(options.timeout_ms);
     let offer = offer(guest, options, adapter.is_some())?;
     let has_disks = !offer.disks.is_empty();
-    let stream = connect(address, timeout).map_err(Error::Transport)?;
+    let stream = destination.connect(timeout).map_err(Error::Transport)?;
     let (session, _) = Uuid::new_v4().as_u64_pair();
     let session = SessionId(session);
     let connections = options.connections;
-    let caller = Caller { address: address.clone(), session, identity, connections, timeout };
+    let destination = destination.clone();
+    let caller = Caller { destination, session, identity, connections, timeout };
     let io = |error| Error::Wire(WireError::Io(error));
     let patience = timeout.max(SIGN_WAIT_MIN);
     stream.set_read_timeout(Some(patience)).map_err(io)?;
@@ -128,6 +129,7 @@ pub(super) fn open(
             let silent_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
             return Err(Error::Silent { silent_ms });
         }
+        Err(error @ WireError::Tls) => return Err(Error::Wire(error)),
         Err(error) => return Err(Error::Wire(written.err().unwrap_or(error))),
     };
     written.map_err(Error::Wire)?;
@@ -138,7 +140,7 @@ pub(super) fn open(
         .map_err(|error| explained(error, &mut control, patience))?;
     let disks = has_disks.then(|| caller.connect(connections + 2)).transpose()?;
     let bell = caller.hello(connections + 1);
-    super::bell::start(address.clone(), session, bell, timeout);
+    super::bell::start(caller.destination, session, bell, timeout);
     Ok(Session { control, data, disks, backup: HostId(welcome.host), welcome })
 }
 

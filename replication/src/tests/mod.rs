@@ -12,6 +12,7 @@ mod pace;
 mod pair;
 mod scripted;
 mod steady;
+mod tls;
 
 use std::path::Path;
 use std::sync::Arc;

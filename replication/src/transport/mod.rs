@@ -6,10 +6,11 @@
 pub mod memory;
 pub(crate) mod rdma;
 mod tcp;
+pub mod tls;
 mod unix;
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ pub enum TransportError {
     Listen(String, #[source] io::Error),
     #[error("Cannot accept a connection on '{0}'")]
     Accept(String, #[source] io::Error),
+    #[error("No TLS connection with '{0}'")]
+    Tls(String, #[source] tls::HandshakeError),
     #[error("Cannot set up a connection")]
     Setup(#[source] io::Error),
     #[error("This host cannot do RDMA")]
@@ -76,6 +79,20 @@ pub trait Stream: Read + Write + Send {
         let count = self.read(&mut page[..into.len().min(PAGE_SIZE)])?;
         into.write_slice(&page[..count], 0).map_err(io::Error::other)?;
         Ok(count)
+    }
+
+    /// As [`Read::read`], of what has come already: fails with [`io::ErrorKind::WouldBlock`] rather than wait.
+    ///
+    /// # Errors
+    /// As [`Read::read`].
+    fn read_arrived(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.read(into)
+    }
+
+    /// Whether something can be read that [`Stream::readiness`] does not show: it was taken from the
+    /// descriptor with what came before it.
+    fn has_read_ahead(&self) -> bool {
+        false
     }
 
     /// A second handle to the same stream.
@@ -139,8 +156,37 @@ fn read_socket(mut socket: impl ReadVolatile, into: &Slice<'_>) -> io::Result<us
     })
 }
 
-/// A stream that was accepted, and the name of its peer.
-pub type Accepted = (Box<dyn Stream>, String);
+/// Somebody who connected, of whom nothing was read yet.
+pub(crate) enum Incoming {
+    Tcp(TcpStream),
+    /// Within this host, where TLS has no place.
+    Local(Box<dyn Stream>),
+}
+
+impl Incoming {
+    /// The stream, once the peer has shown its certificate where that is asked for; it may take `patience`
+    /// for that.
+    ///
+    /// # Errors
+    /// [`tls::HandshakeError`].
+    pub(crate) fn admit(
+        self,
+        tls: Option<&tls::Server>,
+        patience: Duration,
+    ) -> Result<Box<dyn Stream>, tls::HandshakeError> {
+        match (self, tls) {
+            (Self::Tcp(stream), Some(tls)) => {
+                let stream = tls.admit(stream, tls::Deadline::after(patience))?;
+                Ok(Box::new(stream))
+            }
+            (Self::Tcp(stream), None) => Ok(Box::new(stream)),
+            (Self::Local(stream), _) => Ok(stream),
+        }
+    }
+}
+
+/// Who was accepted, and the name of the peer.
+pub(crate) type Accepted = (Incoming, String);
 
 /// An accepting side.
 pub(crate) trait Accept: Send {
@@ -186,12 +232,12 @@ impl Listener {
         &self.address
     }
 
-    /// Waits for the next stream and the name of its peer; `None` once the waker is gone. While
+    /// Waits for the next peer and its name; `None` once the waker is gone. While
     /// the host lacks descriptors or memory, nobody is accepted, and it is tried again.
     ///
     /// # Errors
     /// [`TransportError::Accept`].
-    pub fn accept(&self) -> Result<Option<Accepted>, TransportError> {
+    pub(crate) fn accept(&self) -> Result<Option<Accepted>, TransportError> {
         let failed = |error| TransportError::Accept(self.address.to_string(), error);
         let mut pause_ms = PAUSE_MS_FIRST;
         loop {
@@ -246,25 +292,40 @@ fn is_passing(error: &io::Error) -> bool {
 
 /// The transport's name, as [`api::replication::ReplicationInfo`] shows it.
 #[must_use]
-pub fn name(address: &Address) -> &'static str {
-    match address {
-        Address::Tcp { .. } => "tcp",
-        Address::Unix(_) => "unix",
-        Address::Rdma { .. } => "rdma",
+pub(crate) fn name(address: &Address, has_tls: bool) -> &'static str {
+    match (address, has_tls) {
+        (Address::Tcp { .. }, false) => "tcp",
+        (Address::Tcp { .. }, true) => "tcp+tls",
+        (Address::Unix(_), _) => "unix",
+        (Address::Rdma { .. }, false) => "rdma",
+        (Address::Rdma { .. }, true) => "rdma+tls",
     }
 }
 
-/// Connects to `address`, within `timeout`.
-///
-/// # Errors
-/// [`TransportError::Connect`], [`TransportError::Resolve`].
-pub fn connect(address: &Address, timeout: Duration) -> Result<Box<dyn Stream>, TransportError> {
-    match address {
-        // What is not data goes by TCP.
-        Address::Tcp { host, port } | Address::Rdma { host, port } => {
-            tcp::connect(host, *port, timeout)
-        }
-        Address::Unix(path) => unix::connect(path),
+/// Where a backup listens, and how the two know each other.
+#[derive(Clone, Debug)]
+pub(crate) struct Destination {
+    pub(crate) address: Address,
+    pub(crate) tls: Option<tls::Client>,
+}
+
+impl Destination {
+    /// Connects, within `timeout` for each address of the host and as long again for TLS.
+    ///
+    /// # Errors
+    /// [`TransportError::Connect`], [`TransportError::Resolve`], [`TransportError::Tls`].
+    pub(crate) fn connect(&self, timeout: Duration) -> Result<Box<dyn Stream>, TransportError> {
+        let (host, port) = match &self.address {
+            // What is not data goes by TCP.
+            Address::Tcp { host, port } | Address::Rdma { host, port } => (host, *port),
+            Address::Unix(path) => return unix::connect(path),
+        };
+        let socket = tcp::connect(host, port, timeout)?;
+        let Some(tls) = &self.tls else { return Ok(Box::new(socket)) };
+        let stream = tls.greet(socket, tls::Deadline::after(timeout));
+        let stream =
+            stream.map_err(|error| TransportError::Tls(self.address.to_string(), error))?;
+        Ok(Box::new(stream))
     }
 }
 
@@ -285,7 +346,7 @@ mod tests {
             match self.1.fetch_add(1, Ordering::AcqRel) {
                 0 => Err(io::Error::from_raw_os_error(libc::EMFILE)),
                 1 => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
-                _ => Ok((memory::pair()?.0, "somebody".to_owned())),
+                _ => Ok((Incoming::Local(memory::pair()?.0), "somebody".to_owned())),
             }
         }
 

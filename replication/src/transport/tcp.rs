@@ -2,13 +2,13 @@
 
 use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
-use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, setsockopt, sockopt};
 use nix::{getsockopt_impl, sockopt_impl};
 
-use super::{Accept, Address, Delivery, Stream, TransportError, read_socket};
+use super::{Accept, Accepted, Address, Delivery, Incoming, Stream, TransportError, read_socket};
 use crate::ram::Slice;
 
 /// Words of `struct tcp_info` (include/uapi/linux/tcp.h) up to `tcpi_delivery_rate`, which the kernel
@@ -30,6 +30,10 @@ sockopt_impl!(
 impl Stream for TcpStream {
     fn read_memory(&mut self, into: &Slice<'_>) -> io::Result<usize> {
         read_socket(self, into)
+    }
+
+    fn read_arrived(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        recv(self.as_raw_fd(), into, MsgFlags::MSG_DONTWAIT).map_err(io::Error::from)
     }
 
     fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
@@ -90,13 +94,13 @@ pub(super) fn connect(
     host: &str,
     port: u16,
     timeout: Duration,
-) -> Result<Box<dyn Stream>, TransportError> {
+) -> Result<TcpStream, TransportError> {
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for address in resolve(host, port)? {
         match TcpStream::connect_timeout(&address, timeout) {
             Ok(stream) => {
                 stream.set_nodelay(true).map_err(TransportError::Setup)?;
-                return Ok(Box::new(stream));
+                return Ok(stream);
             }
             Err(error) => last = error,
         }
@@ -105,11 +109,11 @@ pub(super) fn connect(
 }
 
 impl Accept for TcpListener {
-    fn accept(&self) -> io::Result<(Box<dyn Stream>, String)> {
+    fn accept(&self) -> io::Result<Accepted> {
         let (stream, peer) = TcpListener::accept(self)?;
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
-        Ok((Box::new(stream), format!("tcp:{peer}")))
+        Ok((Incoming::Tcp(stream), format!("tcp:{peer}")))
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

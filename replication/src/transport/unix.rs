@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Accept, Address, Stream, TransportError, read_socket};
+use super::{Accept, Accepted, Address, Incoming, Stream, TransportError, read_socket};
 use crate::ram::Slice;
 
 impl Stream for UnixStream {
@@ -58,10 +58,10 @@ impl Drop for Bound {
 }
 
 impl Accept for Bound {
-    fn accept(&self) -> io::Result<(Box<dyn Stream>, String)> {
+    fn accept(&self) -> io::Result<Accepted> {
         let (stream, _) = self.listener.accept()?;
         stream.set_nonblocking(false)?;
-        Ok((Box::new(stream), format!("unix:{}", self.path.display())))
+        Ok((Incoming::Local(Box::new(stream)), format!("unix:{}", self.path.display())))
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

@@ -153,6 +153,12 @@ impl Header {
     }
 }
 
+/// Whether bytes are the begin of a TLS record (RFC 8446, 5.1) of the kinds with which a peer begins: an
+/// alert, a handshake.
+fn is_tls(bytes: &[u8]) -> bool {
+    matches!(bytes, [21 | 22, 3, 0..=4, ..])
+}
+
 /// Writes frames to one direction of one connection.
 #[derive(Debug)]
 pub struct FrameWriter<W> {
@@ -313,14 +319,16 @@ impl<R: Read> FrameReader<R> {
         while filled < HEADER_BYTES {
             match self.inner.read(&mut bytes[filled..]) {
                 Ok(0) if filled == 0 => return Err(WireError::Closed),
-                Ok(0) => return Err(WireError::Truncated),
+                Ok(0) => return Err(self.unless_tls(&bytes[..filled], WireError::Truncated)),
                 Ok(count) => filled += count,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(WireError::Io(error)),
+                Err(error) => {
+                    return Err(self.unless_tls(&bytes[..filled], WireError::Io(error)));
+                }
             }
         }
         self.bytes += HEADER_BYTES as u64;
-        let header = Header::parse(&bytes)?;
+        let header = Header::parse(&bytes).map_err(|error| self.unless_tls(&bytes, error))?;
         if self.session.is_some_and(|session| session != header.session) {
             return Err(WireError::Session);
         }
@@ -332,6 +340,11 @@ impl<R: Read> FrameReader<R> {
         self.hasher.update(&bytes);
         self.rest = header.length;
         Ok(header)
+    }
+
+    /// The reason why the begin of a frame is none, or a better one: it is TLS's, with which a peer begins.
+    fn unless_tls(&self, begin: &[u8], reason: WireError) -> WireError {
+        if self.sequence == 0 && is_tls(begin) { WireError::Tls } else { reason }
     }
 
     /// Payload bytes of the current frame that were not read yet.

@@ -52,6 +52,10 @@ pub const CONNECTIONS_MAX: u32 = 128;
 pub enum WireError {
     #[error("The peer does not speak this protocol (frame starts with {0:#010x})")]
     Magic(u32),
+    #[error(
+        "The peer speaks TLS and this side does not: give tls_dir to both sides, or to neither"
+    )]
+    Tls,
     #[error("The peer speaks protocol version {theirs}, this side version {VERSION}")]
     Version { theirs: u16 },
     #[error("Frame kind {0} is unknown")]

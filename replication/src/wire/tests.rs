@@ -348,3 +348,24 @@ fn a_payload_that_is_read_into_memory_is_checked_like_any_other() {
     let cut = read(&wire[..wire.len() - 1]);
     assert!(matches!(cut, Err(WireError::Truncated)), "{cut:?}");
 }
+
+/// A peer that speaks TLS is named so, however little of it came; after the first frame it is damage.
+#[test]
+fn a_peer_that_speaks_tls_is_recognised() {
+    let hello = [&[22, 3, 1, 1, 0, 1, 0][..], &[7; 64]].concat();
+    let alert = [21, 3, 3, 0, 2, 2, 70];
+    let first = |bytes: &[u8]| FrameReader::new(bytes, None).begin().unwrap_err();
+    for begin in [&hello[..], &hello[..3], &alert] {
+        assert!(matches!(first(begin), WireError::Tls), "{begin:?}");
+    }
+    for other in [&hello[..2], &[23, 3, 3, 0, 1], &[22, 4, 3, 0, 1]] {
+        assert!(matches!(first(other), WireError::Truncated), "{other:?}");
+    }
+    assert!(!WireError::Tls.is_loss());
+    let mut bytes = Vec::new();
+    FrameWriter::new(&mut bytes, SessionId(1)).write(Kind::Heartbeat, &[]).unwrap();
+    bytes.extend(&hello);
+    let mut reader = FrameReader::new(&bytes[..], None);
+    reader.read(&mut Vec::new()).unwrap();
+    assert!(matches!(reader.begin(), Err(WireError::Magic(_))));
+}

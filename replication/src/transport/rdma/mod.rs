@@ -121,8 +121,11 @@ impl End {
         Ok(Self { link, tcp, parts: Some(parts), patience })
     }
 
-    /// Waits for a completion or for the TCP connection; `true`: that can be read.
+    /// Waits for a completion or for the TCP connection; `true`: that may have something.
     fn wait(&self) -> io::Result<bool> {
+        if self.tcp.has_read_ahead() {
+            return Ok(true);
+        }
         let timeout = *lock(&self.link.timeout);
         let fd = self.tcp.readiness().ok_or(ErrorKind::Unsupported)?;
         let mut fds = [
@@ -201,13 +204,16 @@ impl Writer {
         })
     }
 
-    /// Takes what the backup says it has read; the TCP connection can be read.
+    /// Takes what the backup says it has read, where the TCP connection has something.
     fn take_words(&mut self) -> io::Result<()> {
         let mut bytes = [0; 64 * CREDIT_BYTES];
-        let count = self.end.tcp.read(&mut bytes)?;
-        if count == 0 {
-            return Err(ErrorKind::ConnectionReset.into());
-        }
+        let count = match self.end.tcp.read_arrived(&mut bytes) {
+            Ok(0) => return Err(ErrorKind::ConnectionReset.into()),
+            Ok(count) => count,
+            // Of TLS a part of a record, or a word of its own.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
+        };
         self.word.extend_from_slice(&bytes[..count]);
         let (words, _) = self.word.as_chunks::<CREDIT_BYTES>();
         for word in words {
@@ -349,8 +355,12 @@ impl Reader {
                 return Ok(true);
             }
             if self.end.wait()? {
-                if self.end.tcp.read(&mut [0; 1])? > 0 {
-                    return Err(invalid("The primary sent by TCP what goes by RDMA"));
+                match self.end.tcp.read_arrived(&mut [0; 1]) {
+                    Ok(0) => {}
+                    Ok(_) => return Err(invalid("The primary sent by TCP what goes by RDMA")),
+                    // Of TLS a part of a record, or a word of its own.
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => continue,
+                    Err(error) => return Err(error),
                 }
                 // What was written before the end is here, or never comes.
                 self.complete()?;

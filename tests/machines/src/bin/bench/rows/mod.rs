@@ -26,6 +26,7 @@ pub const ALL: &[Entry] = &[
     ("rate-1k-pages", rate::thousand),
     ("slow-link", wire::slow_link),
     ("first-sync", sync::first),
+    ("first-sync-tls", sync::by_tls),
     ("latency", takeover::latency),
     ("takeover-kill", takeover::kill),
     ("takeover-silence", takeover::silence),
