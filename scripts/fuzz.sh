@@ -4,7 +4,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 . "$(dirname "$0")/lib/build.sh"
 
-TARGETS=(blk net rng console pci wire state http options)
+TARGETS=(blk net rng console pci wire state http options etcd)
 
 usage() {
     cat <<TXT
@@ -19,6 +19,7 @@ Runs fuzz targets, all of them without a name:
   state         machine states of epochs, snapshots and single functions
   http          requests of clients, up to the control loop
   options       values of command line flags
+  etcd          answers of an arbiter's servers
 
   --seconds N   how long each target runs (default 60)
   --jobs N      targets at a time (default 1)

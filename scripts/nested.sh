@@ -130,6 +130,8 @@ list_kvm_tests() {
         grep -vE '^(#|$)' "$KVM_TESTS" >"$SHARE/kvm-tests.list" || true
     fi
     [ -s "$SHARE/kvm-tests.list" ] || die "$KVM_TESTS names no test program"
+    # A test that needs it and does not find it fails, and says so.
+    ! command -v etcd >/dev/null || add_program "$(command -v etcd)"
     mkdir "$SHARE/kvm"
     # Programs are copied: the source tree's folder is shared, but a build folder may be elsewhere.
     local folder copy number=0

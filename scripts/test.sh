@@ -163,7 +163,8 @@ fi
 cd "$ROOT"
 need_build_tools
 # The header says whether the crate rdma declares libibverbs as it is.
-need_packages python3 iproute2 libibverbs-dev openssl
+need_packages python3 iproute2 nftables libibverbs-dev openssl
+command -v etcd >/dev/null || need_packages etcd-server
 command -v busybox >/dev/null || need_packages busybox
 step "Formatting" cargo fmt --all --check
 step "Lints" cargo clippy --release --locked --workspace --all-targets -- -D warnings
@@ -180,6 +181,7 @@ if [ -z "$WITH_KVM" ]; then
     timed "Tests" cargo_tests --workspace "${KVM_CRATES[@]/#/--exclude=}"
 elif [ -z "$KVM_PROBLEM" ]; then
     timed "Tests, with this host's /dev/kvm" cargo_tests --workspace
+    step "The fault matrix, its quick rows" scripts/fault-matrix.sh --quick
 else
     note "$KVM_PROBLEM; so the KVM tests run inside the nested bed"
     timed "Tests without KVM" cargo_tests --workspace "${KVM_CRATES[@]/#/--exclude=}"

@@ -1,19 +1,24 @@
 //! Where a peer or an arbiter is: `tcp:<host>:<port>`, `unix:<path>`, `rdma:<host>:<port>`,
 //! `file:<dir>`, `etcd:<url>[,<url>]`.
 //!
-//! Every value prints as it is parsed. An IPv6 address stands in brackets: `tcp:[::1]:4000`.
+//! Every value prints as it is parsed, `etcd:` with what it leaves out. An IPv6 address stands in
+//! brackets: `tcp:[::1]:4000`.
+
+mod etcd;
 
 use std::fmt;
 use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+pub use etcd::{
+    ETCD_KEY_BYTES_MAX, ETCD_KEY_DEFAULT, ETCD_PORT_DEFAULT, ETCD_URLS_MAX, EtcdCluster, EtcdServer,
+};
+
 /// Bytes of a UNIX socket's path (`sun_path`, unix(7), less the closing zero).
 pub const UNIX_PATH_BYTES_MAX: usize = 107;
 /// Bytes of a host name (RFC 1035, 2.3.4).
 const HOST_BYTES_MAX: usize = 253;
-/// Servers of an etcd cluster that may be named.
-const ETCD_URLS_MAX: usize = 16;
 
 /// Why a text names no place.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -32,8 +37,14 @@ pub enum EndpointError {
     EmptyPath,
     #[error("Path of a UNIX socket is longer than {UNIX_PATH_BYTES_MAX} bytes")]
     LongPath,
-    #[error("Expected http://<host> or https://<host>, found {0:?}")]
+    #[error("Expected http[s]://<host>[:<port>][/<key>], found {0:?}")]
     Url(String),
+    #[error("A URL holds no user: <user>:<password> stands in the file arbiter_credentials")]
+    UserInUrl,
+    #[error("A key has {ETCD_KEY_BYTES_MAX} letters, digits or -._:/ at most, found {0:?}")]
+    EtcdKey(String),
+    #[error("The URLs name different keys, {0:?} and {1:?}: one cluster keeps one record of a VM")]
+    EtcdKeys(String, String),
     #[error("More than {ETCD_URLS_MAX} URLs")]
     TooManyUrls,
 }
@@ -88,8 +99,8 @@ impl fmt::Display for Endpoint {
 pub enum ArbiterUrl {
     /// A directory that both hosts see.
     File(PathBuf),
-    /// The servers of an etcd cluster.
-    Etcd(Vec<String>),
+    /// A key in an etcd cluster.
+    Etcd(EtcdCluster),
 }
 
 impl FromStr for ArbiterUrl {
@@ -105,11 +116,7 @@ impl FromStr for ArbiterUrl {
         let Some(rest) = text.strip_prefix("etcd:") else {
             return Err(EndpointError::ArbiterScheme(text.to_owned()));
         };
-        let urls = rest.split(',').map(url).collect::<Result<Vec<_>, _>>()?;
-        if urls.len() > ETCD_URLS_MAX {
-            return Err(EndpointError::TooManyUrls);
-        }
-        Ok(Self::Etcd(urls))
+        EtcdCluster::parse(rest).map(Self::Etcd)
     }
 }
 
@@ -117,16 +124,8 @@ impl fmt::Display for ArbiterUrl {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(out, "file:{}", path.display()),
-            Self::Etcd(urls) => write!(out, "etcd:{}", urls.join(",")),
+            Self::Etcd(cluster) => write!(out, "etcd:{cluster}"),
         }
-    }
-}
-
-fn url(text: &str) -> Result<String, EndpointError> {
-    let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
-    match rest {
-        Some(host) if !host.is_empty() && !host.starts_with('/') => Ok(text.to_owned()),
-        _ => Err(EndpointError::Url(text.to_owned())),
     }
 }
 
@@ -175,7 +174,7 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Endpoint>().unwrap().to_string(), text);
         }
-        for text in ["file:/shared/vm", "etcd:http://a:2379,https://[::1]:2379"] {
+        for text in ["file:/shared/vm", "etcd:http://a:2379,https://[::1]:2379/vm1"] {
             assert_eq!(text.parse::<ArbiterUrl>().unwrap().to_string(), text);
         }
         assert_eq!("tcp:[::1]:9".parse(), Ok(Endpoint::Tcp { host: "::1".to_owned(), port: 9 }));
@@ -215,6 +214,11 @@ mod tests {
             "etcd:a:1",
             "etcd:http://",
             "etcd:http:///a",
+            "etcd:http://a:0",
+            "etcd:http://a:",
+            "etcd:http://[::1",
+            "etcd:http://[::1]x",
+            "etcd:ftp://a",
             "etcd:http://a,",
             "zk:http://a",
         ] {
@@ -229,7 +233,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_breaks_a_place(text in "(tcp|rdma|unix|file|etcd)?:?.{0,30}") {
+        fn no_text_breaks_a_place(text in "(tcp|rdma|unix|file|etcd|etcd:http://|etcd:https://a)?:?.{0,30}") {
             if let Ok(place) = text.parse::<Endpoint>() {
                 prop_assert_eq!(place.to_string().parse(), Ok(place));
             }

@@ -128,6 +128,13 @@ pub struct ReplicateData {
     /// `file:<dir>` or `etcd:<url>[,<url>]`; without one nobody takes over by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arbiter: Option<String>,
+    /// With `etcd:`, a directory on this host with `ca-cert.pem`, without which the system's roots
+    /// count, and `client-cert.pem` with `client-key.pem`, where the servers ask for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arbiter_tls_dir: Option<String>,
+    /// With `etcd:`, a file on this host whose one line is `<user>:<password>`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arbiter_credentials: Option<String>,
     #[serde(default)]
     pub degrade: Degrade,
     /// Directory with `ca-cert.pem`, `client-cert.pem` and `client-key.pem`: all connections but RDMA's own
@@ -169,6 +176,13 @@ pub struct ReceiveReplicaData {
     pub timeout_ms: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arbiter: Option<String>,
+    /// With `etcd:`, a directory on this host with `ca-cert.pem`, without which the system's roots
+    /// count, and `client-cert.pem` with `client-key.pem`, where the servers ask for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arbiter_tls_dir: Option<String>,
+    /// With `etcd:`, a file on this host whose one line is `<user>:<password>`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arbiter_credentials: Option<String>,
     /// As for a primary, with `server-cert.pem` and `server-key.pem`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,

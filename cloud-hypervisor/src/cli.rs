@@ -100,13 +100,16 @@ pub(crate) struct Cli {
     restore: Option<RestoreConfig>,
 
     /// Protect the VM: destination_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,
-    /// arbiter=file:<directory>,epoch_ms=<n>,heartbeat_ms=<n>,timeout_ms=<n>,degrade=unprotected|pause,
+    /// arbiter=file:<directory>|"etcd:<url>,<url>/<key>",arbiter_tls_dir=<directory>,
+    /// arbiter_credentials=<file>,epoch_ms=<n>,heartbeat_ms=<n>,timeout_ms=<n>,
+    /// degrade=unprotected|pause,
     /// rdma_device=<name>,rdma_port=<n>,rdma_gid_index=<n>,rdma_depth=<n>,…
     #[arg(long, value_name = "REPLICATE", requires = "vm")]
     replicate: Option<ReplicateData>,
 
     /// Be the backup of a VM: receiver_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,
-    /// arbiter=file:<directory>,staging_size=<size>,serial=<mode>,console=<mode>,
+    /// arbiter=file:<directory>|"etcd:<url>,<url>/<key>",arbiter_tls_dir=<directory>,
+    /// arbiter_credentials=<file>,staging_size=<size>,serial=<mode>,console=<mode>,
     /// disks=[<id>@<path>,…],net=[<id>@<tap>,…],
     /// rdma_device=<name>,rdma_port=<n>,rdma_gid_index=<n>,rdma_depth=<n>,…
     #[arg(long, value_name = "REPLICA", conflicts_with_all = ["vm", "replicate"])]

@@ -6,6 +6,7 @@
 
 pub mod blk;
 pub mod console;
+pub mod etcd;
 pub mod guest;
 #[cfg(feature = "machine")]
 pub mod http;
@@ -44,6 +45,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "pci", run: |bytes| made_of(bytes, pci::run), places: pci::PLACES },
     Target { name: "wire", run: |bytes| made_of(bytes, wire::run), places: wire::PLACES },
     Target { name: "options", run: options::run, places: options::PLACES },
+    Target { name: "etcd", run: etcd::run, places: etcd::PLACES },
     #[cfg(feature = "machine")]
     Target { name: "state", run: state::run, places: state::PLACES },
     #[cfg(feature = "machine")]

@@ -13,6 +13,7 @@ const GENERATED_BYTES_MAX: u64 = 1024;
 pub fn of(target: &str) -> Vec<Vec<u8>> {
     match target {
         "options" => options(),
+        "etcd" => answers(),
         #[cfg(feature = "machine")]
         "http" => requests(),
         #[cfg(feature = "machine")]
@@ -69,8 +70,37 @@ fn options() -> Vec<Vec<u8>> {
         (9, "fd=3"),
         (10, "source_url=file:///s,prefault=on"),
         (11, "destination_url=tcp:[::1]:4000,epoch_ms=20,cow=copy,arbiter=file:/a,timeout_ms=900"),
+        (11, "destination_url=unix:/s,arbiter=\"etcd:http://a,https://[::1]:1/k\",arbiter_tls_dir=/t"),
         (12, "receiver_url=unix:/s,staging_size=1G,serial=file:/s,disks=[a@/b,c@/d],net=[a@b]"),
         (13, "tcp:localhost:4000"),
+    ];
+    texts.iter().map(|(which, text)| [&[*which], text.as_bytes()].concat()).collect()
+}
+
+const SOLO: &str = r#"{"generation":2,"vm":"6e5c8a9e-0000-4000-8000-000000000001","standing":{"solo":{"owner":"6e5c8a9e-0000-4000-8000-000000000002"}}}"#;
+const PAIR: &str = r#"{"generation":1,"vm":"6e5c8a9e-0000-4000-8000-000000000001","standing":{"pair":{"primary":"6e5c8a9e-0000-4000-8000-000000000002","backup":"6e5c8a9e-0000-4000-8000-000000000003"}}}"#;
+/// [`SOLO`] as the gateway has it, in base64.
+const SOLO_ENCODED: &str = "eyJnZW5lcmF0aW9uIjoyLCJ2bSI6IjZlNWM4YTllLTAwMDAtNDAwMC04MDAwLTAwMDAwMDAwMDAwMSIsInN0YW5kaW5nIjp7InNvbG8iOnsib3duZXIiOiI2ZTVjOGE5ZS0wMDAwLTQwMDAtODAwMC0wMDAwMDAwMDAwMDIifX19";
+
+/// Answers as etcd 3.4 writes them.
+fn answers() -> Vec<Vec<u8>> {
+    const HEADER: &str = r#""header":{"cluster_id":"14841639068965178418","member_id":"10276657743932975437","revision":"3","raft_term":"2"}"#;
+    let kvs = format!(
+        r#""kvs":[{{"key":"dm0x","create_revision":"2","mod_revision":"3","version":"2","value":"{SOLO_ENCODED}"}}],"count":"1""#
+    );
+    let camel = r#"{"header":{"clusterId":7,"revision":9},"kvs":[{"key":"dm0x","modRevision":3,"value":""}]}"#;
+    let texts = [
+        (0, format!("{{{HEADER}}}")),
+        (0, format!("{{{HEADER},{kvs}}}")),
+        (0, camel.to_owned()),
+        (1, format!(r#"{{{HEADER},"succeeded":true,"responses":[{{"response_put":{{}}}}]}}"#)),
+        (1, format!(r#"{{{HEADER},"responses":[{{"response_range":{{{HEADER},{kvs}}}}}]}}"#)),
+        (1, format!(r#"{{{HEADER},"responses":[{{"response_range":{{{HEADER}}}}}]}}"#)),
+        (2, format!(r#"{{{HEADER},"token":"WcmbZfQtPaMmJZpA.12"}}"#)),
+        (3, SOLO.to_owned()),
+        (3, PAIR.to_owned()),
+        (4, r#"{"error":"etcdserver: request timed out","code":14}"#.to_owned()),
+        (4, "<html><h1>502 Bad Gateway</h1></html>".to_owned()),
     ];
     texts.iter().map(|(which, text)| [&[*which], text.as_bytes()].concat()).collect()
 }

@@ -15,11 +15,24 @@
 //!   stands), `arm` (after each call that protects), `fault` (before one is served), `take` (between
 //!   claiming pages and copying them), `unprotect` (after that), `ack` (before an acknowledgement is
 //!   looked at).
+//! - `UNDERSTUDY_TEST_FAULT=POINT:ACTION:FILE`: once FILE is there, the thread that gets to POINT next
+//!   renames it to `FILE.reached` and does ACTION: `kill` and `stop` send the process SIGKILL and
+//!   SIGSTOP, `wait` stays there until `FILE.reached` is gone. So a test says when, knows that it
+//!   happened, and it happens once. Points of the primary: `copy` (the first pages of a copy are on
+//!   their way), `paired` (the record says so, the backup does not know), `seal` (the guest stands),
+//!   `sealed` (it runs again, nothing is sent), `given` (the epoch is the senders'), `sent` (it is
+//!   out), `ack`, `acked` (its output is released), `handover` (the last epoch of a switch-over is
+//!   to be sealed), `handed` (it is acknowledged). Of the backup: `accepted` (it has built the
+//!   machine), `paired` (it has read the record), `verified` (the epoch is whole, not acknowledged),
+//!   `acked` (it is, and not applied), `applying` (half of a connection's runs of pages are in the
+//!   image), `applied`, `start` (it owns the VM), `started`. Of both: `claim` (suspicion, nobody was asked), `swap` and `swapped` (around the arbiter's
+//!   compare-and-swap, its answer not used yet).
 
 use std::fs::{self, File};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use vm_memory::Bytes;
@@ -72,6 +85,7 @@ impl Delays {
 
     /// A point is reached.
     pub(crate) fn at(&self, point: &str) {
+        reach(point);
         #[cfg(test)]
         if let Some(hook) = &self.hook {
             hook(point);
@@ -81,6 +95,81 @@ impl Delays {
             let random = RandomState::new().hash_one(point);
             std::thread::sleep(Duration::from_micros(random % (most_us + 1)));
         }
+    }
+}
+
+/// How often a thread that waits at a point looks whether it may go on.
+const FAULT_POLL: Duration = Duration::from_millis(1);
+
+/// What happens to the process at a point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FaultAction {
+    Signal(rustix::process::Signal),
+    Wait,
+}
+
+/// A fault that a test has prepared.
+#[derive(Debug, PartialEq, Eq)]
+struct Fault {
+    point: String,
+    action: FaultAction,
+    file: PathBuf,
+}
+
+impl Fault {
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.splitn(3, ':');
+        let (point, action, file) = (parts.next()?, parts.next()?, parts.next()?);
+        let action = match action {
+            "kill" => FaultAction::Signal(rustix::process::Signal::KILL),
+            "stop" => FaultAction::Signal(rustix::process::Signal::STOP),
+            "wait" => FaultAction::Wait,
+            _ => return None,
+        };
+        Some(Self { point: point.to_owned(), action, file: file.into() })
+    }
+
+    fn from_environment() -> Option<Self> {
+        let text = std::env::var("UNDERSTUDY_TEST_FAULT").ok()?;
+        let fault = Self::parse(&text);
+        match &fault {
+            Some(fault) => tracing::warn!("a test has prepared a fault: {fault:?}"),
+            None => tracing::error!("UNDERSTUDY_TEST_FAULT is not POINT:ACTION:FILE: {text}"),
+        }
+        fault
+    }
+
+    fn at(&self, point: &str) {
+        if self.point != point {
+            return;
+        }
+        let mut reached = self.file.clone().into_os_string();
+        reached.push(".reached");
+        // Of all threads one succeeds, and only if the test wants it now.
+        if fs::rename(&self.file, &reached).is_err() {
+            return;
+        }
+        match self.action {
+            FaultAction::Signal(signal) => {
+                let sent = rustix::process::kill_process(rustix::process::getpid(), signal);
+                if let Err(error) = sent {
+                    tracing::error!("no signal at {point}: {error}");
+                }
+            }
+            FaultAction::Wait => {
+                while fs::exists(&reached).unwrap_or(false) {
+                    std::thread::sleep(FAULT_POLL);
+                }
+            }
+        }
+    }
+}
+
+/// A point is reached at which a test may have prepared a fault. Where none has, one load.
+pub(crate) fn reach(point: &str) {
+    static FAULT: OnceLock<Option<Fault>> = OnceLock::new();
+    if let Some(fault) = FAULT.get_or_init(Fault::from_environment) {
+        fault.at(point);
     }
 }
 
@@ -163,6 +252,41 @@ fn checksums(ram: &Ram) -> io::Result<Vec<u32>> {
 mod tests {
     use super::*;
     use crate::testing::memory;
+
+    #[test]
+    fn a_fault_is_what_its_words_say_or_none() {
+        let fault = |text: &str| Fault::parse(text);
+        let file = PathBuf::from("/a:b/c");
+        let (point, action) = ("ack".to_owned(), FaultAction::Wait);
+        assert_eq!(fault("ack:wait:/a:b/c"), Some(Fault { point, action, file }));
+        let killed = fault("seal:kill:/f").map(|fault| fault.action);
+        assert_eq!(killed, Some(FaultAction::Signal(rustix::process::Signal::KILL)));
+        for text in ["", "ack", "ack:kill", "ack:hang:/f"] {
+            assert_eq!(fault(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_fault_comes_once_at_its_point_and_not_before_it_is_wanted() -> io::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (file, reached) = (folder.path().join("now"), folder.path().join("now.reached"));
+        let fault =
+            Fault { point: "ack".to_owned(), action: FaultAction::Wait, file: file.clone() };
+        fault.at("ack");
+        File::create(&file)?;
+        fault.at("seal");
+        assert!(file.exists(), "another point");
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| fault.at("ack"));
+            while !reached.exists() {
+                std::thread::yield_now();
+            }
+            // Whoever comes later passes.
+            fault.at("ack");
+            assert!(!waits.is_finished());
+            fs::remove_file(&reached)
+        })
+    }
 
     #[test]
     fn a_page_that_differs_is_named() -> io::Result<()> {

@@ -43,6 +43,8 @@ impl FromStr for ReplicateData {
             "heartbeat_ms",
             "timeout_ms",
             "arbiter",
+            "arbiter_tls_dir",
+            "arbiter_credentials",
             "degrade",
             "tls_dir",
             "disk_mode",
@@ -69,6 +71,8 @@ impl FromStr for ReplicateData {
             heartbeat_ms,
             timeout_ms: pairs.parsed("timeout_ms", MILLISECONDS)?.unwrap_or(TIMEOUT_MS_DEFAULT),
             arbiter: pairs.text("arbiter"),
+            arbiter_tls_dir: pairs.text("arbiter_tls_dir"),
+            arbiter_credentials: pairs.text("arbiter_credentials"),
             degrade: pairs.word("degrade", &DEGRADE)?.unwrap_or_default(),
             tls_dir: pairs.text("tls_dir"),
             disk_mode: pairs.word("disk_mode", &DISK_MODE)?.unwrap_or_default(),
@@ -96,6 +100,8 @@ impl ReplicateData {
             .pair("heartbeat_ms", &self.heartbeat_ms.to_string())
             .pair("timeout_ms", &self.timeout_ms.to_string())
             .optional("arbiter", self.arbiter.as_deref())
+            .optional("arbiter_tls_dir", self.arbiter_tls_dir.as_deref())
+            .optional("arbiter_credentials", self.arbiter_credentials.as_deref())
             .pair("degrade", name(&DEGRADE, self.degrade))
             .optional("tls_dir", self.tls_dir.as_deref())
             .pair("disk_mode", name(&DISK_MODE, self.disk_mode))
@@ -118,6 +124,8 @@ impl FromStr for ReceiveReplicaData {
             "heartbeat_ms",
             "timeout_ms",
             "arbiter",
+            "arbiter_tls_dir",
+            "arbiter_credentials",
             "tls_dir",
             "serial",
             "console",
@@ -137,6 +145,8 @@ impl FromStr for ReceiveReplicaData {
             heartbeat_ms,
             timeout_ms: pairs.parsed("timeout_ms", MILLISECONDS)?.unwrap_or(TIMEOUT_MS_DEFAULT),
             arbiter: pairs.text("arbiter"),
+            arbiter_tls_dir: pairs.text("arbiter_tls_dir"),
+            arbiter_credentials: pairs.text("arbiter_credentials"),
             tls_dir: pairs.text("tls_dir"),
             serial: pairs.with("serial", CONSOLE, console)?,
             console: pairs.with("console", CONSOLE, console)?,
@@ -160,6 +170,8 @@ impl ReceiveReplicaData {
             .pair("heartbeat_ms", &self.heartbeat_ms.to_string())
             .pair("timeout_ms", &self.timeout_ms.to_string())
             .optional("arbiter", self.arbiter.as_deref())
+            .optional("arbiter_tls_dir", self.arbiter_tls_dir.as_deref())
+            .optional("arbiter_credentials", self.arbiter_credentials.as_deref())
             .optional("tls_dir", self.tls_dir.as_deref())
             .optional("serial", self.serial.as_ref().map(console_text).as_deref())
             .optional("console", self.console.as_ref().map(console_text).as_deref())

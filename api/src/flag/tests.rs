@@ -188,6 +188,20 @@ fn replication_has_the_documented_defaults() {
     }
 }
 
+#[test]
+fn quotes_keep_the_urls_of_an_arbiter_together() {
+    const URLS: &str = "etcd:http://a:2379,http://b:2379/vm1";
+    let option = format!("destination_url=tcp:b:1,arbiter=\"{URLS}\",timeout_ms=900");
+    let data: ReplicateData = option.parse().unwrap();
+    assert_eq!(data.arbiter.as_deref(), Some(URLS));
+    assert_eq!(data.timeout_ms, 900);
+    assert!(data.validate().is_empty());
+    assert!(data.to_option().contains(&format!("arbiter=\"{URLS}\",")), "{}", data.to_option());
+    // Without them, the error says at which piece it broke.
+    let error = option.replace('"', "").parse::<ReplicateData>().unwrap_err();
+    assert_eq!(error, OptionError::NoValue("http://b:2379/vm1".to_owned()));
+}
+
 fn text() -> impl Strategy<Value = String> {
     ".{0,20}"
 }
@@ -218,7 +232,7 @@ prop_compose! {
         compression in prop::sample::select(vec![
             Compression::Auto, Compression::None, Compression::Delta, Compression::Lz4,
         ]),
-        arbiter in prop::option::of(text()),
+        arbiter in any::<[Option<String>; 3]>(),
         degrade in prop::sample::select(vec![Degrade::Unprotected, Degrade::Pause]),
         tls_dir in prop::option::of(text()),
         disk_mode in prop::sample::select(vec![DiskMode::Replicated, DiskMode::Shared]),
@@ -228,9 +242,10 @@ prop_compose! {
     ) -> ReplicateData {
         let [epoch_ms, epoch_min_ms, heartbeat_ms, timeout_ms] = numbers;
         let [rdma_port, rdma_gid_index, rdma_depth] = rdma;
+        let [arbiter, arbiter_tls_dir, arbiter_credentials] = arbiter;
         ReplicateData {
             destination_url, epoch_ms, epoch_min_ms, epoch_max_ms, cow, connections, compression,
-            heartbeat_ms, timeout_ms, arbiter, degrade, tls_dir, disk_mode, console_output,
+            heartbeat_ms, timeout_ms, arbiter, arbiter_tls_dir, arbiter_credentials, degrade, tls_dir, disk_mode, console_output,
             rdma_device, rdma_port, rdma_gid_index, rdma_depth,
         }
     }
@@ -240,7 +255,7 @@ prop_compose! {
     fn receive()(
         receiver_url in text(),
         numbers in any::<[u64; 3]>(),
-        arbiter in prop::option::of(text()),
+        arbiter in any::<[Option<String>; 3]>(),
         tls_dir in prop::option::of(text()),
         serial in prop::option::of(a_console()),
         console in prop::option::of(a_console()),
@@ -251,8 +266,10 @@ prop_compose! {
     ) -> ReceiveReplicaData {
         let [staging_size, heartbeat_ms, timeout_ms] = numbers;
         let [rdma_port, rdma_gid_index, rdma_depth] = rdma;
+        let [arbiter, arbiter_tls_dir, arbiter_credentials] = arbiter;
         ReceiveReplicaData {
-            receiver_url, staging_size, heartbeat_ms, timeout_ms, arbiter, tls_dir, serial, console,
+            receiver_url, staging_size, heartbeat_ms, timeout_ms, arbiter, arbiter_tls_dir,
+            arbiter_credentials, tls_dir, serial, console,
             disks: disks
                 .into_iter()
                 .map(|(id, path)| ReplicaDisk { id, path: path.into() })

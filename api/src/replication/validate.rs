@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use super::{ReceiveReplicaData, ReplicateData};
 use crate::config::validate::console;
-use crate::endpoint::{ArbiterUrl, Endpoint};
+use crate::endpoint::{ArbiterUrl, Endpoint, EtcdCluster};
 use crate::invalid::Invalid;
 
 /// Range of `epoch_ms`.
@@ -27,8 +27,6 @@ pub const RDMA_PORT: RangeInclusive<u32> = 1..=254;
 pub const RDMA_GID_INDEX: RangeInclusive<u32> = 0..=255;
 /// Range of `rdma_depth`.
 pub const RDMA_DEPTH: RangeInclusive<u32> = 4..=1024;
-
-const NOT_BUILT: &str = "this version cannot do it";
 
 impl ReplicateData {
     /// Everything that is wrong with these settings, or that this version cannot honour; nothing
@@ -52,7 +50,9 @@ impl ReplicateData {
         }
         range("connections", self.connections, &CONNECTIONS, &mut found);
         silence(self.heartbeat_ms, self.timeout_ms, &mut found);
-        arbiter(self.arbiter.as_deref(), &mut found);
+        let Self { arbiter: url, arbiter_tls_dir, arbiter_credentials, .. } = self;
+        let own = [arbiter_tls_dir.as_deref(), arbiter_credentials.as_deref()];
+        arbiter(url.as_deref(), own, &mut found);
         tls("destination_url", &self.destination_url, self.tls_dir.as_deref(), &mut found);
         let Self { rdma_device, rdma_port, rdma_gid_index, rdma_depth, .. } = self;
         let numbers = [*rdma_port, *rdma_gid_index, *rdma_depth];
@@ -70,7 +70,9 @@ impl ReceiveReplicaData {
         peer("receiver_url", &self.receiver_url, &mut found);
         range("staging_size", self.staging_size, &STAGING_SIZE, &mut found);
         silence(self.heartbeat_ms, self.timeout_ms, &mut found);
-        arbiter(self.arbiter.as_deref(), &mut found);
+        let Self { arbiter: url, arbiter_tls_dir, arbiter_credentials, .. } = self;
+        let own = [arbiter_tls_dir.as_deref(), arbiter_credentials.as_deref()];
+        arbiter(url.as_deref(), own, &mut found);
         tls("receiver_url", &self.receiver_url, self.tls_dir.as_deref(), &mut found);
         for (key, config) in [("serial", &self.serial), ("console", &self.console)] {
             if let Some(config) = config {
@@ -105,10 +107,6 @@ fn entries<'a>(
     }
 }
 
-fn unbuilt(key: &str, because: &'static str) -> Invalid {
-    Invalid::unsupported(key, because)
-}
-
 fn range<T: PartialOrd + Display>(
     key: &str,
     value: T,
@@ -141,11 +139,26 @@ fn peer(key: &str, url: &str, found: &mut Vec<Invalid>) {
     }
 }
 
-fn arbiter(url: Option<&str>, found: &mut Vec<Invalid>) {
-    match url.map(str::parse) {
-        None | Some(Ok(ArbiterUrl::File(_))) => {}
-        Some(Ok(ArbiterUrl::Etcd(_))) => found.push(unbuilt("arbiter etcd:", NOT_BUILT)),
-        Some(Err(error)) => found.push(Invalid::endpoint("arbiter", error)),
+/// The arbiter; `own` are the directory and the file that only `etcd:` has.
+fn arbiter(url: Option<&str>, own: [Option<&str>; 2], found: &mut Vec<Invalid>) {
+    const KEYS: [&str; 2] = ["arbiter_tls_dir", "arbiter_credentials"];
+    let cluster = match url.map(str::parse) {
+        None | Some(Ok(ArbiterUrl::File(_))) => None,
+        Some(Ok(ArbiterUrl::Etcd(cluster))) => Some(cluster),
+        Some(Err(error)) => return found.push(Invalid::endpoint("arbiter", error)),
+    };
+    for (key, path) in KEYS.into_iter().zip(own) {
+        let Some(path) = path else { continue };
+        if path.is_empty() {
+            found.push(Invalid::value(key, "a path", path));
+        }
+        if cluster.is_none() {
+            found.push(Invalid::contradiction(key, "arbiter", "it is for etcd:<url> only"));
+        }
+    }
+    let is_plain = |cluster: EtcdCluster| cluster.servers.iter().all(|server| !server.tls);
+    if own[0].is_some() && cluster.is_some_and(is_plain) {
+        found.push(Invalid::contradiction(KEYS[0], "arbiter", "none of its URLs is https:"));
     }
 }
 
@@ -219,7 +232,19 @@ mod tests {
             ("heartbeat_ms=9", "heartbeat_ms must be 10 to 60000, not 9"),
             ("timeout_ms=199", "timeout_ms must be at least twice heartbeat_ms (100), not 199"),
             ("timeout_ms=600001", "timeout_ms must be 600000 at most, not 600001"),
-            ("arbiter=etcd:http://a", "arbiter etcd: is not supported: this version cannot do it"),
+            (
+                "arbiter=file:/a,arbiter_tls_dir=/t",
+                "arbiter_tls_dir contradicts arbiter: it is for etcd:<url> only",
+            ),
+            (
+                "arbiter_credentials=/t",
+                "arbiter_credentials contradicts arbiter: it is for etcd:<url> only",
+            ),
+            (
+                "arbiter=etcd:http://a,arbiter_tls_dir=/t",
+                "arbiter_tls_dir contradicts arbiter: none of its URLs is https:",
+            ),
+            ("arbiter=etcd:https://a,arbiter_tls_dir=", "arbiter_tls_dir must be a path, not "),
             (
                 "arbiter=/shared",
                 "arbiter is malformed: Expected file:<dir> or etcd:<url>[,<url>], found \"/shared\"",
@@ -266,6 +291,8 @@ mod tests {
             "compression=delta",
             "compression=lz4",
             "cow=off,compression=none,degrade=pause,console_output=pass,arbiter=file:/a",
+            "arbiter=etcd:http://a,arbiter_credentials=/c",
+            "arbiter=\"etcd:http://a,https://b/k\",arbiter_tls_dir=/t,arbiter_credentials=/c",
         ] {
             let data: ReplicateData = format!("destination_url=unix:/a,{option}").parse().unwrap();
             assert_eq!(lines(&data.validate()), [""; 0], "{option}");
@@ -321,6 +348,10 @@ mod tests {
             ("staging_size=2T", "staging_size must be 1048576 to 1099511627776, not 2199023255552"),
             ("timeout_ms=1", "timeout_ms must be at least twice heartbeat_ms (100), not 1"),
             ("tls_dir=", "tls_dir must be a directory, not "),
+            (
+                "arbiter_credentials=/t",
+                "arbiter_credentials contradicts arbiter: it is for etcd:<url> only",
+            ),
         ] {
             let data: ReceiveReplicaData =
                 format!("receiver_url=tcp:b:4000,{option}").parse().unwrap();

@@ -11,7 +11,7 @@ use super::commit::{CommitError, Epoch, Gather};
 use super::disks::{DiskConnection, DiskPart, Images};
 use super::receive::{DataConnection, OnItsWay, ReceiveError, Shared};
 use super::staging::Part;
-use crate::checking::Equality;
+use crate::checking::{Equality, reach};
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
 use crate::engine::control::{Control, Credit};
 use crate::engine::status::Status;
@@ -302,6 +302,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             let reason = format!("The arbiter seen from the backup says {found}, not {expected}");
             return self.step(Event::Bad(reason));
         }
+        reach("paired");
         self.step(Event::Paired(generation));
         self.go_on();
     }
@@ -355,6 +356,7 @@ impl<B: ReplicaBuilder> Engine<B> {
                 }
                 self.verified = Some(epoch);
                 let parsed = self.state.replace(state);
+                reach("verified");
                 self.step(Event::Verified { epoch: id, generation, handover });
                 if self.machine.committed() == before {
                     // Refused: what was committed before is still what a take-over loads.

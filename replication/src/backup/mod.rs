@@ -89,7 +89,8 @@ pub fn receive_at<B: ReplicaBuilder>(
     }
     let numbers = [options.rdma_port, options.rdma_gid_index, options.rdma_depth];
     let rdma = asked_of_rdma(address, options.rdma_device.as_deref(), numbers)?;
-    let arbiter = arbiter(options.arbiter.as_deref())?;
+    let own = [&options.arbiter_tls_dir, &options.arbiter_credentials];
+    let arbiter = arbiter(options.arbiter.as_deref(), own.map(Option::as_deref))?;
     let load = |directory: &Path, _: &str| tls::Server::load(directory);
     let tls = certificates(address, options.tls_dir.as_deref(), load)?;
     let (listener, waker) = Listener::bind(address).map_err(Error::Transport)?;

@@ -3,6 +3,7 @@
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::spawn;
+use crate::checking::reach;
 use crate::error::{Error, chain};
 use crate::ids::Generation;
 use crate::ownership::{Arbiter, ArbiterError, Record};
@@ -134,7 +135,10 @@ fn work(
         let answer = match action {
             Action::Read { expected } => read(arbiter, expected).map(Event::Read),
             Action::Swap { expected, next } => {
-                arbiter.compare_and_swap(expected, &next).map(Event::Swapped)
+                reach("swap");
+                let swapped = arbiter.compare_and_swap(expected, &next).map(Event::Swapped);
+                reach("swapped");
+                swapped
             }
             Action::Wait { .. } | Action::Decide(_) => continue,
         };

@@ -5,25 +5,28 @@
 //! one wins, so at most one host per generation ever releases output. Nothing here rests on a
 //! clock or a lease.
 
+pub mod etcd;
 mod file;
 mod record;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use api::endpoint::ArbiterUrl;
 use thiserror::Error;
 
+pub use etcd::{EtcdArbiter, EtcdError};
 pub use file::FileArbiter;
 pub use record::{HostId, HostIdentity, Record, Standing, VmId};
 
+use crate::error::chain;
 use crate::ids::Generation;
 
 /// Why the arbiter gave no answer. Whether a swap took place is unknown after any of these.
 #[derive(Debug, Error)]
 pub enum ArbiterError {
-    #[error("Arbiter '{0}' is not supported: expected file:<dir>")]
-    Unsupported(String),
+    #[error("Option '{option}' is invalid: {reason}")]
+    Option { option: &'static str, reason: String },
     #[error("Cannot read the arbiter's directory {0}")]
     List(PathBuf, #[source] io::Error),
     #[error("Cannot read the ownership record {0}")]
@@ -32,8 +35,12 @@ pub enum ArbiterError {
     Damaged { path: PathBuf, reason: String },
     #[error("Cannot write the ownership record {0}")]
     Write(PathBuf, #[source] io::Error),
-    #[error("The arbiter holds no record where generation {0} was: is its storage mounted?")]
+    #[error(
+        "The arbiter holds no record where generation {0} was: is its storage mounted, its cluster the same?"
+    )]
     Vanished(Generation),
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
 }
 
 /// How a compare-and-swap ended.
@@ -67,13 +74,40 @@ pub trait Arbiter: Send {
     ) -> Result<Outcome, ArbiterError>;
 }
 
-/// Opens the arbiter of an option value.
+/// Opens the arbiter of an option value; `tls_dir` and `credentials` are for `etcd:` only. No
+/// storage and no server is asked.
 ///
 /// # Errors
-/// [`ArbiterError::Unsupported`].
-pub fn open(url: &str) -> Result<Box<dyn Arbiter>, ArbiterError> {
-    match url.parse() {
-        Ok(ArbiterUrl::File(dir)) => Ok(Box::new(FileArbiter::new(dir))),
-        _ => Err(ArbiterError::Unsupported(url.to_owned())),
+/// [`ArbiterError::Option`].
+pub fn open(
+    url: &str,
+    tls_dir: Option<&Path>,
+    credentials: Option<&Path>,
+) -> Result<Box<dyn Arbiter>, ArbiterError> {
+    let invalid = |option, reason| Err(ArbiterError::Option { option, reason });
+    let url = match url.parse() {
+        Ok(url) => url,
+        Err(error) => return invalid("arbiter", chain(&error)),
+    };
+    match url {
+        ArbiterUrl::File(dir) => {
+            for (option, path) in
+                [("arbiter_tls_dir", tls_dir), ("arbiter_credentials", credentials)]
+            {
+                if path.is_some() {
+                    return invalid(option, "it is for etcd:<url> only".to_owned());
+                }
+            }
+            Ok(Box::new(FileArbiter::new(dir)))
+        }
+        ArbiterUrl::Etcd(cluster) => {
+            let [tls_dir, credentials] =
+                [tls_dir, credentials].map(|path| path.map(Path::to_owned));
+            let access = etcd::Access { tls_dir, credentials };
+            match EtcdArbiter::new(cluster, access) {
+                Ok(arbiter) => Ok(Box::new(arbiter)),
+                Err((option, error)) => invalid(option, error.to_string()),
+            }
+        }
     }
 }

@@ -15,6 +15,7 @@ use super::seal::{Pause, Sealer};
 use super::send::{Job, Senders, Sent, Source};
 use super::session::{self, Session};
 use crate::capture::epoch::Cadence;
+use crate::checking::reach;
 use crate::disk::{Disks, Journal};
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
 use crate::engine::control::{Control, Credit, Greeted, Pace, Progress};
@@ -468,6 +469,7 @@ impl<G: Guest> Engine<G> {
     fn acked(&mut self, epoch: EpochId, generation: Generation) {
         self.sealer.delays.at("ack");
         self.step(Event::Acked { epoch, generation });
+        reach("acked");
         // One that was refused took the session with it.
         if self.machine.in_flight() >= self.in_flight.len() as u64 {
             return;
@@ -585,8 +587,8 @@ fn admit(record: Option<Record>, identity: HostIdentity) -> Result<Generation, E
             Ok(record.generation)
         }
         Some(record) => Err(Error::Conflict(format!(
-            "The arbiter's directory holds the record of another owner ({record}): use an empty \
-             directory for each VM, or protect the VM on the host that owns it"
+            "The arbiter holds the record of another owner ({record}): use an empty directory, or a \
+             key of its own, for each VM, or protect the VM on the host that owns it"
         ))),
     }
 }

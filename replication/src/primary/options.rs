@@ -76,11 +76,15 @@ pub(crate) fn asked_of_rdma(
     Ok(Some(asked))
 }
 
-/// Opens the arbiter of a request.
-pub(crate) fn arbiter(url: Option<&str>) -> Result<Option<Box<dyn Arbiter>>, Error> {
-    match url.map(open).transpose() {
+/// Opens the arbiter of a request; `own` are the directory and the file that only `etcd:` has.
+pub(crate) fn arbiter(
+    url: Option<&str>,
+    own: [Option<&str>; 2],
+) -> Result<Option<Box<dyn Arbiter>>, Error> {
+    let [tls_dir, credentials] = own.map(|path| path.map(Path::new));
+    match url.map(|url| open(url, tls_dir, credentials)).transpose() {
         Ok(arbiter) => Ok(arbiter),
-        Err(error @ ArbiterError::Unsupported(_)) => invalid("arbiter", error.to_string()),
+        Err(ArbiterError::Option { option, reason }) => invalid(option, reason),
         Err(error) => Err(Error::Arbiter(error)),
     }
 }
@@ -124,7 +128,8 @@ impl Checked {
         let address = address("destination_url", &options.destination_url)?;
         let numbers = [options.rdma_port, options.rdma_gid_index, options.rdma_depth];
         let rdma = asked_of_rdma(&address, options.rdma_device.as_deref(), numbers)?;
-        let arbiter = arbiter(options.arbiter.as_deref())?;
+        let own = [&options.arbiter_tls_dir, &options.arbiter_credentials];
+        let arbiter = arbiter(options.arbiter.as_deref(), own.map(Option::as_deref))?;
         let tls = certificates(&address, options.tls_dir.as_deref(), tls::Client::load)?;
         Ok(Self { options, destination: Destination { address, tls }, rdma, arbiter })
     }

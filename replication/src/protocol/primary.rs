@@ -248,8 +248,8 @@ impl Primary {
             (State::Pairing, Verdict::Lost(record)) => {
                 self.go(State::Failed);
                 let reason = format!(
-                    "The arbiter's directory holds another record ({record}): use an empty \
-                     directory for each VM"
+                    "The arbiter holds another record ({record}): use an empty directory, or a \
+                     key of its own, for each VM"
                 );
                 vec![Action::TellStop, Action::Report(Report::Failed(reason))]
             }

@@ -11,7 +11,7 @@
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::process::Command;
 
@@ -40,6 +40,12 @@ impl Namespace {
         Ok(Self(made.join().expect("it does not panic")?))
     }
 
+    /// The calling thread's.
+    pub fn own() -> Result<Self> {
+        let file = File::open("/proc/thread-self/ns/net");
+        file.map(Self).context("Cannot open a network namespace")
+    }
+
     /// Moves the calling thread, and what it starts from now on, into the namespace.
     pub fn enter(&self) -> Result<()> {
         setns(&self.0, CloneFlags::CLONE_NEWNET).context("Cannot enter a network namespace")
@@ -53,8 +59,20 @@ impl Namespace {
         })
     }
 
+    /// How many frames were written to a tap of it so far.
+    pub fn frames_from(&self, tap: &str) -> Result<u64> {
+        let table = self.within(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
+        frames_received(&table, tap).with_context(|| format!("{tap} has no counters:\n{table}"))
+    }
+
+    #[must_use]
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     /// A path that others can open it by, while this process lives.
-    fn path(&self) -> String {
+    #[must_use]
+    pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 }
@@ -90,9 +108,7 @@ impl Network {
 
     /// How many frames a VMM has sent into its tap so far.
     pub fn frames_from(&self, tap: &str) -> Result<u64> {
-        let table =
-            self.hosts.within(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
-        frames_received(&table, tap).with_context(|| format!("{tap} has no counters:\n{table}"))
+        self.hosts.frames_from(tap)
     }
 }
 
@@ -104,13 +120,23 @@ fn frames_received(table: &str, device: &str) -> Option<u64> {
 }
 
 fn ip(arguments: &str) -> Result<()> {
-    let output = Command::new("ip")
+    run("ip", arguments)
+}
+
+/// Runs a command whose arguments have no spaces, in the calling thread's namespaces.
+pub fn run(program: &str, arguments: &str) -> Result<()> {
+    output(program, arguments).map(|_| ())
+}
+
+/// As [`run`]; what it prints.
+pub fn output(program: &str, arguments: &str) -> Result<String> {
+    let output = Command::new(program)
         .args(arguments.split(' '))
         .output()
-        .context("Cannot run 'ip': this needs the package iproute2")?;
+        .with_context(|| format!("Cannot run '{program}': it is missing, or not to be run"))?;
     let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "ip {arguments}: {}", said.trim());
-    Ok(())
+    ensure!(output.status.success(), "{program} {arguments}: {}", said.trim());
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[cfg(test)]

@@ -71,6 +71,8 @@ pub struct Setup {
     /// Appended to `--receive-replica`, each with its leading comma.
     pub receive_options: String,
     pub arbiter: bool,
+    /// Another arbiter than the directory of the pair, as an option's value.
+    pub arbiter_url: Option<String>,
     pub transport: Transport,
     /// Further arguments of the primary, and of the backup: its own taps and images.
     pub primary_arguments: Vec<String>,
@@ -93,6 +95,7 @@ impl Setup {
             replicate_options: String::new(),
             receive_options: String::new(),
             arbiter: true,
+            arbiter_url: None,
             transport: Transport::default(),
             primary_arguments: Vec::new(),
             backup_arguments: Vec::new(),
@@ -118,6 +121,13 @@ pub fn free_port() -> Result<u16> {
 
 /// Starts a backup that listens on `url` with its serial port on a socket.
 pub fn start_backup(folder: &Path, name: &str, url: &str, setup: &Setup) -> Result<Vmm> {
+    let arguments = backup_arguments(folder, name, url, setup);
+    Vmm::start_with(folder, name, &arguments, &setup.backup_environment)
+}
+
+/// What a backup is started with, its API socket excepted.
+#[must_use]
+pub fn backup_arguments(folder: &Path, name: &str, url: &str, setup: &Setup) -> Vec<String> {
     let arbiter = arbiter_option(folder, setup);
     let mut arguments = vec![
         "--receive-replica".to_owned(),
@@ -128,11 +138,23 @@ pub fn start_backup(folder: &Path, name: &str, url: &str, setup: &Setup) -> Resu
         "off".to_owned(),
     ];
     arguments.extend(setup.backup_arguments.iter().cloned());
-    Vmm::start_with(folder, name, &arguments, &setup.backup_environment)
+    arguments
 }
 
 /// Starts a VM, protected by a backup at `url` where one is given.
 pub fn start_primary(folder: &Path, name: &str, url: Option<&str>, setup: &Setup) -> Result<Vmm> {
+    let arguments = primary_arguments(folder, name, url, setup);
+    Vmm::start_with(folder, name, &arguments, &setup.primary_environment)
+}
+
+/// What a primary is started with, its API socket excepted.
+#[must_use]
+pub fn primary_arguments(
+    folder: &Path,
+    name: &str,
+    url: Option<&str>,
+    setup: &Setup,
+) -> Vec<String> {
     let mut arguments = vec![
         "--kernel".to_owned(),
         setup.kernel.display().to_string(),
@@ -154,16 +176,20 @@ pub fn start_primary(folder: &Path, name: &str, url: Option<&str>, setup: &Setup
         arguments.extend(["--replicate".to_owned(), replicate_options(folder, url, setup)]);
     }
     arguments.extend(setup.primary_arguments.iter().cloned());
-    Vmm::start_with(folder, name, &arguments, &setup.primary_environment)
+    arguments
 }
 
-fn replicate_options(folder: &Path, url: &str, setup: &Setup) -> String {
+/// What `vm.replicate` is given for a backup at `url`, as the command line takes it.
+#[must_use]
+pub fn replicate_options(folder: &Path, url: &str, setup: &Setup) -> String {
     let arbiter = arbiter_option(folder, setup);
     format!("destination_url={url}{arbiter}{}", setup.replicate_options)
 }
 
 fn arbiter_option(folder: &Path, setup: &Setup) -> String {
-    if setup.arbiter {
+    if let Some(url) = &setup.arbiter_url {
+        format!(",arbiter=\"{url}\"")
+    } else if setup.arbiter {
         format!(",arbiter=file:{}", folder.join("arbiter").display())
     } else {
         String::new()

@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -64,6 +65,17 @@ fn tie_to(parent: libc::pid_t) -> std::io::Result<()> {
     interrupt::unblock()
 }
 
+/// In a child before its exec: goes into namespaces.
+fn enter(namespaces: &[libc::c_int]) -> std::io::Result<()> {
+    for namespace in namespaces {
+        // SAFETY: setns(2) takes two numbers, and no memory.
+        if unsafe { libc::setns(*namespace, 0) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 impl Vmm {
     /// Starts the VMM with an API socket in `folder` and waits until it answers.
     pub fn start<S: AsRef<OsStr>>(folder: &Path, name: &str, arguments: &[S]) -> Result<Self> {
@@ -77,7 +89,18 @@ impl Vmm {
         arguments: &[S],
         environment: &[(String, String)],
     ) -> Result<Self> {
-        let mut vmm = Self::spawn_with(folder, name, arguments, environment)?;
+        Self::start_in(folder, name, arguments, environment, &[])
+    }
+
+    /// As [`Vmm::start_with`], in these namespaces in the place of the caller's.
+    pub fn start_in<S: AsRef<OsStr>>(
+        folder: &Path,
+        name: &str,
+        arguments: &[S],
+        environment: &[(String, String)],
+        namespaces: &[BorrowedFd],
+    ) -> Result<Self> {
+        let mut vmm = Self::spawn_with(folder, name, arguments, environment, namespaces)?;
         vmm.wait("its API socket to answer", Duration::from_secs(30), |vmm| {
             vmm.get("vmm.ping").is_ok().then_some(())
         })?;
@@ -88,7 +111,7 @@ impl Vmm {
     ///
     /// The VMM lives no longer than the calling *thread*: start it on one that outlives its use.
     pub fn spawn<S: AsRef<OsStr>>(folder: &Path, name: &str, arguments: &[S]) -> Result<Self> {
-        Self::spawn_with(folder, name, arguments, &[])
+        Self::spawn_with(folder, name, arguments, &[], &[])
     }
 
     fn spawn_with<S: AsRef<OsStr>>(
@@ -96,6 +119,7 @@ impl Vmm {
         name: &str,
         arguments: &[S],
         environment: &[(String, String)],
+        namespaces: &[BorrowedFd],
     ) -> Result<Self> {
         let socket = folder.join(format!("{name}.sock"));
         let log = folder.join(format!("{name}.log"));
@@ -110,9 +134,11 @@ impl Vmm {
             .stdout(output.try_clone()?)
             .stderr(output);
         let parent = libc::pid_t::try_from(std::process::id())?;
-        // SAFETY: between fork and exec only async-signal-safe calls are allowed: `tie_to` makes
-        // nothing but system calls, and allocates nothing.
-        unsafe { command.pre_exec(move || tie_to(parent)) };
+        // Open until the child has run `enter`: the caller lends them, and `spawn` waits for its exec.
+        let namespaces: Vec<_> = namespaces.iter().map(AsRawFd::as_raw_fd).collect();
+        // SAFETY: between fork and exec only async-signal-safe calls are allowed: `tie_to` and
+        // `enter` make nothing but system calls, and allocate nothing.
+        unsafe { command.pre_exec(move || tie_to(parent).and_then(|()| enter(&namespaces))) };
         let child = command.spawn().context("Cannot start cloud-hypervisor")?;
         Ok(Self { name: name.to_owned(), child, socket, log, status: None })
     }

@@ -101,12 +101,16 @@ pub(crate) enum Command {
     },
     /// Protect the VM
     Replicate {
-        /// destination_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,arbiter=file:<directory>,…
+        /// destination_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,
+        /// arbiter=file:<directory>|"etcd:<url>,<url>/<key>",arbiter_tls_dir=<directory>,
+        /// arbiter_credentials=<file>,…
         config: ReplicateData,
     },
     /// Be the backup of a VM
     ReceiveReplica {
-        /// receiver_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,arbiter=file:<directory>,…
+        /// receiver_url=tcp:<host>:<port>|rdma:<host>:<port>|unix:<path>,
+        /// arbiter=file:<directory>|"etcd:<url>,<url>/<key>",arbiter_tls_dir=<directory>,
+        /// arbiter_credentials=<file>,…
         config: ReceiveReplicaData,
     },
     /// End the protection; the VM runs on

@@ -8,6 +8,7 @@ use super::{Ask, Engine, Error, Event, Message, Replica, ReplicaBuilder, Sender,
 use crate::backup::apply::apply;
 use crate::backup::disks::DiskConnection;
 use crate::backup::receive::DataConnection;
+use crate::checking::reach;
 use crate::engine::now_us;
 use crate::ids::EpochId;
 use crate::ownership::{Record, Standing};
@@ -50,7 +51,10 @@ impl<B: ReplicaBuilder> Engine<B> {
 
     fn act(&mut self, action: Action) {
         match action {
-            Action::Ack { epoch, generation } => self.tell(Message::Ack { epoch, generation }),
+            Action::Ack { epoch, generation } => {
+                self.tell(Message::Ack { epoch, generation });
+                reach("acked");
+            }
             Action::Apply(epoch) => self.apply(epoch),
             Action::DropStaging => self.drop_staging(),
             Action::TellAbort(reason) => self.tell_last(Message::Abort(reason)),
@@ -70,6 +74,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             }
             Action::Close => self.close(),
             Action::Claim { expected } => {
+                reach("claim");
                 // Whoever claims can run: a primary that lives must not lose its VM to an image
                 // that is not whole.
                 if let Err(error) = self.settle_images() {
@@ -117,6 +122,7 @@ impl<B: ReplicaBuilder> Engine<B> {
                 let _ = connection.spare.try_send(part);
             }
         }
+        reach("applied");
         if let Some(equality) = &self.equality {
             equality.applied(&session.shared.ram, epoch.0);
         }
@@ -168,8 +174,10 @@ impl<B: ReplicaBuilder> Engine<B> {
             end_data(session.data.iter_mut().filter_map(Option::take), session.disks.take());
         }
         self.images = None;
+        reach("start");
         match replica.start(state) {
             Ok(()) => {
+                reach("started");
                 self.times.resumed_us = now_us();
                 self.status.lock().info.takeover = Some(self.times);
                 self.step(Event::Started);

@@ -15,6 +15,7 @@ use crate::backup::disks::{DiskConnection, DiskDelivery, Images};
 use crate::backup::receive::{DataConnection, Shared};
 use crate::backup::staging::Budget;
 use crate::capture::cow::Share;
+use crate::checking::reach;
 use crate::engine::control::{Control, Greeted, Pace, Progress};
 use crate::engine::heard::Heard;
 use crate::engine::spawn;
@@ -110,6 +111,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             heartbeat_ms: u32::try_from(heartbeat_ms).unwrap_or(u32::MAX),
             timeout_ms: u32::try_from(timeout_ms).unwrap_or(u32::MAX),
         }));
+        reach("accepted");
         // Building may have taken longer than the timeout.
         heard.now();
         let connections = usize::try_from(hello.connections).unwrap_or(0);

@@ -3,6 +3,7 @@
 use super::{
     Action, Degrade, Engine, Error, Event, Guest, Message, Report, Standing, State, Told, Work,
 };
+use crate::checking::reach;
 use crate::protocol::ownership::Verdict;
 use crate::protocol::primary::Purpose;
 use api::replication::ReplicationState;
@@ -31,9 +32,13 @@ impl<G: Guest> Engine<G> {
                 self.claim(expected, Standing::Pair { primary, backup: self.backup });
             }
             Action::Claim { expected } => {
+                reach("claim");
                 self.claim(expected, Standing::Solo { owner: self.identity.host });
             }
-            Action::TellPaired(generation) => self.tell(Message::Paired(generation)),
+            Action::TellPaired(generation) => {
+                reach("paired");
+                self.tell(Message::Paired(generation));
+            }
             Action::TellStop => self.tell(Message::Stop),
             Action::TellResync => {
                 self.first = true;
@@ -51,6 +56,7 @@ impl<G: Guest> Engine<G> {
                 self.call_off_log();
             }
             Action::SealHandover => {
+                reach("handover");
                 self.handover = true;
                 if self.in_flight.is_empty() {
                     self.seal();
@@ -58,6 +64,7 @@ impl<G: Guest> Engine<G> {
             }
             Action::Handed(epoch) => {
                 self.guest.hand_over_output(epoch);
+                reach("handed");
                 self.status.lock().info.epoch_committed = epoch.0;
             }
             Action::Commit(epoch) => {

@@ -11,6 +11,7 @@ use super::{
     Source, TOO_LARGE_MAX, Work,
 };
 use crate::capture::cow::Share;
+use crate::checking::reach;
 use crate::disk::Change;
 use crate::guest::{MachineState, STATE_BYTES_MAX};
 use crate::ids::{EpochId, PAGE_SIZE};
@@ -154,6 +155,7 @@ impl<G: Guest> Engine<G> {
         sealed: Sealed<G::State>,
         took: Duration,
     ) -> Result<(), Error> {
+        reach("sealed");
         let Sealed { state, source, log, stood, steps } = sealed;
         let sealed_at = Instant::now();
         self.sealed = epoch;
@@ -183,6 +185,7 @@ impl<G: Guest> Engine<G> {
         let generation = self.machine.generation();
         let seal = Seal { epoch, generation, handover, pages: counts, changes, state: bytes };
         self.tell(Message::Seal(seal));
+        reach("given");
         self.in_flight.push_back(InFlight { sealed_at, pages, log_bytes, touched_bytes });
         let mut gathered = self.status.lock();
         if handover || self.options.cow != Cow::Off {
@@ -223,6 +226,9 @@ impl<G: Guest> Engine<G> {
 
     /// The job is out on every connection.
     pub(super) fn sent(&mut self) {
+        if self.work == Work::Epochs {
+            reach("sent");
+        }
         match self.work {
             Work::Copying { pass, pages } => self.copied(pass, pages),
             Work::Surplus => {
@@ -264,6 +270,7 @@ impl<G: Guest> Engine<G> {
         }
         self.work = Work::Copying { pass, pages };
         self.give(EpochId(0), Source::Live(set));
+        reach("copy");
         self.sealer.prepare();
     }
 

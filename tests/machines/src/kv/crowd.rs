@@ -67,8 +67,20 @@ pub struct Seen {
 impl Crowd {
     /// Connects all clients, in `namespace` where there is one, and sets them to work.
     pub fn start(plan: &Plan, namespace: Option<&Namespace>) -> Result<Self> {
-        let sequence = Arc::new(Sequence::default());
-        let connect = |number| Client::connect(number, plan.address, plan.silence_limit, &sequence);
+        Self::start_in(plan, namespace, &Arc::default(), 0)
+    }
+
+    /// As [`Crowd::start`], in a history that others have begun; the clients' numbers from `first` on
+    /// are none of theirs.
+    pub fn start_in(
+        plan: &Plan,
+        namespace: Option<&Namespace>,
+        sequence: &Arc<Sequence>,
+        first: u32,
+    ) -> Result<Self> {
+        let sequence = Arc::clone(sequence);
+        let connect =
+            |number| Client::connect(first + number, plan.address, plan.silence_limit, &sequence);
         let connect_all = || (0..plan.clients).map(connect).collect::<Result<Vec<_>>>();
         let clients = match namespace {
             Some(namespace) => namespace.within(connect_all)??,
@@ -108,6 +120,18 @@ impl Crowd {
             std::thread::sleep(POLL);
         }
         Ok(())
+    }
+
+    /// The order of their events, for others who join them.
+    #[must_use]
+    pub fn sequence(&self) -> Arc<Sequence> {
+        Arc::clone(&self.shared.sequence)
+    }
+
+    /// Answers to all clients so far.
+    #[must_use]
+    pub fn answered(&self) -> u64 {
+        self.shared.answers.iter().map(|answers| answers.load(Ordering::SeqCst)).sum()
     }
 
     #[must_use]

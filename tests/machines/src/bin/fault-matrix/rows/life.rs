@@ -1,0 +1,258 @@
+//! What a person, or the guest, does to a VM that is protected, and failures that follow each other.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use api::replication::ReplicationState;
+use api::response::VmState;
+
+use crate::row::{Does, End, Expect, Row};
+use crate::scene::{LIMIT, Scene};
+use crate::world::Place;
+
+const SHORT: Duration = Duration::from_secs(4);
+
+pub fn rows() -> Vec<Row> {
+    let mut rows = orders();
+    rows.extend(resets());
+    rows.extend(again());
+    rows
+}
+
+fn orders() -> Vec<Row> {
+    let ended = |name, what, act: fn(&mut Scene) -> Result<()>| {
+        let mut row = Row::new(name, what, Expect::Only(End::Nobody), move |scene: &mut Scene| {
+            scene.blow();
+            act(scene)?;
+            // Told, and so it does not take over.
+            scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+            ensure!(!scene.has_event(Place::B, "failover-started"), "B has taken over");
+            Ok(End::Nobody)
+        });
+        row.prepared.silence_limit = SHORT;
+        row
+    };
+    vec![
+        Row::new("pause", "vm.pause, later vm.resume", Expect::Only(End::Pair), |scene| {
+            scene.blow();
+            scene.a.put_ok("vm.pause", None)?;
+            scene.wait_committed()?;
+            scene.is_held()?;
+            scene.a.put_ok("vm.resume", None)?;
+            scene.wait_settled()
+        }),
+        Row::new(
+            "pause-kill-a",
+            "vm.pause, A is killed: the VM is B's, and paused; vm.resume there",
+            Expect::Only(End::B),
+            |scene| {
+                scene.blow();
+                scene.a.put_ok("vm.pause", None)?;
+                scene.wait_committed()?;
+                scene.a.kill()?;
+                scene.wait_b_took_over()?;
+                scene.is_unanswered()?;
+                let state = scene.b.vm_state()?;
+                ensure!(state == VmState::Paused, "B's VM is {state:?}");
+                scene.b.put_ok("vm.resume", None)?;
+                Ok(End::B)
+            },
+        ),
+        Row::new(
+            "snapshot",
+            "vm.pause, vm.snapshot, vm.resume",
+            Expect::Only(End::Pair),
+            |scene| {
+                scene.blow();
+                let folder = scene.folder.join("snapshot");
+                std::fs::create_dir(&folder)?;
+                scene.a.put_ok("vm.pause", None)?;
+                let body = format!(r#"{{"destination_url":"file://{}"}}"#, folder.display());
+                scene.a.put_ok("vm.snapshot", Some(&body))?;
+                scene.a.put_ok("vm.resume", None)?;
+                ensure!(folder.join("state.json").is_file(), "there is no snapshot");
+                scene.wait_settled()
+            },
+        ),
+        ended("shutdown", "vm.shutdown: B is told, nobody takes over", |scene| {
+            scene.a.put_ok("vm.shutdown", None)
+        }),
+        ended("delete", "vm.delete: B is told, nobody takes over", |scene| {
+            scene.a.put_ok("vm.delete", None)
+        }),
+        ended("terminate-a", "SIGTERM of A, an order to end the VM: nobody takes over", |scene| {
+            scene.a.signal(libc::SIGTERM)?;
+            let status = scene.a.wait_exit(LIMIT)?;
+            ensure!(status.success(), "A ended with {status}");
+            Ok(())
+        }),
+        Row::new("terminate-b", "SIGTERM of B", Expect::Only(End::A), |scene| {
+            scene.blow();
+            scene.b.signal(libc::SIGTERM)?;
+            scene.b.wait_exit(LIMIT)?;
+            scene.wait_a_alone()?;
+            Ok(End::A)
+        }),
+        Row::new("stop-replication-b", "vm.stop-replication on B", Expect::Only(End::A), |scene| {
+            scene.blow();
+            scene.b.put_ok("vm.stop-replication", None)?;
+            scene.wait_a_alone()?;
+            Ok(End::A)
+        }),
+        {
+            let mut row = Row::new(
+                "degrade-pause",
+                "B is killed, and A was told to stay paused then (degrade=pause); vm.resume",
+                Expect::Only(End::A),
+                |scene| {
+                    scene.blow();
+                    scene.b.kill()?;
+                    scene.wait_a_alone()?;
+                    scene.is_unanswered()?;
+                    let state = scene.a.vm_state()?;
+                    ensure!(state == VmState::Paused, "A's VM is {state:?}");
+                    scene.a.put_ok("vm.resume", None)?;
+                    Ok(End::A)
+                },
+            );
+            row.prepared.options = ",degrade=pause";
+            row
+        },
+        Row::new(
+            "failover-b",
+            "vm.failover on B: it takes over from a primary that lives",
+            Expect::Only(End::B),
+            |scene| {
+                scene.blow();
+                scene.b.put_ok("vm.failover", Some(r#"{"force":false}"#))?;
+                scene.wait_b_took_over()?;
+                Ok(End::B)
+            },
+        ),
+    ]
+}
+
+fn resets() -> Vec<Row> {
+    let mut rows = vec![
+        Row::new(
+            "reset",
+            "The guest is reset (vm.reboot): connections break, as they do; it boots protected",
+            Expect::Only(End::Pair),
+            |scene| {
+                scene.blow();
+                let mark = scene.serial.mark();
+                scene.a.put_ok("vm.reboot", None)?;
+                scene.wait_ready(mark)?;
+                scene.gather_anew()?;
+                scene.wait_settled()
+            },
+        )
+        .felt(),
+        Row::new(
+            "reset-kill-a",
+            "The guest is reset, and A is killed in the middle: B resets it, or boots it further",
+            Expect::Only(End::B),
+            |scene| {
+                scene.blow();
+                scene.a.put_ok("vm.reboot", None)?;
+                scene.a.kill()?;
+                scene.wait_b_took_over()?;
+                scene.gather_anew()?;
+                Ok(End::B)
+            },
+        )
+        .felt(),
+    ];
+    for (name, place, what, end) in [
+        (
+            "resync",
+            None,
+            "the VM is copied anew (staging_size=16M), and protected again",
+            End::Pair,
+        ),
+        ("resync-kill-a", Some(Place::A), "A is killed while the VM is copied anew", End::Nobody),
+        ("resync-kill-b", Some(Place::B), "B is killed while the VM is copied anew", End::A),
+    ] {
+        let act = move |scene: &mut Scene| resync(scene, place, end);
+        let what = format!("The guest is reset, which is more than an epoch can have: {what}");
+        let mut row = Row::new(name, what, Expect::Only(end), act).felt();
+        row = row.fault(Place::A, "copy", Does::Wait);
+        row.prepared.receive = ",staging_size=16M";
+        rows.push(row);
+    }
+    for row in &mut rows {
+        row.prepared.silence_limit = SHORT;
+    }
+    rows
+}
+
+fn resync(scene: &mut Scene, victim: Option<Place>, end: End) -> Result<End> {
+    scene.blow();
+    let mark = scene.serial.mark();
+    scene.arm(Place::A)?;
+    scene.a.put_ok("vm.reboot", None)?;
+    // It is unprotected then, whoever dies.
+    scene.wait_reached(Place::A)?;
+    if victim != Some(Place::A) {
+        scene.wait_ready(mark)?;
+    }
+    if let Some(victim) = victim {
+        scene.vmm(victim).kill()?;
+    }
+    scene.go_on(Place::A)?;
+    match end {
+        End::Nobody => scene.b.wait_state(ReplicationState::Disconnected, LIMIT).map(drop)?,
+        End::A => scene.wait_a_unprotected()?,
+        End::Pair | End::B => scene.wait_protected()?,
+    }
+    if end != End::Nobody {
+        scene.gather_anew()?;
+    }
+    Ok(end)
+}
+
+/// Failures that follow each other.
+fn again() -> Vec<Row> {
+    vec![
+        Row::new(
+            "again-kill-a",
+            "B is killed; the VM is protected by a new B (vm.replicate); A is killed",
+            Expect::Only(End::B),
+            |scene| {
+                scene.blow();
+                scene.b.kill()?;
+                scene.wait_a_alone()?;
+                protect_again(scene)?;
+                scene.a.kill()?;
+                scene.wait_b_took_over()?;
+                Ok(End::B)
+            },
+        ),
+        Row::new(
+            "again-kill-b",
+            "B is killed, a new B in its first copy, too, and a third one protects the VM",
+            Expect::Only(End::Pair),
+            |scene| {
+                scene.blow();
+                scene.b.kill()?;
+                scene.wait_a_alone()?;
+                scene.arm(Place::B)?;
+                scene.restart_b()?;
+                scene.protect()?;
+                scene.wait_killed(Place::B)?;
+                scene.wait_a_unprotected()?;
+                scene.wait_served()?;
+                protect_again(scene)?;
+                Ok(End::Pair)
+            },
+        )
+        .fault(Place::B, "accepted", Does::Kill),
+    ]
+}
+
+fn protect_again(scene: &mut Scene) -> Result<()> {
+    scene.restart_b()?;
+    scene.protect()?;
+    scene.wait_protected()?;
+    scene.wait_served()
+}

@@ -1,0 +1,24 @@
+//! All rows, in the order of the table.
+//!
+//! - [`steps`]: a process is killed or hangs at a step of the protocol
+//! - [`frozen`]: a process stands still for longer than the time-out, and wakes
+//! - [`cuts`]: the network between hosts and arbiter
+//! - [`storage`]: the arbiter's directory, and the images of the disks
+//! - [`life`]: what a person or the guest does to a VM that is protected
+
+mod cuts;
+mod frozen;
+mod life;
+mod steps;
+mod storage;
+
+use crate::row::Row;
+
+pub fn all() -> Vec<Row> {
+    let mut rows = steps::rows();
+    rows.extend(frozen::rows());
+    rows.extend(cuts::rows());
+    rows.extend(storage::rows());
+    rows.extend(life::rows());
+    rows
+}

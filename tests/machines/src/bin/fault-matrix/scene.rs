@@ -1,0 +1,445 @@
+//! A pair at work with its clients, and what a row does to it and asks of it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use api::client::{Client as Api, Method};
+use api::replication::{ReplicateData, ReplicationInfo, ReplicationState};
+use api::response::VmState;
+use understudy_tests::kv::client::Client;
+use understudy_tests::kv::crowd::{self, Crowd, Seen};
+use understudy_tests::kv::history::{Operation, Sequence};
+use understudy_tests::kv::round::{self, Disk};
+use understudy_tests::network::SERVER;
+use understudy_tests::pair::{self, Setup};
+use understudy_tests::process::{POLL, Vmm};
+use understudy_tests::serial::Serial;
+
+use crate::arbiter::{Arbiter, Kind};
+use crate::row::{End, Kept, Prepared};
+use crate::world::{Host, Place, World};
+
+/// Longest wait for anything in a row; a machine under load is slow, a broken one for ever.
+pub const LIMIT: Duration = Duration::from_secs(60);
+/// Silence after which a peer is suspected.
+pub const TIMEOUT: Duration = Duration::from_secs(2);
+/// Answers to each client that show that somebody goes on.
+const ANSWERS: u64 = 10;
+/// How long nobody may say a word for it to count as held: longer than the arbiter is left in peace.
+const HELD: Duration = Duration::from_millis(1500);
+/// How long nothing new may come of what has come to rest.
+const SETTLED: Duration = Duration::from_millis(150);
+/// A VM of a vCPU is enough to be lost, and quickly copied.
+const MEMORY: &str = "64M";
+/// Where the backup listens.
+const PORT: u16 = 4400;
+
+/// A pair and its surroundings. A begins as the primary, B as the backup.
+pub struct Scene {
+    pub folder: PathBuf,
+    pub world: World,
+    pub arbiter: Arbiter,
+    pub a: Vmm,
+    pub b: Vmm,
+    pub serial: Serial,
+    setup: Setup,
+    url: String,
+    clients: u32,
+    /// Processes that were B.
+    backups: u32,
+    crowd: Option<Crowd>,
+    /// What clients saw that have gone home.
+    before: Vec<Operation>,
+    blow: Option<Instant>,
+    silence_limit: Duration,
+    /// Dropped last, with what the processes still use.
+    _kept: Kept,
+}
+
+impl Scene {
+    /// Starts all of them; with `prepared.is_protected` the pair is one, and the clients at work.
+    pub fn start(folder: &Path, kind: Kind, prepared: &Prepared, clients: u32) -> Result<Self> {
+        let setup = round::setup(folder, 1, MEMORY, Disk::Replicated)?;
+        let kept = prepared.images.map_or(Ok(vec![]), |prepare| prepare(folder))?;
+        let world = World::new()?;
+        let arbiter = Arbiter::new(kind, folder, &world)?;
+        let setup = complete(setup, folder, &arbiter, prepared);
+        let url = format!("tcp:{}:{PORT}", world.b.address);
+        let b =
+            start(folder, "b", &pair::backup_arguments(folder, "b", &url, &setup), &setup, &world)?;
+        let target = prepared.is_protected.then_some(url.as_str());
+        let arguments = pair::primary_arguments(folder, "a", target, &setup);
+        let a = start(folder, "a", &arguments, &setup, &world)?;
+        let serial = Serial::connect(&folder.join("a.serial"), LIMIT)?;
+        let folder = folder.to_owned();
+        let mut scene = Self {
+            folder,
+            world,
+            arbiter,
+            a,
+            b,
+            serial,
+            setup,
+            url,
+            clients,
+            backups: 1,
+            crowd: None,
+            before: vec![],
+            blow: None,
+            silence_limit: prepared.silence_limit,
+            _kept: kept,
+        };
+        if prepared.is_protected {
+            scene.wait_protected()?;
+        }
+        scene.wait_ready(0)?;
+        scene.gather(&Arc::default(), 0)?;
+        Ok(scene)
+    }
+
+    /// The guest's server listens; from a mark of its serial port on.
+    pub fn wait_ready(&self, mark: usize) -> Result<()> {
+        self.serial.wait_line("'KV READY'", mark, LIMIT, |line| line.contains("KV READY"))?;
+        Ok(())
+    }
+
+    /// Sets the clients to work, and lets them for a while.
+    fn gather(&mut self, sequence: &Arc<Sequence>, first: u32) -> Result<()> {
+        let (clients, silence_limit) = (self.clients, self.silence_limit);
+        let plan = crowd::Plan { clients, address: SERVER, silence_limit, seed: 7 };
+        let crowd = Crowd::start_in(&plan, Some(&self.world.clients), sequence, first)?;
+        crowd.wait_answers(3 * ANSWERS, LIMIT)?;
+        self.crowd = Some(crowd);
+        Ok(())
+    }
+
+    /// Others take the place of the clients, in the same history: of a row in which those may have
+    /// been told of an error, or lost their connection.
+    pub fn gather_anew(&mut self) -> Result<()> {
+        let crowd = self.take_crowd()?;
+        self.gather(&crowd.sequence(), self.clients)?;
+        let Seen { clients, operations, .. } = crowd.finish();
+        self.before.extend(operations);
+        self.before.extend(clients.into_iter().flat_map(Client::into_operations));
+        Ok(())
+    }
+
+    /// What clients saw that were replaced.
+    pub fn take_before(&mut self) -> Vec<Operation> {
+        std::mem::take(&mut self.before)
+    }
+
+    /// Waits until a client was told of an error.
+    pub fn wait_refused(&self) -> Result<()> {
+        let start = Instant::now();
+        while !self.crowd()?.has_failed() {
+            ensure!(start.elapsed() < LIMIT, "no client was told of an error");
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    /// From here on clients may be without service.
+    pub fn blow(&mut self) {
+        self.blow = Some(Instant::now());
+    }
+
+    pub fn blow_at(&self) -> Option<Instant> {
+        self.blow
+    }
+
+    fn crowd(&self) -> Result<&Crowd> {
+        self.crowd.as_ref().context("the clients have gone home")
+    }
+
+    pub fn take_crowd(&mut self) -> Result<Crowd> {
+        self.crowd.take().context("the clients have gone home")
+    }
+
+    pub fn vmm(&mut self, place: Place) -> &mut Vmm {
+        match place {
+            Place::A => &mut self.a,
+            Place::B | Place::Arbiter => &mut self.b,
+        }
+    }
+
+    pub fn host(&self, place: Place) -> &Host {
+        match place {
+            Place::A => &self.world.a,
+            Place::B | Place::Arbiter => &self.world.b,
+        }
+    }
+
+    /// The image that a side's VM writes.
+    pub fn image(&self, place: Place) -> PathBuf {
+        self.folder.join(if place == Place::A { "primary.img" } else { "backup.img" })
+    }
+
+    // --- what is done ------------------------------------------------------------------------
+
+    /// Begins the first copy of a VM that has run alone so far. What becomes of it is seen later: the
+    /// answer may not come.
+    pub fn protect(&self) -> Result<()> {
+        let _ = self.a.put("vm.replicate", Some(&self.replicate()?));
+        Ok(())
+    }
+
+    /// The same on a thread of its own: A may stand still before it answers.
+    pub fn ask_protect(&self) -> Result<()> {
+        self.ask("vm.replicate", self.replicate()?);
+        Ok(())
+    }
+
+    fn replicate(&self) -> Result<String> {
+        let options = pair::replicate_options(&self.folder, &self.url, &self.setup);
+        let data: ReplicateData =
+            options.parse().map_err(|error| anyhow::anyhow!("{options}: {error}"))?;
+        Ok(serde_json::to_string(&data)?)
+    }
+
+    /// Another process in the place of B, which has ended.
+    pub fn restart_b(&mut self) -> Result<()> {
+        // A name of its own: the one that is dropped takes its socket with it.
+        self.backups += 1;
+        let name = format!("b{}", self.backups);
+        let arguments = pair::backup_arguments(&self.folder, &name, &self.url, &self.setup);
+        self.b = start(&self.folder, &name, &arguments, &self.setup, &self.world)?;
+        Ok(())
+    }
+
+    /// Asks A to hand over, on a thread of its own: A may not live to answer.
+    pub fn ask_failover(&self) -> JoinHandle<()> {
+        self.ask("vm.failover", r#"{"force":false}"#.to_owned())
+    }
+
+    fn ask(&self, name: &'static str, body: String) -> JoinHandle<()> {
+        let socket = self.a.socket().to_owned();
+        std::thread::spawn(move || {
+            let asked = Api::connect(&socket);
+            // What comes of it is seen on both sides.
+            let _ = asked.map(|mut client| client.exchange(Method::Put, name, Some(&body)));
+        })
+    }
+
+    /// From here on the fault that a side was started with comes at its point.
+    pub fn arm(&self, place: Place) -> Result<()> {
+        File::create(fault_file(&self.folder, place)).context("Cannot arm a fault")?;
+        Ok(())
+    }
+
+    fn reached_file(&self, place: Place) -> PathBuf {
+        fault_file(&self.folder, place).with_extension("reached")
+    }
+
+    /// Waits until the fault has come about.
+    pub fn wait_reached(&self, place: Place) -> Result<()> {
+        let (file, start) = (self.reached_file(place), Instant::now());
+        while !file.exists() {
+            ensure!(start.elapsed() < LIMIT, "{place:?} does not get to the point of its fault");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Lets whoever waits at its point go on.
+    pub fn go_on(&self, place: Place) -> Result<()> {
+        std::fs::remove_file(self.reached_file(place)).context("Nobody waits at a point")
+    }
+
+    /// Waits until a fault has killed its process.
+    pub fn wait_killed(&mut self, place: Place) -> Result<()> {
+        self.wait_reached(place)?;
+        self.vmm(place).wait_exit(LIMIT).map(|_| ())
+    }
+
+    // --- what is asked -----------------------------------------------------------------------
+
+    pub fn wait_protected(&mut self) -> Result<()> {
+        let synced = self.a.wait_state(ReplicationState::Protected, LIMIT);
+        synced.with_context(|| format!("B says:\n{}", self.b.log()))?;
+        self.b.wait_state(ReplicationState::Protected, LIMIT)?;
+        Ok(())
+    }
+
+    /// A goes on without a backup.
+    pub fn wait_a_alone(&mut self) -> Result<ReplicationInfo> {
+        self.a.wait("A to go on alone", LIMIT, |vmm| {
+            let info = vmm.replication().ok()?;
+            matches!(info.state, ReplicationState::Degraded | ReplicationState::Stopped)
+                .then_some(info)
+        })
+    }
+
+    /// A runs, and the protection that was to begin has not.
+    pub fn wait_a_unprotected(&mut self) -> Result<()> {
+        use ReplicationState::{Protected, Suspended, Syncing};
+        self.a.wait("A to go on alone", LIMIT, |vmm| {
+            let state = vmm.replication().ok()?.state;
+            (!matches!(state, Protected | Suspended | Syncing)).then_some(())
+        })
+    }
+
+    /// What is sealed is committed, and nothing new comes: of a VM that is paused.
+    pub fn wait_committed(&mut self) -> Result<()> {
+        let mut last = None;
+        self.a.wait("the last epoch to be committed", LIMIT, |vmm| {
+            std::thread::sleep(SETTLED);
+            let info = vmm.replication().ok()?;
+            let epochs = (info.epoch_sealed, info.epoch_committed);
+            let is_over = epochs.0 == epochs.1 && last.replace(epochs) == Some(epochs);
+            is_over.then_some(())
+        })
+    }
+
+    /// Whether a pair still is one, or who goes on, once each side has had the time to suspect the
+    /// other.
+    pub fn wait_settled(&mut self) -> Result<End> {
+        self.wait_served()?;
+        std::thread::sleep(TIMEOUT);
+        self.wait_served()?;
+        use ReplicationState::{Degraded, Protected, TakenOver};
+        let start = Instant::now();
+        loop {
+            let state = |vmm: &Vmm| vmm.replication().map(|info| info.state).unwrap_or_default();
+            match (state(&self.a), state(&self.b)) {
+                (Protected, Protected) => return Ok(End::Pair),
+                (Degraded, _) => return Ok(End::A),
+                (_, TakenOver) => return Ok(End::B),
+                (a, b) if start.elapsed() > LIMIT => bail!("A is {a:?}, B is {b:?}"),
+                _ => std::thread::sleep(POLL),
+            }
+        }
+    }
+
+    pub fn wait_b_took_over(&mut self) -> Result<()> {
+        self.b.wait_state(ReplicationState::TakenOver, LIMIT).map(|_| ())
+    }
+
+    /// Who of two that live has won.
+    pub fn wait_winner(&mut self) -> Result<Place> {
+        let start = Instant::now();
+        loop {
+            let state = |vmm: &Vmm| vmm.replication().map(|info| info.state).unwrap_or_default();
+            match (state(&self.a), state(&self.b)) {
+                (ReplicationState::Degraded, _) => return Ok(Place::A),
+                (_, ReplicationState::TakenOver) => return Ok(Place::B),
+                (a, b) if start.elapsed() > LIMIT => {
+                    bail!(
+                        "nobody has won: A is {a:?}, B is {b:?}\n{}\n{}",
+                        self.a.log(),
+                        self.b.log()
+                    )
+                }
+                _ => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+
+    /// The clients are served.
+    pub fn wait_served(&self) -> Result<()> {
+        self.crowd()?.wait_answers(ANSWERS, LIMIT)
+    }
+
+    /// Waits until a side that lives says that it holds.
+    pub fn wait_holds(&mut self, place: Place) -> Result<()> {
+        use ReplicationState::{Suspended, TakingOver};
+        self.vmm(place).wait("it to hold", LIMIT, |vmm| {
+            let state = vmm.replication().ok()?.state;
+            matches!(state, Suspended | TakingOver).then_some(())
+        })
+    }
+
+    /// Nobody says a word to the world: no client is answered, no frame leaves, for a while.
+    pub fn is_held(&self) -> Result<()> {
+        let count = || -> Result<_> {
+            Ok((self.crowd()?.answered(), self.world.a.frames()?, self.world.b.frames()?))
+        };
+        let before = count()?;
+        std::thread::sleep(HELD);
+        let after = count()?;
+        ensure!(
+            before == after,
+            "held, and yet (answers, frames) went from {before:?} to {after:?}"
+        );
+        Ok(())
+    }
+
+    /// No client is answered for a while, though a VM that was taken over is announced to the network.
+    pub fn is_unanswered(&self) -> Result<()> {
+        let before = self.crowd()?.answered();
+        std::thread::sleep(HELD);
+        let after = self.crowd()?.answered();
+        ensure!(before == after, "held, and yet {} answers came", after - before);
+        Ok(())
+    }
+
+    /// A side that lost, or never had it, has no VM that could run.
+    pub fn wait_without_vm(&mut self, place: Place) -> Result<()> {
+        if !self.vmm(place).is_alive() {
+            return Ok(());
+        }
+        self.vmm(place).wait("its VM to be gone", LIMIT, |vmm| {
+            let answer = vmm.get("vm.info").ok()?;
+            let is_gone = answer.status == 404 || vmm.vm_state().ok()? == VmState::Created;
+            is_gone.then_some(())
+        })
+    }
+
+    /// What a side's event monitor shows so far.
+    pub fn has_event(&self, place: Place, name: &str) -> bool {
+        let file = events_file(&self.folder, place);
+        std::fs::read_to_string(file).is_ok_and(|text| text.contains(&format!("\"{name}\"")))
+    }
+}
+
+fn fault_file(folder: &Path, place: Place) -> PathBuf {
+    folder.join(if place == Place::A { "fault-a" } else { "fault-b" })
+}
+
+fn events_file(folder: &Path, place: Place) -> PathBuf {
+    folder.join(if place == Place::A { "a.events" } else { "b.events" })
+}
+
+/// The setup with what a row has of its own.
+fn complete(mut setup: Setup, folder: &Path, arbiter: &Arbiter, prepared: &Prepared) -> Setup {
+    let timeout_ms = TIMEOUT.as_millis();
+    let both = format!(",timeout_ms={timeout_ms},heartbeat_ms=100");
+    setup.arbiter_url = Some(arbiter.url());
+    setup.replicate_options.push_str(&both);
+    setup.replicate_options.push_str(prepared.options);
+    setup.receive_options.push_str(&both);
+    setup.receive_options.push_str(prepared.receive);
+    let sides = [
+        (Place::A, &mut setup.primary_arguments, &mut setup.primary_environment),
+        (Place::B, &mut setup.backup_arguments, &mut setup.backup_environment),
+    ];
+    for (place, arguments, environment) in sides {
+        let events = events_file(folder, place);
+        arguments.extend(["--event-monitor".into(), format!("path={}", events.display())]);
+        arguments.push("-v".into());
+        for fault in prepared.faults.iter().filter(|fault| fault.place == place) {
+            let file = fault_file(folder, place);
+            let value = format!("{}:{}:{}", fault.point, fault.action.word(), file.display());
+            environment.push(("UNDERSTUDY_TEST_FAULT".into(), value));
+        }
+    }
+    setup
+}
+
+fn start(
+    folder: &Path,
+    name: &str,
+    arguments: &[String],
+    setup: &Setup,
+    world: &World,
+) -> Result<Vmm> {
+    let (host, environment) = match name {
+        "a" => (&world.a, &setup.primary_environment),
+        _ => (&world.b, &setup.backup_environment),
+    };
+    Vmm::start_in(folder, name, arguments, environment, &host.namespaces())
+}
