@@ -39,7 +39,7 @@ fn write_pieces(mut stream: TlsStream, bytes: &[u8], seed: u64, longest: u64) {
         let middle = at + usize::try_from(random.next() % (end - at) as u64).unwrap();
         let slices = [&bytes[at..middle], &[], &bytes[middle..end]].map(IoSlice::new);
         at += stream.write_vectored(&slices).unwrap();
-        if random.next() % 16 == 0 {
+        if random.next().is_multiple_of(16) {
             stream.change_keys();
         }
     }
@@ -246,10 +246,10 @@ fn a_record_that_was_changed_is_a_loss() {
         backup.read_exact(&mut word).unwrap();
         changes.send(()).unwrap();
         primary.write_all(&content(1, 2000)).unwrap();
-        let error = in_time(move || backup.read(&mut [0; 64]).unwrap_err());
+        let (error, _backup) = in_time(move || (backup.read(&mut [0; 64]).unwrap_err(), backup));
         assert_eq!(error.kind(), ErrorKind::ConnectionAborted, "{error}");
         assert!(crate::wire::WireError::Io(error).is_loss());
-        // The other side hears why.
+        // The other side hears why, at once.
         let error = in_time(move || primary.read(&mut [0; 64]).unwrap_err());
         assert!(error.to_string().contains("BadRecordMac"), "{error}");
     }
