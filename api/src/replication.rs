@@ -70,7 +70,7 @@ pub enum Degrade {
     /// The guest runs on without protection.
     #[default]
     Unprotected,
-    /// The guest stays paused until a person or a new backup resumes it.
+    /// The guest stays paused until a person resumes it or it is protected again.
     Pause,
 }
 
@@ -137,6 +137,14 @@ pub struct ReplicateData {
     pub arbiter_credentials: Option<String>,
     #[serde(default)]
     pub degrade: Degrade,
+    /// Whether a primary that lost its backup calls the same one again, with the same options, until
+    /// the VM is protected again or a person ends it.
+    #[serde(default = "reconnect_default")]
+    pub reconnect: bool,
+    /// Where this host listens after a planned switch-over, to be the VM's backup from then on: an
+    /// address at which the present backup reaches it, of the same kinds as `destination_url`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub return_url: Option<String>,
     /// Directory with `ca-cert.pem`, `client-cert.pem` and `client-key.pem`: all connections but RDMA's own
     /// go by TLS 1.3, and both sides show certificates of that authority. Not for `unix:`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -314,6 +322,10 @@ pub struct ReplicationInfo {
     pub output_held_bytes: u64,
     /// Share of the first copy that is done, 0 to 1.
     pub sync_progress: f64,
+    /// On a primary that lost its backup, how often that was called since: 0 once it is `Protected`
+    /// again. Why the last attempt failed is in `last_error`.
+    #[serde(default)]
+    pub reconnect_attempts: u64,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub peer: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -376,6 +388,9 @@ fn epoch_ms_default() -> u64 {
 }
 fn epoch_min_ms_default() -> u64 {
     EPOCH_MIN_MS_DEFAULT
+}
+fn reconnect_default() -> bool {
+    true
 }
 fn connections_default() -> u32 {
     1

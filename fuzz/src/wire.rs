@@ -10,8 +10,8 @@ use replication::disk::{CHANGE_BYTES_MAX, DISKS_MAX, Operation, SECTOR_BYTES};
 use replication::encode::{delta, lz4};
 use replication::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
 use replication::wire::{
-    CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, Encoding, End, FrameReader, FrameWriter,
-    HEADER_BYTES, Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs,
+    Base, CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, Encoding, End, FrameReader, FrameWriter,
+    HEADER_BYTES, Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RETURN_BYTES_MAX, RUNS_MAX, Run, Runs,
     Seal, SessionId, VERSION, WireError, WireRegion, decode_pages_header, encode_pages_header,
     staged_bytes, unpack,
 };
@@ -40,7 +40,7 @@ pub const PLACES: &[&str] = &[
     "wire: a length past its cap",
 ];
 
-const KINDS: [Kind; 17] = [
+const KINDS: [Kind; 18] = [
     Kind::Hello,
     Kind::Offer,
     Kind::Welcome,
@@ -58,6 +58,7 @@ const KINDS: [Kind; 17] = [
     Kind::End,
     Kind::Change,
     Kind::Progress,
+    Kind::Refuse,
 ];
 /// Sizes of the disks that changes are for.
 const DISKS: [u64; 2] = [1 << 20, SECTOR_BYTES];
@@ -96,6 +97,8 @@ enum Body {
     Offer {
         arbiter: bool,
         rdma: bool,
+        base: Option<[u64; 4]>,
+        way_back: String,
         regions: Vec<(u64, u32)>,
         disks: Vec<(u8, u32)>,
         text: Blob,
@@ -178,12 +181,23 @@ impl Body {
                 let good = known && numbers[0] <= numbers[1] + 2;
                 Payload { kind: Kind::Hello, bytes, good: Some(good) }
             }
-            Self::Offer { arbiter, rdma, regions, disks, text } => {
+            Self::Offer { arbiter, rdma, base, way_back, regions, disks, text } => {
                 let size = |(odd, sectors): &(u8, u32)| {
                     u64::from(*sectors) * SECTOR_BYTES + u64::from(odd.is_multiple_of(8))
                 };
                 let good =
                     disks.len() <= DISKS_MAX && disks.iter().all(|(odd, _)| !odd.is_multiple_of(8));
+                let has_epochs = |[_, _, committed, sealed]: &[u64; 4]| {
+                    *committed > 0 && committed <= sealed
+                };
+                let good = good && way_back.len() <= RETURN_BYTES_MAX;
+                let good = good && base.as_ref().is_none_or(has_epochs);
+                let base = base.map(|[session, generation, committed, sealed]| Base {
+                    session,
+                    generation: Generation(generation),
+                    committed: EpochId(committed),
+                    sealed: EpochId(sealed),
+                });
                 let region = |(start, pages): &(u64, u32)| WireRegion {
                     start: *start,
                     pages: u64::from(*pages),
@@ -194,6 +208,8 @@ impl Body {
                     timeout_ms: 2,
                     arbiter: *arbiter,
                     rdma: *rdma,
+                    base,
+                    way_back: way_back.clone(),
                     regions: regions.iter().map(region).collect(),
                     disks: disks.iter().map(size).collect(),
                     description: text.0.clone(),
@@ -398,7 +414,7 @@ fn name(message: &Message) -> Option<&'static str> {
         Message::Offer(offer) if offer.regions.is_empty() || offer.disks.is_empty() => return None,
         Message::Offer(_) => "wire: Offer with regions and disks",
         Message::Welcome(_) => "wire: Welcome",
-        Message::Abort(_) => "wire: Abort",
+        Message::Abort(_) | Message::Refuse(_) => "wire: Abort",
         Message::Seal(seal) if seal.pages.is_empty() || seal.state.is_empty() => return None,
         Message::Seal(_) => "wire: Seal with pages and a state",
         Message::Ack { .. } => "wire: Ack",
@@ -417,8 +433,9 @@ fn message(kind: Kind, bytes: &[u8]) -> bool {
     }
     let mut reader = FrameReader::new(&writer.get_ref()[..], Some(SessionId(1)));
     let again = Message::receive(&mut reader, &mut Vec::new()).expect("what was sent");
-    // The reason of an abort is text for people, and cut to a length.
-    assert!(again == message || kind == Kind::Abort, "{message:?} became {again:?}");
+    // The reason of an abort or a refusal is text for people, and cut to a length.
+    let is_text = matches!(kind, Kind::Abort | Kind::Refuse);
+    assert!(again == message || is_text, "{message:?} became {again:?}");
     true
 }
 

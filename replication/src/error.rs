@@ -27,6 +27,9 @@ pub enum Error {
     Conflict(String),
     #[error("The backup refused the replica: {0}")]
     Refused(String),
+    /// As [`Error::Refused`], and it would be again: nothing that passes by itself is the reason.
+    #[error("The backup refused the replica: {0}")]
+    Unfit(String),
     #[error("The peer gave up: {0}")]
     PeerAborted(String),
     #[error("The connection to the peer failed")]
@@ -56,6 +59,12 @@ impl Error {
             Self::Conflict(_) => ErrorKind::Conflict,
             _ => ErrorKind::Other,
         }
+    }
+
+    /// Whether the same call may do better later, without anybody's doing.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        !matches!(self, Self::Option { .. } | Self::Conflict(_) | Self::Unfit(_))
     }
 
     /// The whole chain in one line, outermost first.

@@ -122,8 +122,12 @@ pub trait Guest: Send + 'static {
         drop(waker);
     }
 
-    /// Keeps the guest paused as a person's `vm.pause` would (degrade=pause).
+    /// Keeps the guest paused until a person resumes it or [`Guest::regain`] (degrade=pause).
     fn suspend(&mut self) -> Result<(), GuestError>;
+
+    /// Ends what [`Guest::suspend`] began, if nobody did meanwhile: the VM is protected again. A pause
+    /// that a person asked for goes on.
+    fn regain(&mut self) -> Result<(), GuestError>;
 
     /// The peer owns the VM: destroy this one without letting out a byte of what is held.
     fn destroy(&mut self);
@@ -165,6 +169,12 @@ pub trait ReplicaBuilder: Send + 'static {
     /// takes no image lock and touches no network. `ram_bytes` is what the primary says its
     /// memory holds: the result must have exactly that, or an error says so.
     fn build(&mut self, description: &[u8]) -> Result<Self::Replica, GuestError>;
+
+    /// A replica that was built before is received again, after a while in which it was kept for its
+    /// memory's sake.
+    fn reuse(&mut self, replica: &mut Self::Replica) {
+        let _ = replica;
+    }
 }
 
 /// A machine that waits for its take-over.

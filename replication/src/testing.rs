@@ -96,6 +96,7 @@ pub struct Machine {
     all_dirty: AtomicBool,
     tracking: AtomicBool,
     before_pass: Mutex<Option<Hook>>,
+    forgotten: Mutex<Option<PageIndex>>,
     disks: Option<Arc<MemoryDisks>>,
 }
 
@@ -125,12 +126,18 @@ impl Machine {
             all_dirty: AtomicBool::new(false),
             tracking: AtomicBool::new(false),
             before_pass: Mutex::default(),
+            forgotten: Mutex::default(),
         })
     }
 
     /// Calls `hook` before all output passes.
     pub fn before_pass(&self, hook: Hook) {
         *lock(&self.before_pass) = Some(hook);
+    }
+
+    /// Leaves a page out of all harvests: what replication takes on trust is broken.
+    pub fn forget(&self, page: PageIndex) {
+        *lock(&self.forgotten) = Some(page);
     }
 
     /// Its memory.
@@ -307,7 +314,14 @@ impl Guest for MemoryGuest {
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         let all = self.0.all_dirty.swap(false, Ordering::AcqRel);
         let ram = &self.0.ram;
-        ram.drain_written(dirty);
+        match *lock(&self.0.forgotten) {
+            None => ram.drain_written(dirty),
+            Some(page) => {
+                let mut written = PageSet::new(ram.pages());
+                ram.drain_written(&mut written);
+                written.iter().filter(|other| *other != page).for_each(|other| dirty.insert(other));
+            }
+        }
         if all {
             dirty.insert_range(PageIndex(0), ram.pages());
         }
@@ -377,6 +391,12 @@ impl Guest for MemoryGuest {
         Ok(())
     }
 
+    fn regain(&mut self) -> Result<(), GuestError> {
+        lock(&self.0.gate).suspended = false;
+        self.0.changed.notify_all();
+        Ok(())
+    }
+
     fn destroy(&mut self) {
         lock(&self.0.port).held.clear();
         self.0.power_off();
@@ -394,6 +414,8 @@ pub struct ReplicaLog {
     pub compared: AtomicU64,
     /// Replicas that were built.
     pub built: AtomicU64,
+    /// Replicas that were received again without being built.
+    pub reused: AtomicU64,
     /// Replicas that exist.
     pub alive: AtomicU64,
     /// Held by a test, no machine state is parsed and no replica goes.
@@ -438,6 +460,12 @@ impl ReplicaBuilder for MemoryBuilder {
         let (refuse, lenient) = (self.refuse_states, self.lenient);
         let images = self.images.clone();
         Ok(MemoryReplica { ram: memory(&layout), images, last: None, refuse, lenient, log })
+    }
+
+    fn reuse(&mut self, replica: &mut MemoryReplica) {
+        // A copy goes over what it had.
+        replica.last = None;
+        self.log.reused.fetch_add(1, Ordering::AcqRel);
     }
 }
 

@@ -1,7 +1,7 @@
 //! One virtual machine: memory, KVM VM, devices, vCPU threads, and who may stop them.
 //!
-//! Three parties stop the vCPUs, independently of each other: a person (`vm.pause`), the
-//! replication engine (an epoch's pause), and whoever changes the machine as a whole (a reset, a
+//! Four reasons stop the vCPUs, independently of each other: a person (`vm.pause`), the want of a
+//! backup (degrade=pause), the replication engine (an epoch's pause), and whoever changes the machine as a whole (a reset, a
 //! snapshot, a restore). The vCPUs run when nobody holds them:
 //!
 //! ```text
@@ -9,6 +9,8 @@
 //! Life {     user_paused: bool,       quiesced: bool,             exclusive: bool }
 //!            may overlap with both    excludes exclusive          excludes quiesced
 //! ```
+//!
+//! `alone_paused` is as `user_paused`: a person's resume ends both, the next backup ends it alone.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
@@ -91,11 +93,19 @@ impl MachineState {
 #[derive(Debug, Default)]
 struct Life {
     user_paused: bool,
+    /// Without a backup, where it must not run without one.
+    alone_paused: bool,
     quiesced: bool,
     exclusive: bool,
     /// The vCPUs have a state to run from.
     started: bool,
     destroyed: bool,
+}
+
+impl Life {
+    fn is_paused(&self) -> bool {
+        self.user_paused || self.alone_paused
+    }
 }
 
 /// A machine whose vCPU threads exist.
@@ -245,10 +255,34 @@ impl Machine {
     pub fn resume(&self) -> Result<(), MachineError> {
         let mut life = self.life();
         self.alive(&life)?;
-        if life.user_paused && life.started && !life.quiesced && !life.exclusive {
+        if life.is_paused() && life.started && !life.quiesced && !life.exclusive {
             self.tell_pause()?;
         }
-        life.user_paused = false;
+        (life.user_paused, life.alone_paused) = (false, false);
+        self.run_if_free(&life);
+        Ok(())
+    }
+
+    /// Stops the guest for want of a backup. A person's resume ends that, too.
+    pub fn pause_alone(&self) -> Result<(), MachineError> {
+        let mut life = self.life();
+        self.alive(&life)?;
+        life.alone_paused = true;
+        // As in `pause`.
+        self.vcpus.park()?;
+        Ok(())
+    }
+
+    /// There is a backup again. A person's pause goes on.
+    pub fn end_pause_alone(&self) -> Result<(), MachineError> {
+        let mut life = self.life();
+        self.alive(&life)?;
+        if !std::mem::take(&mut life.alone_paused) || life.user_paused {
+            return Ok(());
+        }
+        if life.started && !life.quiesced && !life.exclusive {
+            self.tell_pause()?;
+        }
         self.run_if_free(&life);
         Ok(())
     }
@@ -262,9 +296,15 @@ impl Machine {
         })?)
     }
 
-    /// Whether a person paused the machine.
+    /// Whether the machine is paused, by a person or for want of a backup.
     #[must_use]
     pub fn is_paused(&self) -> bool {
+        self.life().is_paused()
+    }
+
+    /// Whether a person paused the machine.
+    #[must_use]
+    pub fn is_user_paused(&self) -> bool {
         self.life().user_paused
     }
 
@@ -406,7 +446,7 @@ impl Machine {
     }
 
     fn run_if_free(&self, life: &Life) {
-        let held = life.user_paused || life.quiesced || life.exclusive || life.destroyed;
+        let held = life.is_paused() || life.quiesced || life.exclusive || life.destroyed;
         if life.started && !held {
             self.vcpus.release();
         }

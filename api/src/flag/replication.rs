@@ -46,6 +46,8 @@ impl FromStr for ReplicateData {
             "arbiter_tls_dir",
             "arbiter_credentials",
             "degrade",
+            "reconnect",
+            "return_url",
             "tls_dir",
             "disk_mode",
             "console_output",
@@ -74,6 +76,8 @@ impl FromStr for ReplicateData {
             arbiter_tls_dir: pairs.text("arbiter_tls_dir"),
             arbiter_credentials: pairs.text("arbiter_credentials"),
             degrade: pairs.word("degrade", &DEGRADE)?.unwrap_or_default(),
+            reconnect: pairs.toggle("reconnect")?.unwrap_or(true),
+            return_url: pairs.text("return_url"),
             tls_dir: pairs.text("tls_dir"),
             disk_mode: pairs.word("disk_mode", &DISK_MODE)?.unwrap_or_default(),
             console_output: pairs.word("console_output", &CONSOLE_OUTPUT)?.unwrap_or_default(),
@@ -103,6 +107,8 @@ impl ReplicateData {
             .optional("arbiter_tls_dir", self.arbiter_tls_dir.as_deref())
             .optional("arbiter_credentials", self.arbiter_credentials.as_deref())
             .pair("degrade", name(&DEGRADE, self.degrade))
+            .pair("reconnect", if self.reconnect { "on" } else { "off" })
+            .optional("return_url", self.return_url.as_deref())
             .optional("tls_dir", self.tls_dir.as_deref())
             .pair("disk_mode", name(&DISK_MODE, self.disk_mode))
             .pair("console_output", name(&CONSOLE_OUTPUT, self.console_output))

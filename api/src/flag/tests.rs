@@ -233,7 +233,11 @@ prop_compose! {
             Compression::Auto, Compression::None, Compression::Delta, Compression::Lz4,
         ]),
         arbiter in any::<[Option<String>; 3]>(),
-        degrade in prop::sample::select(vec![Degrade::Unprotected, Degrade::Pause]),
+        alone in (
+            prop::sample::select(vec![Degrade::Unprotected, Degrade::Pause]),
+            any::<bool>(),
+            prop::option::of(text()),
+        ),
         tls_dir in prop::option::of(text()),
         disk_mode in prop::sample::select(vec![DiskMode::Replicated, DiskMode::Shared]),
         console_output in prop::sample::select(vec![ConsoleOutput::Hold, ConsoleOutput::Pass]),
@@ -243,9 +247,10 @@ prop_compose! {
         let [epoch_ms, epoch_min_ms, heartbeat_ms, timeout_ms] = numbers;
         let [rdma_port, rdma_gid_index, rdma_depth] = rdma;
         let [arbiter, arbiter_tls_dir, arbiter_credentials] = arbiter;
+        let (degrade, reconnect, return_url) = alone;
         ReplicateData {
             destination_url, epoch_ms, epoch_min_ms, epoch_max_ms, cow, connections, compression,
-            heartbeat_ms, timeout_ms, arbiter, arbiter_tls_dir, arbiter_credentials, degrade, tls_dir, disk_mode, console_output,
+            heartbeat_ms, timeout_ms, arbiter, arbiter_tls_dir, arbiter_credentials, degrade, reconnect, return_url, tls_dir, disk_mode, console_output,
             rdma_device, rdma_port, rdma_gid_index, rdma_depth,
         }
     }

@@ -35,6 +35,9 @@ impl ReplicateData {
     pub fn validate(&self) -> Vec<Invalid> {
         let mut found = Vec::new();
         peer("destination_url", &self.destination_url, &mut found);
+        if let Some(url) = &self.return_url {
+            peer("return_url", url, &mut found);
+        }
         range("epoch_ms", self.epoch_ms, &EPOCH_MS, &mut found);
         range("epoch_min_ms", self.epoch_min_ms, &EPOCH_MS, &mut found);
         if self.epoch_min_ms > self.epoch_ms {

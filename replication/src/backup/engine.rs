@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use api::replication::{ReceiveReplicaData, TakeoverTimes};
+use api::replication::{ReceiveReplicaData, ReplicateData, TakeoverTimes};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::accept::{Arrival, Place};
@@ -17,9 +17,9 @@ use crate::engine::control::{Control, Credit};
 use crate::engine::status::Status;
 use crate::error::{Error, chain};
 use crate::guest::{Replica, ReplicaBuilder};
-use crate::ids::Generation;
+use crate::ids::{EpochId, Generation};
 use crate::observer::{Event as Told, Observer};
-use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing};
+use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing, VmId};
 use crate::protocol::backup::{Backup, Event, State};
 use crate::transport::{Stream, rdma};
 use crate::wire::{Message, SessionId, WireError};
@@ -51,6 +51,26 @@ pub(super) enum Input {
     Bell(u64),
     Arbiter(Asked),
     Ask(Ask, Sender<Result<(), Error>>),
+}
+
+/// Memory that a lost claim left behind, for its primary to go on from. Without a machine state:
+/// nobody can start it.
+struct Base<R> {
+    replica: R,
+    primary: HostId,
+    vm: VmId,
+    session: SessionId,
+    generation: Generation,
+    committed: EpochId,
+    description: Vec<u8>,
+}
+
+/// Whose replica it is.
+struct Built {
+    primary: HostId,
+    vm: VmId,
+    session: SessionId,
+    description: Vec<u8>,
 }
 
 /// A primary's session.
@@ -85,6 +105,9 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     session: Option<Session>,
     sessions: u64,
     replica: Option<B::Replica>,
+    /// What the replica was built of, and for which session.
+    built: Option<Built>,
+    base: Option<Base<B::Replica>>,
     /// Of the replica, with its number; none where it has no disks.
     images: Option<(u64, Images)>,
     /// The last acknowledged machine state.
@@ -96,6 +119,9 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     retry_at: Option<Instant>,
     undecided_told: bool,
     times: TakeoverTimes,
+    /// How the VM is to be protected once it was handed over, and where that is left.
+    way_back: Option<ReplicateData>,
+    handed_back: Arc<Mutex<Option<ReplicateData>>>,
     failover_answer: Vec<Sender<Result<(), Error>>>,
     /// For tests: compares all of memory.
     equality: Option<Equality>,
@@ -106,7 +132,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         builder: B,
         (options, rdma): (ReceiveReplicaData, Option<rdma::Asked>),
         arbiter: Option<Box<dyn Arbiter>>,
-        identity: Arc<Mutex<HostIdentity>>,
+        (identity, handed_back): (Arc<Mutex<HostIdentity>>, Arc<Mutex<Option<ReplicateData>>>),
         observer: Arc<dyn Observer>,
         (inputs, queue): (Sender<Input>, Receiver<Input>),
         status: Status,
@@ -128,6 +154,8 @@ impl<B: ReplicaBuilder> Engine<B> {
             session: None,
             sessions: 0,
             replica: None,
+            built: None,
+            base: None,
             images: None,
             equality: Equality::from_environment(),
             state: None,
@@ -136,6 +164,8 @@ impl<B: ReplicaBuilder> Engine<B> {
             retry_at: None,
             undecided_told: false,
             times: TakeoverTimes::default(),
+            way_back: None,
+            handed_back,
             failover_answer: vec![],
         })
     }

@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use api::replication::{ReceiveReplicaData, ReplicationInfo, Role};
+use api::replication::{ReceiveReplicaData, ReplicateData, ReplicationInfo, Role};
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded, unbounded};
 
 use crate::engine::spawn;
@@ -52,6 +52,7 @@ pub struct BackupHandle {
     status: Status,
     local: Address,
     identity: Arc<Mutex<HostIdentity>>,
+    way_back: Arc<Mutex<Option<ReplicateData>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     timeout: Duration,
 }
@@ -108,12 +109,13 @@ pub fn receive_at<B: ReplicaBuilder>(
         move |arrival, place| deliver.send(Input::Arrival(arrival, place)).is_ok(),
     )?;
     let identity = Arc::new(Mutex::new(identity));
+    let way_back = Arc::default();
     let options = ReceiveReplicaData { receiver_url: local.to_string(), ..options };
     let engine = Engine::new(
         builder,
         (options, rdma),
         arbiter,
-        Arc::clone(&identity),
+        (Arc::clone(&identity), Arc::clone(&way_back)),
         Arc::clone(&observer),
         (inputs.clone(), queue),
         status.clone(),
@@ -127,7 +129,7 @@ pub fn receive_at<B: ReplicaBuilder>(
         }
     })?;
     let thread = Mutex::new(Some(thread));
-    Ok(BackupHandle { inputs, status, local, identity, thread, timeout })
+    Ok(BackupHandle { inputs, status, local, identity, way_back, thread, timeout })
 }
 
 impl BackupHandle {
@@ -148,6 +150,13 @@ impl BackupHandle {
     #[must_use]
     pub fn identity(&self) -> HostIdentity {
         *self.identity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How the VM is to be protected from here, after a planned switch-over whose primary listens for
+    /// that. Once: the first who asks has to see to it.
+    #[must_use]
+    pub fn take_way_back(&self) -> Option<ReplicateData> {
+        self.way_back.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Ends the reception and discards the replica.

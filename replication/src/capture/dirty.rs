@@ -5,6 +5,7 @@
 //! truth, never smaller.
 
 use crate::guest::{Guest, GuestError};
+use crate::ids::PageIndex;
 use crate::ram::PageSet;
 
 /// Gathers over several harvests.
@@ -43,6 +44,19 @@ impl Dirty {
     #[must_use]
     pub fn late(&self) -> &PageSet {
         &self.late
+    }
+
+    /// Adds pages that count as written although no harvest says so.
+    ///
+    /// # Panics
+    /// If `pages` is over another memory.
+    pub fn add(&mut self, pages: &PageSet) {
+        self.pending.union(pages);
+    }
+
+    /// Every page counts as written.
+    pub fn add_all(&mut self) {
+        self.pending.insert_range(PageIndex(0), self.pending.universe());
     }
 
     /// Forgets pages that were never written, see [`Guest::drop_untouched`].

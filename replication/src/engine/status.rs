@@ -14,6 +14,10 @@ use crate::ids::PAGE_SIZE;
 pub(crate) struct Gathered {
     /// All but the distributions and counters.
     pub(crate) info: ReplicationInfo,
+    /// On a primary: whether a lost backup is called again; and whether there is one to be called,
+    /// from the loss to the first commit.
+    pub(crate) reconnects: bool,
+    pub(crate) alone: bool,
     pub(crate) pause_us: Window,
     /// Of each step in turn, as in [`PauseSteps`].
     pub(crate) steps_us: [Window; 5],

@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use super::disk::{self, DiskError, DiskSender};
 use super::options::Checked;
 use super::patience::{Patience, Verdict};
+use super::rest::Rest;
 use super::seal::{Pause, Sealer};
 use super::send::{Job, Senders, Sent, Source};
 use super::session::{self, Session};
@@ -25,11 +26,12 @@ use crate::error::Error;
 use crate::guest::{Guest, Waker};
 use crate::ids::{EpochId, Generation, PAGE_SIZE};
 use crate::observer::{Event as Told, Observer};
-use crate::ownership::{HostId, HostIdentity, Record, Standing};
+use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing};
 use crate::protocol::ownership::{self, Claim};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Report, State};
+use crate::ram::PageSet;
 use crate::transport::rdma;
-use crate::wire::{Message, WireError};
+use crate::wire::{Message, Offer, SessionId, WireError};
 
 /// Passes of a copy after which the rest goes into the first epoch, however large.
 const PASSES_MAX: u32 = 8;
@@ -63,6 +65,8 @@ pub(super) enum Input {
     Disk(disk::Sent),
     Arbiter(Asked),
     Output,
+    /// How a call of the backup went.
+    Called(Box<Result<Called, Error>>),
     Ask(Ask, Sender<Result<(), Error>>),
 }
 
@@ -89,14 +93,40 @@ enum Work {
 /// An epoch that waits for its acknowledgement, and what it needs of the backup's staging.
 struct InFlight {
     sealed_at: Instant,
+    /// Its pages: what may differ should it never be acknowledged.
+    set: Arc<PageSet>,
     pages: u64,
     log_bytes: u64,
     /// That an image has to write, zero or discard.
     touched_bytes: u64,
 }
 
-pub(super) struct Engine<G: Guest> {
-    guest: G,
+/// What a backup accepted that was called: a session without its threads.
+pub(super) struct Called {
+    options: ReplicateData,
+    arbiter: Option<Box<dyn Arbiter>>,
+    generation: Generation,
+    session: Session,
+}
+
+/// Reads the record, connects and is welcomed: all that may block, and nothing that needs the guest.
+pub(super) fn call(
+    checked: Checked,
+    offer: Offer,
+    identity: HostIdentity,
+    status: Status,
+) -> Result<Called, Error> {
+    let Checked { options, destination, rdma, arbiter } = checked;
+    let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
+    let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
+    let report = move |path| status.lock().info.rdma = Some(path);
+    let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report));
+    let session = session::open(offer, &destination, &options, identity, adapter)?;
+    Ok(Called { options, arbiter, generation, session })
+}
+
+pub(super) struct Engine<'g, G: Guest> {
+    guest: &'g mut G,
     options: ReplicateData,
     identity: HostIdentity,
     backup: HostId,
@@ -128,6 +158,13 @@ pub(super) struct Engine<G: Guest> {
     /// In their order.
     in_flight: VecDeque<InFlight>,
     sealed: EpochId,
+    id: SessionId,
+    /// The generation of the present epochs.
+    paired: Generation,
+    /// Pages of epochs that nobody will acknowledge any more.
+    unacknowledged: PageSet,
+    /// The tracking of dirty pages goes on from an earlier session.
+    is_tracking: bool,
     last_seal: Instant,
     /// When the dirty set was looked at last without a seal.
     last_look: Instant,
@@ -143,30 +180,25 @@ pub(super) struct Engine<G: Guest> {
     /// Why a data connection ended, and until when the control connection may tell more.
     data_lost: Option<(WireError, Instant)>,
     undecided_told: bool,
+    /// What is being asked by a person.
+    asking: Option<Ask>,
     stop_answer: Vec<Sender<Result<(), Error>>>,
     failover_answer: Vec<Sender<Result<(), Error>>>,
 }
 
-impl<G: Guest> Engine<G> {
-    /// Reads the record, connects, is welcomed, starts the threads. The guest is only asked to
-    /// describe itself.
+impl<'g, G: Guest> Engine<'g, G> {
+    /// Starts the threads of a session. `again`: the VM was protected before, and is alone.
     pub(super) fn open(
-        mut guest: G,
-        checked: Checked,
+        guest: &'g mut G,
+        called: Called,
         identity: HostIdentity,
-        observer: Arc<dyn Observer>,
-        inputs: Sender<Input>,
-        queue: Receiver<Input>,
-        status: Status,
+        (observer, status): (Arc<dyn Observer>, Status),
+        (inputs, queue): (Sender<Input>, Receiver<Input>),
+        again: bool,
+        rest: &mut Option<Rest>,
     ) -> Result<Self, Error> {
-        let Checked { options, destination, rdma, arbiter } = checked;
-        let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
-        let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
-        let report = status.clone();
-        let report = move |path| report.lock().info.rdma = Some(path);
-        let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report));
-        let session = session::open(&mut guest, &destination, &options, identity, adapter)?;
-        let Session { control, data, disks, backup, welcome } = session;
+        let Called { options, arbiter, generation, session } = called;
+        let Session { id, control, data, disks, backup, welcome } = session;
         let millis = Duration::from_millis;
         let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
         let stretched = options.epoch_max_ms.map(millis);
@@ -185,7 +217,8 @@ impl<G: Guest> Engine<G> {
         let deliver = move |sent| deliver.send(Input::Sent(sent)).is_ok();
         let senders = Senders::start(data, &ram, options.compression, &status.counters, deliver)?;
         let patience = Patience::new(millis(options.timeout_ms), Instant::now());
-        let (output, waker) = Self::wake_by(&mut guest, inputs.clone());
+        let (output, waker) = Self::wake_by(guest, inputs.clone());
+        let pages = ram.pages();
         let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages())?;
         let disks = match (guest.disks(), disks) {
             (Some(disks), Some(writer)) => {
@@ -198,13 +231,28 @@ impl<G: Guest> Engine<G> {
             }
             _ => None,
         };
+        let rest = rest.take();
+        let is_tracking = rest.is_some();
+        let has_base = welcome.has_base && is_tracking;
+        if let Some(rest) = rest.filter(|_| has_base) {
+            sealer.dirty.add(&rest.pages);
+        } else if is_tracking {
+            sealer.dirty.add_all();
+        }
         Ok(Self {
             sealer,
             disks,
+            id,
+            paired: Generation(0),
+            unacknowledged: PageSet::new(pages),
+            is_tracking,
             disk_job: 0,
             disks_copy: false,
             log_bytes_max,
-            machine: Primary::new(asker.exists(), generation),
+            machine: match again {
+                true => Primary::again(asker.exists(), generation),
+                false => Primary::new(asker.exists(), generation),
+            },
             guest,
             options,
             identity,
@@ -227,7 +275,7 @@ impl<G: Guest> Engine<G> {
             sealed: EpochId(0),
             last_seal: Instant::now(),
             last_look: Instant::now(),
-            fresh: true,
+            fresh: !has_base,
             first: true,
             handover: false,
             too_large: 0,
@@ -237,6 +285,7 @@ impl<G: Guest> Engine<G> {
             retry_at: None,
             data_lost: None,
             undecided_told: false,
+            asking: None,
             stop_answer: vec![],
             failover_answer: vec![],
         })
@@ -275,9 +324,12 @@ impl<G: Guest> Engine<G> {
         (output, waker)
     }
 
-    /// Works until the protection ends one way or another.
-    pub(super) fn run(mut self) {
-        let started = self.guest.start_tracking();
+    /// Works until the session ends one way or another. `None` if that was the last one; else what
+    /// the backup may have of it, while the tracking of dirty pages goes on.
+    pub(super) fn run(mut self) -> Option<Option<Rest>> {
+        // Of a VM that was alone the state is another one from here on.
+        self.show();
+        let started = if self.is_tracking { Ok(()) } else { self.guest.start_tracking() };
         match started.map_err(|source| Error::Guest { what: "track dirty pages", source }) {
             Ok(()) => {
                 if let Some(disks) = &self.disks {
@@ -297,7 +349,9 @@ impl<G: Guest> Engine<G> {
             }
             self.timers();
         }
-        self.end();
+        let goes_on = self.options.reconnect && self.machine.may_go_on();
+        let rest = self.end(goes_on);
+        goes_on.then_some(rest)
     }
 
     fn is_over(&self) -> bool {
@@ -411,7 +465,7 @@ impl<G: Guest> Engine<G> {
                     self.sent();
                 }
             }
-            Input::Sent(Ok(_)) | Input::Output => {}
+            Input::Sent(Ok(_)) | Input::Output | Input::Called(_) => {}
             Input::Sent(Err(error)) => self.data_lost(error),
             Input::Disk(Ok(number)) if number == self.disk_job => self.disks_copied(),
             Input::Disk(Ok(_)) => {}
@@ -479,6 +533,7 @@ impl<G: Guest> Engine<G> {
             let mut gathered = self.status.lock();
             gathered.commit_us.add_time(in_flight.sealed_at.elapsed());
             drop(gathered);
+            self.sealer.recycle(in_flight.set);
             self.good = self.good.saturating_add(1);
             if self.good >= GOOD_EPOCHS {
                 self.too_large = 0;
@@ -523,7 +578,7 @@ impl<G: Guest> Engine<G> {
     }
 
     fn asked(&mut self, ask: Ask, answer: Sender<Result<(), Error>>) {
-        let before = self.machine.state();
+        self.asking = Some(ask);
         match ask {
             Ask::Stop => {
                 self.stop_answer.push(answer);
@@ -534,17 +589,19 @@ impl<G: Guest> Engine<G> {
                 self.step(Event::FailoverAsked);
             }
         }
-        if self.machine.state() == before {
-            let refused = "The VM is not in a state for that at the moment".to_owned();
-            let last = match ask {
-                Ask::Stop if matches!(before, State::Claiming(_)) => None,
-                Ask::Stop => self.stop_answer.pop(),
-                Ask::Failover => self.failover_answer.pop(),
-            };
-            if let Some(answer) = last {
-                // A caller that stopped waiting needs no answer.
-                let _ = answer.send(Err(Error::Conflict(refused)));
-            }
+        self.asking = None;
+    }
+
+    /// Why the request that is being looked at is not carried out.
+    fn refuse(&mut self, reason: String) {
+        let answer = match self.asking {
+            Some(Ask::Stop) => self.stop_answer.pop(),
+            Some(Ask::Failover) => self.failover_answer.pop(),
+            None => None,
+        };
+        if let Some(answer) = answer {
+            // A caller that stopped waiting needs no answer.
+            let _ = answer.send(Err(Error::Conflict(reason)));
         }
     }
 
@@ -561,9 +618,22 @@ impl<G: Guest> Engine<G> {
             Next::Wait { ms } => self.retry_at = Some(Instant::now() + Duration::from_millis(ms)),
             Next::Decided(verdict) => {
                 self.undecided_told = false;
-                self.step(Event::Verdict(verdict));
+                match verdict {
+                    // Asked for in an earlier session of this VM, and late.
+                    ownership::Verdict::Lost(record)
+                        if self.machine.state() == State::Pairing && self.is_ours(&record) =>
+                    {
+                        let reason = format!("An earlier attempt's record came late: {record}");
+                        self.step(Event::PeerLost(reason));
+                    }
+                    verdict => self.step(Event::Verdict(verdict)),
+                }
             }
         }
+    }
+
+    fn is_ours(&self, record: &Record) -> bool {
+        is_ours(record, self.identity)
     }
 
     /// Asks the arbiter; without one the backup never takes over by itself, so this side owns.
@@ -583,9 +653,7 @@ impl<G: Guest> Engine<G> {
 fn admit(record: Option<Record>, identity: HostIdentity) -> Result<Generation, Error> {
     match record {
         None => Ok(Generation(0)),
-        Some(record) if record.vm == identity.vm && record.runs_on() == identity.host => {
-            Ok(record.generation)
-        }
+        Some(record) if is_ours(&record, identity) => Ok(record.generation),
         Some(record) => Err(Error::Conflict(format!(
             "The arbiter holds the record of another owner ({record}): use an empty directory, or a \
              key of its own, for each VM, or protect the VM on the host that owns it"
@@ -593,10 +661,15 @@ fn admit(record: Option<Record>, identity: HostIdentity) -> Result<Generation, E
     }
 }
 
+/// Whether a record says that this process runs this VM.
+fn is_ours(record: &Record, identity: HostIdentity) -> bool {
+    record.vm == identity.vm && record.runs_on() == identity.host
+}
+
 /// The part of the backup's staging that is the disks'.
 fn log_share(staging_bytes: u64) -> Result<u64, Error> {
     if staging_bytes < DISK_STAGING_BYTES_MIN {
-        return Err(Error::Refused(format!(
+        return Err(Error::Unfit(format!(
             "staging_size is {staging_bytes} bytes there, and a VM with disks needs \
              {DISK_STAGING_BYTES_MIN} at least"
         )));

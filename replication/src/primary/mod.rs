@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  repl-engine    owns the guest and the state machine; seals, commits, decides
+//!  repl-call      asks the arbiter and the backup whether there can be a session, and ends
 //!  repl-setup     makes the data connections, and ends
 //!  repl-send-N    pages of one data connection
 //!  repl-disk      first copies and logs of the disks
@@ -11,13 +12,16 @@
 //!  repl-bell      dies with the process, at once, so that the backup hears of it
 //! ```
 //!
-//! Enters: a guest and options. Leaves: its state at the backup, and its output once that is so.
+//! Enters: a guest and options. Leaves: its state at the backup, and its output once that is so. A
+//! session that ends because the backup was lost is followed by another, see [`keeper`].
 
 mod bell;
 mod disk;
 mod engine;
+mod keeper;
 mod options;
 mod patience;
+mod rest;
 mod seal;
 mod send;
 mod session;
@@ -27,7 +31,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use api::replication::{ReplicateData, ReplicationInfo, ReplicationState, Role};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
 pub(crate) use options::{address, arbiter, asked_of_rdma, certificates, validate_paces};
 pub(crate) use session::layout;
@@ -36,15 +40,16 @@ use crate::engine::spawn;
 use crate::engine::status::Status;
 use crate::error::Error;
 use crate::guest::Guest;
-use crate::observer::{Event, Observer};
+use crate::observer::Observer;
 use crate::ownership::HostIdentity;
 use crate::transport::{Destination, name};
-use engine::{Ask, Engine, Input};
+use engine::{Ask, Input};
+use keeper::{Keeper, Mailbox};
 use options::Checked;
 
 /// A guest under protection. Dropping the handle ends nothing.
 pub struct PrimaryHandle {
-    inputs: Sender<Input>,
+    mailbox: Mailbox,
     status: Status,
     thread: std::sync::Mutex<Option<JoinHandle<()>>>,
     identity: HostIdentity,
@@ -67,6 +72,49 @@ pub fn protect<G: Guest>(
     observer: Arc<dyn Observer>,
 ) -> Result<PrimaryHandle, Error> {
     let checked = Checked::new(options)?;
+    let (handle, keeper, queue) = prepare(guest, &checked, identity, observer);
+    // A rendezvous: either the caller takes the verdict or, having left, never sees it.
+    let (verdict, first) = bounded(0);
+    let thread = spawn("repl-engine", None, move || keeper.run(checked, queue, &verdict))?;
+    match first.recv_timeout(handle.timeout) {
+        Ok(Err(error)) => {
+            join(thread);
+            return Err(error);
+        }
+        Ok(Ok(())) | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+    }
+    Ok(handle.with(thread))
+}
+
+/// Begins to protect a guest that this host owns alone, with a backup that is about to listen: as
+/// after the loss of one, the backup is called until it answers.
+///
+/// # Errors
+/// [`Error::Option`] for options that contradict themselves or that this build lacks.
+pub fn protect_alone<G: Guest>(
+    guest: G,
+    options: ReplicateData,
+    identity: HostIdentity,
+    observer: Arc<dyn Observer>,
+) -> Result<PrimaryHandle, Error> {
+    let checked = Checked::new(options)?;
+    let (handle, keeper, queue) = prepare(guest, &checked, identity, observer);
+    {
+        let mut gathered = handle.status.lock();
+        gathered.info.state = ReplicationState::Degraded;
+        gathered.alone = true;
+        gathered.reconnects = true;
+    }
+    let thread = spawn("repl-engine", None, move || keeper.run_alone(queue))?;
+    Ok(handle.with(thread))
+}
+
+fn prepare<G: Guest>(
+    guest: G,
+    checked: &Checked,
+    identity: HostIdentity,
+    observer: Arc<dyn Observer>,
+) -> (PrimaryHandle, Keeper<G>, Receiver<Input>) {
     let status = Status::default();
     {
         let mut gathered = status.lock();
@@ -76,24 +124,21 @@ pub fn protect<G: Guest>(
         let Destination { address, tls } = &checked.destination;
         gathered.info.transport = Some(name(address, tls.is_some()).to_owned());
         gathered.info.dirty_log = guest.tracking_name().map(str::to_owned);
+        gathered.reconnects = checked.options.reconnect;
     }
     let timeout = Duration::from_millis(checked.options.timeout_ms);
-    let (inputs, queue) = unbounded();
-    // A rendezvous: either the caller takes the verdict or, having left, never sees it.
-    let (verdict, first) = bounded(0);
-    let worker = Worker { inputs: inputs.clone(), queue, status: status.clone(), verdict };
-    let thread = spawn("repl-engine", None, move || {
-        worker.run(guest, checked, identity, observer);
-    })?;
-    match first.recv_timeout(timeout) {
-        Ok(Err(error)) => {
-            join(thread);
-            return Err(error);
-        }
-        Ok(Ok(())) | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
-    }
-    let thread = std::sync::Mutex::new(Some(thread));
-    Ok(PrimaryHandle { inputs, status, thread, identity, timeout })
+    let (mailbox, queue) = Mailbox::new();
+    let keeper = Keeper {
+        guest,
+        options: checked.options.clone(),
+        identity,
+        observer,
+        status: status.clone(),
+        mailbox: mailbox.clone(),
+        rest: None,
+    };
+    let thread = std::sync::Mutex::default();
+    (PrimaryHandle { mailbox, status, thread, identity, timeout }, keeper, queue)
 }
 
 fn join(thread: JoinHandle<()>) {
@@ -102,45 +147,11 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-struct Worker {
-    inputs: Sender<Input>,
-    queue: Receiver<Input>,
-    status: Status,
-    verdict: Sender<Result<(), Error>>,
-}
-
-impl Worker {
-    fn run(
-        self,
-        guest: impl Guest,
-        checked: Checked,
-        identity: HostIdentity,
-        observer: Arc<dyn Observer>,
-    ) {
-        let Self { inputs, queue, status, verdict } = self;
-        let peer = checked.options.destination_url.clone();
-        let opened =
-            Engine::open(guest, checked, identity, observer.clone(), inputs, queue, status.clone());
-        match opened {
-            Ok(engine) => {
-                observer.event(Event::ReplicationStarted { peer });
-                // The caller may have stopped waiting.
-                let _ = verdict.send(Ok(()));
-                engine.run();
-            }
-            Err(error) => {
-                let line = error.chain();
-                status.lock().info.state = ReplicationState::Stopped;
-                status.failed(&line);
-                if verdict.send(Err(error)).is_err() {
-                    observer.event(Event::Failed { error: line });
-                }
-            }
-        }
-    }
-}
-
 impl PrimaryHandle {
+    fn with(self, thread: JoinHandle<()>) -> Self {
+        Self { thread: std::sync::Mutex::new(Some(thread)), ..self }
+    }
+
     /// Where replication stands.
     #[must_use]
     pub fn info(&self) -> ReplicationInfo {
@@ -174,7 +185,9 @@ impl PrimaryHandle {
     fn ask(&self, ask: Ask) -> Result<(), Error> {
         let (answer, answered) = bounded(1);
         let gone = || Error::Conflict("Replication has ended already".to_owned());
-        self.inputs.send(Input::Ask(ask, answer)).map_err(|_| gone())?;
+        if !self.mailbox.send(Input::Ask(ask, answer)) {
+            return Err(gone());
+        }
         // A person waits: long enough for a slow arbiter, not for a dead one.
         match answered.recv_timeout(self.timeout * 10) {
             Ok(answer) => answer,
@@ -194,6 +207,24 @@ impl PrimaryHandle {
     #[cfg(test)]
     pub(crate) fn pauses(&self) -> u64 {
         self.status.lock().pause_us.count()
+    }
+
+    /// Whether nothing more will be done for the VM without a person's word. The engine may still be
+    /// closing.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        let gathered = self.status.lock();
+        match gathered.info.state {
+            ReplicationState::Lost | ReplicationState::Stopped => true,
+            ReplicationState::Degraded => !gathered.reconnects,
+            _ => false,
+        }
+    }
+
+    /// Whether the VM lost its backup and is not protected again yet.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        self.status.lock().alone
     }
 
     /// Whether the engine has ended: the VM is unprotected, or gone.

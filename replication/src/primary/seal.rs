@@ -73,6 +73,8 @@ pub(super) struct Sealer {
     pub(super) journal: Option<Arc<Journal>>,
     /// The set that was sealed last: its pages are on their way, until [`Sealer::ahead`] of the next seal.
     sealed: Arc<PageSet>,
+    /// Takes the place of a set whose epoch is not acknowledged when the next one is sealed.
+    spare: Option<PageSet>,
     /// Since when the guest stands still.
     stands: Option<Instant>,
     /// It does so because there is no room for more, and how long it did in all.
@@ -118,6 +120,7 @@ impl Sealer {
             ram,
             journal: None,
             sealed: Arc::new(PageSet::new(pages)),
+            spare: None,
             stands: None,
             waits: false,
             waited: Duration::ZERO,
@@ -132,6 +135,19 @@ impl Sealer {
         if let Some(freezer) = &mut self.freezer {
             freezer.prepare();
         }
+        if Arc::strong_count(&self.sealed) > 1 && self.spare.is_none() {
+            self.spare = Some(PageSet::new(self.dirty.pages().universe()));
+        }
+    }
+
+    /// The set of an epoch that was acknowledged.
+    pub(super) fn recycle(&mut self, set: Arc<PageSet>) {
+        if self.spare.is_none()
+            && let Ok(mut set) = Arc::try_unwrap(set)
+        {
+            set.clear();
+            self.spare = Some(set);
+        }
     }
 
     /// What became of pages so far.
@@ -145,7 +161,7 @@ impl Sealer {
     }
 
     /// The set that was sealed last, if nothing was done ahead of the next one.
-    pub(super) fn sealed(&self) -> &PageSet {
+    pub(super) fn sealed(&self) -> &Arc<PageSet> {
         &self.sealed
     }
 
@@ -159,7 +175,7 @@ impl Sealer {
         let universe = self.dirty.pages().universe();
         let spare = match Arc::get_mut(&mut self.sealed) {
             Some(sealed) => std::mem::replace(sealed, PageSet::new(0)),
-            None => PageSet::new(universe),
+            None => self.spare.take().unwrap_or_else(|| PageSet::new(universe)),
         };
         self.sealed = Arc::new(self.dirty.take(spare));
         Arc::clone(&self.sealed)

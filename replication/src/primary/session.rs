@@ -25,8 +25,8 @@ use crate::ownership::{HostId, HostIdentity};
 use crate::ram::Ram;
 use crate::transport::{Destination, Stream, TransportError, is_late, rdma};
 use crate::wire::{
-    FrameReader, FrameWriter, Hello, Message, Offer, REGIONS_MAX, SessionId, Welcome, WireError,
-    WireRegion,
+    Base, FrameReader, FrameWriter, Hello, Message, Offer, REGIONS_MAX, RETURN_BYTES_MAX,
+    SessionId, Welcome, WireError, WireRegion,
 };
 
 /// Shortest wait for a sign of the backup. While it builds the machine, and memory of hundreds of
@@ -35,6 +35,7 @@ const SIGN_WAIT_MIN: Duration = Duration::from_secs(1);
 
 /// What was agreed, and the connections.
 pub(super) struct Session {
+    pub(super) id: SessionId,
     pub(super) control: Greeted,
     pub(super) data: Vec<FrameWriter<Box<dyn Stream>>>,
     pub(super) disks: Option<FrameWriter<Box<dyn Stream>>>,
@@ -89,17 +90,16 @@ impl Caller {
     }
 }
 
-/// Connects, offers the guest, and waits for the backup's word. `adapter` makes what asks the device,
+/// Connects, makes the offer, and waits for the backup's word. `adapter` makes what asks the device,
 /// with the patience of both sides: the longer of their time-outs.
 pub(super) fn open(
-    guest: &mut impl Guest,
+    offer: Offer,
     destination: &Destination,
     options: &ReplicateData,
     identity: HostIdentity,
     adapter: Option<impl FnOnce(Duration) -> rdma::Adapter>,
 ) -> Result<Session, Error> {
     let timeout = Duration::from_millis(options.timeout_ms);
-    let offer = offer(guest, options, adapter.is_some())?;
     let has_disks = !offer.disks.is_empty();
     let stream = destination.connect(timeout).map_err(Error::Transport)?;
     let (session, _) = Uuid::new_v4().as_u64_pair();
@@ -121,6 +121,7 @@ pub(super) fn open(
     let welcome = match first_word(&mut control.reader) {
         Ok(Message::Welcome(welcome)) => welcome,
         Ok(Message::Abort(reason)) => return Err(Error::Refused(reason)),
+        Ok(Message::Refuse(reason)) => return Err(Error::Unfit(reason)),
         Ok(other) => {
             let found = other.kind();
             return Err(Error::Wire(WireError::Unexpected { found, expected: "a welcome" }));
@@ -141,7 +142,7 @@ pub(super) fn open(
     let disks = has_disks.then(|| caller.connect(connections + 2)).transpose()?;
     let bell = caller.hello(connections + 1);
     super::bell::start(caller.destination, session, bell, timeout);
-    Ok(Session { control, data, disks, backup: HostId(welcome.host), welcome })
+    Ok(Session { id: session, control, data, disks, backup: HostId(welcome.host), welcome })
 }
 
 /// Makes the data connections beside the engine, whose heart beats meanwhile: there may be many, and a
@@ -233,7 +234,13 @@ fn first_word(reader: &mut FrameReader<Box<dyn Stream>>) -> Result<Message, Wire
     }
 }
 
-fn offer(guest: &mut impl Guest, options: &ReplicateData, rdma: bool) -> Result<Offer, Error> {
+/// What the backup is told of the guest.
+pub(super) fn offer(
+    guest: &mut impl Guest,
+    options: &ReplicateData,
+    rdma: bool,
+    base: Option<Base>,
+) -> Result<Offer, Error> {
     let description =
         guest.describe().map_err(|source| Error::Guest { what: "describe the VM", source })?;
     if description.len() > DESCRIPTION_BYTES_MAX {
@@ -249,14 +256,37 @@ fn offer(guest: &mut impl Guest, options: &ReplicateData, rdma: bool) -> Result<
         return Err(Error::Failed(format!("{} disks are too many", disks.len())));
     }
     let ms = |ms: u64| u32::try_from(ms).unwrap_or(u32::MAX);
+    let way_back = way_back(options)?;
     Ok(Offer {
         page_bytes: u32::try_from(PAGE_SIZE).expect("a page is small"),
         heartbeat_ms: ms(options.heartbeat_ms),
         timeout_ms: ms(options.timeout_ms),
         arbiter: options.arbiter.is_some(),
         rdma,
+        base,
         regions,
         disks,
+        way_back,
         description,
     })
+}
+
+/// How the backup protects the VM after a switch-over: as this host does, the other way round.
+fn way_back(options: &ReplicateData) -> Result<String, Error> {
+    let Some(return_url) = &options.return_url else { return Ok(String::new()) };
+    let back = ReplicateData {
+        destination_url: return_url.clone(),
+        return_url: Some(options.destination_url.clone()),
+        // Files of this host are nobody else's.
+        arbiter_tls_dir: None,
+        arbiter_credentials: None,
+        tls_dir: None,
+        ..options.clone()
+    };
+    let invalid = |reason: String| Error::Option { option: "return_url", reason };
+    let text = serde_json::to_string(&back).map_err(|error| invalid(error.to_string()))?;
+    if text.len() > RETURN_BYTES_MAX {
+        return Err(invalid(format!("the options have {} bytes, too many", text.len())));
+    }
+    Ok(text)
 }

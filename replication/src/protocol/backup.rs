@@ -14,6 +14,9 @@
 //! An image of a disk that cannot be written ends what there is in each of these: such a backup
 //! listens again, and never starts what it has. Found out while it claims, the claim is not made.
 //!
+//! The memory of a replica whose claim is lost may be kept ([`Action::Keep`]): nothing that runs, only
+//! what its primary may go on from, in a session that begins in Syncing like any other.
+//!
 //! From Claiming and Orphan on nothing is acknowledged any more, for good: a session that brings
 //! more is a new one, from Syncing.
 
@@ -91,8 +94,14 @@ pub enum Action {
     Claim {
         expected: Generation,
     },
-    /// Destroy the replica.
+    /// Destroy the replica, and what was kept of an earlier one.
     Discard,
+    /// Give the replica up as one that could run, and keep its memory: it is that of this epoch, and
+    /// its primary may go on from there instead of from nothing.
+    Keep {
+        generation: Generation,
+        committed: EpochId,
+    },
     /// Load the last acknowledged state and run.
     Start,
     /// Answer a person's request.
@@ -182,11 +191,19 @@ impl Backup {
     }
 
     fn accepted(&mut self) -> Vec<Action> {
-        let orphan = self.state == State::Orphan;
+        // The same VM's primary is back, alive: what is left here is older than what it runs.
+        let actions = if self.state == State::Orphan { vec![self.keep()] } else { vec![] };
         self.forget();
         self.go(State::Syncing);
-        // The same VM's primary is back, alive: what is left here is older than what it runs.
-        if orphan { vec![Action::Discard] } else { vec![] }
+        actions
+    }
+
+    /// What becomes of a replica that its primary has left behind.
+    fn keep(&self) -> Action {
+        match (self.generation, self.committed) {
+            (Some(generation), Some(committed)) => Action::Keep { generation, committed },
+            _ => Action::Discard,
+        }
     }
 
     fn paired(&mut self, generation: Generation) -> Vec<Action> {
@@ -320,9 +337,10 @@ impl Backup {
                 if self.handover { vec![Action::Start] } else { vec![Action::Close, Action::Start] }
             }
             Verdict::Lost(_) => {
+                let keep = self.keep();
                 self.forget();
                 self.go(State::Idle);
-                vec![Action::Close, Action::Discard, Action::Report(Report::Lost(verdict))]
+                vec![Action::Close, keep, Action::Report(Report::Lost(verdict))]
             }
         }
     }
@@ -338,9 +356,10 @@ impl Backup {
                 actions.extend(self.take(self.generation()));
                 actions
             }
-            State::Replica => {
-                refuse("The primary is alive and there is no arbiter: ask the primary to fail over")
-            }
+            State::Replica => refuse(
+                "The primary is alive (Protected) and there is no arbiter: ask the primary to \
+                     fail over",
+            ),
             State::Orphan if force => {
                 let mut actions = vec![Action::Report(Report::FailoverStarted)];
                 self.generation = Some(self.generation().next());
@@ -349,12 +368,18 @@ impl Backup {
                 actions
             }
             State::Orphan => refuse(
-                "There is no arbiter to say whether the primary is gone: 'force' says that it is",
+                "There is no arbiter to say whether the primary is gone (Suspended): 'force' says that \
+                 it is",
             ),
-            State::Idle | State::Syncing => refuse("There is no committed replica to start from"),
-            State::Claiming | State::Starting => refuse("A take-over is under way"),
-            State::TakenOver => refuse("This host has taken over already"),
-            State::Stopped => refuse("The backup was stopped"),
+            State::Idle => refuse(
+                "There is no committed replica to start from: no primary is here (Disconnected)",
+            ),
+            State::Syncing => refuse(
+                "There is no committed replica to start from: the copy is under way (Syncing)",
+            ),
+            State::Claiming | State::Starting => refuse("A take-over is under way (TakingOver)"),
+            State::TakenOver => refuse("This host has taken the VM over already (TakenOver)"),
+            State::Stopped => refuse("The backup was stopped (Stopped)"),
         }
     }
 

@@ -40,8 +40,25 @@ fn a_lost_claim_discards_and_listens() {
     let theirs = Verdict::Lost(Record { generation: Generation(2), vm, standing });
     let lost = backup.step(Event::Verdict(theirs));
     let report = Action::Report(Report::Lost(theirs));
-    assert_eq!(lost, [Action::Close, Action::Discard, report]);
+    let keep = Action::Keep { generation: G1, committed: EpochId(1) };
+    assert_eq!(lost, [Action::Close, keep, report]);
     assert_eq!(backup.state(), State::Idle);
+    // Nothing of it can be started, and what comes next begins from nothing as far as this can tell.
+    let asked = backup.step(Event::FailoverAsked { force: true });
+    assert!(matches!(asked[..], [Action::Refuse(_)]));
+    assert_eq!(backup.step(Event::Accepted), []);
+    assert_eq!(backup.step(Event::Lost("cut".into()))[2], Action::Discard);
+}
+
+#[test]
+fn an_orphan_whose_primary_is_back_is_kept_for_its_memory_only() {
+    let mut backup = replica(false);
+    backup.step(Event::Lost("cut".into()));
+    let keep = Action::Keep { generation: G1, committed: EpochId(1) };
+    assert_eq!(backup.step(Event::Accepted), [keep]);
+    assert_eq!(backup.committed(), None);
+    let forced = backup.step(Event::FailoverAsked { force: true });
+    assert!(matches!(forced[..], [Action::Refuse(_)]));
 }
 
 #[test]
@@ -93,4 +110,49 @@ fn the_last_generation_is_refused() {
     let Action::TellAbort(reason) = &actions[0] else { panic!("{actions:?}") };
     assert!(reason.contains("last generation"), "{reason}");
     assert_eq!(backup.state(), State::Idle);
+}
+
+#[test]
+fn a_refusal_names_the_state() {
+    let states = [
+        (Backup::new(true), "Disconnected"),
+        (replica(false), "Protected"),
+        (
+            {
+                let mut backup = Backup::new(true);
+                backup.step(Event::Accepted);
+                backup
+            },
+            "Syncing",
+        ),
+        (
+            {
+                let mut backup = replica(true);
+                backup.step(Event::Lost("cut".into()));
+                backup
+            },
+            "TakingOver",
+        ),
+        (
+            {
+                let mut backup = replica(false);
+                backup.step(Event::Lost("cut".into()));
+                backup
+            },
+            "Suspended",
+        ),
+        (
+            {
+                let mut backup = replica(true);
+                backup.step(Event::StopAsked);
+                backup
+            },
+            "Stopped",
+        ),
+    ];
+    for (mut backup, name) in states {
+        let refused = backup.step(Event::FailoverAsked { force: false });
+        let [Action::Refuse(reason)] = &refused[..] else { panic!("{name}: {refused:?}") };
+        assert!(reason.contains(name), "{name}: {reason}");
+    }
 }

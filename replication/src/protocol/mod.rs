@@ -4,7 +4,7 @@
 //! Always holds, whatever the order of events:
 //!
 //! - a primary commits epoch n only on ack(n) of its generation, lets everything out only after a
-//!   won claim or before any output was ever held, and destroys its guest only once the record
+//!   won claim or before any output of its session was held, and destroys its guest only once the record
 //!   says that the backup owns it;
 //! - a backup never acknowledges again once it has claimed, and starts only after a won claim (or
 //!   a person's word where there is no arbiter), from the last epoch that it acknowledged.

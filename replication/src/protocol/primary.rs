@@ -6,7 +6,7 @@
 //!     ^  | peer lost, stop   | peer lost, stop,  |    ^-----+
 //!     |  v                   v lost              | peer lost | stop | too large | failover
 //!     |  Failed / Stopped   Failed / Stopped     v                              v
-//!     |                                       Claiming <---- peer lost ---- HandingOver
+//!     |  or Alone           or Alone          Claiming <---- peer lost ---- HandingOver
 //!     |       owned, to copy anew                | |                         |       |
 //!     +------------------------------------------+ |    peer lost, sealed,   |       | handed
 //!                       owned |          lost      |    no arbiter           v       | over
@@ -19,6 +19,11 @@
 //! Stopped. HandingOver without an arbiter that loses its peer after the last epoch was sealed is
 //! Undecided: the backup may run the VM, and only a person knows, unless the backup's word was
 //! only late.
+//!
+//! A machine is a session's. A VM that was protected before and lost its backup is copied anew in a
+//! session of [`Primary::again`]: a peer that is lost in Syncing or Pairing leaves it Alone, as it
+//! was, and not Failed. Whoever runs the machine may begin another such session as long as
+//! [`Primary::may_go_on`] says so.
 
 use crate::ids::{EpochId, Generation};
 use crate::protocol::ownership::Verdict;
@@ -124,9 +129,13 @@ pub enum Action {
     Release,
     /// As the degrade option says: run on or stay paused.
     Degrade,
+    /// End a pause that [`Action::Degrade`] began: there is a backup again.
+    Regain,
     Destroy,
     /// End the session.
     Close,
+    /// Answer a person's request.
+    Refuse(String),
     Report(Report),
 }
 
@@ -136,6 +145,8 @@ pub enum Report {
     Synced,
     Resynced,
     Degraded(String),
+    /// An attempt to be protected again ended: all is as it was before.
+    StillAlone(String),
     Stopped,
     Failed(String),
     Lost(Verdict),
@@ -163,6 +174,8 @@ pub struct Primary {
     awaits_ready: bool,
     /// Whether the last epoch of a switch-over was sealed: the backup may have it and start.
     handed: bool,
+    /// Whether this side could not go on although the backup is well.
+    gave_up: bool,
     reason: String,
 }
 
@@ -181,8 +194,15 @@ impl Primary {
             resync: false,
             awaits_ready: false,
             handed: false,
+            gave_up: false,
             reason: String::new(),
         }
+    }
+
+    /// A primary whose VM was protected before, and which owns it alone.
+    #[must_use]
+    pub fn again(arbiter: bool, generation: Generation) -> Self {
+        Self { resync: true, ..Self::new(arbiter, generation) }
     }
 
     #[must_use]
@@ -211,6 +231,13 @@ impl Primary {
     #[must_use]
     pub fn is_protected(&self) -> bool {
         self.protected
+    }
+
+    /// Whether the VM, which ran out of backups, may be copied to one again without a person's
+    /// word: it is this side's, and nothing of this side was in the way.
+    #[must_use]
+    pub fn may_go_on(&self) -> bool {
+        self.state == State::Alone && !self.gave_up
     }
 
     /// What to do about `event`.
@@ -276,6 +303,7 @@ impl Primary {
                 vec![Action::Close, Action::Degrade, Action::Pass, report]
             }
             Purpose::GiveUp => {
+                self.gave_up = true;
                 self.go(State::Alone);
                 let report = Action::Report(Report::Degraded(reason));
                 vec![Action::TellStop, Action::Degrade, Action::Pass, report]
@@ -328,15 +356,26 @@ impl Primary {
         let mut actions = vec![if handed { Action::Handed(epoch) } else { Action::Commit(epoch) }];
         if !self.protected {
             self.protected = true;
-            let report = if self.resync { Report::Resynced } else { Report::Synced };
-            actions.push(Action::Report(report));
+            if self.resync {
+                actions.extend([Action::Regain, Action::Report(Report::Resynced)]);
+            } else {
+                actions.push(Action::Report(Report::Synced));
+            }
         }
         actions
     }
 
     fn peer_lost(&mut self, reason: String) -> Vec<Action> {
         match self.state {
-            // Nothing was ever held, and the backup has nothing to start from.
+            // Nothing is held, and the backup has nothing to start from.
+            State::Syncing | State::Pairing if self.resync => {
+                self.go(State::Alone);
+                let report = match self.committed {
+                    EpochId(0) => Report::StillAlone(reason),
+                    _ => Report::Degraded(reason),
+                };
+                vec![Action::Close, Action::Report(report)]
+            }
             State::Syncing | State::Pairing => {
                 self.go(State::Failed);
                 vec![Action::Close, Action::Report(Report::Failed(reason))]
@@ -408,6 +447,8 @@ impl Primary {
                 self.go(State::Claiming(Purpose::Stop));
                 vec![]
             }
+            // Whoever asked first is answered at the same time.
+            State::Claiming(Purpose::Stop) => vec![],
             State::Undecided => {
                 self.go(State::Stopped);
                 vec![Action::Pass, Action::Release, Action::Report(Report::Stopped)]
@@ -416,7 +457,9 @@ impl Primary {
                 self.go(State::Stopped);
                 vec![Action::Report(Report::Stopped)]
             }
-            _ => vec![],
+            State::HandingOver | State::Gone | State::Stopped | State::Failed => {
+                vec![Action::Refuse(self.cannot("The protection cannot be ended"))]
+            }
         }
     }
 
@@ -426,8 +469,38 @@ impl Primary {
                 self.go(State::HandingOver);
                 vec![Action::Report(Report::FailoverStarted), Action::SealHandover]
             }
-            _ => vec![],
+            _ => vec![Action::Refuse(self.cannot("The VM cannot be handed over"))],
         }
+    }
+
+    /// Why what was asked for cannot be done now: names the state, and what to wait for or to do.
+    fn cannot(&self, what: &str) -> String {
+        let why = match self.state {
+            State::Syncing | State::Pairing | State::Protected => {
+                "the copy to the backup is under way (Syncing): wait until it is Protected"
+            }
+            State::HandingOver => "a switch-over is under way: wait for its end",
+            State::Claiming(Purpose::PeerLost) => {
+                "the backup was lost and the arbiter is asked who owns the VM (Suspended): wait for \
+                 its answer"
+            }
+            State::Claiming(Purpose::Stop) => {
+                "the protection is being ended and the arbiter is asked (Suspended): wait for its \
+                 answer"
+            }
+            State::Claiming(Purpose::Resync | Purpose::GiveUp) => {
+                "the protection broke on this side and the arbiter is asked (Suspended): wait for \
+                 its answer"
+            }
+            State::Undecided => {
+                "a switch-over was cut off and nobody but a person can say which host runs the VM \
+                 (Suspended): if it is this one, stop the replication here"
+            }
+            State::Alone => "this host runs it without a backup (Degraded)",
+            State::Gone => "the backup owns the VM (Lost)",
+            State::Stopped | State::Failed => "the protection has ended (Stopped)",
+        };
+        format!("{what}: {why}")
     }
 
     fn handed_over(&mut self, generation: Generation) -> Vec<Action> {
@@ -468,8 +541,8 @@ pub fn is_transition_valid(from: State, to: State) -> bool {
         Alone, Claiming, Failed, Gone, HandingOver, Pairing, Protected, Stopped, Syncing, Undecided,
     };
     match from {
-        Syncing => matches!(to, Pairing | Failed | Stopped),
-        Pairing => matches!(to, Protected | Failed | Stopped),
+        Syncing => matches!(to, Pairing | Failed | Alone | Stopped),
+        Pairing => matches!(to, Protected | Failed | Alone | Stopped),
         Protected => matches!(to, Claiming(_) | HandingOver),
         HandingOver => matches!(to, Claiming(_) | Gone | Undecided),
         Claiming(Purpose::Resync) => matches!(to, Claiming(_) | Syncing | Gone),

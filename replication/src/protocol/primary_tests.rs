@@ -219,3 +219,100 @@ fn a_copy_anew_begins_once_and_only_when_told() {
     assert_eq!(primary.step(Event::ResyncReady), [Action::Copy]);
     assert!(lost(&primary.step(Event::ResyncReady)), "a second time");
 }
+
+fn again() -> Primary {
+    Primary::again(true, Generation(2))
+}
+
+#[test]
+fn a_vm_that_is_copied_anew_stays_alone_when_that_ends() {
+    let still = [Action::Close, Action::Report(Report::StillAlone("cut".into()))];
+    let mut primary = again();
+    assert_eq!(primary.step(Event::PeerLost("cut".into())), still);
+    assert!(primary.state() == State::Alone && primary.may_go_on());
+    let mut primary = again();
+    assert_eq!(primary.step(Event::Synced), [Action::Pair { expected: Generation(2) }]);
+    assert_eq!(primary.step(Event::PeerLost("cut".into())), still);
+    // Nothing was told the backup, so a verdict that comes late changes nothing.
+    assert_eq!(primary.step(Event::Verdict(Verdict::Owned(Generation(3)))), []);
+    assert_eq!(primary.state(), State::Alone);
+}
+
+#[test]
+fn a_first_commit_ends_what_the_lack_of_a_backup_began() {
+    let mut primary = again();
+    primary.step(Event::Synced);
+    primary.step(Event::Verdict(Verdict::Owned(Generation(3))));
+    primary.step(Event::Sealed(E1));
+    let acked = primary.step(Event::Acked { epoch: E1, generation: Generation(3) });
+    let report = Action::Report(Report::Resynced);
+    assert_eq!(acked, [Action::Commit(E1), Action::Regain, report]);
+}
+
+#[test]
+fn a_copy_anew_in_a_session_that_ends_is_told() {
+    let mut primary = protected();
+    primary.step(Event::TooLarge("big".into()));
+    primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+    let cut = primary.step(Event::PeerLost("cut".into()));
+    assert_eq!(cut, [Action::Close, Action::Report(Report::Degraded("cut".into()))]);
+    assert!(primary.may_go_on());
+}
+
+#[test]
+fn who_gave_up_or_was_told_to_stop_does_not_go_on() {
+    let mut primary = protected();
+    primary.step(Event::GiveUp("never fits".into()));
+    primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+    assert!(primary.state() == State::Alone && !primary.may_go_on());
+    let mut primary = again();
+    primary.step(Event::StopAsked);
+    assert!(primary.state() == State::Stopped && !primary.may_go_on());
+    let mut primary = again();
+    primary.step(Event::GiveUp("no state".into()));
+    assert!(primary.state() == State::Failed && !primary.may_go_on());
+}
+
+/// Each state in which a switch-over or a stop is refused, and what the refusal names.
+#[test]
+fn a_refusal_names_the_state_and_the_reason() {
+    let reached = |events: &[Event]| {
+        let mut primary = Primary::new(false, Generation(0));
+        events.iter().for_each(|event| drop(primary.step(event.clone())));
+        primary
+    };
+    let to_protected =
+        [Event::Synced, Event::Verdict(Verdict::Owned(G1)), Event::Sealed(E1), ack(1)];
+    let after = |more: &[Event]| reached(&[&to_protected[..], more].concat());
+    let lost = || Event::PeerLost("cut".into());
+    let handing = [Event::FailoverAsked, Event::Sealed(EpochId(2))];
+    let states = [
+        (reached(&[]), State::Syncing, "Syncing", true),
+        (reached(&to_protected[..1]), State::Pairing, "Syncing", true),
+        (reached(&to_protected[..3]), State::Protected, "Syncing", true),
+        (after(&handing[..1]), State::HandingOver, "a switch-over is under way", false),
+        (after(&[lost()]), State::Claiming(Purpose::PeerLost), "Suspended", true),
+        (after(&[Event::StopAsked]), State::Claiming(Purpose::Stop), "being ended", true),
+        (after(&[Event::TooLarge("x".into())]), State::Claiming(Purpose::Resync), "broke", true),
+        (after(&[Event::GiveUp("x".into())]), State::Claiming(Purpose::GiveUp), "broke", true),
+        (after(&[&handing[..], &[lost()]].concat()), State::Undecided, "cut off", true),
+        (
+            after(&[lost(), Event::Verdict(Verdict::Owned(Generation(2)))]),
+            State::Alone,
+            "Degraded",
+            true,
+        ),
+        (after(&[lost(), Event::Verdict(theirs())]), State::Gone, "(Lost)", false),
+        (reached(&[Event::StopAsked]), State::Stopped, "(Stopped)", false),
+        (reached(&[lost()]), State::Failed, "(Stopped)", false),
+    ];
+    for (primary, state, text, may_stop) in states {
+        assert_eq!(primary.state(), state);
+        let refused = primary.clone().step(Event::FailoverAsked);
+        let [Action::Refuse(reason)] = &refused[..] else { panic!("{state:?}: {refused:?}") };
+        assert!(reason.contains(text), "{state:?}: {reason}");
+        let stopped = primary.clone().step(Event::StopAsked);
+        let is_refused = matches!(&stopped[..], [Action::Refuse(why)] if why.contains(text));
+        assert_eq!(is_refused, !may_stop, "{state:?}: {stopped:?}");
+    }
+}

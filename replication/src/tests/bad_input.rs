@@ -122,7 +122,7 @@ fn a_second_primary_is_refused_and_the_first_goes_on() {
     primary.events.wait(|e| *e == Event::Synced).unwrap();
     let other = small_machine();
     let error = Primary::start(&other, &backup.url(), None).err().expect("refused");
-    assert!(matches!(&error, Error::Refused(reason) if reason.contains("another primary")));
+    assert!(matches!(&error, Error::Unfit(reason) if reason.contains("another primary")));
     assert!(other.is_running() && !other.is_tracking());
     let seen = primary.handle.info().epoch_committed;
     machine.work(0, crate::ids::PageIndex(5), 1).unwrap();
@@ -229,7 +229,7 @@ fn sides_that_disagree_about_the_arbiter_are_told() {
     let backup = Backup::start(None);
     let machine = small_machine();
     let error = Primary::start(&machine, &backup.url(), Some(dir.path())).err().expect("refused");
-    assert!(matches!(&error, Error::Refused(reason) if reason.contains("arbiter")), "{error}");
+    assert!(matches!(&error, Error::Unfit(reason) if reason.contains("arbiter")), "{error}");
     // Two directories would let both sides win: seen before anything depends on it.
     let other = tempfile::tempdir().unwrap();
     let backup = Backup::start(Some(other.path()));

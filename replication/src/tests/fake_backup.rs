@@ -72,6 +72,7 @@ impl Fake {
             staging_bytes: STAGING_BYTES,
             heartbeat_ms: 200,
             timeout_ms: 5000,
+            has_base: false,
         })
     }
 

@@ -1,5 +1,6 @@
 //! Both sides together: real threads, real sockets, memory as the guest.
 
+mod again;
 mod bad_input;
 mod bounds;
 mod disk_input;
@@ -36,7 +37,7 @@ pub(crate) fn replicate(url: &str, arbiter: Option<&Path>) -> ReplicateData {
     let arbiter = arbiter.map(|dir| format!("file:{}", dir.display()));
     serde_json::from_value(serde_json::json!({
         "destination_url": url, "epoch_ms": 5, "epoch_min_ms": 0, "connections": 3,
-        "arbiter": arbiter, "heartbeat_ms": 200, "timeout_ms": 5000,
+        "arbiter": arbiter, "heartbeat_ms": 200, "timeout_ms": 5000, "reconnect": false,
     }))
     .unwrap()
 }

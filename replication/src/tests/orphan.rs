@@ -48,7 +48,7 @@ fn another_primary_is_refused_and_the_replica_kept() {
     let (backup, _machine, _) = orphaned();
     let other = small_machine();
     let error = Primary::start(&other, &backup.url(), None).err().expect("refused");
-    assert!(matches!(&error, Error::Refused(reason) if reason.contains("stop it first")));
+    assert!(matches!(&error, Error::Unfit(reason) if reason.contains("stop it first")));
     assert!(other.is_running() && !other.is_tracking());
     assert_eq!(backup.handle.info().state, ReplicationState::Suspended);
     backup.handle.failover(true).unwrap();

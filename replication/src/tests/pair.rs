@@ -88,6 +88,7 @@ pub(crate) struct Proxy {
     port: u16,
     streams: Arc<Mutex<Vec<TcpStream>>>,
     cut: Arc<AtomicBool>,
+    over: Arc<AtomicBool>,
 }
 
 /// Gets the number of the connection, the offset of the bytes in it, and the bytes.
@@ -114,25 +115,31 @@ impl Proxy {
         let port = listener.local_addr().unwrap().port();
         let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
         let cut = Arc::new(AtomicBool::new(false));
+        let over = Arc::new(AtomicBool::new(false));
         let (all, is_cut, change) = (Arc::clone(&streams), Arc::clone(&cut), tamper);
+        let is_over = Arc::clone(&over);
         std::thread::spawn(move || {
             for (number, stream) in listener.incoming().enumerate() {
-                let (Ok(one), false) = (stream, is_cut.load(Ordering::Acquire)) else { return };
-                let Ok(other) = TcpStream::connect(("127.0.0.1", backup)) else { return };
+                let (Ok(one), false) = (stream, is_over.load(Ordering::Acquire)) else { return };
+                if is_cut.load(Ordering::Acquire) {
+                    continue;
+                }
+                let Ok(other) = TcpStream::connect(("127.0.0.1", backup)) else { continue };
                 let dup = |stream: &TcpStream| stream.try_clone().unwrap();
                 // Nothing waits here for an acknowledgement of its peer's kernel.
                 [&one, &other].iter().for_each(|stream| stream.set_nodelay(true).unwrap());
                 all.lock().unwrap().extend([dup(&one), dup(&other)]);
                 let change = Arc::clone(&change);
                 let (from, to) = (dup(&one), dup(&other));
-                std::thread::spawn(move || pump(from, to, &*change, number));
-                std::thread::spawn(move || pump(other, one, &|_, _, _| {}, number));
+                let (there, back) = (Arc::clone(&is_cut), Arc::clone(&is_cut));
+                std::thread::spawn(move || pump(from, to, &*change, number, &there));
+                std::thread::spawn(move || pump(other, one, &|_, _, _| {}, number, &back));
                 if is_cut.load(Ordering::Acquire) {
                     all.lock().unwrap().iter().for_each(|s| drop(s.shutdown(Shutdown::Both)));
                 }
             }
         });
-        Self { port, streams, cut }
+        Self { port, streams, cut, over }
     }
 
     pub(crate) fn plain(backup: u16) -> Self {
@@ -150,7 +157,24 @@ impl Proxy {
         }
     }
 
-    /// Cuts every connection, in both directions, at once.
+    /// As [`Proxy::cut`], and the backup does not learn of it before [`Proxy::heal`].
+    pub(crate) fn cut_front(&self) {
+        self.cut.store(true, Ordering::Release);
+        // Every first one is the primary's; what its end says stays here.
+        for pair in self.streams.lock().unwrap().chunks(2) {
+            let _ = pair[0].shutdown(Shutdown::Write);
+        }
+    }
+
+    /// Lets connections through again; the old ones have ended by then.
+    pub(crate) fn heal(&self) {
+        for stream in self.streams.lock().unwrap().drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        self.cut.store(false, Ordering::Release);
+    }
+
+    /// Cuts every connection, in both directions, at once; new ones end as soon as they are made.
     pub(crate) fn cut(&self) {
         self.cut.store(true, Ordering::Release);
         for stream in self.streams.lock().unwrap().iter() {
@@ -161,6 +185,7 @@ impl Proxy {
 
 impl Drop for Proxy {
     fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
         self.cut();
         // Wakes the listener, which sees that it is over.
         let _ = TcpStream::connect(("127.0.0.1", self.port));
@@ -172,6 +197,7 @@ fn pump(
     mut to: TcpStream,
     change: &(dyn Fn(usize, u64, &mut Vec<u8>) + Send + Sync),
     number: usize,
+    is_cut: &AtomicBool,
 ) {
     let mut buffer = vec![0; 64 << 10];
     let mut offset = 0;
@@ -184,5 +210,8 @@ fn pump(
         }
     }
     let _ = from.shutdown(Shutdown::Read);
-    let _ = to.shutdown(Shutdown::Write);
+    // Of what is cut one side may be meant not to know.
+    if !is_cut.load(Ordering::Acquire) {
+        let _ = to.shutdown(Shutdown::Write);
+    }
 }

@@ -35,8 +35,18 @@ pub(super) fn offer() -> Offer {
     let description = [0u64.to_le_bytes(), PAGES.to_le_bytes()].concat();
     let regions = vec![WireRegion { start: 0, pages: PAGES }];
     let (heartbeat_ms, timeout_ms, page_bytes) = (200, 5000, 4096);
-    let (arbiter, rdma, disks) = (false, false, vec![]);
-    Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, rdma, regions, disks, description }
+    Offer {
+        page_bytes,
+        heartbeat_ms,
+        timeout_ms,
+        arbiter: false,
+        rdma: false,
+        base: None,
+        regions,
+        disks: vec![],
+        way_back: String::new(),
+        description,
+    }
 }
 
 pub(super) fn connect(backup: &Backup) -> TcpStream {
@@ -445,7 +455,7 @@ fn paces_that_nobody_could_keep_are_refused() {
         let names = (Uuid::new_v4(), Uuid::new_v4());
         let offer = Offer { heartbeat_ms, timeout_ms, ..offer() };
         let (_, _, word) = greet(&backup, SESSION, names, offer);
-        let Message::Abort(reason) = word else { panic!("{word:?}") };
+        let Message::Refuse(reason) = word else { panic!("{word:?}") };
         assert!(reason.contains("_ms' is invalid"), "{reason}");
     }
     assert_eq!(backup.log.built.load(std::sync::atomic::Ordering::Acquire), 0);
@@ -457,7 +467,7 @@ fn a_primary_whose_url_is_of_another_kind_hears_why() {
     let offer = Offer { rdma: true, ..offer() };
     let names = (Uuid::new_v4(), Uuid::new_v4());
     let (_, _, word) = greet(&backup, SESSION, names, offer);
-    let Message::Abort(reason) = word else { panic!("{word:?}") };
+    let Message::Refuse(reason) = word else { panic!("{word:?}") };
     assert!(
         reason.contains("destination_url is rdma: and the backup's receiver_url is not"),
         "{reason}"
@@ -483,7 +493,7 @@ fn a_greeting_for_the_same_vm_does_not_end_its_session() {
     for host in [script.host, Uuid::new_v4()] {
         let (_, _, word) = greet(&script.backup, other, (script.vm, host), offer());
         let Message::Abort(reason) = word else { panic!("{word:?}") };
-        assert!(reason.contains("another primary"), "{reason}");
+        assert!(reason.contains("serves this VM already"), "{reason}");
     }
     // Nor does a data connection or a bell of a session that is not this one.
     for connection in [1, 2] {

@@ -41,11 +41,12 @@ pub enum Kind {
     Change = 16,
     Progress = 17,
     Verbs = 18,
+    Refuse = 19,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        const ALL: [Kind; 18] = [
+        const ALL: [Kind; 19] = [
             Kind::Hello,
             Kind::Offer,
             Kind::Welcome,
@@ -64,6 +65,7 @@ impl Kind {
             Kind::Change,
             Kind::Progress,
             Kind::Verbs,
+            Kind::Refuse,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -74,7 +76,7 @@ impl Kind {
         match self {
             Self::Hello | Self::Welcome => 64,
             Self::Offer => DESCRIPTION_BYTES_MAX + DESCRIPTION_SLACK_BYTES,
-            Self::Abort => ABORT_BYTES_MAX,
+            Self::Abort | Self::Refuse => ABORT_BYTES_MAX,
             Self::Paired | Self::HandedOver | Self::Progress => 8,
             Self::Resync | Self::ResyncReady | Self::Heartbeat | Self::Stop | Self::StopDone => 0,
             Self::Seal => STATE_BYTES_MAX + SEAL_SLACK_BYTES,

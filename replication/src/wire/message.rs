@@ -9,11 +9,14 @@ use crate::disk::{DISKS_MAX, SECTOR_BYTES};
 use crate::guest::{DESCRIPTION_BYTES_MAX, STATE_BYTES_MAX};
 use crate::ids::{EpochId, Generation};
 
-/// Most bytes of the reason of an abort; longer ones are cut.
+/// Most bytes of the reason of an abort or a refusal; longer ones are cut.
 pub const ABORT_BYTES_MAX: usize = 4096;
+/// Most bytes of what the backup is told of a switch-over's way back.
+pub const RETURN_BYTES_MAX: usize = 16 << 10;
 /// Most memory regions of a VM.
 pub const REGIONS_MAX: usize = 4096;
-pub(super) const DESCRIPTION_SLACK_BYTES: usize = 64 + REGIONS_MAX * 16 + DISKS_MAX * 8;
+pub(super) const DESCRIPTION_SLACK_BYTES: usize =
+    128 + RETURN_BYTES_MAX + REGIONS_MAX * 16 + DISKS_MAX * 8;
 pub(super) const SEAL_SLACK_BYTES: usize = 64 + CONNECTIONS_MAX as usize * 8;
 
 /// First frame of every connection, from the primary.
@@ -37,6 +40,29 @@ pub struct WireRegion {
     pub pages: u64,
 }
 
+/// The image that a backup may have of an earlier session, and what the primary knows about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Base {
+    /// The session that left it.
+    pub session: u64,
+    /// The generation of that session's epochs.
+    pub generation: Generation,
+    /// The last epoch that was acknowledged, and the last one that was sealed: the image has to be
+    /// that of one from the first to the last.
+    pub committed: EpochId,
+    pub sealed: EpochId,
+}
+
+impl Base {
+    /// Whether the primary knows in which pages an image differs that has this epoch.
+    #[must_use]
+    pub fn fits(&self, session: u64, generation: Generation, committed: EpochId) -> bool {
+        session == self.session
+            && generation == self.generation
+            && (self.committed..=self.sealed).contains(&committed)
+    }
+}
+
 /// What the primary brings; follows the greeting of the control connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Offer {
@@ -50,6 +76,11 @@ pub struct Offer {
     pub regions: Vec<WireRegion>,
     /// Sizes in bytes of the disks that are to be replicated: whole sectors.
     pub disks: Vec<u64>,
+    /// What the copy could go on from, instead of from nothing.
+    pub base: Option<Base>,
+    /// How the backup is to protect the VM once it was handed over: the options of a primary, in JSON;
+    /// empty if it is not to.
+    pub way_back: String,
     /// Opaque to replication.
     pub description: Vec<u8>,
 }
@@ -63,6 +94,8 @@ pub struct Welcome {
     pub staging_bytes: u64,
     pub heartbeat_ms: u32,
     pub timeout_ms: u32,
+    /// Whether it has the offer's base: memory is copied from there on.
+    pub has_base: bool,
 }
 
 /// What one data connection carried of an epoch.
@@ -108,6 +141,8 @@ pub enum Message {
     Welcome(Welcome),
     /// The sender ends the session and says why.
     Abort(String),
+    /// The backup does not serve this primary, and will not as long as neither changes: why.
+    Refuse(String),
     /// The arbiter's record says PAIR with this generation (without an arbiter: the session's).
     Paired(Generation),
     /// The primary owns the VM alone and copies anew; the replica is worthless from here on.
@@ -138,6 +173,7 @@ impl Message {
             Self::Offer(_) => Kind::Offer,
             Self::Welcome(_) => Kind::Welcome,
             Self::Abort(_) => Kind::Abort,
+            Self::Refuse(_) => Kind::Refuse,
             Self::Paired(_) => Kind::Paired,
             Self::Resync => Kind::Resync,
             Self::ResyncReady => Kind::ResyncReady,
@@ -209,6 +245,13 @@ impl Message {
                 out.extend(offer.timeout_ms.to_le_bytes());
                 out.push(u8::from(offer.arbiter));
                 out.push(u8::from(offer.rdma));
+                out.push(u8::from(offer.base.is_some()));
+                if let Some(base) = &offer.base {
+                    out.extend(base.session.to_le_bytes());
+                    out.extend(base.generation.0.to_le_bytes());
+                    out.extend(base.committed.0.to_le_bytes());
+                    out.extend(base.sealed.0.to_le_bytes());
+                }
                 out.extend((offer.regions.len() as u64).to_le_bytes());
                 for region in &offer.regions {
                     out.extend(region.start.to_le_bytes());
@@ -216,6 +259,8 @@ impl Message {
                 }
                 out.extend((offer.disks.len() as u64).to_le_bytes());
                 offer.disks.iter().for_each(|size| out.extend(size.to_le_bytes()));
+                out.extend((offer.way_back.len() as u64).to_le_bytes());
+                out.extend(offer.way_back.as_bytes());
                 tail = &offer.description;
             }
             Self::Welcome(welcome) => {
@@ -223,8 +268,9 @@ impl Message {
                 out.extend(welcome.staging_bytes.to_le_bytes());
                 out.extend(welcome.heartbeat_ms.to_le_bytes());
                 out.extend(welcome.timeout_ms.to_le_bytes());
+                out.push(u8::from(welcome.has_base));
             }
-            Self::Abort(reason) => tail = cut(reason).as_bytes(),
+            Self::Abort(reason) | Self::Refuse(reason) => tail = cut(reason).as_bytes(),
             Self::Paired(generation) | Self::HandedOver(generation) => {
                 out.extend(generation.0.to_le_bytes());
             }
@@ -267,10 +313,10 @@ impl Message {
                 staging_bytes: from.u64()?,
                 heartbeat_ms: from.u32()?,
                 timeout_ms: from.u32()?,
+                has_base: from.flag()?,
             }),
-            Kind::Abort => {
-                Self::Abort(String::from_utf8_lossy(std::mem::take(&mut from.rest)).into_owned())
-            }
+            Kind::Abort => Self::Abort(from.text()),
+            Kind::Refuse => Self::Refuse(from.text()),
             Kind::Paired => Self::Paired(Generation(from.u64()?)),
             Kind::HandedOver => Self::HandedOver(Generation(from.u64()?)),
             Kind::Seal => Self::Seal(decode_seal(&mut from)?),
@@ -314,6 +360,7 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
     let timeout_ms = from.u32()?;
     let arbiter = from.flag()?;
     let rdma = from.flag()?;
+    let base = if from.flag()? { Some(decode_base(from)?) } else { None };
     let count = from.count(REGIONS_MAX)?;
     let mut regions = Vec::with_capacity(count);
     for _ in 0..count {
@@ -327,12 +374,44 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
     if disks.iter().any(|size| !size.is_multiple_of(SECTOR_BYTES)) {
         return from.malformed("size of a disk");
     }
+    let count = from.count(RETURN_BYTES_MAX)?;
+    let Some((way_back, rest)) = from.rest.split_at_checked(count) else {
+        return from.malformed("too short");
+    };
+    from.rest = rest;
+    let Ok(way_back) = String::from_utf8(way_back.to_vec()) else {
+        return from.malformed("text of the way back");
+    };
     let description = std::mem::take(&mut from.rest);
     if description.len() > DESCRIPTION_BYTES_MAX {
         return from.malformed("description too long");
     }
     let description = description.to_vec();
-    Ok(Offer { page_bytes, heartbeat_ms, timeout_ms, arbiter, rdma, regions, disks, description })
+    Ok(Offer {
+        page_bytes,
+        heartbeat_ms,
+        timeout_ms,
+        arbiter,
+        rdma,
+        base,
+        regions,
+        disks,
+        way_back,
+        description,
+    })
+}
+
+fn decode_base(from: &mut Fields<'_>) -> Result<Base, WireError> {
+    let base = Base {
+        session: from.u64()?,
+        generation: Generation(from.u64()?),
+        committed: EpochId(from.u64()?),
+        sealed: EpochId(from.u64()?),
+    };
+    if base.committed.0 == 0 || base.committed > base.sealed {
+        return from.malformed("epochs of a base");
+    }
+    Ok(base)
 }
 
 fn decode_seal(from: &mut Fields<'_>) -> Result<Seal, WireError> {
@@ -404,6 +483,11 @@ impl Fields<'_> {
             Ok(count) if count <= most => Ok(count),
             _ => self.malformed("count"),
         }
+    }
+
+    /// All that is left, for people to read.
+    fn text(&mut self) -> String {
+        String::from_utf8_lossy(std::mem::take(&mut self.rest)).into_owned()
     }
 
     fn uuid(&mut self) -> Result<Uuid, WireError> {

@@ -32,7 +32,8 @@ pub(crate) use contents::{begin_content, end_content, take_content, undo_content
 pub use contents::{staged_bytes, unpack};
 pub use frame::{FrameReader, FrameWriter, HEADER_BYTES, Header, Kind, SessionId};
 pub use message::{
-    ABORT_BYTES_MAX, ConnectionPart, Hello, Message, Offer, REGIONS_MAX, Seal, Welcome, WireRegion,
+    ABORT_BYTES_MAX, Base, ConnectionPart, Hello, Message, Offer, REGIONS_MAX, RETURN_BYTES_MAX,
+    Seal, Welcome, WireRegion,
 };
 pub use pages::{
     Encoding, End, FRAME_PAGES_MAX, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs,
@@ -43,7 +44,7 @@ pub use verbs::Verbs;
 /// First bytes of every frame: "USTD".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"USTD");
 /// The version that this build speaks.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 /// Most data connections of a session.
 pub const CONNECTIONS_MAX: u32 = 128;
 

@@ -20,7 +20,16 @@ fn any_message() -> impl Strategy<Value = Message> {
         (any::<u64>(), any::<u64>()).prop_map(|(start, pages)| WireRegion { start, pages });
     let sizes = prop::collection::vec((0..1u64 << 50).prop_map(|sectors| sectors * 512), 0..4);
     let regions = prop::collection::vec(region, 0..5);
-    let offer = (any::<[u32; 3]>(), any::<[bool; 2]>(), regions, sizes, bytes());
+    let base = prop::option::of((any::<[u64; 2]>(), 1..u64::MAX, any::<u64>()).prop_map(
+        |([session, generation], committed, more)| Base {
+            session,
+            generation: Generation(generation),
+            committed: EpochId(committed),
+            sealed: EpochId(committed.saturating_add(more)),
+        },
+    ));
+    let flags = (any::<[bool; 2]>(), base, "\\PC{0,40}");
+    let offer = (any::<[u32; 3]>(), flags, regions, sizes, bytes());
     let pages = prop::collection::vec(any::<u64>(), 0..9);
     let seal = (any::<[u64; 3]>(), any::<bool>(), pages, bytes());
     prop_oneof![
@@ -30,7 +39,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         offer.prop_map(
             |(
                 [page_bytes, heartbeat_ms, timeout_ms],
-                [arbiter, rdma],
+                ([arbiter, rdma], base, way_back),
                 regions,
                 disks,
                 description,
@@ -41,16 +50,27 @@ fn any_message() -> impl Strategy<Value = Message> {
                     timeout_ms,
                     arbiter,
                     rdma,
+                    base,
                     regions,
                     disks,
+                    way_back,
                     description,
                 })
             }
         ),
-        (any_uuid(), any::<u64>(), any::<[u32; 2]>()).prop_map(|(host, staging_bytes, [a, b])| {
-            Message::Welcome(Welcome { host, staging_bytes, heartbeat_ms: a, timeout_ms: b })
-        }),
+        (any_uuid(), any::<u64>(), any::<[u32; 2]>(), any::<bool>()).prop_map(
+            |(host, staging_bytes, [heartbeat_ms, timeout_ms], has_base)| {
+                Message::Welcome(Welcome {
+                    host,
+                    staging_bytes,
+                    heartbeat_ms,
+                    timeout_ms,
+                    has_base,
+                })
+            }
+        ),
         "\\PC{0,80}".prop_map(Message::Abort),
+        "\\PC{0,80}".prop_map(Message::Refuse),
         any::<u64>().prop_map(|generation| Message::Paired(Generation(generation))),
         seal.prop_map(|([epoch, generation, changes], handover, pages, state)| {
             let (epoch, generation) = (EpochId(epoch), Generation(generation));
@@ -130,12 +150,12 @@ proptest! {
     }
 
     #[test]
-    fn random_payloads_never_panic(kind in 1u8..=17, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn random_payloads_never_panic(kind in 1u8..=18, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         let all = [
             Kind::Hello, Kind::Offer, Kind::Welcome, Kind::Abort, Kind::Paired, Kind::Resync,
             Kind::ResyncReady, Kind::Seal, Kind::Ack, Kind::Heartbeat, Kind::Stop,
             Kind::StopDone, Kind::HandedOver, Kind::Pages, Kind::End, Kind::Change,
-            Kind::Progress,
+            Kind::Progress, Kind::Refuse,
         ];
         let _ = Message::decode(all[usize::from(kind) - 1], &bytes);
         let _ = End::decode(&bytes);

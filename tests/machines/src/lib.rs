@@ -3,6 +3,7 @@
 //! - [`process`]: one VMM process and what can be asked of it
 //! - [`serial`]: the guest's serial port over a socket, each piece of output with its time
 //! - [`interrupt`]: programs that leave nothing behind when they are told to end
+//! - [`link`]: what lies between a primary and its backup, to be cut, healed and slowed
 //! - [`network`]: a bridge, two taps and clients in network namespaces of their own
 //! - [`pair`]: a primary, its backup and their arbiter
 //! - [`round`]: one kill round, from the first sync to the guest's verdict
@@ -14,6 +15,7 @@
 pub mod equality;
 pub mod interrupt;
 pub mod kv;
+pub mod link;
 pub mod network;
 pub mod pair;
 pub mod process;

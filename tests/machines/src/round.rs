@@ -159,7 +159,7 @@ const SEAM: usize = 4096;
 /// Committed output is never taken back and never skipped. The backup goes on at the byte after
 /// the primary's last, in mid-line as well, or repeats the primary's end from some byte on: a
 /// primary that dies between the release and the next seal cannot say how much it had written.
-fn check_ticks(primary: &str, backup: &str) -> Result<()> {
+pub fn check_ticks(primary: &str, backup: &str) -> Result<()> {
     let mut gap = None;
     for repeated in (0..=SEAM.min(backup.len())).filter(|at| backup.is_char_boundary(*at)) {
         let (again, new) = backup.split_at(repeated);

@@ -170,7 +170,10 @@ fn consecutive(serials: &[&Serial]) -> Result<()> {
 #[test]
 fn a_frozen_backup_never_starts_the_vm() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut pair = scene::protected(folder.path(), &setup(1, BRISK))?;
+    // Called again it would be a backup again.
+    let mut setup = setup(1, BRISK);
+    setup.replicate_options.push_str(",reconnect=off");
+    let mut pair = scene::protected(folder.path(), &setup)?;
     pair.backup.signal(libc::SIGSTOP)?;
     pair.primary.wait_state(ReplicationState::Degraded, LIMIT)?;
     pair.primary_serial.wait_more("verify ok", 3, LIMIT)?;

@@ -5,12 +5,16 @@
 //!   None -> Connecting -> Primary    None --------------------> Backup --take-over--> (a VM)
 //!    ^--- vm.stop-replication ---'     ^--- vm.stop-replication ---'
 //! ```
+//!
+//! A primary that lost its backup calls it again by itself (`replication::primary`); a person's
+//! `vm.replicate` takes the place of that.
 
 use std::sync::{Arc, Weak};
 
+use api::config::VmConfig;
 use api::replication::{
-    ConsoleOutput, DiskMode, ReceiveReplicaData, ReplicateData, ReplicationInfo, ReplicationState,
-    Role,
+    ConsoleOutput, DiskMode, ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData,
+    ReplicationInfo, ReplicationState, Role, STAGING_SIZE_DEFAULT,
 };
 use crossbeam_channel::Sender;
 use replication::backup::{self, BackupHandle};
@@ -31,10 +35,13 @@ pub(super) enum Protection {
     /// A backup was called for this machine and has not answered yet.
     Connecting {
         machine: Arc<Machine>,
+        way_back: Option<Box<ReceiveReplicaData>>,
         shares_disks: bool,
     },
     Primary {
         handle: Arc<PrimaryHandle>,
+        /// How this host is the VM's backup once it was handed over.
+        way_back: Option<Box<ReceiveReplicaData>>,
         /// The image of a disk that the guest writes is one that both hosts see.
         shares_disks: bool,
     },
@@ -79,7 +86,7 @@ impl Protection {
             Self::None => true,
             Self::Connecting { .. } => false,
             // Its engine may still be closing: whoever comes next waits for that, see `protect`.
-            Self::Primary { handle, .. } => has_ended(handle),
+            Self::Primary { handle, .. } => handle.is_over(),
             Self::Backup { handle, .. } => handle.is_finished(),
         }
     }
@@ -118,17 +125,61 @@ fn no_replication() -> Failure {
 
 /// Ends a protection in order, its last words to the backup included.
 pub(super) fn stop_primary(handle: &PrimaryHandle) {
-    let stopped = if has_ended(handle) { Ok(()) } else { handle.stop() };
+    let stopped = if handle.is_over() { Ok(()) } else { handle.stop() };
     if stopped.is_ok() {
         handle.join();
     }
     no_order(stopped);
 }
 
-/// Whether a primary's engine does nothing more for its VM. It may still be closing.
-fn has_ended(handle: &PrimaryHandle) -> bool {
-    use ReplicationState::{Degraded, Lost, Stopped};
-    matches!(handle.info().state, Degraded | Lost | Stopped)
+/// Ends what another protection takes the place of.
+fn end_before(before: Protection) -> Result<(), ReplicationError> {
+    match before {
+        Protection::Primary { handle, .. } => {
+            if !handle.is_over() {
+                handle.stop()?;
+            }
+            // The engine turns the tracking off as its last act.
+            handle.join();
+        }
+        // It has taken over, and is about to end.
+        Protection::Backup { handle, .. } => handle.join(),
+        Protection::None | Protection::Connecting { .. } => {}
+    }
+    Ok(())
+}
+
+/// This host as the backup of a VM that it handed over: at the address that the other one was told,
+/// with the images, taps and ports that the VM has here.
+fn way_back(data: &ReplicateData, config: &VmConfig) -> Option<ReceiveReplicaData> {
+    let cards = config
+        .net
+        .iter()
+        .flatten()
+        .filter_map(|card| Some(ReplicaCard { id: card.id.clone(), tap: card.tap.clone()? }));
+    let disks = config
+        .disks
+        .iter()
+        .flatten()
+        .filter_map(|disk| Some(ReplicaDisk { id: disk.id.clone(), path: disk.path.clone()? }));
+    Some(ReceiveReplicaData {
+        receiver_url: data.return_url.clone()?,
+        staging_size: STAGING_SIZE_DEFAULT,
+        heartbeat_ms: data.heartbeat_ms,
+        timeout_ms: data.timeout_ms,
+        arbiter: data.arbiter.clone(),
+        arbiter_tls_dir: data.arbiter_tls_dir.clone(),
+        arbiter_credentials: data.arbiter_credentials.clone(),
+        tls_dir: data.tls_dir.clone(),
+        serial: Some(config.serial.clone()),
+        console: Some(config.console.clone()),
+        disks: disks.collect(),
+        net: cards.collect(),
+        rdma_device: data.rdma_device.clone(),
+        rdma_port: data.rdma_port,
+        rdma_gid_index: data.rdma_gid_index,
+        rdma_depth: data.rdma_depth,
+    })
 }
 
 /// Says that a protection did not end as it should.
@@ -155,7 +206,7 @@ impl Controller {
     /// Connects to the backup beside the loop: an unreachable one may take its time-out.
     pub(super) fn replicate(&mut self, data: ReplicateData, reply: Sender<Answer>) {
         match self.protected_vm(&data) {
-            Ok(machine) => self.protect(machine, data, reply),
+            Ok(machine) => self.protect(machine, data, false, reply),
             Err(failure) => drop(reply.send(Err(failure))),
         }
     }
@@ -163,44 +214,75 @@ impl Controller {
     fn protected_vm(&self, data: &ReplicateData) -> Result<Arc<Machine>, Failure> {
         Failure::from_complaints("The replication options are not usable", &data.validate())?;
         let machine = Arc::clone(self.running()?);
-        if !self.protection.is_over() {
-            return Err(conflict("The VM is already replicated: vm.stop-replication ends that"));
+        match &self.protection {
+            Protection::Connecting { .. } => Err(connecting()),
+            Protection::Backup { handle, .. } if !handle.is_finished() => {
+                Err(conflict("This VMM is a backup: vm.stop-replication ends that"))
+            }
+            // Its backup is lost and is called in vain: what is asked for takes the place of that.
+            Protection::Primary { handle, .. } if !handle.is_over() && !handle.is_alone() => {
+                let state = handle.info().state;
+                Err(conflict(&format!(
+                    "The VM is already replicated ({state:?}): vm.stop-replication ends that"
+                )))
+            }
+            _ => Ok(machine),
         }
-        Ok(machine)
     }
 
-    fn protect(&mut self, machine: Arc<Machine>, data: ReplicateData, reply: Sender<Answer>) {
+    /// Begins a protection beside the loop. `is_alone`: of a VM that was handed over, whose old host is
+    /// about to listen.
+    fn protect(
+        &mut self,
+        machine: Arc<Machine>,
+        data: ReplicateData,
+        is_alone: bool,
+        reply: Sender<Answer>,
+    ) {
         let holds = Holds {
             console: data.console_output == ConsoleOutput::Hold,
             disks: data.disk_mode == DiskMode::Shared,
         };
+        let way_back = way_back(&data, machine.config()).map(Box::new);
         let guest = ProtectedVm::new(Arc::clone(&machine), holds);
         let shares_disks = holds.disks && !machine.devices().writable_disks().is_empty();
         let called_for = Arc::clone(&machine);
-        let before = match std::mem::replace(&mut self.protection, Protection::None) {
-            Protection::Primary { handle, .. } => Some(handle),
-            _ => None,
-        };
+        let before = std::mem::replace(&mut self.protection, Protection::None);
         let identity = self.identity;
         let observer = self.observer();
         let notices = self.notices.clone();
         let lost = reply.clone();
         let started = std::thread::Builder::new().name("repl-connect".into()).spawn(move || {
-            if let Some(before) = before {
-                // The engine that is over turns the tracking off as its last act.
-                before.join();
-            }
-            let result = primary::protect(guest, data, identity, observer);
+            let begin = if is_alone { primary::protect_alone } else { primary::protect };
+            let result = end_before(before).and_then(|()| begin(guest, data, identity, observer));
             let handle = result.map(Arc::new).map_err(|error| failure(&error));
             // A closed channel means that the VMM is on its way out.
             let _ = notices.send(Notice::Protected { machine: called_for, handle, reply });
         });
         match started {
-            Ok(_) => self.protection = Protection::Connecting { machine, shares_disks },
+            Ok(_) => self.protection = Protection::Connecting { machine, way_back, shares_disks },
             Err(error) => {
                 let failure = Failure::from_error(FailureKind::Internal, &error);
                 let _ = lost.send(Err(failure));
             }
+        }
+    }
+
+    /// The VM was handed over to this host, and its old one is about to be its backup.
+    fn protect_back(&mut self, data: ReplicateData) {
+        let Ok(machine) = self.running().map(Arc::clone) else { return };
+        tracing::info!("the VM's old host is called as its backup: {}", data.destination_url);
+        let (reply, _nobody) = crossbeam_channel::bounded(1);
+        self.protect(machine, data, true, reply);
+    }
+
+    /// The VM was handed over, and this host is to be its backup.
+    fn receive_back(&mut self, data: ReceiveReplicaData) {
+        let url = data.receiver_url.clone();
+        if let Err(failure) = self.receive_replica(data) {
+            let error = failure.chain.join(": ");
+            tracing::error!("this host cannot be the VM's backup at {url}: {error}");
+            self.monitor.emit("vm", "replica-receive-failed", Some(json!({"error": error})));
         }
     }
 
@@ -217,19 +299,19 @@ impl Controller {
         handle: Result<Arc<PrimaryHandle>, Failure>,
         reply: Sender<Answer>,
     ) {
-        let shares_disks = match &self.protection {
-            Protection::Connecting { machine: waits, shares_disks }
+        let waits = match &mut self.protection {
+            Protection::Connecting { machine: waits, way_back, shares_disks }
                 if Arc::ptr_eq(waits, machine) =>
             {
-                Some(*shares_disks)
+                Some((way_back.take(), *shares_disks))
             }
             _ => None,
         };
-        let called_for_it = shares_disks.is_some();
+        let called_for_it = waits.is_some();
         let answer = match handle {
             Ok(handle) => {
-                if let Some(shares_disks) = shares_disks {
-                    self.protection = Protection::Primary { handle, shares_disks };
+                if let Some((way_back, shares_disks)) = waits {
+                    self.protection = Protection::Primary { handle, way_back, shares_disks };
                     return drop(reply.send(Ok(Reply::Empty)));
                 }
                 // The VM was ended in the meantime, and another one may have come after.
@@ -273,6 +355,13 @@ impl Controller {
         match &self.protection {
             Protection::None => drop(reply.send(Err(no_replication()))),
             Protection::Connecting { .. } => drop(reply.send(Err(connecting()))),
+            // It has ended already, by a person or by an error that a person was told.
+            Protection::Primary { handle, .. }
+                if handle.info().state == ReplicationState::Stopped =>
+            {
+                self.protection = Protection::None;
+                let _ = reply.send(Err(no_replication()));
+            }
             // The VM runs on without protection, as it does already.
             ended if ended.is_over() => {
                 self.protection = Protection::None;
@@ -341,24 +430,41 @@ impl Controller {
             return;
         }
         match event {
-            Event::OwnershipLost { owner } => self.ownership_lost(&owner),
-            Event::FailoverFinished if matches!(self.protection, Protection::Primary { .. }) => {
-                self.ownership_lost("the backup");
-            }
+            Event::OwnershipLost { owner } => self.ownership_lost(&owner, true),
+            Event::FailoverFinished => self.failover_finished(),
             Event::ReceiveFailed { .. } | Event::Stopped => self.replica_gone(),
             _ => {}
         }
     }
 
+    /// On either side: the roles are reversed where the options say so.
+    fn failover_finished(&mut self) {
+        match &mut self.protection {
+            Protection::Primary { way_back, .. } => {
+                let way_back = way_back.take();
+                self.ownership_lost("the backup", way_back.is_none());
+                if let Some(data) = way_back {
+                    self.receive_back(*data);
+                }
+            }
+            Protection::Backup { handle, .. } => {
+                if let Some(data) = handle.take_way_back() {
+                    self.protect_back(data);
+                }
+            }
+            Protection::None | Protection::Connecting { .. } => {}
+        }
+    }
+
     /// The peer runs the VM: this side's is destroyed already, and must not be started again.
-    fn ownership_lost(&mut self, owner: &str) {
+    fn ownership_lost(&mut self, owner: &str, may_end: bool) {
         self.replica_gone();
         if self.machine.take().is_some() {
             self.config = None;
             // They may be of the very tap that this host needs when it is a backup.
             self.taps = TapDescriptors::default();
             self.monitor.emit("vm", "deleted", None);
-            if !self.has_api {
+            if may_end && !self.has_api {
                 let what = format!("The VM goes on at its backup: {owner} owns it");
                 self.ending = Some(Ending::Failed(what));
             }

@@ -76,7 +76,7 @@ impl Guest for ProtectedVm {
     }
 
     fn capture(&mut self) -> Result<Captured, GuestError> {
-        let paused = self.machine.is_paused();
+        let paused = self.machine.is_user_paused();
         self.captured_paused = paused;
         Ok(Captured { machine: self.machine.capture()?, paused })
     }
@@ -115,7 +115,8 @@ impl Guest for ProtectedVm {
 
     fn output_waiting(&self) -> bool {
         // A pause writes no page: without this the backup would not hear of it.
-        self.captured_paused != self.machine.is_paused() || self.machine.devices().output_waiting()
+        self.captured_paused != self.machine.is_user_paused()
+            || self.machine.devices().output_waiting()
     }
 
     fn set_output_waker(&mut self, waker: Waker) {
@@ -124,7 +125,11 @@ impl Guest for ProtectedVm {
     }
 
     fn suspend(&mut self) -> Result<(), GuestError> {
-        Ok(self.machine.pause()?)
+        Ok(self.machine.pause_alone()?)
+    }
+
+    fn regain(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.end_pause_alone()?)
     }
 
     fn destroy(&mut self) {

@@ -93,6 +93,11 @@ impl ReplicaBuilder for ReplicaVms {
         let _ = self.notices.send(Notice::ReplicaBuilt(Arc::downgrade(&machine)));
         Ok(ReplicaVm { machine, notices: self.notices.clone() })
     }
+
+    fn reuse(&mut self, replica: &mut ReplicaVm) {
+        // As in `build`.
+        let _ = self.notices.send(Notice::ReplicaBuilt(Arc::downgrade(&replica.machine)));
+    }
 }
 
 /// How often a take-over asks for what the devices need of the host, and how often it says so.

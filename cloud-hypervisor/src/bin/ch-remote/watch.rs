@@ -51,6 +51,9 @@ fn line(info: &ReplicationInfo) -> String {
         bytes(info.output_held_bytes),
         info.sync_progress * 100.0,
     );
+    if info.reconnect_attempts > 0 {
+        text.push_str(&format!(" attempt {}", info.reconnect_attempts));
+    }
     if let Some(error) = &info.last_error {
         text.push_str("  ");
         text.push_str(error);

@@ -1,16 +1,19 @@
 //! What the engine does when its machine says so.
 
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use api::replication::ReplicationState;
 
-use super::{Ask, Engine, Error, Event, Message, Replica, ReplicaBuilder, Sender, State, Told};
+use super::{
+    Ask, Base, Built, Engine, Error, Event, Message, Replica, ReplicaBuilder, Sender, State, Told,
+};
 use crate::backup::apply::apply;
 use crate::backup::disks::DiskConnection;
 use crate::backup::receive::DataConnection;
 use crate::checking::reach;
 use crate::engine::now_us;
-use crate::ids::EpochId;
+use crate::ids::{EpochId, Generation};
 use crate::ownership::{Record, Standing};
 use crate::protocol::backup::{Action, Report};
 use crate::protocol::ownership::{Claim, Verdict};
@@ -60,6 +63,9 @@ impl<B: ReplicaBuilder> Engine<B> {
             Action::TellAbort(reason) => self.tell_last(Message::Abort(reason)),
             Action::TellStopDone => self.tell_last(Message::StopDone),
             Action::TellHandedOver(generation) => {
+                // Before anybody is told that it is over.
+                *self.handed_back.lock().unwrap_or_else(PoisonError::into_inner) =
+                    self.way_back.take();
                 self.tell_last(Message::HandedOver(generation));
             }
             Action::TellResyncReady => {
@@ -93,7 +99,10 @@ impl<B: ReplicaBuilder> Engine<B> {
                 self.images = None;
                 self.replica = None;
                 self.state = None;
+                self.built = None;
+                self.base = None;
             }
+            Action::Keep { generation, committed } => self.keep(generation, committed),
             Action::Start => self.start(),
             Action::Refuse(reason) => {
                 if let Some(answer) = self.failover_answer.pop() {
@@ -103,6 +112,17 @@ impl<B: ReplicaBuilder> Engine<B> {
             }
             Action::Report(report) => self.report(report),
         }
+    }
+
+    /// What was committed stays in memory, with nothing to start it from.
+    fn keep(&mut self, generation: Generation, committed: EpochId) {
+        self.images = None;
+        self.state = None;
+        let (Some(replica), Some(built)) = (self.replica.take(), self.built.take()) else { return };
+        let Built { primary, vm, session, description } = built;
+        tracing::info!("the memory of epoch {committed} is kept for its primary to go on from");
+        self.base =
+            Some(Base { replica, primary, vm, session, generation, committed, description });
     }
 
     fn apply(&mut self, epoch: EpochId) {
@@ -199,10 +219,13 @@ impl<B: ReplicaBuilder> Engine<B> {
                 if !matches!(self.machine.state(), State::Claiming | State::Starting) {
                     self.step(Event::StopAsked);
                 }
-                let result = match self.machine.state() {
-                    State::Stopped => Ok(()),
-                    _ => Err(Error::Conflict("A take-over is under way".to_owned())),
+                let why = match self.machine.state() {
+                    State::Stopped => None,
+                    State::TakenOver => Some("this host has taken the VM over (TakenOver)"),
+                    _ => Some("a take-over is under way (TakingOver): wait for its end"),
                 };
+                let refused = |why| format!("The reception cannot be ended: {why}");
+                let result = why.map_or(Ok(()), |why| Err(Error::Conflict(refused(why))));
                 // A caller that stopped waiting needs no answer.
                 let _ = answer.send(result);
             }

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use super::{Engine, Input, Session};
+use api::replication::ReplicateData;
+
+use super::{Base, Built, Engine, Input, Session};
 use crate::backup::accept::Arrival;
 use crate::backup::commit::Gather;
 use crate::backup::disks::{DiskConnection, DiskDelivery, Images};
@@ -51,37 +53,85 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 
     /// Why this primary cannot be served; `None` if it can.
-    fn refusal(&self, hello: &Hello, offer: &Offer) -> Option<String> {
+    fn refusal(&self, hello: &Hello, offer: &Offer) -> Option<Refusal> {
         let vm = self.identity().vm;
-        match self.machine.state() {
+        let is_ours = VmId(hello.vm) == vm;
+        let state = self.machine.state();
+        match state {
             State::Idle => {}
-            State::Orphan if VmId(hello.vm) == vm => {}
+            State::Orphan if is_ours => {}
             State::Orphan => {
-                return Some(format!("This host holds the replica of VM {vm}: stop it first"));
+                let what = format!("This host holds the replica of VM {vm}: stop it first");
+                return Some(Refusal::Lasting(what));
             }
-            _ => return Some(format!("This host serves another primary (VM {vm})")),
+            // The session that its primary has left already, or a claim that it won.
+            _ if is_ours => {
+                let what = match state {
+                    State::Claiming | State::Starting => "a take-over is under way (TakingOver)",
+                    _ => "an earlier session has not ended here",
+                };
+                return Some(Refusal::Passing(format!("This host serves this VM already: {what}")));
+            }
+            _ => {
+                let what = format!("This host serves another primary (VM {vm})");
+                return Some(Refusal::Lasting(what));
+            }
         }
-        if offer.page_bytes as usize != PAGE_SIZE {
-            return Some(format!("Pages of {} bytes are not supported", offer.page_bytes));
+        if let Err(reason) = self.way_back(offer) {
+            return Some(Refusal::Lasting(reason));
         }
-        if let Err(error) = validate_paces(offer.heartbeat_ms.into(), offer.timeout_ms.into()) {
-            return Some(error.to_string());
-        }
-        if offer.arbiter != self.asker.exists() {
+        let lasting = if offer.page_bytes as usize != PAGE_SIZE {
+            Some(format!("Pages of {} bytes are not supported", offer.page_bytes))
+        } else if let Err(error) =
+            validate_paces(offer.heartbeat_ms.into(), offer.timeout_ms.into())
+        {
+            Some(error.to_string())
+        } else if offer.arbiter != self.asker.exists() {
             let (here, there) = if offer.arbiter { ("no", "an") } else { ("an", "no") };
-            return Some(format!("This side has {here} arbiter, the primary has {there} arbiter"));
-        }
-        mismatch(self.rdma.is_some(), offer.rdma)
+            Some(format!("This side has {here} arbiter, the primary has {there} arbiter"))
+        } else {
+            mismatch(self.rdma.is_some(), offer.rdma)
+        };
+        lasting.map(Refusal::Lasting)
     }
 
-    fn control(&mut self, greeted: Greeted, hello: Hello, offer: Offer, peer: String) {
+    /// The primary's options for the way back, with what is this host's own: how it gets at the arbiter
+    /// and at its device.
+    fn way_back(&self, offer: &Offer) -> Result<Option<ReplicateData>, String> {
+        if offer.way_back.is_empty() {
+            return Ok(None);
+        }
+        let unusable = |why: String| format!("The options of return_url are not usable: {why}");
+        let theirs: ReplicateData =
+            serde_json::from_str(&offer.way_back).map_err(|error| unusable(error.to_string()))?;
+        let own = &self.options;
+        let data = ReplicateData {
+            reconnect: true,
+            arbiter: own.arbiter.clone(),
+            arbiter_tls_dir: own.arbiter_tls_dir.clone(),
+            arbiter_credentials: own.arbiter_credentials.clone(),
+            tls_dir: own.tls_dir.clone(),
+            rdma_device: own.rdma_device.clone(),
+            rdma_port: own.rdma_port,
+            rdma_gid_index: own.rdma_gid_index,
+            rdma_depth: own.rdma_depth,
+            ..theirs
+        };
+        match data.validate().first() {
+            None => Ok(Some(data)),
+            Some(invalid) => Err(unusable(invalid.line())),
+        }
+    }
+
+    fn control(&mut self, greeted: Greeted, hello: Hello, mut offer: Offer, peer: String) {
         let Greeted { reader, writer } = greeted;
-        if let Some(reason) = self.refusal(&hello, &offer) {
-            refuse(writer, &reason);
+        if let Some(refusal) = self.refusal(&hello, &offer) {
+            let reason = refusal.tell(writer);
             let error = format!("A primary at {peer} was refused: {reason}");
             return self.session_failed(&error);
         }
         self.step(Event::Accepted);
+        self.way_back = self.way_back(&offer).unwrap_or_default();
         self.identity.lock().unwrap_or_else(PoisonError::into_inner).vm = VmId(hello.vm);
         let id = reader.session().unwrap_or(SessionId(0));
         let heartbeat_ms = self.options.heartbeat_ms.min(offer.heartbeat_ms.into());
@@ -97,8 +147,14 @@ impl<B: ReplicaBuilder> Engine<B> {
             Err(error) => return self.step(Event::Lost(error.chain())),
         };
         self.observer.event(Told::ReceiveStarted { peer: peer.clone() });
-        let ram = match self.build(&offer) {
-            Ok(ram) => ram,
+        let built = Built {
+            primary: HostId(hello.host),
+            vm: VmId(hello.vm),
+            session: id,
+            description: vec![],
+        };
+        let (ram, has_base) = match self.prepare(built, &mut offer) {
+            Ok(prepared) => prepared,
             Err(error) => {
                 control.send(Message::Abort(error.chain()));
                 drop(control.finish());
@@ -110,6 +166,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             staging_bytes: self.options.staging_size,
             heartbeat_ms: u32::try_from(heartbeat_ms).unwrap_or(u32::MAX),
             timeout_ms: u32::try_from(timeout_ms).unwrap_or(u32::MAX),
+            has_base,
         }));
         reach("accepted");
         // Building may have taken longer than the timeout.
@@ -164,10 +221,30 @@ impl<B: ReplicaBuilder> Engine<B> {
         }
     }
 
-    fn build(&mut self, offer: &Offer) -> Result<Ram, Error> {
-        let built = self.builder.build(&offer.description);
-        let mut replica =
-            built.map_err(|source| Error::Guest { what: "build the replica", source })?;
+    /// The replica of a session: what was kept of an earlier one of the same VM, if that is what the
+    /// primary would go on from, or a new one. Its memory, and whether it was kept.
+    fn prepare(&mut self, built: Built, offer: &mut Offer) -> Result<(Ram, bool), Error> {
+        // Whatever does not fit makes room first: its memory and sockets.
+        let kept =
+            self.base.take().filter(|base| base.fits(&built, offer)).map(|base| base.replica);
+        let has_base = kept.is_some();
+        let ram = self.build(kept, offer)?;
+        let description = std::mem::take(&mut offer.description);
+        self.built = Some(Built { description, ..built });
+        Ok((ram, has_base))
+    }
+
+    fn build(&mut self, kept: Option<B::Replica>, offer: &Offer) -> Result<Ram, Error> {
+        let mut replica = match kept {
+            Some(mut replica) => {
+                self.builder.reuse(&mut replica);
+                replica
+            }
+            None => self
+                .builder
+                .build(&offer.description)
+                .map_err(|source| Error::Guest { what: "build the replica", source })?,
+        };
         let ram = replica.ram();
         if layout(&ram) != offer.regions {
             let pages =
@@ -293,6 +370,19 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 }
 
+impl<R> Base<R> {
+    /// Whether it is what this primary knows the difference to.
+    fn fits(&self, built: &Built, offer: &Offer) -> bool {
+        let knows = offer
+            .base
+            .is_some_and(|base| base.fits(self.session.0, self.generation, self.committed));
+        knows
+            && self.primary == built.primary
+            && self.vm == built.vm
+            && self.description == offer.description
+    }
+}
+
 /// What the primary is told whose data come in another way than this side's do.
 fn mismatch(ours: bool, theirs: bool) -> Option<String> {
     const OURS: &str = "the backup's receiver_url";
@@ -303,11 +393,26 @@ fn mismatch(ours: bool, theirs: bool) -> Option<String> {
     (ours != theirs).then(said)
 }
 
-/// Tells a primary why it is not served, without waiting for it.
-fn refuse(mut writer: FrameWriter<Box<dyn Stream>>, reason: &str) {
-    // A primary that does not read its refusal has lost the connection: it learns that instead.
-    let _ = Message::Abort(reason.to_owned()).send(&mut writer);
-    writer.get_ref().finish();
+/// Why a primary is not served.
+enum Refusal {
+    /// It may be later, without anybody's doing.
+    Passing(String),
+    /// Only if somebody changes something.
+    Lasting(String),
+}
+
+impl Refusal {
+    /// Tells the primary, without waiting for it; the reason.
+    fn tell(self, mut writer: FrameWriter<Box<dyn Stream>>) -> String {
+        let (word, reason) = match self {
+            Self::Passing(reason) => (Message::Abort(reason.clone()), reason),
+            Self::Lasting(reason) => (Message::Refuse(reason.clone()), reason),
+        };
+        // A primary that does not read its refusal has lost the connection: it learns that instead.
+        let _ = word.send(&mut writer);
+        writer.get_ref().finish();
+        reason
+    }
 }
 
 #[cfg(test)]

@@ -4,11 +4,14 @@ use super::{
     Action, Degrade, Engine, Error, Event, Guest, Message, Report, Standing, State, Told, Work,
 };
 use crate::checking::reach;
+use crate::ids::EpochId;
+use crate::primary::rest::Rest;
 use crate::protocol::ownership::Verdict;
 use crate::protocol::primary::Purpose;
+use crate::ram::PageSet;
 use api::replication::ReplicationState;
 
-impl<G: Guest> Engine<G> {
+impl<G: Guest> Engine<'_, G> {
     /// Lets the machine decide and carries it out.
     pub(super) fn step(&mut self, event: Event) {
         let actions = self.machine.step(event);
@@ -37,6 +40,7 @@ impl<G: Guest> Engine<G> {
             }
             Action::TellPaired(generation) => {
                 reach("paired");
+                self.paired = generation;
                 self.tell(Message::Paired(generation));
             }
             Action::TellStop => self.tell(Message::Stop),
@@ -74,6 +78,8 @@ impl<G: Guest> Engine<G> {
             Action::Pass => self.guest.pass_output(),
             Action::Release => self.release(),
             Action::Degrade => self.degrade(),
+            Action::Regain => self.regain(),
+            Action::Refuse(reason) => self.refuse(reason),
             Action::Destroy => self.guest.destroy(),
             Action::Close => self.close(),
             Action::Report(report) => self.report(report),
@@ -81,7 +87,7 @@ impl<G: Guest> Engine<G> {
     }
 
     fn release(&mut self) {
-        if let Err(error) = self.sealer.release(&mut self.guest) {
+        if let Err(error) = self.sealer.release(self.guest) {
             let line = error.chain();
             self.status.failed(&line);
             tracing::error!("{line}");
@@ -90,7 +96,7 @@ impl<G: Guest> Engine<G> {
 
     fn degrade(&mut self) {
         self.handover = false;
-        self.in_flight.clear();
+        self.forget_in_flight();
         if self.options.degrade == Degrade::Pause
             && let Err(source) = self.guest.suspend()
         {
@@ -99,6 +105,24 @@ impl<G: Guest> Engine<G> {
             tracing::error!("{line}");
         }
         self.release();
+    }
+
+    fn regain(&mut self) {
+        if let Err(source) = self.guest.regain() {
+            let line = Error::Guest { what: "end the guest's pause", source }.chain();
+            self.status.failed(&line);
+            tracing::error!("{line}");
+        }
+    }
+
+    /// There is a backup (again), or there is none.
+    fn protected(&self, protected: bool) {
+        let mut gathered = self.status.lock();
+        gathered.alone = !protected;
+        if protected {
+            gathered.info.sync_progress = 1.0;
+            gathered.info.reconnect_attempts = 0;
+        }
     }
 
     /// Ends the session at once.
@@ -117,20 +141,44 @@ impl<G: Guest> Engine<G> {
         // What the senders still report belongs to nothing any more.
         self.job += 1;
         self.unsent = 0;
-        self.in_flight.clear();
+        self.forget_in_flight();
+    }
+
+    /// Nobody will acknowledge them; whether the backup has them nobody knows.
+    fn forget_in_flight(&mut self) {
+        for epoch in self.in_flight.drain(..) {
+            self.unacknowledged.union(&epoch.set);
+        }
+    }
+
+    /// What the backup may have of this session, for a copy that goes on from there.
+    fn rest(&mut self) -> Option<Rest> {
+        self.forget_in_flight();
+        let committed = self.machine.committed();
+        // A copy anew goes straight into the image: what was committed before is gone.
+        if !self.machine.is_protected() || committed == EpochId(0) {
+            return None;
+        }
+        let universe = self.unacknowledged.universe();
+        let mut pages = std::mem::replace(&mut self.unacknowledged, PageSet::new(universe));
+        pages.union(self.sealer.dirty.pages());
+        let (session, generation, sealed) = (self.id, self.paired, self.sealed);
+        Some(Rest { session, generation, committed, sealed, pages })
     }
 
     fn report(&mut self, report: Report) {
         let event = match report {
             Report::Synced => {
-                self.status.lock().info.sync_progress = 1.0;
+                self.protected(true);
                 Told::Synced
             }
             Report::Resynced => {
-                self.status.lock().info.sync_progress = 1.0;
+                self.protected(true);
                 Told::Resynced
             }
+            Report::StillAlone(reason) => return self.status.failed(&reason),
             Report::Degraded(reason) => {
+                self.protected(false);
                 self.status.failed(&reason);
                 self.answer_failover(Err(Error::Failed(reason.clone())));
                 Told::Degraded { reason }
@@ -177,7 +225,7 @@ impl<G: Guest> Engine<G> {
     }
 
     /// Shows the machine's state to clients.
-    fn show(&self) {
+    pub(super) fn show(&self) {
         let state = match self.machine.state() {
             State::Syncing | State::Pairing => ReplicationState::Syncing,
             State::Protected if !self.machine.is_protected() => ReplicationState::Syncing,
@@ -190,18 +238,24 @@ impl<G: Guest> Engine<G> {
         };
         let held = self.guest.output_held_bytes();
         let mut gathered = self.status.lock();
+        if self.machine.state() == State::Alone {
+            gathered.alone = true;
+            gathered.reconnects &= self.machine.may_go_on();
+        }
         gathered.info.state = state;
         gathered.info.generation = self.machine.generation().0;
         gathered.info.output_held_bytes = held;
     }
 
     /// The last things to do, in whatever state it ended.
-    pub(super) fn end(mut self) {
+    pub(super) fn end(mut self, goes_on: bool) -> Option<Rest> {
         let state = self.machine.state();
+        let rest = if goes_on { self.rest() } else { None };
         if let Some(disks) = &self.disks {
             disks.detach();
         }
         if state != State::Gone
+            && rest.is_none()
             && let Err(source) = self.guest.stop_tracking()
         {
             let line = Error::Guest { what: "end the tracking", source }.chain();
@@ -229,5 +283,6 @@ impl<G: Guest> Engine<G> {
             let _ = answer.send(result);
         }
         self.answer_failover(Err(Error::Conflict("Replication has ended".to_owned())));
+        rest
     }
 }

@@ -17,10 +17,9 @@ use crate::guest::{MachineState, STATE_BYTES_MAX};
 use crate::ids::{EpochId, PAGE_SIZE};
 use crate::primary::disk::Job as DiskJob;
 use crate::primary::seal::{Room, Sealed};
-use crate::ram::PageSet;
 use crate::wire::Seal;
 
-impl<G: Guest> Engine<G> {
+impl<G: Guest> Engine<'_, G> {
     /// The interval is over.
     pub(super) fn due(&mut self) {
         let busy = !self.may_seal();
@@ -33,14 +32,14 @@ impl<G: Guest> Engine<G> {
         }
         if busy || !(self.first || self.output_waiting()) {
             // What is harvested while the guest runs need not be harvested in the pause.
-            if let Err(error) = self.sealer.harvest(&mut self.guest) {
+            if let Err(error) = self.sealer.harvest(self.guest) {
                 return self.step(Event::GiveUp(error.chain()));
             }
         }
         if busy {
             self.last_look = Instant::now();
             if self.cadence.is_near_full(self.sealer.dirty.pages().len())
-                && let Err(error) = self.sealer.hold_up(&mut self.guest)
+                && let Err(error) = self.sealer.hold_up(self.guest)
             {
                 // Bounded memory slows the guest, as does the link.
                 self.step(Event::GiveUp(error.chain()));
@@ -84,11 +83,11 @@ impl<G: Guest> Engine<G> {
         let output = Arc::clone(&self.output);
         let mut waited = self.output_waiting();
         let quiet = || waited |= output.swap(false, Ordering::AcqRel);
-        if let Err(error) = self.sealer.ahead(&mut self.guest) {
+        if let Err(error) = self.sealer.ahead(self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         let room = self.room();
-        let pause = self.sealer.seal(&mut self.guest, epoch, handover, &room, quiet);
+        let pause = self.sealer.seal(self.guest, epoch, handover, &room, quiet);
         if waited {
             self.cadence.output();
         }
@@ -103,13 +102,13 @@ impl<G: Guest> Engine<G> {
             // The guest stands until there is room: the backup is to have all of this in one epoch.
             Ok(Pause::TooLarge { .. }) if !self.in_flight.is_empty() => {
                 self.awaits_room = true;
-                if let Err(error) = self.sealer.hold_up(&mut self.guest) {
+                if let Err(error) = self.sealer.hold_up(self.guest) {
                     self.step(Event::GiveUp(error.chain()));
                 }
             }
             Ok(Pause::TooLarge { .. }) if self.first && self.log_is_over() => {
                 // Nothing is committed yet: what was logged is marked and copied again.
-                if let Err(error) = self.sealer.release(&mut self.guest) {
+                if let Err(error) = self.sealer.release(self.guest) {
                     return self.step(Event::GiveUp(error.chain()));
                 }
                 self.call_off_log();
@@ -160,10 +159,10 @@ impl<G: Guest> Engine<G> {
         let sealed_at = Instant::now();
         self.sealed = epoch;
         self.first = false;
-        let set: &PageSet = self.sealer.sealed();
+        let set = Arc::clone(self.sealer.sealed());
         let pages = set.len();
         let of = self.senders.as_ref().map_or(1, Senders::count);
-        let counts = (0..of).map(|index| Share { index, of }.count(set)).collect();
+        let counts = (0..of).map(|index| Share { index, of }.count(&set)).collect();
         self.give(epoch, source);
         let changes = log.changes.len() as u64;
         let log_bytes = log.changes.iter().map(Change::cost_bytes).sum();
@@ -186,7 +185,7 @@ impl<G: Guest> Engine<G> {
         let seal = Seal { epoch, generation, handover, pages: counts, changes, state: bytes };
         self.tell(Message::Seal(seal));
         reach("given");
-        self.in_flight.push_back(InFlight { sealed_at, pages, log_bytes, touched_bytes });
+        self.in_flight.push_back(InFlight { sealed_at, set, pages, log_bytes, touched_bytes });
         let mut gathered = self.status.lock();
         if handover || self.options.cow != Cow::Off {
             gathered.pause_us.add_time(stood);
@@ -237,7 +236,7 @@ impl<G: Guest> Engine<G> {
             }
             // With cow=off the guest stood until now.
             Work::Epochs if self.options.cow == Cow::Off && !self.handover => {
-                match self.sealer.release(&mut self.guest) {
+                match self.sealer.release(self.guest) {
                     Ok(stood) => self.status.lock().pause_us.add_time(stood),
                     Err(error) => self.step(Event::GiveUp(error.chain())),
                 }
@@ -253,12 +252,12 @@ impl<G: Guest> Engine<G> {
 
     /// One pass of a copy straight into the backup's image, while the guest runs.
     pub(super) fn copy(&mut self, pass: u32) {
-        if let Err(error) = self.sealer.harvest(&mut self.guest) {
+        if let Err(error) = self.sealer.harvest(self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         if std::mem::take(&mut self.fresh) {
             // The backup's memory is new: it reads as zero, too.
-            self.sealer.dirty.drop_untouched(&mut self.guest);
+            self.sealer.dirty.drop_untouched(self.guest);
         }
         let set = self.sealer.take();
         let pages = set.len();
@@ -275,7 +274,7 @@ impl<G: Guest> Engine<G> {
     }
 
     fn copied(&mut self, pass: u32, pages: u64) {
-        if let Err(error) = self.sealer.harvest(&mut self.guest) {
+        if let Err(error) = self.sealer.harvest(self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         let rest = self.sealer.dirty.pages().len();
