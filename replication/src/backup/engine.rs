@@ -423,7 +423,7 @@ impl<B: ReplicaBuilder> Engine<B> {
 
     fn claim_went(&mut self, next: Next) {
         match next {
-            Next::Asked | Next::Nothing | Next::Record(_) | Next::ReadFailed => {}
+            Next::Call(..) | Next::Nothing | Next::Record(_) | Next::ReadFailed => {}
             Next::Wait { ms } => self.retry_at = Some(Instant::now() + Duration::from_millis(ms)),
             Next::Decided(verdict) => {
                 self.undecided_told = false;

@@ -7,7 +7,9 @@ use crate::checking::reach;
 use crate::error::{Error, chain};
 use crate::ids::Generation;
 use crate::ownership::{Arbiter, ArbiterError, Record};
-use crate::protocol::ownership::{Action, Claim, Event, Verdict};
+use crate::protocol::asking::Asking;
+pub(crate) use crate::protocol::asking::Next;
+use crate::protocol::ownership::{Action, Claim, Event};
 
 /// What the thread reports: the claim's number, what happened, and the error if a call failed.
 pub(crate) struct Report {
@@ -16,27 +18,10 @@ pub(crate) struct Report {
     pub(crate) error: Option<String>,
 }
 
-/// Asks the arbiter on behalf of an engine.
+/// Asks the arbiter on behalf of an engine: [`Asking`] decides, a thread calls.
 pub(crate) struct Asker {
     calls: Option<Sender<(u64, Action)>>,
-    claim: Option<Claim>,
-    number: u64,
-}
-
-/// What the engine has to do after a step of the claim.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Next {
-    /// The thread will report.
-    Asked,
-    /// Call [`Asker::timer`] after this long.
-    Wait {
-        ms: u64,
-    },
-    Decided(Verdict),
-    /// What [`Asker::read`] found.
-    Record(Option<Record>),
-    ReadFailed,
-    Nothing,
+    asking: Asking,
 }
 
 impl Asker {
@@ -54,7 +39,7 @@ impl Asker {
             }
             None => None,
         };
-        Ok(Self { calls, claim: None, number: 0 })
+        Ok(Self { calls, asking: Asking::default() })
     }
 
     /// Whether there is an arbiter.
@@ -64,59 +49,35 @@ impl Asker {
 
     /// Begins a claim; an older one is forgotten.
     pub(crate) fn begin(&mut self, claim: Claim, first: Action) -> Next {
-        self.number += 1;
-        self.claim = Some(claim);
-        self.carry_out(first)
+        let next = self.asking.begin(claim, first);
+        self.call(next)
     }
 
     /// Asks for the record; a claim under way is forgotten.
     pub(crate) fn read(&mut self) -> Next {
-        self.number += 1;
-        self.claim = None;
-        self.carry_out(Action::Read { expected: Generation(0) })
+        let next = self.asking.read();
+        self.call(next)
     }
 
     /// Goes on after a report.
     pub(crate) fn report(&mut self, report: &Report) -> Next {
-        if report.claim != self.number {
-            return Next::Nothing;
-        }
-        if self.claim.is_some() {
-            return self.step(report.event.clone());
-        }
-        match &report.event {
-            Event::Read(record) => Next::Record(*record),
-            Event::Failed => Next::ReadFailed,
-            Event::Swapped(_) | Event::Timer => Next::Nothing,
-        }
+        let next = self.asking.answered(report.claim, report.event.clone());
+        self.call(next)
     }
 
     /// Goes on after a wait.
     pub(crate) fn timer(&mut self) -> Next {
-        self.step(Event::Timer)
+        let next = self.asking.timer();
+        self.call(next)
     }
 
-    fn step(&mut self, event: Event) -> Next {
-        match self.claim.as_mut().and_then(|claim| claim.step(event)) {
-            Some(action) => self.carry_out(action),
-            None => Next::Nothing,
-        }
-    }
-
-    fn carry_out(&mut self, action: Action) -> Next {
-        match action {
-            Action::Wait { ms } => Next::Wait { ms },
-            Action::Decide(verdict) => {
-                self.claim = None;
-                Next::Decided(verdict)
-            }
-            Action::Read { .. } | Action::Swap { .. } => {
-                let calls = self.calls.as_ref().expect("claims are begun with an arbiter only");
-                // The thread lives as long as this sender.
-                let _ = calls.send((self.number, action));
-                Next::Asked
-            }
-        }
+    /// Makes a call on the thread, which will report.
+    fn call(&mut self, next: Next) -> Next {
+        let Next::Call(number, action) = next else { return next };
+        let calls = self.calls.as_ref().expect("claims are begun with an arbiter only");
+        // The thread lives as long as this sender.
+        let _ = calls.send((number, action.clone()));
+        Next::Call(number, action)
     }
 }
 

@@ -44,7 +44,7 @@ pub enum ArbiterError {
 }
 
 /// How a compare-and-swap ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// The record is the caller's.
     Won,

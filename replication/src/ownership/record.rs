@@ -32,7 +32,7 @@ id! {
 }
 
 /// Who this process is and which VM it speaks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HostIdentity {
     pub host: HostId,
     pub vm: VmId,
@@ -53,7 +53,7 @@ impl Default for HostIdentity {
 }
 
 /// Who may release output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Standing {
     /// The primary, and each epoch only after the backup's acknowledgement.
@@ -63,7 +63,7 @@ pub enum Standing {
 }
 
 /// What the arbiter keeps for a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
     pub generation: Generation,

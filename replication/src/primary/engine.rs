@@ -614,7 +614,7 @@ impl<'g, G: Guest> Engine<'g, G> {
 
     fn claim_went(&mut self, next: Next) {
         match next {
-            Next::Asked | Next::Nothing | Next::Record(_) | Next::ReadFailed => {}
+            Next::Call(..) | Next::Nothing | Next::Record(_) | Next::ReadFailed => {}
             Next::Wait { ms } => self.retry_at = Some(Instant::now() + Duration::from_millis(ms)),
             Next::Decided(verdict) => {
                 self.undecided_told = false;

@@ -24,7 +24,7 @@ use crate::ids::{EpochId, Generation};
 use crate::protocol::ownership::Verdict;
 
 /// Where the backup stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// Listening, nothing here.
     Idle,
@@ -124,7 +124,7 @@ pub enum Report {
 }
 
 /// The machine.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Backup {
     state: State,
     arbiter: bool,

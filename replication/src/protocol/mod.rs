@@ -14,6 +14,7 @@
 //! the output that they release is output of the state that goes on. What the guest sent since
 //! belongs to epochs without an ack and stays held until the claim, which is lost, destroys it.
 
+pub mod asking;
 pub mod backup;
 pub mod ownership;
 pub mod primary;

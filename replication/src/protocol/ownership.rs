@@ -25,7 +25,7 @@ const RETRY_MS_FIRST: u64 = 100;
 const RETRY_MS_LAST: u64 = 5000;
 
 /// What the arbiter or the clock says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     Swapped(Outcome),
     Read(Option<Record>),
@@ -36,7 +36,7 @@ pub enum Event {
 }
 
 /// What to do next.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Read the record; one older than `expected`, or none, is a failure.
     Read {
@@ -53,7 +53,7 @@ pub enum Action {
 }
 
 /// How a claim ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// The record is ours, with this generation.
     Owned(Generation),
@@ -61,16 +61,21 @@ pub enum Verdict {
     Lost(Record),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+/// Where a claim stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// A swap was asked for.
     Swapping,
+    /// A call failed: after a while the record is read.
     Waiting,
+    /// A read was asked for.
     Reading,
+    /// The verdict was given.
     Decided,
 }
 
 /// A claim under way.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Claim {
     expected: Generation,
     next: Record,
@@ -86,6 +91,11 @@ impl Claim {
         (claim, Action::Swap { expected, next })
     }
 
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
     /// The next action; `None` for an event that means nothing now.
     pub fn step(&mut self, event: Event) -> Option<Action> {
         match (self.state, event) {
@@ -96,7 +106,7 @@ impl Claim {
             (State::Reading, Event::Read(standing)) => Some(self.found(standing)),
             (State::Swapping | State::Reading, Event::Failed) => Some(self.wait()),
             (State::Waiting, Event::Timer) => {
-                self.state = State::Reading;
+                self.go(State::Reading);
                 Some(Action::Read { expected: self.expected })
             }
             _ => None,
@@ -104,19 +114,19 @@ impl Claim {
     }
 
     fn wait(&mut self) -> Action {
-        self.state = State::Waiting;
+        self.go(State::Waiting);
         let ms = self.retry_ms;
         self.retry_ms = (ms * 2).min(RETRY_MS_LAST);
         Action::Wait { ms }
     }
 
     fn swap(&mut self) -> Action {
-        self.state = State::Swapping;
+        self.go(State::Swapping);
         Action::Swap { expected: self.expected, next: self.next }
     }
 
     fn owned(&mut self) -> Action {
-        self.state = State::Decided;
+        self.go(State::Decided);
         Action::Decide(Verdict::Owned(self.next.generation))
     }
 
@@ -140,8 +150,25 @@ impl Claim {
     }
 
     fn lost(&mut self, record: Record) -> Action {
-        self.state = State::Decided;
+        self.go(State::Decided);
         Action::Decide(Verdict::Lost(record))
+    }
+
+    fn go(&mut self, next: State) {
+        assert!(is_transition_valid(self.state, next), "{:?} to {next:?}", self.state);
+        self.state = next;
+    }
+}
+
+/// The arrows of the diagram.
+#[must_use]
+pub fn is_transition_valid(from: State, to: State) -> bool {
+    use State::{Decided, Reading, Swapping, Waiting};
+    match from {
+        Swapping => matches!(to, Waiting | Decided),
+        Waiting => matches!(to, Reading),
+        Reading => matches!(to, Swapping | Waiting | Decided),
+        Decided => false,
     }
 }
 

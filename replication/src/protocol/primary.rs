@@ -32,7 +32,7 @@ use crate::protocol::ownership::Verdict;
 pub const IN_FLIGHT_MAX: u64 = 2;
 
 /// Where the primary stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// Pages go straight to the backup's image.
     Syncing,
@@ -57,7 +57,7 @@ pub enum State {
 }
 
 /// Why ownership alone is wanted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Purpose {
     PeerLost,
     Stop,
@@ -157,7 +157,7 @@ pub enum Report {
 }
 
 /// The machine.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Primary {
     state: State,
     arbiter: bool,
@@ -351,8 +351,9 @@ impl Primary {
         }
         self.in_flight -= 1;
         self.committed = epoch;
-        // What the last epoch of a switch-over said is in its machine state: the backup says it.
-        let handed = self.state == State::HandingOver && self.handed;
+        // What the last epoch of a switch-over said is in its machine state: the backup says it, also
+        // if its acknowledgement is heard only after the backup was suspected.
+        let handed = self.handed && epoch == self.sealed;
         let mut actions = vec![if handed { Action::Handed(epoch) } else { Action::Commit(epoch) }];
         if !self.protected {
             self.protected = true;
@@ -544,8 +545,12 @@ pub fn is_transition_valid(from: State, to: State) -> bool {
         Syncing => matches!(to, Pairing | Failed | Alone | Stopped),
         Pairing => matches!(to, Protected | Failed | Alone | Stopped),
         Protected => matches!(to, Claiming(_) | HandingOver),
-        HandingOver => matches!(to, Claiming(_) | Gone | Undecided),
-        Claiming(Purpose::Resync) => matches!(to, Claiming(_) | Syncing | Gone),
+        HandingOver => {
+            matches!(to, Claiming(Purpose::PeerLost | Purpose::GiveUp) | Gone | Undecided)
+        }
+        Claiming(Purpose::Resync) => {
+            matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Syncing | Gone)
+        }
         Claiming(Purpose::GiveUp) => {
             matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Alone | Gone)
         }

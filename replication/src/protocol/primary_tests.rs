@@ -124,6 +124,23 @@ fn a_switch_over_destroys_only_on_the_backup_s_word() {
     assert_eq!(over, [Action::Destroy, Action::Close, report]);
 }
 
+#[test]
+fn a_late_ack_of_the_last_epoch_of_a_switch_over_lets_nothing_out_that_is_in_its_state() {
+    for arbiter in [true, false] {
+        let mut primary = handing_over(arbiter);
+        primary.step(Event::Sealed(EpochId(2)));
+        primary.step(Event::PeerLost("silent".into()));
+        let late = primary.step(ack(2));
+        assert_eq!(late, [Action::Handed(EpochId(2))], "in {:?}", primary.state());
+    }
+    // Of the epoch before it nothing is in that state: it leaves here.
+    let mut primary = protected();
+    primary.step(Event::Sealed(EpochId(2)));
+    primary.step(Event::FailoverAsked);
+    primary.step(Event::PeerLost("silent".into()));
+    assert_eq!(primary.step(ack(2)), [Action::Commit(EpochId(2))]);
+}
+
 fn handing_over(arbiter: bool) -> Primary {
     let mut primary = Primary::new(arbiter, Generation(0));
     primary.step(Event::Synced);

@@ -1,0 +1,81 @@
+//! Rules of the protocol, broken on purpose: a checker that does not find these finds nothing.
+//!
+//! Each is a change of what the modelled engines do around the shipped machines; the machines
+//! themselves have no switch for it.
+
+/// One broken rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Broken {
+    /// The primary lets an epoch's output out at its seal.
+    ReleaseBeforeAck,
+    /// The backup that suspects starts at once, whatever the arbiter says.
+    TakeOverWithoutSwap,
+    /// The backup goes on acknowledging while it claims.
+    AckAfterSuspecting,
+    /// The backup acknowledges an epoch of which it has the seal and not the pages.
+    AckBeforeWhole,
+    /// The backup starts from an epoch that it has staged and not acknowledged.
+    StartUnacknowledged,
+    /// The backup starts from the epoch before the one that it acknowledged last.
+    StartOlder,
+    /// A call to the arbiter that failed counts as won.
+    UnknownIsWon,
+    /// A call to the arbiter that failed counts as lost.
+    UnknownIsLost,
+    /// The primary lets all output out when it asks the arbiter, before the verdict.
+    ReleaseOnClaim,
+    /// The primary that has lost its claim goes on.
+    LoserGoesOn,
+    /// A record that says what it said before counts as a won claim.
+    ReadIsWon,
+    /// What a switch-over's state carries leaves at the old host, too.
+    HandedIsSaid,
+    /// The backup without an arbiter starts by itself.
+    OrphanStarts,
+    /// A primary that copies anew passes its output before the arbiter says that it is alone.
+    ResyncWithoutClaim,
+    /// The backup claims, and forgets its replica when its call fails.
+    FailedClaimDiscards,
+}
+
+impl Broken {
+    pub const ALL: [Self; 15] = [
+        Self::ReleaseBeforeAck,
+        Self::TakeOverWithoutSwap,
+        Self::AckAfterSuspecting,
+        Self::AckBeforeWhole,
+        Self::StartUnacknowledged,
+        Self::StartOlder,
+        Self::UnknownIsWon,
+        Self::UnknownIsLost,
+        Self::ReleaseOnClaim,
+        Self::LoserGoesOn,
+        Self::ReadIsWon,
+        Self::HandedIsSaid,
+        Self::OrphanStarts,
+        Self::ResyncWithoutClaim,
+        Self::FailedClaimDiscards,
+    ];
+
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ReleaseBeforeAck => "release-before-ack",
+            Self::TakeOverWithoutSwap => "take-over-without-swap",
+            Self::AckAfterSuspecting => "ack-after-suspecting",
+            Self::AckBeforeWhole => "ack-before-whole",
+            Self::StartUnacknowledged => "start-unacknowledged",
+            Self::StartOlder => "start-older",
+            Self::UnknownIsWon => "unknown-is-won",
+            Self::UnknownIsLost => "unknown-is-lost",
+            Self::ReleaseOnClaim => "release-on-claim",
+            Self::LoserGoesOn => "loser-goes-on",
+            Self::ReadIsWon => "read-is-won",
+            Self::HandedIsSaid => "handed-is-said",
+            Self::OrphanStarts => "orphan-starts",
+            Self::ResyncWithoutClaim => "resync-without-claim",
+            Self::FailedClaimDiscards => "failed-claim-discards",
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! The primary's engine, as far as order matters: after `primary/engine.rs`.
+
+use replication::ids::{EpochId, Generation};
+use replication::ownership::{HostId, HostIdentity, Record, Standing};
+use replication::protocol::asking::{Asking, Next};
+use replication::protocol::ownership::{self as claim, Claim, Verdict};
+use replication::protocol::primary::{
+    Action, Event, IN_FLIGHT_MAX, Primary, State, is_transition_valid,
+};
+
+use super::{Around, Effect, Message, Seal, Step, asked, misread};
+use crate::broken::Broken;
+use crate::vm::Vm;
+
+/// What reaches the engine.
+#[derive(Clone, Debug)]
+pub enum Input<C> {
+    Message(Message<C>),
+    /// The connection ended, or was silent for too long.
+    Lost,
+    /// All of a copy is out.
+    Copied,
+    /// An epoch is due.
+    Due,
+    /// The next epoch does not fit.
+    TooLarge,
+    GiveUp,
+    Stop,
+    Failover,
+    Answer(u64, claim::Event),
+    Timer,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Work {
+    Nothing,
+    Copying,
+    Epochs,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Engine {
+    pub machine: Primary,
+    identity: HostIdentity,
+    backup: HostId,
+    arbiter: bool,
+    asking: Asking,
+    connected: bool,
+    work: Work,
+    sealed: EpochId,
+    /// Epochs that wait for their acknowledgement, as the engine counts them.
+    in_flight: u64,
+    /// No epoch of the present copy was sealed yet.
+    first: bool,
+    handover: bool,
+    /// The next epoch does not fit.
+    large: bool,
+    /// A claim waits for its timer.
+    pub waits: bool,
+}
+
+impl Engine {
+    /// Connected and welcomed; `None` where the record says that another host's machine runs.
+    #[must_use]
+    pub fn open(
+        identity: HostIdentity,
+        backup: HostId,
+        arbiter: bool,
+        record: Option<Record>,
+    ) -> Option<Self> {
+        let generation = match record {
+            None => Generation(0),
+            Some(record) if record.vm == identity.vm && record.runs_on() == identity.host => {
+                record.generation
+            }
+            Some(_) => return None,
+        };
+        Some(Self {
+            machine: Primary::new(arbiter, generation),
+            identity,
+            backup,
+            arbiter,
+            asking: Asking::default(),
+            connected: true,
+            work: Work::Nothing,
+            sealed: EpochId(0),
+            in_flight: 0,
+            first: true,
+            handover: false,
+            large: false,
+            waits: false,
+        })
+    }
+
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        matches!(self.machine.state(), State::Alone | State::Gone | State::Stopped | State::Failed)
+    }
+
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.connected
+    }
+
+    #[must_use]
+    pub fn is_copying(&self) -> bool {
+        self.work == Work::Copying
+    }
+
+    #[must_use]
+    pub fn has_in_flight(&self) -> bool {
+        self.in_flight > 0
+    }
+
+    /// Whether an epoch may be sealed now.
+    #[must_use]
+    pub fn may_seal(&self) -> bool {
+        let room = self.in_flight < IN_FLIGHT_MAX && !self.handover && !self.first;
+        self.work == Work::Epochs && (self.in_flight == 0 || room)
+    }
+
+    /// Whether epochs are sealed, and the next one may turn out to be too large.
+    #[must_use]
+    pub fn may_be_too_large(&self) -> bool {
+        self.work == Work::Epochs && !self.first && !self.large
+    }
+
+    /// Begins to copy.
+    pub fn begin<V: Vm>(&mut self, around: &mut Around<'_, V>) {
+        self.copy(around);
+    }
+
+    pub fn input<V: Vm>(&mut self, input: Input<V::Content>, around: &mut Around<'_, V>) {
+        match input {
+            Input::Message(message) => self.message(message, around),
+            Input::Lost if self.connected => self.step(Event::PeerLost("lost".into()), around),
+            Input::Copied if self.is_copying() => {
+                self.work = Work::Nothing;
+                self.step(Event::Synced, around);
+            }
+            Input::Due if self.may_seal() => self.seal(around),
+            Input::TooLarge => {
+                self.large = true;
+                if self.may_seal() {
+                    self.seal(around);
+                }
+            }
+            Input::GiveUp => self.step(Event::GiveUp("given up".into()), around),
+            Input::Stop => self.step(Event::StopAsked, around),
+            Input::Failover => self.step(Event::FailoverAsked, around),
+            Input::Answer(number, event) => {
+                let ours = self.machine.generation().next();
+                let me = self.identity.host;
+                if let Some(verdict) = misread(around.broken, &self.asking, &event, ours, me) {
+                    return self.step(Event::Verdict(verdict), around);
+                }
+                let next = asked(&mut self.asking, around.effects, |a| a.answered(number, event));
+                self.claim_went(next, around);
+            }
+            Input::Timer if self.waits => {
+                self.waits = false;
+                let next = asked(&mut self.asking, around.effects, Asking::timer);
+                self.claim_went(next, around);
+            }
+            Input::Lost | Input::Copied | Input::Due | Input::Timer => {}
+        }
+    }
+
+    fn message<V: Vm>(&mut self, message: Message<V::Content>, around: &mut Around<'_, V>) {
+        match message {
+            Message::Ack { epoch, generation } => self.acked(epoch, generation, around),
+            Message::ResyncReady => self.step(Event::ResyncReady, around),
+            Message::StopDone => {}
+            Message::HandedOver(generation) => self.step(Event::HandedOver(generation), around),
+            Message::Abort => self.step(Event::PeerLost("aborted".into()), around),
+            _ if self.connected => self.step(Event::PeerLost("unexpected".into()), around),
+            _ => {}
+        }
+    }
+
+    fn acked<V: Vm>(&mut self, epoch: EpochId, generation: Generation, around: &mut Around<'_, V>) {
+        self.step(Event::Acked { epoch, generation }, around);
+        if self.machine.in_flight() >= self.in_flight {
+            return;
+        }
+        self.in_flight -= 1;
+        let waits = (self.handover || self.large) && self.in_flight == 0;
+        if self.work == Work::Epochs && waits {
+            self.seal(around);
+        }
+    }
+
+    fn seal<V: Vm>(&mut self, around: &mut Around<'_, V>) {
+        if self.large && !self.first {
+            // With epochs in flight there may be room for it once they are acknowledged.
+            if self.in_flight == 0 {
+                self.large = false;
+                let event = if self.handover { Event::GiveUp } else { Event::TooLarge };
+                self.step(event("large".to_owned()), around);
+            }
+            return;
+        }
+        let epoch = self.sealed.next();
+        let handover = self.handover;
+        let Some(vm) = around.vm else { return };
+        let content = vm.seal(epoch, handover);
+        self.sealed = epoch;
+        self.first = false;
+        let generation = self.machine.generation();
+        around.send(Message::Seal(Seal { epoch, generation, handover, content }));
+        self.in_flight += 1;
+        if handover {
+            self.work = Work::Nothing;
+        }
+        self.step(Event::Sealed(epoch), around);
+        if around.broken == Some(Broken::ReleaseBeforeAck) {
+            around.vm(|vm| vm.commit(epoch));
+        }
+    }
+
+    fn step<V: Vm>(&mut self, event: Event, around: &mut Around<'_, V>) {
+        let before = self.machine.state();
+        let actions = self.machine.step(event);
+        let after = self.machine.state();
+        if before != after {
+            assert!(is_transition_valid(before, after));
+            around.effects.push(Effect::Went(Step::Primary(before, after)));
+        }
+        for action in actions {
+            self.act(action, around);
+        }
+    }
+
+    fn act<V: Vm>(&mut self, action: Action, around: &mut Around<'_, V>) {
+        match action {
+            Action::Pair { expected } => {
+                let standing = Standing::Pair { primary: self.identity.host, backup: self.backup };
+                self.claim(expected, standing, around);
+            }
+            Action::Claim { expected } => {
+                if around.broken == Some(Broken::ReleaseOnClaim) {
+                    around.vm(Vm::pass);
+                }
+                if around.broken == Some(Broken::ResyncWithoutClaim)
+                    && self.machine.state()
+                        == State::Claiming(replication::protocol::primary::Purpose::Resync)
+                {
+                    let owned = Verdict::Owned(expected.next());
+                    return self.step(Event::Verdict(owned), around);
+                }
+                self.claim(expected, Standing::Solo { owner: self.identity.host }, around);
+            }
+            Action::TellPaired(generation) => self.tell(Message::Paired(generation), around),
+            Action::TellStop => self.tell(Message::Stop, around),
+            Action::TellResync => {
+                (self.first, self.large) = (true, false);
+                self.tell(Message::Resync, around);
+            }
+            Action::Copy => self.copy(around),
+            Action::Hold => around.vm(Vm::hold),
+            Action::BeginEpochs => {
+                self.work = Work::Epochs;
+                self.seal(around);
+            }
+            Action::EndEpochs => self.work = Work::Nothing,
+            Action::SealHandover => {
+                self.handover = true;
+                if self.in_flight == 0 {
+                    self.seal(around);
+                }
+            }
+            Action::Handed(epoch) if around.broken == Some(Broken::HandedIsSaid) => {
+                around.vm(|vm| vm.commit(epoch));
+            }
+            Action::Handed(epoch) => around.vm(|vm| vm.hand_over(epoch)),
+            Action::Commit(epoch) => around.vm(|vm| vm.commit(epoch)),
+            Action::Pass => around.vm(Vm::pass),
+            Action::Release => around.vm(Vm::release),
+            Action::Degrade => {
+                self.handover = false;
+                self.in_flight = 0;
+                around.vm(Vm::release);
+            }
+            Action::Destroy if around.broken == Some(Broken::LoserGoesOn) => {
+                around.vm(Vm::pass);
+                around.vm(Vm::release);
+            }
+            Action::Destroy => *around.vm = None,
+            Action::Close => {
+                if self.connected {
+                    around.effects.push(Effect::Close);
+                }
+                self.connected = false;
+                self.in_flight = 0;
+            }
+            // A VM that is alone is not protected again here, and no guest is paused.
+            Action::Regain | Action::Refuse(_) | Action::Report(_) => {}
+        }
+    }
+
+    fn tell<V: Vm>(&self, message: Message<V::Content>, around: &mut Around<'_, V>) {
+        if self.connected {
+            around.send(message);
+        }
+    }
+
+    fn copy<V: Vm>(&mut self, around: &mut Around<'_, V>) {
+        self.work = Work::Copying;
+        if let Some(content) = around.vm.as_mut().and_then(Vm::copy) {
+            self.tell(Message::Pages(content), around);
+        }
+    }
+
+    fn claim<V: Vm>(
+        &mut self,
+        expected: Generation,
+        standing: Standing,
+        around: &mut Around<'_, V>,
+    ) {
+        let generation = expected.next();
+        if !self.arbiter {
+            return self.step(Event::Verdict(Verdict::Owned(generation)), around);
+        }
+        let next = Record { generation, vm: self.identity.vm, standing };
+        let (claim, first) = Claim::new(expected, next);
+        let next = asked(&mut self.asking, around.effects, |asking| asking.begin(claim, first));
+        self.claim_went(next, around);
+    }
+
+    fn claim_went<V: Vm>(&mut self, next: Next, around: &mut Around<'_, V>) {
+        match next {
+            Next::Call(number, action) => around.effects.push(Effect::Call(number, action)),
+            Next::Nothing | Next::Record(_) | Next::ReadFailed => {}
+            Next::Wait { ms } => {
+                self.waits = true;
+                around.effects.push(Effect::Wait(ms));
+            }
+            Next::Decided(verdict) => self.step(Event::Verdict(verdict), around),
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The simulator: long runs of the same engines with time, memory, clients and faults, each decided
+//! by a seed, which reproduces it exactly.
+
+pub mod coverage;
+pub mod machine;
+pub mod oracle;
+pub mod plan;
+pub mod run;
+pub mod total;

@@ -1,0 +1,403 @@
+//! One run: a seed, a clock that is ours, and whatever the seed makes happen.
+
+mod connection;
+mod engines;
+mod trouble;
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use replication::VmId;
+use replication::ownership::{HostId, HostIdentity, Standing};
+use replication::protocol::backup::State as BackupState;
+use replication::protocol::ownership::{self as claim};
+use replication::protocol::primary::State as PrimaryState;
+use uuid::Uuid;
+
+use super::coverage::Coverage;
+use super::machine::{CLIENTS, Content, Machine};
+use super::oracle::Oracle;
+use super::plan::Plan;
+use crate::arbiter::{Arbiter, Fate};
+use crate::broken::Broken;
+use crate::ghost::Ghost;
+use crate::host::{Around, Effect, Host, Message, Role, Step, backup, primary};
+use crate::vm::Vm;
+
+/// Positions of a history are counted in 16 bits.
+const SEALS_MAX: u16 = 60_000;
+/// Peer timeouts without an acknowledgement after which a living backup is given up.
+const STALL_TIMEOUTS: u64 = 4;
+const MS: u64 = 1000;
+
+const VM: VmId = VmId(Uuid::from_u128(0xace));
+
+/// What reaches a host, by the connection.
+#[derive(Clone, Debug)]
+enum Item {
+    Message(Message<Content>),
+    /// An epoch's pages, by a connection of their own.
+    Pages,
+    Heartbeat,
+    End,
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Arrives(usize, u64, Item),
+    Beat(usize, u64),
+    Check(usize, u64),
+    Due(usize, u64),
+    Copied(usize, u64),
+    Timer(usize, u64),
+    Call(usize, u64),
+    Answer(usize, u64, claim::Event),
+    Stray(claim::Action),
+    Client(usize),
+    Compute,
+    Fault,
+    /// A fault beside the others, when it hurts.
+    Mishap,
+    Heal(usize),
+    ArbiterHeals(usize),
+    Ask,
+    /// A stop, beside the others.
+    StopSoon(usize),
+    LostSoon(usize),
+    CrashSoon(usize),
+    FailoverSoon(usize),
+    Repair,
+    Connect(usize),
+}
+
+/// For the queue: the time, and the order in which events were made.
+struct Entry(u64, u64, Event);
+
+impl PartialEq for Entry {
+    fn eq(&self, other: &Self) -> bool {
+        (self.0, self.1) == (other.0, other.1)
+    }
+}
+
+impl Eq for Entry {}
+
+impl PartialOrd for Entry {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Entry {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0, self.1).cmp(&(other.0, other.1))
+    }
+}
+
+/// The way to one of the hosts.
+#[derive(Clone, Debug, Default)]
+struct Way {
+    /// When the last item arrives, of the control connection and of the pages'.
+    last_us: u64,
+    pages_us: u64,
+    /// Nothing passes; what is sent waits.
+    cut: bool,
+    waiting: Vec<Item>,
+    /// The connection broke: nothing arrives after this.
+    dead_us: Option<u64>,
+    /// This end is open; what arrives until then was read before it was closed.
+    open: bool,
+    grace_us: u64,
+}
+
+/// Beside the host itself.
+#[derive(Clone, Debug, Default)]
+struct Beside {
+    process: u128,
+    /// Grows with every process and engine: events of an older one are nothing.
+    life: u64,
+    asleep_us: u64,
+    heard_us: u64,
+    progress_us: u64,
+    calls: VecDeque<(u64, claim::Action)>,
+    calling: bool,
+    arbiter_cut: bool,
+    /// Pages of epochs that are here before their turn.
+    pages: u32,
+    copying: bool,
+}
+
+/// What a run came to.
+#[derive(Debug, Default)]
+pub struct Summary {
+    pub coverage: Coverage,
+    pub events: u64,
+    pub commits: u64,
+    pub responses: u64,
+    pub lines: u64,
+    pub takeovers: u64,
+    pub failure: Option<String>,
+    pub trace: Vec<String>,
+    /// Of all that happened, in its order.
+    pub hash: u64,
+}
+
+pub struct Run {
+    rng: StdRng,
+    plan: Plan,
+    broken: Option<Broken>,
+    now_us: u64,
+    queue: BinaryHeap<Reverse<Entry>>,
+    made: u64,
+    hosts: [Host<Machine>; 2],
+    beside: [Beside; 2],
+    ways: [Way; 2],
+    session: u64,
+    arbiter: Arbiter,
+    ghost: Ghost,
+    oracle: Oracle,
+    summary: Summary,
+    tracing: bool,
+}
+
+/// Runs a seed.
+#[must_use]
+pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut plan = Plan::draw(&mut rng);
+    if let Some(broken) = broken {
+        plan.arbiter = broken != Broken::OrphanStarts;
+    }
+    let mut run = Run {
+        hosts: [
+            Host::running(identity(1), Machine::new()),
+            Host::listening(identity(2), plan.arbiter),
+        ],
+        rng,
+        plan,
+        broken,
+        now_us: 0,
+        queue: BinaryHeap::new(),
+        made: 0,
+        beside: [Beside::default(), Beside::default()],
+        ways: [Way::default(), Way::default()],
+        session: 0,
+        arbiter: Arbiter::default(),
+        ghost: Ghost::default(),
+        oracle: Oracle::default(),
+        summary: Summary::default(),
+        tracing,
+    };
+    (run.beside[0].process, run.beside[1].process) = (1, 2);
+    let ended = run.whole();
+    run.summary.failure = ended.err();
+    run.summary.commits = run.oracle.commits;
+    run.summary.responses = run.oracle.responses;
+    run.summary.lines = run.oracle.lines;
+    run.summary.takeovers = run.ghost.started.len() as u64;
+    run.summary
+}
+
+fn identity(process: u128) -> HostIdentity {
+    HostIdentity { host: HostId(Uuid::from_u128(process)), vm: VM }
+}
+
+/// FNV-1a: tells two runs of a seed apart.
+fn mix(hash: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+impl Run {
+    fn whole(&mut self) -> Result<(), String> {
+        self.connect(0)?;
+        for client in 0..CLIENTS {
+            self.after(MS, Event::Client(client));
+        }
+        self.after(MS, Event::Compute);
+        self.after(self.plan.fault_every_us, Event::Fault);
+        self.after(self.plan.ask_every_us, Event::Ask);
+        self.after(500 * MS, Event::Repair);
+        while let Some(Reverse(Entry(at_us, _, event))) = self.queue.pop() {
+            if at_us > self.plan.end_us {
+                break;
+            }
+            self.now_us = at_us;
+            if let Some(host) = of(&event)
+                && self.beside[host].asleep_us > at_us
+            {
+                let wakes_us = self.beside[host].asleep_us;
+                self.at(wakes_us, event);
+                continue;
+            }
+            self.summary.events += 1;
+            if self.tracing {
+                self.note(&event);
+            }
+            self.happens(event)?;
+            self.holds()?;
+        }
+        if self.goes_on() { Ok(()) } else { Err("nobody goes on after faults have stopped".into()) }
+    }
+
+    fn note(&mut self, event: &Event) {
+        let line = format!("{:>9} {event:?}", self.now_us);
+        self.summary.hash = mix(self.summary.hash, line.as_bytes());
+        self.summary.trace.push(line);
+    }
+
+    fn at(&mut self, at_us: u64, event: Event) {
+        self.made += 1;
+        self.queue.push(Reverse(Entry(at_us, self.made, event)));
+    }
+
+    fn after(&mut self, us: u64, event: Event) {
+        self.at(self.now_us + us, event);
+    }
+
+    /// Half of it to half more.
+    fn about(&mut self, us: u64) -> u64 {
+        self.rng.random_range(us / 2..=us + us / 2)
+    }
+
+    fn up_to(&mut self, us: u64) -> u64 {
+        self.rng.random_range(0..=us)
+    }
+
+    fn are_faults_over(&self) -> bool {
+        self.now_us >= self.plan.faults_end_us
+    }
+
+    /// What must hold after every event.
+    fn holds(&self) -> Result<(), String> {
+        let ghost = &self.ghost;
+        let free = self.hosts.iter().filter(|host| host.is_free()).count();
+        let lost =
+            if self.plan.arbiter { !ghost.is_nothing_lost() } else { !ghost.is_promise_kept() };
+        let rules = [
+            (free <= 1 && ghost.is_continued_once(), "two hosts own the machine"),
+            (!self.plan.arbiter || ghost.has_one_speaker(), "two hosts spoke under a generation"),
+            (!lost, "released output is not in the state that goes on"),
+            (ghost.is_said_once(), "what was handed over was said twice"),
+            (ghost.is_acknowledged(), "a take-over did not start from the last acknowledged epoch"),
+        ];
+        match rules.into_iter().find(|(holds, _)| !holds) {
+            Some((_, what)) => Err(what.to_owned()),
+            None => Ok(()),
+        }
+    }
+
+    fn happens(&mut self, event: Event) -> Result<(), String> {
+        match event {
+            Event::Arrives(to, session, item) => self.arrives(to, session, item),
+            Event::Beat(at, life) => {
+                if self.is_current(at, life) && self.hosts[at].is_connected() {
+                    self.send(at, Item::Heartbeat);
+                    self.after(self.plan.heartbeat_us, Event::Beat(at, life));
+                }
+                Ok(())
+            }
+            Event::Check(at, life) => self.check(at, life),
+            Event::Due(at, life) => self.due(at, life),
+            Event::Copied(at, life) if self.is_current(at, life) => {
+                self.beside[at].copying = false;
+                self.to_primary(at, primary::Input::Copied)
+            }
+            Event::Timer(at, life) if self.is_current(at, life) => {
+                self.input(at, || primary::Input::Timer, || backup::Input::Timer)
+            }
+            Event::Call(at, life) if self.is_current(at, life) => {
+                self.calls(at);
+                Ok(())
+            }
+            Event::Answer(at, life, event) if self.is_current(at, life) => self.answers(at, event),
+            Event::Copied(..) | Event::Timer(..) | Event::Call(..) | Event::Answer(..) => Ok(()),
+            Event::Stray(action) => {
+                self.arbiter.call(&action, Fate::Well);
+                Ok(())
+            }
+            Event::Client(client) => self.client(client),
+            Event::Compute => self.compute(),
+            Event::Fault => self.fault(),
+            Event::Mishap => self.mishap(),
+            Event::StopSoon(at) => self.stop(at),
+            Event::LostSoon(at) => self.input(at, || primary::Input::Lost, || backup::Input::Lost),
+            Event::FailoverSoon(at) => self.fail_over(at),
+            Event::CrashSoon(at) => {
+                self.crash(at);
+                Ok(())
+            }
+            Event::Heal(to) => {
+                self.heal(to);
+                Ok(())
+            }
+            Event::ArbiterHeals(at) => {
+                self.beside[at].arbiter_cut = false;
+                Ok(())
+            }
+            Event::Ask => self.ask(),
+            Event::Repair => self.repair(),
+            Event::Connect(at) => self.connect(at),
+        }
+    }
+
+    fn is_current(&self, at: usize, life: u64) -> bool {
+        self.beside[at].life == life
+    }
+
+    fn goes_on(&self) -> bool {
+        let runs = |at: usize| {
+            let Some(vm) = &self.hosts[at].vm else { return false };
+            let protected = self.hosts[at].primary().is_some_and(|primary| {
+                primary.machine.state() == PrimaryState::Protected && primary.is_connected()
+            });
+            !vm.stands() && (vm.is_free() || protected)
+        };
+        if runs(0) || runs(1) || self.ghost.is_start_lost {
+            return true;
+        }
+        let undecided = |host: &Host<Machine>| {
+            let primary = host.primary().map(|primary| primary.machine.state());
+            let backup = host.backup().map(|backup| backup.machine.state());
+            primary == Some(PrimaryState::Undecided) || backup == Some(BackupState::Orphan)
+        };
+        if !self.plan.arbiter {
+            // Only a person knows; or the only one who had it is dead.
+            return self.hosts.iter().any(undecided) || self.hosts.iter().all(|h| h.vm.is_none());
+        }
+        let alive = |owner: HostId| self.hosts.iter().any(|h| h.alive && h.identity.host == owner);
+        match self.arbiter.standing().map(|record| record.standing) {
+            Some(Standing::Solo { owner }) => !alive(owner),
+            Some(Standing::Pair { primary, .. }) => !alive(primary) && self.ghost.owes.is_none(),
+            None => self.hosts.iter().all(|host| host.vm.is_none()),
+        }
+    }
+}
+
+/// Whose event it is.
+fn of(event: &Event) -> Option<usize> {
+    match event {
+        Event::Arrives(at, ..)
+        | Event::Beat(at, _)
+        | Event::Check(at, _)
+        | Event::Due(at, _)
+        | Event::Copied(at, _)
+        | Event::Timer(at, _)
+        | Event::Answer(at, ..)
+        | Event::Connect(at) => Some(*at),
+        Event::Call(..)
+        | Event::Stray(_)
+        | Event::Client(_)
+        | Event::Compute
+        | Event::Fault
+        | Event::Mishap
+        | Event::StopSoon(_)
+        | Event::LostSoon(_)
+        | Event::CrashSoon(_)
+        | Event::FailoverSoon(_)
+        | Event::Heal(_)
+        | Event::ArbiterHeals(_)
+        | Event::Ask
+        | Event::Repair => None,
+    }
+}

@@ -1,0 +1,213 @@
+//! Inputs of the engines, and what they do to the world.
+
+use rand::Rng;
+
+use super::{
+    Around, Broken, Content, Effect, Event, Fate, Item, MS, Message, Role, Run, Step, backup,
+    claim, mix, primary,
+};
+
+impl Run {
+    pub(super) fn input(
+        &mut self,
+        at: usize,
+        primary: impl FnOnce() -> primary::Input<Content>,
+        backup: impl FnOnce() -> backup::Input<Content>,
+    ) -> Result<(), String> {
+        match self.hosts[at].role {
+            Role::Primary(_) => self.to_primary(at, primary()),
+            Role::Backup(_) => self.to_backup(at, backup()),
+            Role::None => Ok(()),
+        }
+    }
+
+    pub(super) fn to_primary(
+        &mut self,
+        at: usize,
+        input: primary::Input<Content>,
+    ) -> Result<(), String> {
+        let mut effects = vec![];
+        let host = &mut self.hosts[at];
+        let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: self.broken };
+        if let Role::Primary(engine) = &mut host.role {
+            engine.input(input, &mut around);
+        }
+        self.carry_out(at, effects)
+    }
+
+    pub(super) fn to_backup(
+        &mut self,
+        at: usize,
+        input: backup::Input<Content>,
+    ) -> Result<(), String> {
+        let mut effects = vec![];
+        let host = &mut self.hosts[at];
+        let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: self.broken };
+        if let Role::Backup(engine) = &mut host.role {
+            engine.input(input, &mut around);
+        }
+        self.carry_out(at, effects)
+    }
+
+    pub(super) fn carry_out(
+        &mut self,
+        at: usize,
+        effects: Vec<Effect<Content>>,
+    ) -> Result<(), String> {
+        for effect in effects {
+            match effect {
+                Effect::Send(message) => self.says(at, message)?,
+                Effect::Call(number, action) => {
+                    self.beside[at].calls.push_back((number, action));
+                    self.next_call(at);
+                }
+                Effect::Wait(ms) => self.after(ms * MS, Event::Timer(at, self.beside[at].life)),
+                Effect::Close => {
+                    self.send(at, Item::End);
+                    self.ways[at].open = false;
+                    // What was read before: more of it where the engine was busy.
+                    let busy_us = if self.rng.random_ratio(1, 4) { 50 * MS } else { 5 * MS };
+                    self.ways[at].grace_us = self.now_us + self.up_to(busy_us);
+                }
+                Effect::Started { epoch, handover } => {
+                    if let Some(vm) = &self.hosts[at].vm {
+                        self.ghost.starts(at, &vm.history, epoch, handover);
+                    }
+                }
+                Effect::StartFailed => self.ghost.is_start_lost = true,
+                Effect::Went(step) => {
+                    self.summary.coverage.note(step);
+                    if self.tracing {
+                        self.went(at, step);
+                    }
+                }
+            }
+        }
+        self.outside(at)?;
+        self.settle(at);
+        let copies = self.hosts[at].primary().is_some_and(primary::Engine::is_copying);
+        if copies && !std::mem::replace(&mut self.beside[at].copying, true) {
+            let copy_us = self.about(40 * MS);
+            self.after(copy_us, Event::Copied(at, self.beside[at].life));
+        }
+        Ok(())
+    }
+
+    pub(super) fn went(&mut self, at: usize, step: Step) {
+        let line = format!("          host {at} went {step:?}");
+        self.summary.hash = mix(self.summary.hash, line.as_bytes());
+        self.summary.trace.push(line);
+    }
+
+    pub(super) fn says(&mut self, at: usize, message: Message<Content>) -> Result<(), String> {
+        match &message {
+            Message::Ack { epoch, .. } => {
+                self.ghost.acknowledges(at, *epoch);
+                let host = &self.hosts[at];
+                let image = host.backup().and_then(backup::Engine::image);
+                let early = self.broken == Some(Broken::AckBeforeWhole)
+                    || self.broken == Some(Broken::AckAfterSuspecting);
+                match (image, &host.vm) {
+                    (Some(image), _) if !early => {
+                        self.oracle.committed(image.position, &image.pages)?;
+                    }
+                    _ => {}
+                }
+            }
+            Message::Seal(seal) => {
+                if let Some(vm) = &self.hosts[at].vm {
+                    self.oracle.sealed(seal.content.position, vm.pages);
+                }
+                self.send(at, Item::Pages);
+            }
+            _ => {}
+        }
+        self.send(at, Item::Message(message));
+        Ok(())
+    }
+
+    /// What the world outside hears of this host.
+    pub(super) fn outside(&mut self, at: usize) -> Result<(), String> {
+        let generation = self.hosts[at].generation();
+        let Some(vm) = &mut self.hosts[at].vm else { return Ok(()) };
+        self.ghost.observe(at, generation, &vm.history);
+        for output in std::mem::take(&mut vm.out) {
+            self.oracle.left(output)?;
+        }
+        Ok(())
+    }
+
+    /// An engine that has ended leaves its connection and its calls behind.
+    pub(super) fn settle(&mut self, at: usize) {
+        let had = !matches!(self.hosts[at].role, Role::None);
+        self.hosts[at].settle();
+        if had && matches!(self.hosts[at].role, Role::None) {
+            self.abandon(at, true);
+        }
+    }
+
+    /// What this host's engine was about is nobody's any more.
+    pub(super) fn abandon(&mut self, at: usize, ends: bool) {
+        if ends {
+            self.send(at, Item::End);
+        }
+        self.ways[at].open = false;
+        self.ways[at].grace_us = 0;
+        let beside = &mut self.beside[at];
+        beside.life += 1;
+        (beside.calling, beside.copying, beside.pages) = (false, false, 0);
+        for (_, action) in std::mem::take(&mut beside.calls) {
+            if self.rng.random_ratio(2, 3) {
+                let later_us = self.up_to(2_000 * MS);
+                self.after(later_us, Event::Stray(action));
+            }
+        }
+    }
+
+    pub(super) fn next_call(&mut self, at: usize) {
+        if !self.beside[at].calling && !self.beside[at].calls.is_empty() {
+            self.beside[at].calling = true;
+            let way_us = self.up_to(self.plan.arbiter_us_max);
+            self.after(way_us, Event::Call(at, self.beside[at].life));
+        }
+    }
+
+    pub(super) fn calls(&mut self, at: usize) {
+        let Some((_, action)) = self.beside[at].calls.front().cloned() else { return };
+        let fate = self.fate(at);
+        let answer = self.arbiter.call(&action, fate);
+        if fate == Fate::Late {
+            let later_us = self.up_to(1_000 * MS);
+            self.after(later_us, Event::Stray(action));
+        }
+        let way_us = self.up_to(self.plan.arbiter_us_max);
+        self.after(way_us, Event::Answer(at, self.beside[at].life, answer));
+    }
+
+    pub(super) fn fate(&mut self, at: usize) -> Fate {
+        let wrong = self.rng.random_ratio(self.plan.arbiter_wrong, 1000);
+        if self.are_faults_over() || !(wrong || self.beside[at].arbiter_cut) {
+            return Fate::Well;
+        }
+        match self.rng.random_range(0..4) {
+            0 if !self.beside[at].arbiter_cut => Fate::AnswerLost,
+            1 => Fate::Late,
+            2 if !self.beside[at].arbiter_cut => {
+                Fate::Stale(self.rng.random_range(0..=self.arbiter.history().len()))
+            }
+            _ => Fate::CallLost,
+        }
+    }
+
+    pub(super) fn answers(&mut self, at: usize, event: claim::Event) -> Result<(), String> {
+        self.beside[at].calling = false;
+        let Some((number, _)) = self.beside[at].calls.pop_front() else { return Ok(()) };
+        self.input(
+            at,
+            || primary::Input::Answer(number, event.clone()),
+            || backup::Input::Answer(number, event.clone()),
+        )?;
+        self.next_call(at);
+        self.look(at)
+    }
+}

@@ -1,0 +1,49 @@
+//! What the modelled engines need of a machine: the model's is a position in a history, the
+//! simulator's has memory, a server and a gate.
+
+use std::fmt::Debug;
+use std::hash::Hash;
+
+use replication::ids::EpochId;
+
+/// A machine that runs on a host; the part of `replication::guest::Guest` that matters to order.
+pub trait Vm: Clone + Debug + PartialEq + Eq + Hash {
+    /// What a copy or an epoch carries.
+    type Content: Clone + Debug + PartialEq + Eq + Hash;
+    /// What a backup has of it.
+    type Image: Clone + Debug + PartialEq + Eq + Hash + Default;
+
+    /// All of it as it is now; `None` where a copy alone is of no consequence.
+    fn copy(&mut self) -> Option<Self::Content>;
+
+    /// Quiesces, captures what changed since the last seal, tags all output since then with `epoch`,
+    /// and lets the guest run on, unless this is the last epoch of a switch-over.
+    fn seal(&mut self, epoch: EpochId, handover: bool) -> Self::Content;
+
+    /// Output is held from here on.
+    fn hold(&mut self);
+
+    /// What is tagged with `epoch` or an earlier one leaves.
+    fn commit(&mut self, epoch: EpochId);
+
+    /// The same, but for what the state of a switch-over carries.
+    fn hand_over(&mut self, epoch: EpochId);
+
+    /// All output leaves, and nothing is held any more.
+    fn pass(&mut self);
+
+    /// Runs on, if it stood for a seal.
+    fn release(&mut self);
+
+    /// Whether the guest stands for a seal that was its last.
+    fn stands(&self) -> bool;
+
+    /// Whether output leaves at once.
+    fn is_free(&self) -> bool;
+
+    /// Brings a copy or an epoch into an image.
+    fn receive(image: &mut Self::Image, content: &Self::Content);
+
+    /// Runs what an image holds; its output is free.
+    fn start(image: &Self::Image) -> Self;
+}

@@ -1,0 +1,75 @@
+//! Seeds that CI runs.
+
+use protocol_model::broken::Broken;
+use protocol_model::guest::Position;
+use protocol_model::sim::machine::{Output, PAGES};
+use protocol_model::sim::oracle::Oracle;
+use protocol_model::sim::run::run;
+use protocol_model::sim::total::Total;
+
+const SEEDS: u64 = 3000;
+
+/// What the simulator cannot bring about, with the reason.
+const NEVER: [(&str, &str); 1] = [("primary Alone -> Stopped", "an engine ends in Alone")];
+
+fn total(seeds: u64, broken: Option<Broken>) -> Total {
+    let mut total = Total::default();
+    for seed in 0..seeds {
+        total.add(seed, run(seed, broken, false));
+        if total.failed().is_some() {
+            break;
+        }
+    }
+    total
+}
+
+#[test]
+fn no_seed_fails_and_every_transition_is_made() {
+    let total = total(SEEDS, None);
+    assert_eq!(total.failure(), None, "see scripts/simulate.sh --seed");
+    assert_eq!(total.coverage.strangers(), [""; 0]);
+    let never = |name: &str| NEVER.iter().any(|(known, _)| *known == name);
+    for (name, count) in total.coverage.counts() {
+        assert_eq!(count == 0, never(&name), "{name}: {count}");
+    }
+}
+
+#[test]
+fn a_seed_gives_the_same_run_each_time() {
+    for seed in [1, 2, 3] {
+        let (first, second) = (run(seed, None, true), run(seed, None, true));
+        assert_eq!((first.hash, first.events), (second.hash, second.events));
+        assert!(first.events > 1000, "{}", first.events);
+    }
+    assert_ne!(run(1, None, true).hash, run(2, None, true).hash);
+}
+
+#[test]
+fn every_broken_rule_is_found_by_some_seed() {
+    for broken in Broken::ALL {
+        assert!(total(SEEDS, Some(broken)).failed().is_some(), "{} is not found", broken.name());
+    }
+}
+
+#[test]
+fn the_oracle_sees_a_page_that_differs_and_answers_that_cannot_be() {
+    let position = Position { incarnation: 0, at: 1, handover: false };
+    let mut oracle = Oracle::default();
+    let mut pages = [7; PAGES];
+    oracle.sealed(position, pages);
+    assert_eq!(oracle.committed(position, &pages), Ok(()));
+    pages[PAGES - 1] += 1;
+    assert!(oracle.committed(position, &pages).is_err());
+
+    let request = oracle.begins(0);
+    let answer = |request, total| Output::Response { client: 0, request, total };
+    assert!(oracle.left(answer(request + 1, 1)).is_err(), "nobody asked");
+    assert!(oracle.left(answer(request, 2)).is_err(), "more than were ever asked");
+    let mut oracle = Oracle::default();
+    oracle.begins(0);
+    assert_eq!(oracle.left(answer(1, 1)), Ok(()));
+    oracle.begins(0);
+    assert!(oracle.left(answer(2, 0)).is_err(), "what was answered is forgotten");
+    assert_eq!(oracle.left(Output::Line(1)), Ok(()));
+    assert!(oracle.left(Output::Line(3)).is_err(), "a line is missing");
+}
