@@ -167,6 +167,23 @@ pub struct ReplicateData {
     /// sides' counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rdma_depth: Option<u32>,
+    /// With `rdma:`, whether guest memory is registered with the device; by default `auto`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_pin: Option<RdmaPin>,
+}
+
+/// Whether a primary registers guest memory with its RDMA device, which then reads pages where they are.
+/// All of the memory is locked for that: it is resident from then on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RdmaPin {
+    /// Yes; where that fails, pages are copied to be sent, and a warning says why.
+    #[default]
+    Auto,
+    /// Yes; where that fails, so does the protection.
+    On,
+    /// No: pages are copied to be sent.
+    Off,
 }
 
 /// Body of `vm.receive-replica` and value of `--receive-replica`: be the backup.
@@ -355,6 +372,13 @@ pub struct RdmaPath {
     pub mtu_bytes: u16,
     /// Chunks under way on each data connection: the smaller one of both sides' `rdma_depth`.
     pub depth: u32,
+    /// Bytes of guest memory that the device can read so far; pages are read there once all of it is.
+    /// 0 where they are copied to be sent, as on a backup.
+    #[serde(default)]
+    pub registered_bytes: u64,
+    /// Bytes of pages that were read there, of all that were sent.
+    #[serde(default)]
+    pub from_memory_bytes: u64,
 }
 
 /// The steps of a pause in microseconds, in their order.

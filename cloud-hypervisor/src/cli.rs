@@ -103,7 +103,8 @@ pub(crate) struct Cli {
     /// arbiter=file:<directory>|"etcd:<url>,<url>/<key>",arbiter_tls_dir=<directory>,
     /// arbiter_credentials=<file>,epoch_ms=<n>,heartbeat_ms=<n>,timeout_ms=<n>,
     /// degrade=unprotected|pause,reconnect=on|off,return_url=<as destination_url>,
-    /// rdma_device=<name>,rdma_port=<n>,rdma_gid_index=<n>,rdma_depth=<n>,…
+    /// rdma_device=<name>,rdma_port=<n>,rdma_gid_index=<n>,rdma_depth=<n>,
+    /// rdma_pin=auto|on|off,…
     #[arg(long, value_name = "REPLICATE", requires = "vm")]
     replicate: Option<ReplicateData>,
 

@@ -5,6 +5,8 @@
 //! `verbs_check ADDRESS port-event` prints `READY` and waits for the port to go down; `verbs_check ADDRESS
 //! locked-memory` is started by root with a limit (ulimit -l 64) and gives its privileges up.
 
+#[path = "verbs_check/lent.rs"]
+mod lent;
 #[path = "verbs_check/refused.rs"]
 mod refused;
 #[path = "verbs_check/setup.rs"]
@@ -30,6 +32,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("choice-of-device", choice_of_device),
     ("write-of-several-segments", write_of_several_segments),
     ("write-with-immediate", write_with_immediate),
+    ("memory-of-a-guest-is-gathered", lent::memory_of_a_guest_is_gathered),
     ("inline-send", inline_send),
     ("read", read),
     ("one-completion-for-a-chain", one_completion_for_a_chain),

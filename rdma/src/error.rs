@@ -40,6 +40,8 @@ pub enum Error {
          raise RLIMIT_MEMLOCK (ulimit -l; LimitMEMLOCK=infinity in a systemd unit)"
     )]
     LockedMemory { device: String, bytes: usize, limit: String, source: io::Error },
+    #[error("There are no {len} bytes of guest memory at {start:#x}")]
+    NoMemory { start: u64, len: usize },
     #[error("{len} bytes from {offset} are not within the memory region of {region} bytes")]
     OutsideRegion { offset: usize, len: usize, region: usize },
     #[error("The peer's RDMA endpoint makes no sense: {what}")]

@@ -19,13 +19,13 @@
 //! - [`Library`]: libibverbs, or why it is not there; [`Library::devices`] is what this host has;
 //! - [`Wanted`]: which device, port and GID to use;
 //! - [`Context`]: an opened device and its events; [`ProtectionDomain`], [`MemoryRegion`];
-//! - [`Buffer`]: a region with memory of its own;
+//! - [`Buffer`]: a region with memory of its own; [`LentMemory`]: one of a guest's memory, to be read;
 //! - [`CompletionChannel`], [`CompletionQueue`], [`Completion`];
 //! - [`QueuePair`]: a reliable connection; [`Endpoint`]: what its ends tell each other;
 //! - [`RequestList`]: what is posted at once.
 //!
 //! **What is unsafe.** Only [`MemoryRegion::register`], whose promise holds for all that is done with the
-//! region, and which [`Buffer`] keeps for memory of its own. Posting is safe: a segment is a piece of a region, and a device checks each key that it is given
+//! region, and which [`Buffer`] keeps for memory of its own, [`LentMemory`] for a guest's. Posting is safe: a segment is a piece of a region, and a device checks each key that it is given
 //! against what is registered now, so a request that outlives its region fails and touches nothing. That
 //! what is to be sent does not change before its completion is a matter of what arrives, not of memory
 //! safety: the device reads it as it reads a guest's memory, at its own time.
@@ -44,6 +44,7 @@ mod context;
 mod devices;
 mod endpoint;
 mod error;
+mod lent;
 mod library;
 mod memory;
 mod queue_pair;
@@ -56,6 +57,7 @@ pub use context::{Context, DeviceLimits, Event, PortAttributes, PortChange};
 pub use devices::{Device, Gid, GidEntry, GidKind, LinkLayer, Port, PortState};
 pub use endpoint::{ConnectOptions, Depths, Endpoint, Origin};
 pub use error::Error;
+pub use lent::LentMemory;
 pub use library::Library;
 pub use memory::{Access, MemoryRegion, ProtectionDomain, Remote, Segment};
 pub use queue_pair::QueuePair;

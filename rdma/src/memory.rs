@@ -6,6 +6,7 @@
 use std::ffi::c_int;
 use std::fmt;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::ops::BitOr;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -181,6 +182,23 @@ impl MemoryRegion {
         self.len == 0
     }
 
+    /// Ends it, as dropping it does.
+    ///
+    /// # Errors
+    /// If the device keeps the memory, whose mapping must stay then, for ever.
+    pub(crate) fn end(self) -> Result<(), Error> {
+        let this = ManuallyDrop::new(self);
+        // SAFETY: the region is registered, and this is its end: it is not dropped.
+        let returned = unsafe { (this.domain.context().library().ibv_dereg_mr)(this.raw.as_ptr()) };
+        if let Some(source) = kept(returned) {
+            let what = format!("give back {} bytes of memory", this.len);
+            return Err(this.domain.context().failed(what, source));
+        }
+        // SAFETY: read once, out of what is not dropped.
+        drop(unsafe { std::ptr::read(&raw const this.domain) });
+        Ok(())
+    }
+
     /// `len` bytes from `offset` on, for a request.
     ///
     /// # Errors
@@ -199,7 +217,8 @@ impl MemoryRegion {
 /// Why memory was not registered.
 fn not_registered(context: &Context, bytes: usize, source: io::Error) -> Error {
     match source.raw_os_error() {
-        Some(libc::ENOMEM | libc::EAGAIN) => Error::LockedMemory {
+        // Without any limit left at all it is a matter of rights.
+        Some(libc::ENOMEM | libc::EAGAIN | libc::EPERM) => Error::LockedMemory {
             device: context.name().to_owned(),
             bytes,
             limit: locked_memory_limit(),

@@ -9,7 +9,8 @@
 //! - `UNDERSTUDY_TEST_BREAK=PART`, see [`is_broken`]. `cow`: pages are sent as they are when they
 //!   are sent, not as they were at the seal; the switch above must find that out. `protect`: pages
 //!   that count as write-protected are not; so must it that. `net-gate`, `disk-gate`: nothing waits
-//!   for its epoch there. `reset`: the guest's wish for one is not fulfilled.
+//!   for its epoch there. `reset`: the guest's wish for one is not fulfilled. `queue-pair`: a data connection's
+//!   by RDMA fails at the primary, under WRITEs that read guest memory.
 //! - `UNDERSTUDY_TEST_DELAYS=POINT:MICROSECONDS[,...]`: at each such point of an epoch the thread
 //!   that gets there sleeps for a random time up to that: `seal` (pages are kept, the guest still
 //!   stands), `arm` (after each call that protects), `fault` (before one is served), `take` (between

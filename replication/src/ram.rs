@@ -36,6 +36,23 @@ pub struct Ram {
     mapping: Arc<Mapping>,
     regions: Arc<[Region]>,
     preservers: Arc<Mutex<Vec<Weak<dyn Preserve>>>>,
+    /// How many want the very pages that are there now, whatever is in them.
+    pins: Arc<Mutex<usize>>,
+}
+
+/// Somebody else than the mapping has pages of a memory: a device reads them where they are. As long as
+/// this lives, they must not be exchanged for others.
+#[derive(Debug)]
+pub struct Pin(Arc<Mutex<usize>>);
+
+fn count(pins: &Mutex<usize>) -> MutexGuard<'_, usize> {
+    pins.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        *count(&self.0) -= 1;
+    }
 }
 
 impl std::fmt::Debug for Ram {
@@ -62,7 +79,7 @@ impl Ram {
                 Region { start: region.start_addr(), pages, first }
             })
             .collect();
-        Self { mapping, regions, preservers: Arc::default() }
+        Self { mapping, regions, preservers: Arc::default(), pins: Arc::default() }
     }
 
     fn preservers(&self) -> MutexGuard<'_, Vec<Weak<dyn Preserve>>> {
@@ -82,6 +99,29 @@ impl Ram {
     pub fn preserve(&self) {
         let preservers: Vec<_> = self.preservers().iter().filter_map(Weak::upgrade).collect();
         preservers.iter().for_each(|preserver| preserver.preserve());
+    }
+
+    /// Keeps the pages of this memory where they are. Waits for who is just exchanging them.
+    #[must_use]
+    pub fn pin(&self) -> Pin {
+        *count(&self.pins) += 1;
+        Pin(Arc::clone(&self.pins))
+    }
+
+    /// Calls `change`, which may exchange pages for others, unless it is told that somebody has them
+    /// pinned. Nobody pins them meanwhile.
+    pub fn exchange<R>(&self, change: impl FnOnce(bool) -> R) -> R {
+        let pins = count(&self.pins);
+        change(*pins > 0)
+    }
+
+    /// Writes zeroes over all of it, through the mapping.
+    pub fn clear(&self) {
+        let zero = [0; PAGE_SIZE];
+        for page in 0..self.pages() {
+            // There is such a page.
+            let _ = self.write_page(PageIndex(page), &zero);
+        }
     }
 
     /// Adds the pages that were written through the mapping since the last call.

@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use vm_memory::{Bytes, GuestAddress};
 
 pub use disks::{MemoryDisks, MemoryImage, Request};
-pub use stream::Plain;
+pub use stream::{Lent, Plain};
 
 use crate::disk::{Disks, ReplicaDisk};
 use crate::guest::{Guest, GuestError, MachineState, Replica, ReplicaBuilder, Waker};

@@ -190,12 +190,25 @@ impl Memory {
         PageIndex(end.clamp(page.0 + 1, self.ram.pages()))
     }
 
-    /// Gives all pages back to the host, so that they read as zero, and marks them all written.
+    /// Gives all pages back to the host, so that they read as zero, and marks them all written. Where a
+    /// device has them, they stay, and zeroes are written.
     pub fn reset(&self) -> Result<(), MemoryError> {
-        let length = i64::try_from(self.size)
-            .map_err(|_| MemoryError::Size { size: self.size, granule: PAGE_SIZE as u64 })?;
         // A hole takes pages away without a fault.
         self.ram.preserve();
+        self.ram.exchange(|pinned| {
+            if pinned {
+                self.ram.clear();
+                return Ok(());
+            }
+            self.give_back()
+        })?;
+        self.mark_all_written();
+        Ok(())
+    }
+
+    fn give_back(&self) -> Result<(), MemoryError> {
+        let length = i64::try_from(self.size)
+            .map_err(|_| MemoryError::Size { size: self.size, granule: PAGE_SIZE as u64 })?;
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: punching a hole has no effect on the mapping itself, only on its contents, and
         // every reader copes with any content.
@@ -203,7 +216,6 @@ impl Memory {
         if result != 0 {
             return Err(MemoryError::Reset(io::Error::last_os_error()));
         }
-        self.mark_all_written();
         Ok(())
     }
 
@@ -330,6 +342,29 @@ mod tests {
         let mut dirty = PageSet::new(memory.ram().pages());
         memory.harvest_own_writes(&mut dirty);
         assert_eq!(dirty.len(), memory.ram().pages());
+    }
+
+    /// A device that has them would go on reading the pages that a hole takes away.
+    #[test]
+    fn a_reset_exchanges_no_page_that_is_pinned() {
+        let memory = Memory::new(&config(8 << 20)).unwrap();
+        let last = memory.ram().pages() - 1;
+        let touch = || {
+            for page in [1, last] {
+                memory.mapping().write_obj(7_u64, GuestAddress(page * 4096)).unwrap();
+            }
+        };
+        touch();
+        let pin = memory.ram().pin();
+        memory.reset().unwrap();
+        assert_eq!(memory.next_populated(PageIndex(1)), Some(PageIndex(1)), "it is still there");
+        for page in [1, last] {
+            assert_eq!(memory.mapping().read_obj::<u64>(GuestAddress(page * 4096)).unwrap(), 0);
+        }
+        touch();
+        drop(pin);
+        memory.reset().unwrap();
+        assert_eq!(memory.next_populated(PageIndex(0)), None, "it was given back");
     }
 
     #[test]

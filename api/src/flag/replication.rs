@@ -7,7 +7,7 @@ use crate::config::{ConsoleConfig, ConsoleOutputMode};
 use crate::option::{OptionError, PairWriter, Pairs, bad};
 use crate::replication::{
     Compression, ConsoleOutput, Cow, Degrade, DiskMode, EPOCH_MIN_MS_DEFAULT, EPOCH_MS_DEFAULT,
-    HEARTBEAT_MS_DEFAULT, ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData,
+    HEARTBEAT_MS_DEFAULT, RdmaPin, ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData,
     STAGING_SIZE_DEFAULT, TIMEOUT_MS_DEFAULT,
 };
 
@@ -25,6 +25,8 @@ const DISK_MODE: [(&str, DiskMode); 2] =
     [("replicated", DiskMode::Replicated), ("shared", DiskMode::Shared)];
 const CONSOLE_OUTPUT: [(&str, ConsoleOutput); 2] =
     [("hold", ConsoleOutput::Hold), ("pass", ConsoleOutput::Pass)];
+const RDMA_PIN: [(&str, RdmaPin); 3] =
+    [("auto", RdmaPin::Auto), ("on", RdmaPin::On), ("off", RdmaPin::Off)];
 const NUMBER: &str = "a number";
 const MILLISECONDS: &str = "a number of milliseconds";
 
@@ -55,6 +57,7 @@ impl FromStr for ReplicateData {
             "rdma_port",
             "rdma_gid_index",
             "rdma_depth",
+            "rdma_pin",
         ];
         let mut pairs = Pairs::parse(text, &known)?;
         let epoch_ms = pairs.parsed("epoch_ms", MILLISECONDS)?.unwrap_or(EPOCH_MS_DEFAULT);
@@ -85,6 +88,7 @@ impl FromStr for ReplicateData {
             rdma_port: pairs.parsed("rdma_port", NUMBER)?,
             rdma_gid_index: pairs.parsed("rdma_gid_index", NUMBER)?,
             rdma_depth: pairs.parsed("rdma_depth", NUMBER)?,
+            rdma_pin: pairs.word("rdma_pin", &RDMA_PIN)?,
         })
     }
 }
@@ -116,6 +120,7 @@ impl ReplicateData {
             .optional("rdma_port", number(self.rdma_port).as_deref())
             .optional("rdma_gid_index", number(self.rdma_gid_index).as_deref())
             .optional("rdma_depth", number(self.rdma_depth).as_deref())
+            .optional("rdma_pin", self.rdma_pin.map(|pin| name(&RDMA_PIN, pin)))
             .finish()
     }
 }

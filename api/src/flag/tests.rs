@@ -10,7 +10,7 @@ use crate::config::{
     MemoryConfig, NetConfig, TokenBucket, VhostMode,
 };
 use crate::replication::{
-    Compression, ConsoleOutput, Cow, Degrade, DiskMode, ReceiveReplicaData, ReplicaCard,
+    Compression, ConsoleOutput, Cow, Degrade, DiskMode, RdmaPin, ReceiveReplicaData, ReplicaCard,
     ReplicaDisk, ReplicateData,
 };
 
@@ -243,6 +243,9 @@ prop_compose! {
         console_output in prop::sample::select(vec![ConsoleOutput::Hold, ConsoleOutput::Pass]),
         rdma_device in prop::option::of(text()),
         rdma in any::<[Option<u32>; 3]>(),
+        rdma_pin in prop::option::of(prop::sample::select(vec![
+            RdmaPin::Auto, RdmaPin::On, RdmaPin::Off,
+        ])),
     ) -> ReplicateData {
         let [epoch_ms, epoch_min_ms, heartbeat_ms, timeout_ms] = numbers;
         let [rdma_port, rdma_gid_index, rdma_depth] = rdma;
@@ -251,7 +254,7 @@ prop_compose! {
         ReplicateData {
             destination_url, epoch_ms, epoch_min_ms, epoch_max_ms, cow, connections, compression,
             heartbeat_ms, timeout_ms, arbiter, arbiter_tls_dir, arbiter_credentials, degrade, reconnect, return_url, tls_dir, disk_mode, console_output,
-            rdma_device, rdma_port, rdma_gid_index, rdma_depth,
+            rdma_device, rdma_port, rdma_gid_index, rdma_depth, rdma_pin,
         }
     }
 }

@@ -60,6 +60,9 @@ impl ReplicateData {
         let Self { rdma_device, rdma_port, rdma_gid_index, rdma_depth, .. } = self;
         let numbers = [*rdma_port, *rdma_gid_index, *rdma_depth];
         rdma("destination_url", &self.destination_url, rdma_device.as_deref(), numbers, &mut found);
+        if self.rdma_pin.is_some() {
+            for_rdma("rdma_pin", "destination_url", &self.destination_url, &mut found);
+        }
         found
     }
 }
@@ -180,6 +183,13 @@ fn tls(url_key: &str, url: &str, directory: Option<&str>, found: &mut Vec<Invali
     }
 }
 
+/// An option that was given, of `rdma:` only. A URL that is none was named already.
+fn for_rdma(key: &str, url_key: &str, url: &str, found: &mut Vec<Invalid>) {
+    if matches!(url.parse(), Ok(Endpoint::Tcp { .. } | Endpoint::Unix(_))) {
+        found.push(Invalid::contradiction(key, url_key, "it is for rdma:<host>:<port> only"));
+    }
+}
+
 /// The options of `rdma:`; `numbers` are port, GID index and depth.
 fn rdma(
     url_key: &str,
@@ -192,11 +202,8 @@ fn rdma(
     let ranges =
         [("rdma_port", RDMA_PORT), ("rdma_gid_index", RDMA_GID_INDEX), ("rdma_depth", RDMA_DEPTH)];
     let given = ranges.iter().zip(numbers).filter_map(|((key, _), value)| value.map(|_| *key));
-    // A URL that is none was named already.
-    if matches!(url.parse(), Ok(Endpoint::Tcp { .. } | Endpoint::Unix(_))) {
-        for key in device.map(|_| DEVICE).into_iter().chain(given) {
-            found.push(Invalid::contradiction(key, url_key, "it is for rdma:<host>:<port> only"));
-        }
+    for key in device.map(|_| DEVICE).into_iter().chain(given) {
+        for_rdma(key, url_key, url, found);
     }
     let is_name = |name: &str| {
         (1..=RDMA_DEVICE_BYTES_MAX).contains(&name.len())

@@ -45,6 +45,10 @@ impl Bench {
         Ok(Self { library, place, context, domain })
     }
 
+    pub fn domain(&self) -> &Arc<ProtectionDomain> {
+        &self.domain
+    }
+
     fn side(&self) -> Result<Side> {
         let channel = CompletionChannel::new(&self.context)?;
         let queue = CompletionQueue::new(&self.context, 512, Some(&channel))?;

@@ -36,7 +36,7 @@ use api::replication::Compression;
 
 use crate::capture::cow::Page;
 use crate::ids::{EpochId, PageIndex};
-use crate::transport::Delivery;
+use crate::transport::{Delivery, Part};
 use crate::wire::{Encoding, Kind, WireError, begin_content, end_content, undo_content};
 use cache::{Cache, Known};
 use choose::{Choice, Costs, choose};
@@ -244,11 +244,11 @@ impl Encoder {
     }
 
     /// Appends the contents of the frame to `parts`; `kept` are the raw pages in their order.
-    pub(crate) fn contents<'a>(&'a self, kept: &[&'a Page], parts: &mut Vec<&'a [u8]>) {
+    pub(crate) fn contents<'a>(&'a self, kept: &[Part<'a>], parts: &mut Vec<Part<'a>>) {
         let mut kept = kept.iter();
         parts.extend(self.pieces.iter().map(|piece| match piece {
-            Piece::Kept => &kept.next().expect("a page for each that is raw")[..],
-            Piece::Encoded(range) => &self.bytes[range.clone()],
+            Piece::Kept => *kept.next().expect("a page for each that is raw"),
+            Piece::Encoded(range) => Part::from(&self.bytes[range.clone()]),
         }));
         assert!(kept.next().is_none(), "no page that is not raw");
     }

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ids::PAGE_SIZE;
+use crate::transport::Part;
 use crate::wire::{Run, Runs, staged_bytes, take_content, unpack};
 
 const PAGES: usize = 40;
@@ -38,12 +39,13 @@ impl Line {
             assert!(runs.push(page, encoding));
             self.sent.push((page, encoding));
             if encoding == Encoding::Raw {
-                kept.push(&memory[*number]);
+                kept.push(Part::from(&memory[*number][..]));
             }
         }
         let mut parts = vec![];
         self.encoder.contents(&kept, &mut parts);
-        let contents = parts.concat();
+        let contents: Vec<u8> =
+            parts.iter().flat_map(|part: &Part<'_>| part.bytes).copied().collect();
         self.bytes += contents.len();
         let cost = staged_bytes(runs.as_slice(), &contents).unwrap();
         let (mut staged_runs, mut staged) = (vec![], vec![]);
@@ -216,12 +218,12 @@ fn epochs(line: &mut Line, first: u32, count: u32, ns_of_page: u64) {
                 let encoding = line.encoder.encode(page, content);
                 line.sent.push((page, encoding));
                 if encoding == Encoding::Raw {
-                    kept.push(content);
+                    kept.push(Part::from(&content[..]));
                 }
             }
             let mut parts = vec![];
             line.encoder.contents(&kept, &mut parts);
-            bytes += parts.iter().map(|part| part.len()).sum::<usize>();
+            bytes += parts.iter().map(|part: &Part<'_>| part.bytes.len()).sum::<usize>();
             let took = Duration::from_nanos(ns_of_page * bytes as u64 / 4096);
             line.encoder.sent(bytes as u64, took);
         }

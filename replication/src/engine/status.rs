@@ -30,6 +30,8 @@ pub(crate) struct Gathered {
 pub(crate) struct Counters {
     pub(crate) wire_bytes: AtomicU64,
     pub(crate) raw_bytes: AtomicU64,
+    /// Of pages that a device reads in guest memory.
+    pub(crate) from_memory_bytes: AtomicU64,
     /// What the disks' images of a backup have taken.
     pub(crate) images: Done,
     /// Pages of the first copy that are through.
@@ -91,6 +93,9 @@ impl Status {
         info.commit_latency_us = gathered.commit_us.percentiles();
         info.dirty_pages = gathered.dirty_pages.page_counts();
         info.bytes_sent = self.counters.wire_bytes.load(Ordering::Relaxed);
+        if let Some(path) = &mut info.rdma {
+            path.from_memory_bytes = self.counters.from_memory_bytes.load(Ordering::Relaxed);
+        }
         info.bytes_raw = self.counters.raw_bytes.load(Ordering::Relaxed);
         info
     }

@@ -63,6 +63,8 @@ pub(super) enum Input {
     Lost(WireError),
     Sent(Sent),
     Disk(disk::Sent),
+    /// Guest memory is registered, or is not.
+    Lent(Result<(), rdma::LendError>),
     Arbiter(Asked),
     Output,
     /// How a call of the backup went.
@@ -79,8 +81,8 @@ enum Work {
         pass: u32,
         pages: u64,
     },
-    /// Memory is copied; the disks are not yet.
-    AwaitingDisks,
+    /// Memory is copied; the disks are not yet, or the memory is not registered.
+    AwaitingRest,
     /// Paired, and the blocks that were written meanwhile are copied.
     Settling,
     /// Changes of disks are logged, and the last blocks are sent.
@@ -135,7 +137,7 @@ pub(super) struct Engine<'g, G: Guest> {
     status: Status,
     queue: Receiver<Input>,
     /// Keeps the queue open when every other sender is gone.
-    _inputs: Sender<Input>,
+    inputs: Sender<Input>,
     asker: Asker,
     control: Option<Control>,
     senders: Option<Senders>,
@@ -143,6 +145,11 @@ pub(super) struct Engine<'g, G: Guest> {
     /// Number of the disks' copy that is out last, and whether it is under way.
     disk_job: u64,
     disks_copy: bool,
+    /// What lends guest memory to the connections, until it does; what it lends, and whether it is
+    /// at it.
+    lender: Option<rdma::Lender>,
+    lent: Option<Arc<rdma::Lent>>,
+    lending: bool,
     log_bytes_max: u64,
     heard: Heard,
     /// What the backup says it has done.
@@ -198,7 +205,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         rest: &mut Option<Rest>,
     ) -> Result<Self, Error> {
         let Called { options, arbiter, generation, session } = called;
-        let Session { id, control, data, disks, backup, welcome } = session;
+        let Session { id, control, data, disks, lender, backup, welcome } = session;
         let millis = Duration::from_millis;
         let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
         let stretched = options.epoch_max_ms.map(millis);
@@ -219,7 +226,8 @@ impl<'g, G: Guest> Engine<'g, G> {
         let patience = Patience::new(millis(options.timeout_ms), Instant::now());
         let (output, waker) = Self::wake_by(guest, inputs.clone());
         let pages = ram.pages();
-        let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages())?;
+        let device = lender.as_ref().map_or(millis(options.timeout_ms), rdma::Lender::patience);
+        let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages(), device)?;
         let disks = match (guest.disks(), disks) {
             (Some(disks), Some(writer)) => {
                 let journal = journal(&disks, waker);
@@ -248,6 +256,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             is_tracking,
             disk_job: 0,
             disks_copy: false,
+            lent: lender.as_ref().map(rdma::Lender::lent),
+            lender,
+            lending: false,
             log_bytes_max,
             machine: match again {
                 true => Primary::again(asker.exists(), generation),
@@ -260,7 +271,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             observer,
             status,
             queue,
-            _inputs: inputs,
+            inputs,
             asker,
             control: Some(control),
             senders: Some(senders),
@@ -336,6 +347,8 @@ impl<'g, G: Guest> Engine<'g, G> {
                     disks.attach();
                 }
                 self.begin_copy();
+                // Not before: it touches all pages, and those that were never touched are not copied.
+                self.lend();
             }
             Err(error) => self.step(Event::GiveUp(error.chain())),
         }
@@ -471,6 +484,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             Input::Disk(Ok(_)) => {}
             Input::Disk(Err(DiskError::Wire(error))) => self.data_lost(error),
             Input::Disk(Err(error)) => self.step(Event::GiveUp(crate::error::chain(&error))),
+            Input::Lent(lent) => self.was_lent(lent),
             Input::Arbiter(report) => {
                 if let Some(error) = &report.error {
                     self.arbiter_failed(error);
@@ -690,3 +704,4 @@ fn journal(disks: &Arc<dyn Disks>, on_full: Waker) -> Arc<Journal> {
 
 mod actions;
 mod epochs;
+mod lending;

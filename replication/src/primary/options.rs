@@ -128,6 +128,9 @@ impl Checked {
         let address = address("destination_url", &options.destination_url)?;
         let numbers = [options.rdma_port, options.rdma_gid_index, options.rdma_depth];
         let rdma = asked_of_rdma(&address, options.rdma_device.as_deref(), numbers)?;
+        if options.rdma_pin.is_some() && rdma.is_none() {
+            return invalid("rdma_pin", "it is for rdma: only");
+        }
         let own = [&options.arbiter_tls_dir, &options.arbiter_credentials];
         let arbiter = arbiter(options.arbiter.as_deref(), own.map(Option::as_deref))?;
         let tls = certificates(&address, options.tls_dir.as_deref(), tls::Client::load)?;

@@ -92,12 +92,17 @@ fn failed(what: &'static str) -> impl FnOnce(GuestError) -> Error {
 
 /// How pages are kept. Where the kernel has no write protection for us, all are copied if that is
 /// left to us.
-fn freezer(ram: &Ram, cow: Cow, pages_max: u64) -> Result<Option<Box<dyn Freezer>>, Error> {
+fn freezer(
+    ram: &Ram,
+    cow: Cow,
+    pages_max: u64,
+    patience: Duration,
+) -> Result<Option<Box<dyn Freezer>>, Error> {
     let copies = || Some(Box::new(CopyFreezer::new(pages_max)) as _);
     Ok(match cow {
         Cow::Off => None,
         Cow::Copy => copies(),
-        Cow::Protect | Cow::Hybrid => match ProtectFreezer::new(ram, cow) {
+        Cow::Protect | Cow::Hybrid => match ProtectFreezer::new(ram, cow, patience) {
             Ok(freezer) => Some(Box::new(freezer) as _),
             Err(error) if cow == Cow::Hybrid => {
                 tracing::warn!("no copy-on-write, dirty pages are copied: {}", chain(&error));
@@ -111,12 +116,18 @@ fn freezer(ram: &Ram, cow: Cow, pages_max: u64) -> Result<Option<Box<dyn Freezer
 }
 
 impl Sealer {
-    /// Keeps pages as `cow` says, `pages_max` an epoch.
-    pub(super) fn new(ram: Ram, cow: Cow, pages_max: u64) -> Result<Self, Error> {
+    /// Keeps pages as `cow` says, `pages_max` an epoch; a guest waits no longer than `patience` for a device
+    /// that reads them.
+    pub(super) fn new(
+        ram: Ram,
+        cow: Cow,
+        pages_max: u64,
+        patience: Duration,
+    ) -> Result<Self, Error> {
         let pages = ram.pages();
         Ok(Self {
             dirty: Dirty::new(pages),
-            freezer: freezer(&ram, cow, pages_max)?,
+            freezer: freezer(&ram, cow, pages_max, patience)?,
             ram,
             journal: None,
             sealed: Arc::new(PageSet::new(pages)),
@@ -288,7 +299,11 @@ impl Sealer {
         let runs_on = (frozen.is_some() || self.is_thawed) && !stay;
         let stood = if runs_on { self.release(guest)? } else { since.elapsed() };
         steps.done();
-        let source = frozen.map_or(Source::Live(set), Source::Frozen);
+        let source = match frozen {
+            Some(frozen) => Source::Frozen(frozen),
+            None if runs_on => Source::Live(set),
+            None => Source::Still(set),
+        };
         Ok(Pause::Sealed(Sealed { state, source, log, stood, steps: steps.steps }))
     }
 }

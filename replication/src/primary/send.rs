@@ -3,7 +3,12 @@
 //! Enters: jobs. Leaves: frames. A page of the guest's live memory is read once, into a buffer of
 //! one frame, so that what is sent is what was checksummed; a frozen page that is not encoded goes
 //! out from where it was kept, without a copy.
+//!
+//! Where a connection reads guest memory itself ([`Stream::gathers`]), pages that nobody writes leave
+//! from there: those that are protected, which stay so until the peer's device has them, and those of a
+//! guest that stands. Their checksum is that of the bytes that are in memory until then.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -12,14 +17,14 @@ use std::time::Instant;
 use api::replication::Compression;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Page, Piece, Share};
+use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Loan, Page, Piece, Share};
 use crate::encode::Encoder;
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
-use crate::ids::{EpochId, PAGE_SIZE};
+use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
 use crate::ram::{PageBuffer, PageSet, Ram};
-use crate::transport::Stream;
+use crate::transport::{Lease, Part, Stream};
 use crate::wire::{
     ConnectionPart, Encoding, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, WireError,
     encode_pages_header,
@@ -30,6 +35,8 @@ use crate::wire::{
 pub(super) enum Source {
     /// Memory as it is when it is sent.
     Live(Arc<PageSet>),
+    /// The same, and nobody writes it before the job is out.
+    Still(Arc<PageSet>),
     /// Memory as it was at the seal.
     Frozen(Arc<dyn Frozen>),
 }
@@ -125,7 +132,14 @@ impl OneSender {
             self.encoder.begin(job.epoch);
             self.encoder.arrived(|| self.writer.get_ref().delivery());
             let sent = match &job.source {
-                Source::Live(pages) => self.send_live(job.epoch, pages, scratch.all_mut()),
+                Source::Live(pages) => self.send_live(job.epoch, pages, false, scratch.all_mut()),
+                // The guest goes on once this is out: nothing of its memory may be under way then.
+                Source::Still(pages) => self
+                    .send_live(job.epoch, pages, self.writer.get_ref().gathers(), scratch.all_mut())
+                    .and_then(|()| self.writer.flush()),
+                Source::Frozen(frozen) if self.writer.get_ref().gathers() => {
+                    self.send_lent(job.epoch, frozen.as_ref(), scratch.all_mut())
+                }
                 Source::Frozen(frozen) => {
                     self.send_frozen(job.epoch, frozen.as_ref(), scratch.all_mut())
                 }
@@ -149,22 +163,25 @@ impl OneSender {
         &mut self,
         epoch: EpochId,
         pages: &PageSet,
+        from_memory: bool,
         scratch: &mut [[u8; PAGE_SIZE]],
     ) -> Result<(), WireError> {
         let mut part = ConnectionPart::default();
-        let mut filled = 0;
+        let mut raw: Vec<PageIndex> = Vec::with_capacity(RAW_PAGES_MAX);
         for page in self.share.pages(pages) {
             if self.runs.is_full() {
-                self.flush(epoch, &Vec::from_iter(&scratch[..filled]), &mut part)?;
-                filled = 0;
+                self.flush(epoch, &kept(&raw, scratch, from_memory), vec![], &mut part)?;
+                raw.clear();
             }
-            let buffer = &mut scratch[filled];
+            let buffer = &mut scratch[raw.len()];
             assert!(self.ram.read_page(page, buffer), "a dirty set is over the memory");
             let encoding = self.encoder.encode(page, buffer);
             assert!(self.runs.push(page, encoding), "a frame that is not full has room");
-            filled += usize::from(encoding == Encoding::Raw);
+            if encoding == Encoding::Raw {
+                raw.push(page);
+            }
         }
-        self.flush(epoch, &Vec::from_iter(&scratch[..filled]), &mut part)?;
+        self.flush(epoch, &kept(&raw, scratch, from_memory), vec![], &mut part)?;
         self.end(epoch, part)
     }
 
@@ -182,44 +199,94 @@ impl OneSender {
             if batch.is_empty() {
                 break;
             }
-            let mut kept: Vec<&Page> = Vec::with_capacity(batch.len());
+            let mut kept: Vec<Part<'_>> = Vec::with_capacity(batch.len());
             for (page, bytes) in &batch {
                 if self.runs.is_full() {
-                    self.flush(epoch, &kept, &mut part)?;
+                    self.flush(epoch, &kept, vec![], &mut part)?;
                     kept.clear();
                 }
                 let encoding = self.encoder.encode(*page, bytes);
                 assert!(self.runs.push(*page, encoding), "a frame that is not full has room");
                 if encoding == Encoding::Raw {
-                    kept.push(bytes);
+                    kept.push(Part::from(&bytes[..]));
                 }
             }
             // What is encoded waits for company: a guest's pages are scattered, and a frame for a
             // few bytes costs more than they do.
             if !kept.is_empty() {
-                self.flush(epoch, &kept, &mut part)?;
+                self.flush(epoch, &kept, vec![], &mut part)?;
             }
         }
-        self.flush(epoch, &[], &mut part)?;
+        self.flush(epoch, &[], vec![], &mut part)?;
         self.end(epoch, part)
     }
 
-    /// Sends the frame that was gathered; `kept` are its raw pages.
+    /// As `send_frozen`, but protected pages that are not encoded leave from guest memory.
+    fn send_lent(
+        &mut self,
+        epoch: EpochId,
+        frozen: &dyn Frozen,
+        scratch: &mut [Page],
+    ) -> Result<(), WireError> {
+        let mut part = ConnectionPart::default();
+        let mut cursor = Cursor::default();
+        loop {
+            let mut batch: Vec<Piece<'_>> = Vec::with_capacity(GROUP_PAGES);
+            let mut loans: Vec<Loan> = Vec::new();
+            frozen.lend(self.share, &mut cursor, scratch, &mut batch, &mut loans);
+            if batch.is_empty() {
+                break;
+            }
+            // A batch goes in one frame, as its loans do.
+            if !self.runs.has_room(batch.len()) {
+                self.flush(epoch, &[], vec![], &mut part)?;
+            }
+            let mut kept: Vec<Part<'_>> = Vec::with_capacity(batch.len());
+            let mut lent: Vec<PageIndex> = Vec::with_capacity(batch.len());
+            for (page, bytes) in &batch {
+                let encoding = self.encoder.encode(*page, bytes);
+                assert!(self.runs.push(*page, encoding), "a frame that is not full has room");
+                if encoding == Encoding::Raw {
+                    let is_lent = loans.iter().any(|loan| loan.has(*page));
+                    lent.extend(is_lent.then_some(*page));
+                    kept.push(Part { bytes: &bytes[..], page: is_lent.then_some(*page) });
+                }
+            }
+            if !kept.is_empty() {
+                // They come in order.
+                loans.retain_mut(|loan| loan.retain(|page| lent.binary_search(&page).is_ok()));
+                let leases = loans.into_iter().map(|loan| Box::new(loan) as Lease).collect();
+                self.flush(epoch, &kept, leases, &mut part)?;
+            }
+        }
+        self.flush(epoch, &[], vec![], &mut part)?;
+        if frozen.is_revoked() {
+            let what = "The RDMA device took too long, and the guest went on";
+            return Err(WireError::Io(io::Error::new(io::ErrorKind::TimedOut, what)));
+        }
+        self.end(epoch, part)
+    }
+
+    /// Sends the frame that was gathered; `kept` are its raw pages, and `leases` what keeps those of them
+    /// that are in guest memory as they are.
     fn flush(
         &mut self,
         epoch: EpochId,
-        kept: &[&Page],
+        kept: &[Part<'_>],
+        leases: Vec<Lease>,
         part: &mut ConnectionPart,
     ) -> Result<(), WireError> {
         if self.runs.is_empty() {
             return Ok(());
         }
         encode_pages_header(epoch, &self.runs, &mut self.head);
-        let mut parts: Vec<&[u8]> = Vec::with_capacity(RAW_PAGES_MAX + 1);
-        parts.push(&self.head);
+        let mut parts: Vec<Part<'_>> = Vec::with_capacity(RAW_PAGES_MAX + 1);
+        parts.push(Part::from(&self.head[..]));
         self.encoder.contents(kept, &mut parts);
         let began = Instant::now();
-        let crc = self.writer.write(Kind::Pages, &parts)?;
+        let lent = kept.iter().filter(|part| part.page.is_some()).count() * PAGE_SIZE;
+        self.counters.from_memory_bytes.fetch_add(lent as u64, Ordering::Relaxed);
+        let crc = self.writer.gather(Kind::Pages, &parts, leases)?;
         self.encoder.sent(self.writer.bytes() - self.counted, began.elapsed());
         self.encoder.arrived(|| self.writer.get_ref().delivery());
         let pages = self.runs.pages();
@@ -249,15 +316,22 @@ impl OneSender {
     }
 }
 
+/// Raw pages, whose bytes are in `scratch`.
+fn kept<'a>(raw: &[PageIndex], scratch: &'a [Page], from_memory: bool) -> Vec<Part<'a>> {
+    let parts = raw.iter().zip(scratch);
+    parts.map(|(page, bytes)| Part { bytes, page: from_memory.then_some(*page) }).collect()
+}
+
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::time::Duration;
 
+    use api::replication::Cow;
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::ids::PageIndex;
+    use crate::capture::cow::Freezer;
+    use crate::capture::cow::protect::ProtectFreezer;
     use crate::ram::Mapping;
     use crate::testing::Plain;
     use crate::transport::memory;
@@ -367,6 +441,95 @@ mod tests {
             // Of 64 pages: a run, a length, a range of a byte.
             assert!(epoch == 1 || lengths[0] == 16 + 64 * (16 + 2 + 3), "{lengths:?}");
         }
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// Pages of an epoch, some of them empty, over a stream that reads guest memory.
+    #[test]
+    fn raw_pages_leave_from_memory_and_the_others_are_let_go() {
+        const PAGES: u64 = 200;
+        let ram = ram(usize::try_from(PAGES).unwrap());
+        let content = |page: u64| {
+            let byte = u8::try_from(page).unwrap();
+            if page.is_multiple_of(3) { [0; PAGE_SIZE] } else { [byte; PAGE_SIZE] }
+        };
+        let mut set = PageSet::new(PAGES);
+        for page in (0..PAGES).filter(|page| !page.is_multiple_of(5)) {
+            assert!(ram.write_page(PageIndex(page), &content(page)));
+            set.insert(PageIndex(page));
+        }
+        let long = Duration::from_secs(600);
+        let mut freezer = ProtectFreezer::new(&ram, Cow::Protect, long).unwrap();
+        let (set, none) = (Arc::new(set), PageSet::new(PAGES));
+        let frozen = freezer.freeze(&ram, &set, &none).unwrap();
+        let (ours, theirs) = memory::pair().unwrap();
+        let lent = crate::testing::Lent::default();
+        let stream: Box<dyn Stream> =
+            Box::new(Plain { lent: Some(Arc::clone(&lent)), ..Plain::new(ours) });
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let (done, sent) = unbounded();
+        let deliver = move |report: Sent| done.send(report.unwrap()).is_ok();
+        let counters = Arc::default();
+        let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
+        let senders = senders.unwrap();
+        let mut reader = FrameReader::new(theirs, Some(SessionId(1)));
+        let reads = std::thread::spawn(move || frames(&mut reader));
+        senders.send(&Job { number: 1, epoch: EpochId(1), source: Source::Frozen(frozen) });
+        assert_eq!(sent.recv(), Ok(1));
+        let raw = |page: &PageIndex| !page.0.is_multiple_of(3);
+        let expected: Vec<_> = set.iter().filter(raw).collect();
+        let told: Vec<PageIndex> =
+            lent.lock().unwrap().iter().flat_map(|(pages, _)| pages.clone()).collect();
+        assert_eq!(told, expected);
+        // Empty pages are free, the others wait for the device.
+        for page in set.iter().filter(|page| !raw(page)) {
+            assert!(ram.write_page(page, &[1; PAGE_SIZE]));
+        }
+        assert_eq!(freezer.kept().faults, 0);
+        let (wrote, written) = unbounded();
+        let writes = ram.clone();
+        let writer = std::thread::spawn(move || {
+            for page in expected {
+                assert!(writes.write_page(page, &[1; PAGE_SIZE]));
+                wrote.send(page).unwrap();
+            }
+        });
+        while freezer.kept().faults == 0 {
+            std::thread::yield_now();
+        }
+        assert!(written.is_empty(), "the first one waits");
+        lent.lock().unwrap().clear();
+        writer.join().unwrap();
+        assert_eq!(reads.join().unwrap().len(), 3, "a batch is a frame");
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// With `cow=off` nobody writes before all is out, and nothing is under way then.
+    #[test]
+    fn pages_of_a_guest_that_stands_leave_from_memory() {
+        let ram = ram(20);
+        let mut pages = PageSet::new(20);
+        for page in (0..20).map(PageIndex) {
+            assert!(ram.write_page(page, &[7; PAGE_SIZE]));
+            pages.insert(page);
+        }
+        let lent = crate::testing::Lent::default();
+        let (ours, _theirs) = memory::pair().unwrap();
+        // What was lent is there until a flush says that it is not read any more.
+        let flushed = || Err(io::ErrorKind::ConnectionReset.into());
+        let stream: Box<dyn Stream> =
+            Box::new(Plain { lent: Some(Arc::clone(&lent)), flushed, ..Plain::new(ours) });
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let (done, sent) = unbounded();
+        let deliver = move |report: Sent| done.send(report.map_err(|_| ())).is_ok();
+        let counters = Arc::default();
+        let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
+        let senders = senders.unwrap();
+        let source = Source::Still(Arc::new(pages));
+        senders.send(&Job { number: 7, epoch: EpochId(1), source });
+        assert_eq!(sent.recv(), Ok(Err(())), "it is not out before the flush");
+        let told = lent.lock().unwrap().iter().map(|(pages, _)| pages.len()).sum::<usize>();
+        assert_eq!(told, 20);
         senders.close().into_iter().for_each(|thread| thread.join().unwrap());
     }
 }

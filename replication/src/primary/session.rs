@@ -39,6 +39,8 @@ pub(super) struct Session {
     pub(super) control: Greeted,
     pub(super) data: Vec<FrameWriter<Box<dyn Stream>>>,
     pub(super) disks: Option<FrameWriter<Box<dyn Stream>>>,
+    /// With RDMA.
+    pub(super) lender: Option<rdma::Lender>,
     pub(super) backup: HostId,
     pub(super) welcome: Welcome,
 }
@@ -137,12 +139,13 @@ pub(super) fn open(
     let heartbeat = Duration::from_millis(options.heartbeat_ms);
     let agreed = timeout.max(Duration::from_millis(welcome.timeout_ms.into()));
     let adapter = adapter.map(|make| make(agreed));
+    let lender = adapter.clone().map(rdma::Adapter::lender);
     let data = data_connections(&caller, adapter, heartbeat, &mut control)
         .map_err(|error| explained(error, &mut control, patience))?;
     let disks = has_disks.then(|| caller.connect(connections + 2)).transpose()?;
     let bell = caller.hello(connections + 1);
     super::bell::start(caller.destination, session, bell, timeout);
-    Ok(Session { id: session, control, data, disks, backup: HostId(welcome.host), welcome })
+    Ok(Session { id: session, control, data, disks, lender, backup: HostId(welcome.host), welcome })
 }
 
 /// Makes the data connections beside the engine, whose heart beats meanwhile: there may be many, and a

@@ -1,21 +1,28 @@
 //! A stream with nothing but what a stream must have.
 
 use std::io::{self, Read, Write};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::transport::Stream;
+use crate::ids::PageIndex;
+use crate::transport::{Lease, Part, Stream, write_all_parts};
+
+/// Pages that are read in guest memory, and what keeps them as they are.
+pub type Lent = Arc<Mutex<Vec<(Vec<PageIndex>, Vec<Lease>)>>>;
 
 /// Reads, writes and ends as another stream does; what a stream may have beside that is left out.
 pub struct Plain {
     pub stream: Box<dyn Stream>,
     /// What a flush finds.
     pub flushed: fn() -> io::Result<()>,
+    /// Where it says that it reads guest memory, and goes on reading it: what it was lent.
+    pub lent: Option<Lent>,
 }
 
 impl Plain {
     #[must_use]
     pub fn new(stream: Box<dyn Stream>) -> Self {
-        Self { stream, flushed: || Ok(()) }
+        Self { stream, flushed: || Ok(()), lent: None }
     }
 }
 
@@ -36,6 +43,19 @@ impl Write for Plain {
 }
 
 impl Stream for Plain {
+    fn gathers(&self) -> bool {
+        self.lent.is_some()
+    }
+
+    fn gather(&mut self, parts: &[Part<'_>], leases: Vec<Lease>) -> io::Result<()> {
+        write_all_parts(self, parts)?;
+        if let Some(lent) = &self.lent {
+            let pages = parts.iter().filter_map(|part| part.page).collect();
+            lent.lock().unwrap_or_else(PoisonError::into_inner).push((pages, leases));
+        }
+        Ok(())
+    }
+
     fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
         self.stream.duplicate()
     }

@@ -9,7 +9,7 @@ mod tcp;
 pub mod tls;
 mod unix;
 
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::io::{self, IoSlice, PipeReader, PipeWriter, Read, Write};
 use std::net::{IpAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -18,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 use vm_memory::{Bytes, ReadVolatile, VolatileMemoryError};
 
-use crate::ids::PAGE_SIZE;
+use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::ram::Slice;
 
 pub use api::endpoint::Endpoint as Address;
@@ -67,8 +67,42 @@ pub struct Delivery {
     pub is_least: bool,
 }
 
+/// Bytes to write, and the page of guest memory that has the same ones, if it is to be read there.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    pub bytes: &'a [u8],
+    /// All of it: `bytes` has as many as a page.
+    pub page: Option<PageIndex>,
+}
+
+impl<'a> From<&'a [u8]> for Part<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self { bytes, page: None }
+    }
+}
+
+/// What is kept until nobody reads guest memory any more; its end, by dropping it, says so.
+pub type Lease = Box<dyn Send + Sync>;
+
 /// A reliable byte stream in both directions.
 pub trait Stream: Read + Write + Send {
+    /// Whether [`Stream::gather`] reads pages in guest memory, if they are there to be read.
+    fn gathers(&self) -> bool {
+        false
+    }
+
+    /// Writes all of `parts`. What is read in guest memory must not change before `leases` have ended,
+    /// which may be long after this returns: when nothing of it is sent again any more.
+    /// [`Write::flush`] waits for that.
+    ///
+    /// # Errors
+    /// As [`Write::write`]. Then the leases end with the stream, at the latest.
+    fn gather(&mut self, parts: &[Part<'_>], leases: Vec<Lease>) -> io::Result<()> {
+        write_all_parts(self, parts)?;
+        drop(leases);
+        Ok(())
+    }
+
     /// Reads some bytes into a guest's memory, as [`Read::read`] does into a buffer; without a copy in
     /// between, where a system call can do it.
     ///
@@ -145,6 +179,32 @@ pub trait Stream: Read + Write + Send {
         let _ = interval;
         Ok(())
     }
+}
+
+/// Writes all of `slices`.
+pub(crate) fn write_all_vectored<W: Write + ?Sized>(
+    stream: &mut W,
+    mut slices: &mut [IoSlice<'_>],
+) -> io::Result<()> {
+    while !slices.is_empty() {
+        match stream.write_vectored(slices) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut slices, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Writes the bytes of all of `parts`.
+pub(crate) fn write_all_parts<W: Write + ?Sized>(
+    stream: &mut W,
+    parts: &[Part<'_>],
+) -> io::Result<()> {
+    let filled = parts.iter().filter(|part| !part.bytes.is_empty());
+    let mut slices: Vec<_> = filled.map(|part| IoSlice::new(part.bytes)).collect();
+    write_all_vectored(stream, &mut slices)
 }
 
 /// [`Stream::read_memory`] of a socket.

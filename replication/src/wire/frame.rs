@@ -11,6 +11,7 @@ use crate::disk::CHANGE_BYTES_MAX;
 use crate::guest::{DESCRIPTION_BYTES_MAX, STATE_BYTES_MAX};
 use crate::ids::PAGE_SIZE;
 use crate::ram::Slice;
+use crate::transport::{Lease, Part, Stream, write_all_vectored};
 
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 32;
@@ -216,7 +217,21 @@ impl<W: Write> FrameWriter<W> {
     /// # Errors
     /// [`WireError::Length`] if the payload exceeds the cap; [`WireError::Io`] from the stream.
     pub fn write(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<u32, WireError> {
-        let total: usize = parts.iter().map(|part| part.len()).sum();
+        let head = self.head(kind, parts.iter().copied())?;
+        let mut slices = Vec::with_capacity(parts.len() + 1);
+        slices.push(IoSlice::new(&head.bytes));
+        slices.extend(parts.iter().filter(|part| !part.is_empty()).map(|part| IoSlice::new(part)));
+        write_all_vectored(&mut self.inner, &mut slices).map_err(WireError::Io)?;
+        Ok(self.written(&head))
+    }
+
+    /// The header of a frame with this payload.
+    fn head<'a>(
+        &self,
+        kind: Kind,
+        payload: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Result<Head, WireError> {
+        let total: usize = payload.clone().map(<[u8]>::len).sum();
         let cap = kind.cap();
         let too_long = WireError::Length { kind, length: total as u64, cap: cap as u64 };
         let length = match u32::try_from(total) {
@@ -226,32 +241,45 @@ impl<W: Write> FrameWriter<W> {
         let blank = header_bytes(kind, length, 0, self.session, self.sequence);
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(&blank);
-        parts.iter().for_each(|part| hasher.update(part));
+        payload.for_each(|part| hasher.update(part));
         let crc = hasher.finalize();
-        let header = header_bytes(kind, length, crc, self.session, self.sequence);
-        let mut slices = Vec::with_capacity(parts.len() + 1);
-        slices.push(IoSlice::new(&header));
-        slices.extend(parts.iter().filter(|part| !part.is_empty()).map(|part| IoSlice::new(part)));
-        write_all_vectored(&mut self.inner, &mut slices).map_err(WireError::Io)?;
+        let bytes = header_bytes(kind, length, crc, self.session, self.sequence);
+        Ok(Head { bytes, crc, length: total })
+    }
+
+    fn written(&mut self, head: &Head) -> u32 {
         self.sequence += 1;
-        self.bytes += (HEADER_BYTES + total) as u64;
-        Ok(crc)
+        self.bytes += (HEADER_BYTES + head.length) as u64;
+        head.crc
     }
 }
 
-fn write_all_vectored(
-    stream: &mut impl Write,
-    mut slices: &mut [IoSlice<'_>],
-) -> std::io::Result<()> {
-    while !slices.is_empty() {
-        match stream.write_vectored(slices) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(written) => IoSlice::advance_slices(&mut slices, written),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
+/// A header, and what it says.
+struct Head {
+    bytes: [u8; HEADER_BYTES],
+    crc: u32,
+    length: usize,
+}
+
+impl FrameWriter<Box<dyn Stream>> {
+    /// As [`FrameWriter::write`]; what of the payload is in guest memory may be read there, until `leases`
+    /// end (see [`Stream::gather`]).
+    ///
+    /// # Errors
+    /// As [`FrameWriter::write`].
+    pub(crate) fn gather(
+        &mut self,
+        kind: Kind,
+        payload: &[Part<'_>],
+        leases: Vec<Lease>,
+    ) -> Result<u32, WireError> {
+        let head = self.head(kind, payload.iter().map(|part| part.bytes))?;
+        let mut parts = Vec::with_capacity(payload.len() + 1);
+        parts.push(Part::from(&head.bytes[..]));
+        parts.extend_from_slice(payload);
+        self.inner.gather(&parts, leases).map_err(WireError::Io)?;
+        Ok(self.written(&head))
     }
-    Ok(())
 }
 
 /// Reads frames from one direction of one connection.

@@ -111,6 +111,14 @@ impl Runs {
             || self.runs.len() == RUNS_MAX
     }
 
+    /// Whether `pages` more fit, whatever they are.
+    #[must_use]
+    pub fn has_room(&self, pages: usize) -> bool {
+        self.with_content + pages <= RAW_PAGES_MAX
+            && self.pages + pages <= FRAME_PAGES_MAX
+            && self.runs.len() + pages <= RUNS_MAX
+    }
+
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()

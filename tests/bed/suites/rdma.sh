@@ -2,6 +2,7 @@
 # Settings: those of the suite linux, with fewer rounds by default, and
 RDMA_KILLS=${RDMA_KILLS:-3}       # rounds of the test guest, which verifies its own memory
 RDMA_EPOCHS=${RDMA_EPOCHS:-20}    # epochs that are compared page by page, for each cow mode
+RDMA_CASES=${RDMA_CASES-*}      # a pattern: which cases run beside those of the suite linux
 LINUX_ROUNDS=${RDMA_ROUNDS:-2}
 LINUX_VCPUS=${RDMA_VCPUS-1 4}
 LINUX_URL=rdma:10.77.0.1:7000
@@ -15,6 +16,7 @@ by_rdma() {
     for name in a b; do
         grep -qa "by RDMA: device rxe_verbs" "$CASE/$name.err" || fail "$name did not use RDMA"
     done
+    grep -qa "guest memory is registered" "$CASE/a.err" || fail "guest memory was not registered"
     detail "$(cat "$CASE/detail"), $(cat /sys/class/infiniband/rxe_verbs/ports/1/hw_counters/sent_pkts) packets"
 }
 
@@ -87,6 +89,16 @@ PAIR_MORE="-v" PAIR_MORE_BACKUP="-v"
 LINUX_SURVIVES=by_rdma
 . /h/suites/linux.sh
 
+# rdma_case NAME LIMIT COMMAND...: unless the setting leaves it out.
+rdma_case() {
+    case $1 in
+        $RDMA_CASES) run_case "$@" ;;
+    esac
+}
+
+# resident NAME: how much of the guest's memory is there.
+resident() { grep RssShmem "/proc/$(pid_of "$1")/status" | tr -s ' \t' ' '; }
+
 # told NAME: what NAME says it uses, without spaces.
 told() {
     "$REMOTE" "--api-socket=$CASE/$1.sock" replication-info | tr -d ' \n' |
@@ -102,12 +114,15 @@ options_are_kept() {
     # The smaller depth counts.
     PAIR_OPTIONS=$options,rdma_depth=16,connections=8
     PAIR_OPTIONS_BACKUP=$options,rdma_depth=5
+    L2_READY_S=$((3 * L2_READY_S))
     pair 2
     wait_state a Protected 300
-    want="\"rdma\":{\"device\":\"rxe_verbs\",\"port\":1,\"gid_index\":$gid,$(
-    )\"gid\":\"::ffff:10.77.0.1\",\"mtu_bytes\":4096,\"depth\":5}"
+    # Protected: all of the primary's memory is registered, and nothing of the backup's.
     for name in a b; do
-        [ "$(told $name)" = "$want" ] || fail "$name says $(told $name), not $want"
+        want="\"rdma\":{\"device\":\"rxe_verbs\",\"port\":1,\"gid_index\":$gid,$(
+        )\"gid\":\"::ffff:10.77.0.1\",\"mtu_bytes\":4096,\"depth\":5,$(
+        )\"registered_bytes\":$([ $name = b ] && echo 0 || echo $((256 << 20)))"
+        [ "$(told $name | sed 's/,"from_memory_bytes":[0-9]*}$//')" = "$want" ] || fail "$name says $(told $name), not $want"
         contexts=$(ls -l /proc/"$(pid_of $name)"/fd | grep -c uverbs)
         [ "$contexts" -eq 1 ] || fail "$name has the device open $contexts times"
         [ "$(grep -ca "by RDMA: device rxe_verbs, port 1, GID $gid (::ffff:10.77.0.1), MTU 4096, depth 5" \
@@ -115,7 +130,8 @@ options_are_kept() {
     done
     wait_serial a "^L2 READY cpus 2 " "$L2_READY_S"
     wait_serial a "^count [0-9]* up" 120
-    detail "8 connections, one context on each side, $want"
+    detail "8 connections, one context on each side, $want, $(resident a), $(
+        )$(grep -a "memory is registered" "$CASE/a.err" | tail -n 1 | grep -o "registered, after.*")"
 }
 
 # urls_differ PRIMARY BACKUP WORDS: the primary hears why it is not served.
@@ -148,11 +164,11 @@ backup_has_no_device() {
 }
 
 tcp=tcp:10.77.0.1:7000
-run_case options 600 options_are_kept
-run_case rdma-to-tcp 300 urls_differ "$LINUX_URL" "$tcp" "destination_url is rdma: and the backup's"
-run_case tcp-to-rdma 300 urls_differ "$tcp" "$LINUX_URL" "receiver_url is rdma: and the primary's"
-run_case backup-without-device 300 backup_has_no_device
-run_case no-such-device 300 device_is_not_there
+rdma_case options 600 options_are_kept
+rdma_case rdma-to-tcp 300 urls_differ "$LINUX_URL" "$tcp" "destination_url is rdma: and the backup's"
+rdma_case tcp-to-rdma 300 urls_differ "$tcp" "$LINUX_URL" "receiver_url is rdma: and the primary's"
+rdma_case backup-without-device 300 backup_has_no_device
+rdma_case no-such-device 300 device_is_not_there
 
 # The test guest, and programs that judge what becomes of it.
 export UNDERSTUDY_TEST_GUEST=/h/understudy-guest
@@ -164,22 +180,76 @@ kill_rounds() {
     detail "$(tail -n 1 "$CASE/kill.out")"
 }
 
-equality() { # COW
+equality() { # COW WORKLOAD COMPRESSION
     rxe
+    # Pages that are not hot, and go as they are: those that leave from memory.
     /h/bin/check-equality --cow "$1" --epochs "$RDMA_EPOCHS" --vcpus 2 --memory 64M --epoch-ms 100 \
-        --transport rdma:10.77.0.1 >"$CASE/equality.out" 2>&1 || fail "$(tail -n 5 "$CASE/equality.out")"
-    detail "$(grep compared "$CASE/equality.out" | tail -n 1)"
+        --workload "$2" --compression "$3" --transport rdma:10.77.0.1 >"$CASE/equality.out" 2>&1 || fail "$(tail -n 5 "$CASE/equality.out")"
+    # What may leave from memory did.
+    case $1-$2 in
+        copy-*) grep -q " registered, 0 KiB of pages read there" "$CASE/equality.out" ;;
+        *-hot) grep -q " registered, " "$CASE/equality.out" ;;
+        *) grep -q " registered, [1-9][0-9]* KiB of pages read there" "$CASE/equality.out" ;;
+    esac || fail "it says of guest memory: $(grep registered "$CASE/equality.out")"
+    detail "$(grep compared "$CASE/equality.out" | tail -n 1); $(grep registered "$CASE/equality.out" | tail -n 1); $(
+        )$(grep protected "$CASE/equality.out" | tail -n 1)"
 }
 
-run_case kill-rounds 600 kill_rounds
+rdma_case kill-rounds 600 kill_rounds
 for cow in off copy protect hybrid; do
-    run_case "equality-$cow" 600 equality "$cow"
+    rdma_case "equality-$cow" 600 equality "$cow" random none
+    rdma_case "equality-$cow-hot" 600 equality "$cow" hot auto
 done
 # The command waits until nobody has the device open.
 delete_link() {
     rdma link delete rxe_verbs &
 }
 
-run_case link-deleted "$limit" device_fails delete_link
-run_case link-down "$limit" device_fails link_goes_down
-run_case primary-wakes-up "$limit" wakes_up
+# A queue pair that fails under WRITEs of guest memory, while TCP lives: the primary hears it from its own
+# device, waits for the control connection to say more, and goes on alone. No write of its guest hangs.
+queue_pair_fails() {
+    rxe
+    export UNDERSTUDY_TEST_BREAK=queue-pair
+    # Many pages leave from memory.
+    PAIR_OPTIONS=,cow=protect,compression=none
+    pair 2
+    unset UNDERSTUDY_TEST_BREAK
+    wait_state a Degraded 400
+    grep -qa "the queue pair fails for a test" "$CASE/a.err" || fail "another reason: $(tail -n 2 "$CASE/a.err")"
+    wait_serial a "^L2 END" $((LINUX_COUNTS + 240))
+    expect_status a 0 60
+    no_complaints a
+    ! serial_has b "^count" || fail "both sides counted"
+    detail "$(grep -a "data connection ended" "$CASE/a.err" | tail -n 1 | cut -c 1-200)"
+}
+
+# What a boot writes does not fit the staging: epochs are sealed earlier, the guest waits for room, or is copied anew.
+staging_is_small() {
+    rxe
+    PAIR_OPTIONS=,cow=protect,compression=none PAIR_OPTIONS_BACKUP=,staging_size=2M
+    # A guest that waits for room boots slowly.
+    L2_READY_S=$((3 * L2_READY_S))
+    survives 2
+    detail "$(cat "$CASE/detail"); $(grep -ac "exceeds the backup's staging" "$CASE/a.err") epochs too large"
+}
+
+# Nothing is locked, and pages are copied.
+pin_is_off() {
+    rxe
+    PAIR_OPTIONS=,rdma_pin=off
+    pair 2
+    wait_state a Protected 300
+    wait_serial a "^L2 READY cpus 2 " $((3 * L2_READY_S))
+    case $(told a) in
+        *'"registered_bytes":0,"from_memory_bytes":0}') ;;
+        *) fail "a says $(told a)" ;;
+    esac
+    detail "$(resident a)"
+}
+
+rdma_case queue-pair-fails "$limit" queue_pair_fails
+rdma_case small-staging $((limit + 240)) staging_is_small
+rdma_case pin-off "$limit" pin_is_off
+rdma_case link-deleted "$limit" device_fails delete_link
+rdma_case link-down "$limit" device_fails link_goes_down
+rdma_case primary-wakes-up "$limit" wakes_up

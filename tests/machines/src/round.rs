@@ -52,7 +52,10 @@ pub fn run(
         watcher.syncing(&info);
         (info.state == ReplicationState::Protected).then_some(())
     });
-    synced.with_context(|| format!("The backup says:\n{}", pair.backup.log()))?;
+    synced.with_context(|| {
+        let info = pair.primary.replication().map(|info| (info.state, info.last_error));
+        format!("The backup says:\n{}\nThe primary is {info:?}", pair.backup.log())
+    })?;
     let sync_us = micros(start.elapsed());
     let is_guest_ours = setup.initramfs.is_none();
     if is_guest_ours {

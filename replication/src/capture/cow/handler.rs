@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -62,7 +63,16 @@ impl Drop for Handler {
 fn serve(table: &Table, stop: &EventFd) {
     let mut pages = Vec::new();
     loop {
-        match wait(table.userfault(), Some(stop), PollTimeout::NONE) {
+        let overdue = table.overdue();
+        let limit = overdue.map_or(PollTimeout::NONE, |at| {
+            // Rounded up: not a moment too early, again and again.
+            let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        if overdue.is_some_and(|at| at <= Instant::now()) {
+            table.revoke();
+        }
+        match wait(table.userfault(), Some(stop), limit) {
             Ok(true) => return,
             Ok(false) => {}
             Err(error) => table.fatal(&error),

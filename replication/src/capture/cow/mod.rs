@@ -19,12 +19,14 @@
 //! - [`protect`]: protects all (the fine-grained copy-on-write of Gerofi & Ishikawa, CLUSTER 2011),
 //!   or what is cheaper protected;
 //! - [`cost`]: what is cheaper;
-//! - [`handler`]: the thread that serves faults.
+//! - [`handler`]: the thread that serves faults;
+//! - [`loan`]: pages that a device reads where they are.
 
 mod buffer;
 pub mod copy;
 mod cost;
 mod handler;
+mod loan;
 pub mod protect;
 mod table;
 #[cfg(test)]
@@ -32,6 +34,7 @@ mod tests;
 
 use std::sync::Arc;
 
+pub use loan::Loan;
 use thiserror::Error;
 use userfault::UserfaultError;
 
@@ -203,4 +206,23 @@ pub trait Frozen: Send + Sync {
         scratch: &'a mut [Page],
         batch: &mut Vec<Piece<'a>>,
     );
+
+    /// As [`Frozen::next`]; of those that are copied only now, the pages of `loans` keep these bytes in
+    /// memory, too, until their loan ends. Somebody may be waiting for that to write them.
+    fn lend<'a>(
+        &'a self,
+        share: Share,
+        cursor: &mut Cursor,
+        scratch: &'a mut [Page],
+        batch: &mut Vec<Piece<'a>>,
+        loans: &mut Vec<Loan>,
+    ) {
+        let _ = loans;
+        self.next(share, cursor, scratch, batch);
+    }
+
+    /// Whether loans ended that nobody had ended: what was sent of them may be newer than the seal.
+    fn is_revoked(&self) -> bool {
+        false
+    }
 }

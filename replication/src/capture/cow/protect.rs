@@ -12,8 +12,8 @@ use super::cost::{self, Costs};
 use super::handler::Handler;
 use super::table::{SLOTS, Table};
 use super::{
-    CowError, Cursor, Freezer, Frozen, GROUP_PAGES, Kept, Page, Piece, Share, bits, page, rank,
-    runs,
+    CowError, Cursor, Freezer, Frozen, GROUP_PAGES, Kept, Loan, Page, Piece, Share, bits, page,
+    rank, runs,
 };
 use crate::checking;
 use crate::ram::{PageSet, Preserve, Ram};
@@ -139,17 +139,17 @@ impl Preserve for Shared {
 
 impl ProtectFreezer {
     /// Protects pages of `ram`: all ([`Cow::Protect`]), or those that are cheaper protected than
-    /// copied.
+    /// copied. `patience` is how long a writer waits for a page that a device reads.
     ///
     /// # Errors
     /// If the kernel lacks or does not permit what this needs.
-    pub fn new(ram: &Ram, cow: Cow) -> Result<Self, CowError> {
+    pub fn new(ram: &Ram, cow: Cow, patience: Duration) -> Result<Self, CowError> {
         let costs = if cow == Cow::Protect { None } else { Some(Costs::measure()?) };
         if let Some(costs) = costs {
             tracing::info!("copy-on-write: {costs:?} (ns)");
         }
         let userfault = Userfault::new(Arc::clone(ram.mapping())).map_err(CowError::Protect)?;
-        let table = Arc::new(Table::new(ram.clone(), userfault));
+        let table = Arc::new(Table::new(ram.clone(), userfault, patience));
         let handler = Handler::start(&table)?;
         let idle = Idle { slots: (0..SLOTS).collect(), parts: vec![] };
         let shared = Arc::new(Shared { table, idle: Mutex::new(idle), _handler: handler });
@@ -375,6 +375,46 @@ impl Frozen for Held {
         scratch: &'a mut [Page],
         batch: &mut Vec<Piece<'a>>,
     ) {
+        self.each(share, cursor, scratch, batch, |slot, entry, into| {
+            self.shared.table.take(slot, entry.group, entry.armed(), into)
+        });
+    }
+
+    fn lend<'a>(
+        &'a self,
+        share: Share,
+        cursor: &mut Cursor,
+        scratch: &'a mut [Page],
+        batch: &mut Vec<Piece<'a>>,
+        loans: &mut Vec<Loan>,
+    ) {
+        let table = &self.shared.table;
+        self.each(share, cursor, scratch, batch, |slot, entry, into| {
+            let (taken, borrowed) = table.borrow(slot, entry.group, entry.armed(), into);
+            if borrowed != 0 {
+                let service = Arc::clone(&self.shared);
+                loans.push(Loan::new(table, entry.group, borrowed, service));
+            }
+            taken
+        });
+    }
+
+    fn is_revoked(&self) -> bool {
+        self.shared.table.is_revoked()
+    }
+}
+
+impl Held {
+    /// Hands out groups until the batch is full; `take` takes those pages of one that are still armed,
+    /// into room for all that ever were, and says which.
+    fn each<'a>(
+        &'a self,
+        share: Share,
+        cursor: &mut Cursor,
+        scratch: &'a mut [Page],
+        batch: &mut Vec<Piece<'a>>,
+        mut take: impl FnMut(usize, &Entry, &mut [Page]) -> u64,
+    ) {
         let mut free = scratch;
         while let Some(entry) = self.parts.entries.get(cursor.0) {
             let mine = share.has(entry.group);
@@ -386,20 +426,24 @@ impl Frozen for Held {
                 let kept = entry.armed().count_ones() as usize;
                 let (into, rest) = std::mem::take(&mut free).split_at_mut(kept);
                 free = rest;
-                self.hand_out(entry, into, batch);
+                self.hand_out(entry, into, batch, &mut take);
             }
         }
     }
-}
 
-impl Held {
     /// Appends a group's pages; `into` has room for those that were not copied in the pause.
-    fn hand_out<'a>(&'a self, entry: &Entry, into: &'a mut [Page], batch: &mut Vec<Piece<'a>>) {
+    fn hand_out<'a>(
+        &'a self,
+        entry: &Entry,
+        into: &'a mut [Page],
+        batch: &mut Vec<Piece<'a>>,
+        take: impl FnOnce(usize, &Entry, &mut [Page]) -> u64,
+    ) {
         let Entry { group, word, copied, at, ahead, ahead_all, ahead_at } = *entry;
         let kept = entry.armed();
         let table = &self.shared.table;
         if let Some(slot) = self.slot.filter(|_| kept != 0) {
-            let taken = table.take(slot, group, kept, into);
+            let taken = take(slot, entry, into);
             for bit in bits(kept & !taken) {
                 table.take_aside(slot, page(group, bit), &mut into[rank(kept, bit)]);
             }

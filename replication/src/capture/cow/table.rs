@@ -10,12 +10,19 @@
 //!               +--- unprotected, free <-----------------+----------------+
 //! ```
 //!
+//! A sender that copies nothing *borrows* instead: what it takes stays protected and `taking` until it says that
+//! the device has read it (`give_back`), which is when the peer has it: a packet that is lost is read again.
+//! Who writes such a page waits for that. A device may hang: after the patience, everything that is
+//! borrowed is taken back for good (`revoked`), whatever the device still reads, and the sender, whose
+//! checksums no longer match, has failed.
+//!
 //! Always holds:
 //! - a page that is armed is protected from before the guest runs until it left `armed`, and then
 //!   until its bytes were copied. So only a page that is free is armed, and only under its group's
 //!   lock does it become so or cease to be;
 //! - what is unprotected is a page in `taking`, by its one taker, or one that is not armed, under
-//!   its group's lock;
+//!   its group's lock; or one that was taken back, under it, too;
+//! - what is borrowed is a part of `taking`;
 //! - a page that is protected and nothing else (that can come of races) is unprotected when it is
 //!   written: it costs time, never bytes.
 //!
@@ -23,8 +30,9 @@
 //! call that changes page tables, and no thread that writes guest memory holds one.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use userfault::Userfault;
 
@@ -46,10 +54,12 @@ struct Group {
     armed: [u64; SLOTS],
     /// Protected, and needed by nobody.
     gap: u64,
-    /// A sender copies them, and unprotects them then.
+    /// A sender copies or borrows them, and unprotects them then.
     taking: u64,
     /// Of these, those that somebody waits to write.
     waiting: u64,
+    /// Of these, those that a device may be reading.
+    borrowed: u64,
 }
 
 /// A page at an address that is a multiple of its size, see [`crate::ram::PageBuffer`].
@@ -67,6 +77,12 @@ pub(super) struct Table {
     aside: [Aside; SLOTS],
     spare: Mutex<Vec<Box<Copied>>>,
     faults: AtomicU64,
+    /// Since when somebody waits for pages that are borrowed.
+    waits: Mutex<HashMap<u64, Instant>>,
+    /// How long anybody does.
+    patience: Duration,
+    /// Everything that was borrowed was taken back, and nothing is borrowed any more.
+    revoked: AtomicBool,
     userfault: Userfault,
     ram: Ram,
     delays: Delays,
@@ -78,7 +94,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Table {
-    pub(super) fn new(ram: Ram, userfault: Userfault) -> Self {
+    /// `patience`: how long a write may wait for a page that is borrowed.
+    pub(super) fn new(ram: Ram, userfault: Userfault, patience: Duration) -> Self {
         let groups = ram.pages().div_ceil(64);
         Self {
             groups: (0..groups).map(|_| Mutex::default()).collect(),
@@ -87,6 +104,9 @@ impl Table {
             aside: Default::default(),
             spare: Mutex::default(),
             faults: AtomicU64::new(0),
+            waits: Mutex::default(),
+            patience,
+            revoked: AtomicBool::new(false),
             userfault,
             ram,
             delays: Delays::from_environment(),
@@ -174,6 +194,9 @@ impl Table {
         if state.taking & word != 0 {
             // Its taker unprotects it in a moment; or has done so, and a seal has protected it again
             // beside others: the taker looks once more when it is done.
+            if state.borrowed & !state.waiting & word != 0 {
+                self.begin_wait(group, bit);
+            }
             state.waiting |= word;
             return;
         }
@@ -220,16 +243,113 @@ impl Table {
         if taken != 0 {
             self.delays.at("take");
             copy(mine);
-            self.unprotect(group, taken);
-            self.delays.at("unprotect");
-            let mut state = lock(&self.groups[group]);
-            state.taking &= !taken;
-            let waiting = state.waiting & taken;
-            state.waiting &= !taken;
-            // Not armed, since nothing is that somebody takes.
-            self.unprotect(group, waiting);
+            self.let_free(group, taken);
         }
         mine
+    }
+
+    /// Unprotects what its one taker is done with.
+    fn let_free(&self, group: usize, taken: u64) {
+        self.unprotect(group, taken);
+        self.delays.at("unprotect");
+        let mut state = lock(&self.groups[group]);
+        state.taking &= !taken;
+        let waiting = state.waiting & taken;
+        state.waiting &= !taken;
+        // Not armed, since nothing is that somebody takes.
+        self.unprotect(group, waiting);
+    }
+
+    /// As [`Table::take`], but what is returned second stays protected until it is given back: its bytes
+    /// in memory are those of `into` until then. What somebody waits for is not among them, nor is
+    /// anything once all was taken back.
+    pub(super) fn borrow(
+        &self,
+        slot: usize,
+        group: usize,
+        kept: u64,
+        into: &mut [Page],
+    ) -> (u64, u64) {
+        let mut state = lock(&self.groups[group]);
+        let mine = std::mem::take(&mut state.armed[slot]);
+        state.taking |= mine;
+        drop(state);
+        if mine == 0 {
+            return (0, 0);
+        }
+        self.delays.at("take");
+        for bit in bits(mine) {
+            self.copy(page(group, bit), &mut into[rank(kept, bit)]);
+        }
+        let mut state = lock(&self.groups[group]);
+        // Under the lock: either it is seen that this was revoked, or whoever revokes sees what is borrowed.
+        let revoked = self.revoked.load(Ordering::Acquire);
+        let borrowed = if revoked { 0 } else { mine & !state.waiting };
+        state.borrowed |= borrowed;
+        drop(state);
+        if mine != borrowed {
+            self.let_free(group, mine & !borrowed);
+        }
+        (mine, borrowed)
+    }
+
+    /// The peer has the bytes of what was borrowed.
+    pub(super) fn give_back(&self, group: usize, word: u64) {
+        let mut state = lock(&self.groups[group]);
+        // What is missing was taken back.
+        let mine = word & state.borrowed;
+        state.borrowed &= !mine;
+        let taken = mine | std::mem::take(&mut state.gap);
+        state.taking |= taken;
+        let waiting = state.waiting & mine;
+        drop(state);
+        if taken == 0 {
+            return;
+        }
+        if waiting != 0 {
+            let mut waits = lock(&self.waits);
+            for bit in bits(waiting) {
+                waits.remove(&page(group, bit).0);
+            }
+        }
+        bits(mine & !waiting).for_each(|bit| cost::cool(&self.heat(group)[bit]));
+        self.let_free(group, taken);
+    }
+
+    /// Somebody waits for a page that is borrowed: it was better copied.
+    fn begin_wait(&self, group: usize, bit: usize) {
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        cost::heat_up(&self.heat(group)[bit]);
+        lock(&self.waits).insert(page(group, bit).0, Instant::now());
+    }
+
+    /// When the patience of whoever waits longest for a page that is borrowed is over.
+    pub(super) fn overdue(&self) -> Option<Instant> {
+        lock(&self.waits).values().min().map(|since| *since + self.patience)
+    }
+
+    /// Whether everything that was borrowed was taken back.
+    pub(super) fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Acquire)
+    }
+
+    /// Takes back everything that is borrowed, and lends nothing any more. What a device reads from here
+    /// on may be newer than what was checksummed: the peer finds that out, and the session ends.
+    pub(super) fn revoke(&self) {
+        if !self.revoked.swap(true, Ordering::AcqRel) {
+            let ms = self.patience.as_millis();
+            tracing::warn!("the RDMA device kept pages of the guest for {ms} ms: they are let go");
+        }
+        for (group, state) in self.groups.iter().enumerate() {
+            let mut state = lock(state);
+            let borrowed = std::mem::take(&mut state.borrowed);
+            if borrowed != 0 {
+                self.unprotect(group, borrowed);
+                state.taking &= !borrowed;
+                state.waiting &= !borrowed;
+            }
+        }
+        lock(&self.waits).clear();
     }
 
     /// Hands out a page that was copied aside for `slot`.
@@ -262,8 +382,19 @@ impl Table {
             }
             self.unprotect(group, freed);
             drop(state);
-            // A sender may be copying others of this group.
-            while lock(&self.groups[group]).taking != 0 {
+            // A sender may be copying others of this group, or a device reading them.
+            let until = Instant::now() + self.patience;
+            loop {
+                let (taking, borrowed) = {
+                    let state = lock(&self.groups[group]);
+                    (state.taking, state.borrowed)
+                };
+                if taking == 0 {
+                    break;
+                }
+                if borrowed != 0 && Instant::now() > until {
+                    self.revoke();
+                }
                 std::thread::yield_now();
             }
         }

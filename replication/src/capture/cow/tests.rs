@@ -18,6 +18,11 @@ use crate::checking::Delays;
 use crate::ram::PageBuffer;
 use crate::testing::memory;
 
+mod lend;
+
+/// How long a writer waits for a page that is lent: longer than any test.
+const PATIENCE: Duration = Duration::from_secs(600);
+
 /// Two regions, neither of whole groups of 64.
 const LAYOUT: [(u64, u64); 2] = [(0, 90), (1 << 32, 317)];
 
@@ -128,9 +133,23 @@ fn send(frozen: &dyn Frozen, share: Share, sealed: &[Page]) -> (Vec<PageIndex>, 
     }
 }
 
+/// How a sender sends its share of an epoch.
+type Send = fn(&Guest, &dyn Frozen, Share, &[Page]) -> (Vec<PageIndex>, u64);
+
+fn seal(freezer: &mut dyn Freezer, guest: &Arc<Guest>, epochs: u64, vcpus: u64) -> (u64, u64) {
+    let by: Send = |_, frozen, share, sealed| send(frozen, share, sealed);
+    seal_by(freezer, guest, epochs, vcpus, by)
+}
+
 /// Seals `epochs` epochs of a guest of `vcpus` writers, the senders of one still at work when the
 /// next is sealed. Returns pages sent, and pages with other bytes than at their seal.
-fn seal(freezer: &mut dyn Freezer, guest: &Arc<Guest>, epochs: u64, vcpus: u64) -> (u64, u64) {
+fn seal_by(
+    freezer: &mut dyn Freezer,
+    guest: &Arc<Guest>,
+    epochs: u64,
+    vcpus: u64,
+    by: Send,
+) -> (u64, u64) {
     let writers = guest.start(vcpus);
     let mut senders: Vec<JoinHandle<(u64, u64)>> = vec![];
     let (mut sent, mut bad) = (0, 0);
@@ -155,9 +174,10 @@ fn seal(freezer: &mut dyn Freezer, guest: &Arc<Guest>, epochs: u64, vcpus: u64) 
         for (index, before) in (0..2).zip(before.into_iter().map(Some).chain([None, None])) {
             let share = Share { index, of: 2 };
             let (frozen, sealed, set) = (Arc::clone(&frozen), Arc::clone(&sealed), set.clone());
+            let of = Arc::clone(guest);
             senders.push(std::thread::spawn(move || {
                 let (mut sent, mut wrong) = before.map_or((0, 0), |before| before.join().unwrap());
-                let (bad, count) = send(frozen.as_ref(), share, &sealed);
+                let (bad, count) = by(&of, frozen.as_ref(), share, &sealed);
                 assert_eq!(count, share.count(&set));
                 sent += count;
                 wrong += bad.len() as u64;
@@ -187,7 +207,7 @@ fn what_is_copied_is_what_was_sealed() {
 #[test]
 fn what_is_protected_is_what_was_sealed() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect, PATIENCE).unwrap();
     let (sent, bad) = seal(&mut freezer, &guest, 400, 3);
     assert!(sent > 1000);
     assert_eq!(bad, 0);
@@ -198,7 +218,7 @@ fn what_is_protected_is_what_was_sealed() {
 #[test]
 fn what_is_copied_ahead_is_what_was_sealed() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Hybrid).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Hybrid, PATIENCE).unwrap();
     let share = Share { index: 0, of: 1 };
     for round in 1..20 {
         (0..300).for_each(|page| guest.write(page, round));
@@ -225,7 +245,7 @@ fn what_is_copied_ahead_is_what_was_sealed() {
 #[test]
 fn copies_that_no_seal_took_are_forgotten() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Hybrid).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Hybrid, PATIENCE).unwrap();
     (0..200).for_each(|page| guest.write(page, 1));
     assert!(freezer.wants_ahead());
     freezer.ahead(&guest.ram, &guest.harvest()).unwrap();
@@ -244,7 +264,7 @@ fn copies_that_no_seal_took_are_forgotten() {
 #[test]
 fn what_is_cheaper_is_what_was_sealed() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Hybrid).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Hybrid, PATIENCE).unwrap();
     let (sent, bad) = seal(&mut freezer, &guest, 400, 3);
     assert!(sent > 1000);
     assert_eq!(bad, 0);
@@ -254,7 +274,7 @@ fn what_is_cheaper_is_what_was_sealed() {
 #[test]
 fn without_protection_other_bytes_are_sent() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect, PATIENCE).unwrap();
     freezer.break_for_test();
     let (_, bad) = seal(&mut freezer, &guest, 400, 3);
     assert!(bad > 0);
@@ -263,7 +283,7 @@ fn without_protection_other_bytes_are_sent() {
 #[test]
 fn an_epoch_that_nobody_takes_lets_the_guest_go_on() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect, PATIENCE).unwrap();
     let mut set = PageSet::new(guest.ram.pages());
     (0..guest.ram.pages()).for_each(|page| set.insert(PageIndex(page)));
     let frozen = freezer.freeze(&guest.ram, &Arc::new(set), &guest.none()).unwrap();
@@ -279,7 +299,7 @@ fn an_epoch_that_nobody_takes_lets_the_guest_go_on() {
 #[test]
 fn an_epoch_outlives_its_freezer() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect, PATIENCE).unwrap();
     let mut set = PageSet::new(guest.ram.pages());
     set.insert(PageIndex(89));
     set.insert(PageIndex(90));
@@ -298,7 +318,7 @@ fn an_epoch_outlives_its_freezer() {
 #[test]
 fn memory_that_is_given_back_was_copied_before() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect, PATIENCE).unwrap();
     (0..100).for_each(|page| guest.write(page, page + 1));
     let frozen = freezer.freeze(&guest.ram, &Arc::new(guest.harvest()), &guest.none()).unwrap();
     let sealed = guest.contents();
@@ -315,7 +335,7 @@ fn memory_that_is_given_back_was_copied_before() {
 #[test]
 fn a_page_that_is_named_again_is_not_armed_twice() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect, PATIENCE).unwrap();
     guest.write(3, 1);
     let set = Arc::new(guest.harvest());
     let first = freezer.freeze(&guest.ram, &set, &guest.none()).unwrap();
@@ -330,7 +350,7 @@ fn a_page_that_is_named_again_is_not_armed_twice() {
 #[test]
 fn more_epochs_than_slots_are_copied() {
     let guest = Guest::new();
-    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect).unwrap();
+    let mut freezer = ProtectFreezer::new(&guest.ram, Cow::Protect, PATIENCE).unwrap();
     let mut epochs = vec![];
     for value in 1..5 {
         guest.write(1, value);
@@ -360,7 +380,7 @@ fn who_waits_for_a_page_that_is_protected_again_while_it_is_taken_goes_on() {
             goes_on.lock().unwrap().recv().unwrap();
         }
     });
-    let table = Arc::new(Table::new(guest.ram.clone(), userfault).with_delays(delays));
+    let table = Arc::new(Table::new(guest.ram.clone(), userfault, PATIENCE).with_delays(delays));
     assert_eq!(table.arm(0, 0, 1 << 5, |free| free), (1 << 5, 1 << 5));
     table.protect(5, 1).unwrap();
     let takes = Arc::clone(&table);

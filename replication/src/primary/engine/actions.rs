@@ -136,6 +136,9 @@ impl<G: Guest> Engine<'_, G> {
         if let Some(disks) = &self.disks {
             disks.close();
         }
+        if let Some(lent) = self.lent.take() {
+            lent.end();
+        }
         self.disks_copy = false;
         self.disk_job += 1;
         // What the senders still report belongs to nothing any more.
@@ -269,6 +272,9 @@ impl<G: Guest> Engine<'_, G> {
         }
         if let Some(senders) = self.senders.take() {
             drop(senders.close());
+        }
+        if let Some(lent) = self.lent.take() {
+            lent.end();
         }
         let patience = self.timeout();
         if let Some(disks) = self.disks.take() {

@@ -246,7 +246,7 @@ impl<G: Guest> Engine<'_, G> {
                     self.cadence.sent(last.pages, last.sealed_at.elapsed());
                 }
             }
-            Work::Nothing | Work::AwaitingDisks | Work::Settling | Work::Rest => {}
+            Work::Nothing | Work::AwaitingRest | Work::Settling | Work::Rest => {}
         }
     }
 
@@ -283,8 +283,8 @@ impl<G: Guest> Engine<'_, G> {
         if rest > small && shrinks && pass + 1 < PASSES_MAX {
             return self.copy(pass + 1);
         }
-        if self.disks_copy {
-            self.work = Work::AwaitingDisks;
+        if self.disks_copy || self.lending {
+            self.work = Work::AwaitingRest;
             return;
         }
         self.work = Work::Nothing;
@@ -316,7 +316,7 @@ impl<G: Guest> Engine<'_, G> {
         self.disks_copy = false;
         match self.work {
             // Memory was written meanwhile, perhaps a lot.
-            Work::AwaitingDisks => self.copy(1),
+            Work::AwaitingRest if !self.lending => self.copy(1),
             Work::Settling => {
                 self.work = Work::Rest;
                 if let Some(disks) = &self.disks {
@@ -325,7 +325,11 @@ impl<G: Guest> Engine<'_, G> {
                 self.copy_disks(|number| DiskJob::Rest { number });
             }
             Work::Rest => self.seal_first(),
-            Work::Nothing | Work::Copying { .. } | Work::Surplus | Work::Epochs => {}
+            Work::Nothing
+            | Work::Copying { .. }
+            | Work::AwaitingRest
+            | Work::Surplus
+            | Work::Epochs => {}
         }
     }
 

@@ -9,7 +9,11 @@
 //!                                            <-       TCP: how much was read, now and then
 //! ```
 //!
-//! Enters: frames, as on any [`Stream`]. Leaves: the same frames. Always holds: a device writes only
+//! What the primary writes is gathered: heads and encoded pages from a ring of its own, as large as the
+//! backup's, pages that stay as they are from guest memory itself ([`gather`], [`lent`]). Who waits for
+//! that is told when the last WRITE that reads them has completed ([`flight`]).
+//!
+//! Enters: frames, as on any [`Stream`]. Leaves: the same frames. Always holds: the backup's device writes only
 //! into the ring, never into guest memory, so what a primary that was given up still writes reaches
 //! nobody; bytes of the ring are checked like those of a socket, after they were copied out of it; no
 //! more is under way than the ring has room for ([`ring`]). The TCP connection stays: its end ends
@@ -21,9 +25,14 @@
 //! does: nothing here is an acknowledgement.
 
 mod aside;
+mod flight;
+mod gather;
+mod lent;
 mod opening;
 mod ring;
 mod setup;
+#[cfg(test)]
+mod tests;
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::ops::{Deref, DerefMut};
@@ -33,17 +42,22 @@ use std::time::Duration;
 
 use ::rdma::{
     Buffer, Completion, CompletionChannel, CompletionQueue, Operation, Outcome, ProtectionDomain,
-    QueuePair, Remote, Request, RequestList,
+    QueuePair, Remote, Request, RequestList, Segment,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use self::aside::drop_aside;
-use self::ring::{Incoming, Outgoing};
-pub(crate) use self::setup::{Adapter, Asked, SetupError};
-use super::Stream;
+use self::flight::{Flight, Leases};
+use self::gather::{Chunk, Limits, Place, Rest};
+pub(crate) use self::lent::{LendError, Lent};
+use self::ring::{Incoming, Outgoing, RING_BYTES};
+pub(crate) use self::setup::{Adapter, Asked, Lender, SetupError};
+use super::{Lease, Part, Stream};
 
 /// Most bytes of one chunk.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
+/// Requests that a chunk may need at least: one on each side of the ring's end.
+const REQUESTS_MIN: usize = 2;
 /// Completions that are looked at at once.
 const BATCH: usize = 16;
 /// Bytes of a word about what was read.
@@ -152,16 +166,17 @@ impl End {
         Ok(tcp)
     }
 
-    /// Hands each completion to `each`; an error is the connection's end.
-    fn completed(&self, mut each: impl FnMut(Outcome) -> io::Result<()>) -> io::Result<()> {
+    /// Hands each completion to `each`, with its number; an error is the connection's end.
+    fn completed(&self, mut each: impl FnMut(u64, Outcome) -> io::Result<()>) -> io::Result<()> {
         let mut batch = [Completion::default(); BATCH];
         loop {
             let count = self.device.completions.poll(&mut batch).map_err(failed)?;
             for completion in &batch[..count] {
-                each(completion.succeeded().map_err(|failure| {
+                let outcome = completion.succeeded().map_err(|failure| {
                     let text = failure.text;
                     io::Error::new(ErrorKind::ConnectionReset, format!("RDMA failed: {text}"))
-                })?)?;
+                })?;
+                each(completion.id, outcome)?;
             }
             if count < BATCH {
                 return Ok(());
@@ -181,15 +196,23 @@ impl Drop for End {
 
 /// The primary's end.
 struct Writer {
-    /// Its ring is as large as the backup's: bytes leave from the place at which they arrive.
+    /// Its ring is as large as the backup's: bytes leave from the place at which they arrive, but for
+    /// those that leave from guest memory.
     end: End,
     remote: Remote,
     ring: Outgoing,
     requests: RequestList,
-    /// Requests that were posted and have not completed: the buffer's bytes are theirs.
-    posted: usize,
-    /// As many as the queue holds.
+    segments: Vec<Segment>,
+    /// Segments of a request, at most.
+    segments_max: usize,
+    /// What was posted and has not completed. After `end`: what it keeps is given back when the device
+    /// has nothing of it any more.
+    flight: Flight,
+    /// As many requests as the queue holds.
     posted_max: usize,
+    lent: Arc<Lent>,
+    /// For a test: the queue pair fails under so many of the chunks that read guest memory.
+    fails_after: Option<u32>,
     /// Bytes of a word that is not whole yet.
     word: Vec<u8>,
 }
@@ -197,10 +220,10 @@ struct Writer {
 impl Writer {
     /// Takes completions.
     fn complete(&mut self) -> io::Result<()> {
-        let posted = &mut self.posted;
-        self.end.completed(|_| {
-            *posted = posted.saturating_sub(1);
-            Ok(())
+        let flight = &mut self.flight;
+        self.end.completed(|number, _| match flight.complete(number) {
+            true => Ok(()),
+            false => Err(invalid("The RDMA device completed what was not under way")),
         })
     }
 
@@ -230,8 +253,7 @@ impl Writer {
     fn room(&mut self) -> io::Result<usize> {
         loop {
             self.complete()?;
-            // Two requests a chunk fit the queue beside those of all other chunks.
-            let room = if self.posted + 2 > self.posted_max { 0 } else { self.ring.room() };
+            let room = if self.requests_left() < REQUESTS_MIN { 0 } else { self.ring.room() };
             if room > 0 {
                 return Ok(room.min(CHUNK_BYTES_MAX));
             }
@@ -239,49 +261,84 @@ impl Writer {
         }
     }
 
+    fn requests_left(&self) -> usize {
+        self.posted_max.saturating_sub(self.flight.requests())
+    }
+
     /// Waits until something completes, or the backup says something.
     fn sleep(&mut self) -> io::Result<()> {
         self.end.device.completions.arm().map_err(failed)?;
         // What completed before it was armed wakes nobody.
-        let before = self.posted;
+        let before = self.flight.requests();
         self.complete()?;
-        if self.posted == before && self.end.wait()? {
+        if self.flight.requests() == before && self.end.wait()? {
             self.take_words()?;
         }
         Ok(())
     }
 
-    fn post(&mut self, len: usize, mut from: &[IoSlice<'_>]) -> io::Result<()> {
-        let stretches = self.ring.write(len);
-        let mut skip = 0;
+    /// Writes the next chunk of `rest`, as much as there is room for; of what it reads in guest memory,
+    /// `leases` end when it has.
+    fn write_chunk(&mut self, rest: &mut Rest<'_, '_>, leases: &Leases) -> io::Result<usize> {
+        let limits = Limits {
+            bytes: self.room()?,
+            writes: self.requests_left(),
+            segments: self.segments_max,
+            ring: RING_BYTES,
+        };
+        let chunk = rest.chunk(self.ring.place(), &limits, |page| self.lent.follows(page));
+        let leases = if chunk.reads_memory() { leases.clone() } else { None };
+        self.post(&chunk, leases)?;
+        Ok(chunk.len)
+    }
+
+    fn post(&mut self, chunk: &Chunk<'_>, leases: Leases) -> io::Result<()> {
+        for (at, bytes) in &chunk.copies {
+            self.end.local.write(*at, bytes);
+        }
         self.requests.clear();
-        for (number, at) in stretches.into_iter().enumerate().filter(|(_, at)| at.len > 0) {
-            let mut done = 0;
-            while done < at.len {
-                let Some((first, rest)) = from.split_first() else { break };
-                let part = &first[skip..];
-                let count = part.len().min(at.len - done);
-                self.end.local.write(at.offset + done, &part[..count]);
-                done += count;
-                skip += count;
-                if skip == first.len() {
-                    (from, skip) = (rest, 0);
+        let number = self.flight.next();
+        for (index, write) in chunk.writes.iter().enumerate() {
+            self.segments.clear();
+            for segment in &chunk.segments[write.segments.clone()] {
+                self.segments.push(match segment.place {
+                    Place::Ring { at } => {
+                        let len = u32::try_from(segment.len).unwrap_or(0);
+                        self.end.local.segment(at, len).map_err(failed)?
+                    }
+                    Place::Memory { page, offset } => {
+                        self.lent.segment(page, offset, segment.len).map_err(failed)?
+                    }
+                });
+            }
+            let (from, is_last) = (&self.segments[..], index + 1 == chunk.writes.len());
+            let to = Remote { address: self.remote.address + write.at as u64, ..self.remote };
+            let operation = if is_last {
+                let immediate = u32::try_from(chunk.len).unwrap_or(0);
+                Operation::WriteWithImmediate { from, to, immediate }
+            } else {
+                Operation::Write { from, to }
+            };
+            // It completes after those before it.
+            let request = Request { id: number, signalled: is_last, fence: false, operation };
+            self.requests.push(request);
+        }
+        self.ring.write(chunk.len);
+        // First: what was posted of a list that fails half-way is under way.
+        self.flight.post(chunk.writes.len(), leases);
+        self.end.pair.post(&mut self.requests).map_err(failed)?;
+        if chunk.reads_memory()
+            && let Some(left) = &mut self.fails_after
+        {
+            match left.checked_sub(1) {
+                Some(less) => *left = less,
+                None => {
+                    tracing::warn!("the queue pair fails for a test, with requests under way");
+                    self.end.pair.invalidate().map_err(failed)?;
                 }
             }
-            let bytes = u32::try_from(at.len).unwrap_or(0);
-            let segment = [self.end.local.segment(at.offset, bytes).map_err(failed)?];
-            let to = Remote { address: self.remote.address + at.offset as u64, ..self.remote };
-            let is_last = number == 1 || stretches[1].len == 0;
-            let operation = if is_last {
-                let immediate = u32::try_from(len).unwrap_or(0);
-                Operation::WriteWithImmediate { from: &segment, to, immediate }
-            } else {
-                Operation::Write { from: &segment, to }
-            };
-            self.requests.push(Request { id: 0, signalled: true, fence: false, operation });
         }
-        self.posted += self.requests.len();
-        self.end.pair.post(&mut self.requests).map_err(failed)
+        Ok(())
     }
 }
 
@@ -292,13 +349,12 @@ impl Write for Writer {
 
     /// Returns once the bytes are in the buffer: whose they were may change them.
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        let total: usize = slices.iter().map(|slice| slice.len()).sum();
-        if total == 0 {
+        let parts: Vec<Part<'_>> = slices.iter().map(|slice| Part::from(&**slice)).collect();
+        let mut rest = Rest::new(&parts);
+        if rest.is_empty() {
             return Ok(0);
         }
-        let len = total.min(self.room()?);
-        self.post(len, slices)?;
-        Ok(len)
+        self.write_chunk(&mut rest, &None)
     }
 
     /// Waits until the backup's device has all that was written, or the connection has failed: after the
@@ -306,7 +362,7 @@ impl Write for Writer {
     fn flush(&mut self) -> io::Result<()> {
         loop {
             self.complete()?;
-            if self.posted == 0 {
+            if self.flight.requests() == 0 {
                 return Ok(());
             }
             self.sleep()?;
@@ -324,7 +380,7 @@ impl Reader {
     /// Takes completions: chunks that have come.
     fn complete(&mut self) -> io::Result<()> {
         let (ring, mut chunks) = (&mut self.ring, 0);
-        self.end.completed(|outcome| {
+        self.end.completed(|_, outcome| {
             let Outcome::WrittenHere { immediate, .. } = outcome else {
                 return Err(invalid("The primary sent what is no part of a frame"));
             };
@@ -394,8 +450,10 @@ fn wrong_way() -> io::Error {
 }
 
 macro_rules! stream {
-    ($end:ty, $($link:ident).+) => {
+    ($end:ty, $($link:ident).+ $(; $($more:tt)*)?) => {
         impl Stream for $end {
+            $($($more)*)?
+
             fn duplicate(&self) -> io::Result<Box<dyn Stream>> {
                 Ok(Box::new(Handle { link: Arc::clone(&self.$($link).+) }))
             }
@@ -449,7 +507,22 @@ macro_rules! unwritable {
     };
 }
 
-stream!(Writer, end.link);
+stream!(
+    Writer,
+    end.link;
+    fn gathers(&self) -> bool {
+        self.lent.is_ready()
+    }
+
+    fn gather(&mut self, parts: &[Part<'_>], leases: Vec<Lease>) -> io::Result<()> {
+        let leases = (!leases.is_empty()).then(|| Arc::new(leases));
+        let mut rest = Rest::new(parts);
+        while !rest.is_empty() {
+            self.write_chunk(&mut rest, &leases)?;
+        }
+        Ok(())
+    }
+);
 unreadable!(Writer);
 stream!(Reader, end.link);
 unwritable!(Reader);

@@ -57,6 +57,11 @@ impl Outgoing {
         usize::try_from(self.size - (self.written - self.read)).unwrap_or(0)
     }
 
+    /// Where the next chunk begins.
+    pub(super) fn place(&self) -> usize {
+        usize::try_from(self.written % self.size).unwrap_or(0)
+    }
+
     /// A chunk of `len` bytes is on its way; where it goes.
     ///
     /// # Panics

@@ -17,14 +17,23 @@ use api::replication::{RDMA_DEPTH, RDMA_DEPTH_DEFAULT, RdmaPath};
 use thiserror::Error;
 
 use super::aside::{aside, drop_aside};
+use super::flight::Flight;
+use super::lent::{LendError, Lent};
 use super::opening::Opening;
 use super::ring::{Incoming, Outgoing, RING_BYTES};
 use super::{CREDIT_BYTES, Device, End, Parts, Reader, Writer};
+use crate::checking::is_broken;
+use crate::error::chain;
+use crate::ram::Ram;
 use crate::transport::{Stream, TransportError, is_late};
 use crate::wire::{FrameReader, FrameWriter, Kind, SessionId, Verbs, WireError};
 
 /// How long a device may take to say what it is, when nothing else waits for it yet.
 const CHECK_PATIENCE: Duration = Duration::from_secs(5);
+/// Chunks that read guest memory before a queue pair fails for a test.
+const FAILS_AFTER: u32 = 20;
+/// Segments of a request that are of use: a frame's scattered pages, and what stands between them.
+const SEGMENTS_MAX: u32 = 16;
 /// How long the peer, or the device, may take for one connection, at least.
 const SETUP_PATIENCE_MIN: Duration = Duration::from_secs(1);
 /// How long a device tries before it gives up a peer that does not answer, at least. The protocol's own
@@ -90,6 +99,8 @@ struct Opened {
     domain: Arc<ProtectionDomain>,
     place: Place,
     chunks: u32,
+    /// Segments of a request that are asked for.
+    segments: u32,
 }
 
 impl Opened {
@@ -100,19 +111,39 @@ impl Opened {
         let limits = context.limits()?;
         let chunks = chunks(depth, limits.requests_max, limits.completions_max, &place.device)?;
         let domain = ProtectionDomain::new(&context)?;
-        Ok(Self { domain, place, chunks })
+        let segments = limits.segments_max.clamp(1, SEGMENTS_MAX);
+        Ok(Self { domain, place, chunks, segments })
     }
 
-    fn pair(&self, device: &Device, access: Access) -> Result<QueuePair, ::rdma::Error> {
+    fn pair(
+        &self,
+        device: &Device,
+        access: Access,
+        send_segments: u32,
+    ) -> Result<QueuePair, ::rdma::Error> {
         let depths = Depths {
             sends: sends(self.chunks),
             receives: self.chunks,
-            send_segments: 1,
+            send_segments,
             receive_segments: 1,
             inline_bytes: 0,
         };
         let origin = Origin { port: self.place.port, gid_index: self.place.gid_index, access };
         QueuePair::new(&self.domain, &device.completions, &device.completions, &depths, origin)
+    }
+
+    /// One whose requests gather as many segments as the device has room for in all of them.
+    fn gathering_pair(&self, device: &Device) -> Result<QueuePair, ::rdma::Error> {
+        let mut segments = self.segments;
+        loop {
+            match self.pair(device, Access::LOCAL_READ, segments) {
+                Err(error @ ::rdma::Error::Device { .. }) if segments > 1 => {
+                    tracing::debug!("{segments} segments are too many: {}", chain(&error));
+                    segments /= 2;
+                }
+                made => return made,
+            }
+        }
     }
 }
 
@@ -156,6 +187,7 @@ struct Shared {
     timeout: Duration,
     report: Box<dyn Fn(RdmaPath) + Send + Sync>,
     opening: Opening<Opened>,
+    lent: Arc<Lent>,
 }
 
 impl Drop for Shared {
@@ -176,7 +208,8 @@ impl Adapter {
         report: impl Fn(RdmaPath) + Send + Sync + 'static,
     ) -> Self {
         let (report, opening) = (Box::new(report), Opening::new());
-        Self(Arc::new(Shared { asked, timeout, report, opening }))
+        let lent = Arc::default();
+        Self(Arc::new(Shared { asked, timeout, report, opening, lent }))
     }
 
     fn patience(&self) -> Duration {
@@ -189,6 +222,11 @@ impl Adapter {
             let wanted = Wanted { local: tcp.local_address(), ..self.0.asked.wanted() };
             Opened::new(&wanted, self.0.asked.depth)
         })
+    }
+
+    /// What lends guest memory to the connections that were made.
+    pub(crate) fn lender(self) -> Lender {
+        Lender { adapter: Some(self) }
     }
 
     fn options(&self) -> ConnectOptions {
@@ -214,6 +252,8 @@ impl Adapter {
             gid: gid.to_string(),
             mtu_bytes,
             depth,
+            registered_bytes: 0,
+            from_memory_bytes: 0,
         });
         usize::try_from(depth).unwrap_or(usize::MAX)
     }
@@ -231,7 +271,8 @@ impl Adapter {
         tcp.set_read_timeout(Some(self.answer_patience())).map_err(WireError::Io)?;
         let opened = self.opened(tcp.as_ref())?;
         let device = Device::new(&opened.domain, completions(opened.chunks))?;
-        let pair = opened.pair(&device, Access::LOCAL_READ)?;
+        let pair = opened.gathering_pair(&device)?;
+        let segments_max = pair.depths().send_segments.clamp(1, SEGMENTS_MAX);
         let ours = Verbs::of(pair.endpoint(), opened.chunks);
         control.write(Kind::Verbs, &[&ours.encode()])?;
         let answer = tcp.duplicate().map_err(WireError::Io)?;
@@ -251,9 +292,14 @@ impl Adapter {
             end: End::new(tcp, parts, self.patience()).map_err(WireError::Io)?,
             remote: Remote { address: theirs.ring_address, key: theirs.ring_key },
             ring: Outgoing::new(RING_BYTES, chunks),
-            requests: RequestList::with_capacity(2, 2, 0),
-            posted: 0,
-            posted_max: 2 * chunks,
+            requests: RequestList::default(),
+            segments: Vec::new(),
+            segments_max: usize::try_from(segments_max).unwrap_or(1),
+            flight: Flight::default(),
+            // What is asked for, not the fewer chunks that both ends agreed on.
+            posted_max: usize::try_from(sends(opened.chunks)).unwrap_or(2),
+            lent: Arc::clone(&self.0.lent),
+            fails_after: is_broken("queue-pair").then_some(FAILS_AFTER),
             word: Vec::with_capacity(CREDIT_BYTES),
         };
         Ok(control.map(|_| Box::new(writer) as _))
@@ -306,7 +352,7 @@ impl Adapter {
         let opened = self.opened(tcp.as_ref())?;
         let device = Device::new(&opened.domain, completions(opened.chunks))?;
         let local = Buffer::new(&opened.domain, RING_BYTES, Access::REMOTE_WRITE)?;
-        let pair = opened.pair(&device, Access::REMOTE_WRITE)?;
+        let pair = opened.pair(&device, Access::REMOTE_WRITE, 1)?;
         let Remote { address, key } = local.remote();
         let ours = Verbs {
             ring_address: address,
@@ -323,6 +369,45 @@ impl Adapter {
         let parts = Parts { pair, device, local };
         let end = End::new(tcp, parts, self.patience()).map_err(WireError::Io)?;
         Ok(Reader { end, ring: Incoming::new(RING_BYTES, chunks) })
+    }
+}
+
+/// Lends guest memory to a session's connections, once.
+pub(crate) struct Lender {
+    adapter: Option<Adapter>,
+}
+
+impl Lender {
+    /// What is lent, to end it.
+    pub(crate) fn lent(&self) -> Arc<Lent> {
+        self.adapter.as_ref().map(|adapter| Arc::clone(&adapter.0.lent)).unwrap_or_default()
+    }
+
+    /// How long a session waits for a device.
+    pub(crate) fn patience(&self) -> Duration {
+        self.adapter.as_ref().map_or(SETUP_PATIENCE_MIN, Adapter::patience)
+    }
+
+    /// Registers all of `ram`, piece by piece, `done` bytes so far. Asks the device, so not for an engine's thread.
+    ///
+    /// # Errors
+    /// [`LendError`].
+    pub(crate) fn lend(&self, ram: &Ram, done: impl FnMut(u64)) -> Result<(), LendError> {
+        let Some(adapter) = &self.adapter else { return Err(LendError::Ended) };
+        // A connection was made, so the device is opened.
+        let none = || Err(::rdma::Error::Option { what: "no device is opened".to_owned() });
+        let opened = adapter.0.opening.get(adapter.patience(), none)?;
+        adapter.0.lent.lend(ram, &opened.domain, done)
+    }
+}
+
+impl Drop for Lender {
+    /// Closing a device asks it, and an engine may be the one that drops this.
+    fn drop(&mut self) {
+        let adapter = self.adapter.take();
+        let body = move || drop(adapter);
+        // Without a thread it is done here, when the closure is dropped.
+        let _ = std::thread::Builder::new().name("repl-verbs".to_owned()).spawn(body);
     }
 }
 

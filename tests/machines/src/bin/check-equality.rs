@@ -39,6 +39,9 @@ struct Options {
     /// memory; `random`, they write anywhere; `kv`, clients, a card and a disk write it as well.
     #[arg(long, value_enum, default_value_t = Workload::Hot)]
     workload: Workload,
+    /// How pages are written on the wire, as --replicate compression= takes it.
+    #[arg(long, default_value = "auto")]
+    compression: String,
     /// Tests the check: pages are sent as they are when they are sent. Exits 0 as soon as a page
     /// differs, 1 if none does.
     #[arg(long)]
@@ -136,7 +139,9 @@ fn say(compared: &Compared) -> Result<()> {
 }
 
 fn switch(options: &Options, mode: &str, folder: &Folder, setup: &mut Setup) -> Result<Equality> {
-    let options_given = format!(",epoch_ms={},cow={mode},timeout_ms=20000", options.epoch_ms);
+    let Options { epoch_ms, compression, .. } = options;
+    let options_given =
+        format!(",epoch_ms={epoch_ms},cow={mode},compression={compression},timeout_ms=20000");
     setup.replicate_options.push_str(&options_given);
     setup.transport = options.transport;
     setup.receive_options.push_str(",timeout_ms=20000");
@@ -164,6 +169,17 @@ fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
         std::thread::sleep(Duration::from_millis(100));
         let compared = equality.compared()?;
         let is_enough = compared.epochs >= options.epochs;
+        let info = if is_enough { Some(pair.primary.replication()?) } else { None };
+        if let Some(info) = &info {
+            println!("{} pages protected, {} faults", info.cow_protected, info.cow_faults);
+        }
+        if let Some(path) = info.and_then(|info| info.rdma) {
+            println!(
+                "{} KiB of guest memory registered, {} KiB of pages read there",
+                path.registered_bytes >> 10,
+                path.from_memory_bytes >> 10
+            );
+        }
         if is_enough || options.is_broken() && compared.different > 0 {
             return Ok(compared);
         }

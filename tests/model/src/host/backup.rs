@@ -160,11 +160,8 @@ impl<V: Vm> Engine<V> {
             Input::ImageFailed => self.image_failed(around),
             Input::Spoiled => self.spoiled = true,
             Input::Doomed => self.doomed = true,
-            Input::Stop => {
-                if !matches!(self.machine.state(), State::Claiming | State::Starting) {
-                    self.step(Event::StopAsked, around);
-                }
-            }
+            Input::Stop if matches!(self.machine.state(), State::Claiming | State::Starting) => {}
+            Input::Stop => self.step(Event::StopAsked, around),
             Input::Failover { force } => self.step(Event::FailoverAsked { force }, around),
             Input::Answer(number, event) => self.answered(number, event, around),
             Input::Timer if self.waits => {

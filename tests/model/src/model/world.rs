@@ -314,25 +314,25 @@ impl World {
                     );
                 }
             }
-            Act::Pages(at) => self.to_backup(at, config, backup::Input::Whole),
+            Act::Pages(at) => self.tell_backup(at, config, backup::Input::Whole),
             Act::Suspect(at) => {
                 self.input(at, config, || primary::Input::Lost, || backup::Input::Lost);
             }
-            Act::Copied(at) => self.to_primary(at, config, primary::Input::Copied),
-            Act::Seal(at) => self.to_primary(at, config, primary::Input::Due),
-            Act::TooLarge(at) => self.to_primary(at, config, primary::Input::TooLarge),
-            Act::GiveUp(at) => self.to_primary(at, config, primary::Input::GiveUp),
+            Act::Copied(at) => self.tell_primary(at, config, primary::Input::Copied),
+            Act::Seal(at) => self.tell_primary(at, config, primary::Input::Due),
+            Act::TooLarge(at) => self.tell_primary(at, config, primary::Input::TooLarge),
+            Act::GiveUp(at) => self.tell_primary(at, config, primary::Input::GiveUp),
             Act::ImageFails(at) => {
                 self.ghost.gives_up(at);
-                self.to_backup(at, config, backup::Input::ImageFailed);
+                self.tell_backup(at, config, backup::Input::ImageFailed);
             }
             Act::Spoils(at) => {
                 self.ghost.gives_up(at);
-                self.to_backup(at, config, backup::Input::Spoiled);
+                self.tell_backup(at, config, backup::Input::Spoiled);
             }
             Act::Dooms(at) => {
                 self.ghost.gives_up(at);
-                self.to_backup(at, config, backup::Input::Doomed);
+                self.tell_backup(at, config, backup::Input::Doomed);
             }
             Act::Stop(at) => {
                 self.ghost.gives_up(at);
@@ -342,7 +342,7 @@ impl World {
                 let backup = || backup::Input::Failover { force: false };
                 self.input(at, config, || primary::Input::Failover, backup);
             }
-            Act::Force(at) => self.to_backup(at, config, backup::Input::Failover { force: true }),
+            Act::Force(at) => self.tell_backup(at, config, backup::Input::Failover { force: true }),
             Act::Call(at, fate) => self.call(at, fate),
             Act::Answer(at) => self.answer(at, config),
             Act::Timer(at) => {
@@ -375,13 +375,13 @@ impl World {
         backup: impl FnOnce() -> backup::Input<Position>,
     ) {
         match self.hosts[at].role {
-            Role::Primary(_) => self.to_primary(at, config, primary()),
-            Role::Backup(_) => self.to_backup(at, config, backup()),
+            Role::Primary(_) => self.tell_primary(at, config, primary()),
+            Role::Backup(_) => self.tell_backup(at, config, backup()),
             Role::None => {}
         }
     }
 
-    fn to_primary(&mut self, at: At, config: &Config, input: primary::Input<Position>) {
+    fn tell_primary(&mut self, at: At, config: &Config, input: primary::Input<Position>) {
         let mut effects = vec![];
         let host = &mut self.hosts[at];
         let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: config.broken };
@@ -391,7 +391,7 @@ impl World {
         self.carry_out(at, effects);
     }
 
-    fn to_backup(&mut self, at: At, config: &Config, input: backup::Input<Position>) {
+    fn tell_backup(&mut self, at: At, config: &Config, input: backup::Input<Position>) {
         let mut effects = vec![];
         let host = &mut self.hosts[at];
         let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: config.broken };
@@ -410,7 +410,7 @@ impl World {
         self.link = Link { open: [true; 2], ..Link::default() };
         self.hosts[at].role = Role::Primary(engine);
         self.ghost.accepts(1 - at);
-        self.to_backup(1 - at, config, backup::Input::Arrival(me));
+        self.tell_backup(1 - at, config, backup::Input::Arrival(me));
         let mut effects = vec![];
         let host = &mut self.hosts[at];
         let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: config.broken };

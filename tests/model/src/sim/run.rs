@@ -301,7 +301,7 @@ impl Run {
             Event::Due(at, life) => self.due(at, life),
             Event::Copied(at, life) if self.is_current(at, life) => {
                 self.beside[at].copying = false;
-                self.to_primary(at, primary::Input::Copied)
+                self.tell_primary(at, primary::Input::Copied)
             }
             Event::Timer(at, life) if self.is_current(at, life) => {
                 self.input(at, || primary::Input::Timer, || backup::Input::Timer)

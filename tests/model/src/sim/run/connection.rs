@@ -70,7 +70,7 @@ impl Run {
             && self.hosts[at].backup().is_some_and(|backup| backup.awaits_pages() || late)
         {
             self.beside[at].pages -= 1;
-            self.to_backup(at, backup::Input::Whole)?;
+            self.tell_backup(at, backup::Input::Whole)?;
         }
         Ok(())
     }
@@ -111,9 +111,9 @@ impl Run {
         }
         let stalled_us = STALL_TIMEOUTS * self.plan.timeout_us;
         if primary.is_connected() && self.now_us - self.beside[at].progress_us > stalled_us {
-            self.to_primary(at, primary::Input::Lost)?;
+            self.tell_primary(at, primary::Input::Lost)?;
         } else if primary.may_seal() {
-            self.to_primary(at, primary::Input::Due)?;
+            self.tell_primary(at, primary::Input::Due)?;
         }
         let next_us = self.about(self.plan.epoch_us);
         self.after(next_us, Event::Due(at, life));
@@ -143,7 +143,7 @@ impl Run {
         }
         self.hosts[at].role = Role::Primary(engine);
         self.ghost.accepts(other);
-        self.to_backup(other, backup::Input::Arrival(me))?;
+        self.tell_backup(other, backup::Input::Arrival(me))?;
         let mut effects = vec![];
         let host = &mut self.hosts[at];
         let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: self.broken };

@@ -15,13 +15,13 @@ impl Run {
         backup: impl FnOnce() -> backup::Input<Content>,
     ) -> Result<(), String> {
         match self.hosts[at].role {
-            Role::Primary(_) => self.to_primary(at, primary()),
-            Role::Backup(_) => self.to_backup(at, backup()),
+            Role::Primary(_) => self.tell_primary(at, primary()),
+            Role::Backup(_) => self.tell_backup(at, backup()),
             Role::None => Ok(()),
         }
     }
 
-    pub(super) fn to_primary(
+    pub(super) fn tell_primary(
         &mut self,
         at: usize,
         input: primary::Input<Content>,
@@ -35,7 +35,7 @@ impl Run {
         self.carry_out(at, effects)
     }
 
-    pub(super) fn to_backup(
+    pub(super) fn tell_backup(
         &mut self,
         at: usize,
         input: backup::Input<Content>,

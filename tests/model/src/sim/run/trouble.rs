@@ -84,11 +84,11 @@ impl Run {
                 self.after(2 * long_us, Event::ArbiterHeals(at));
             }
             9 | 10 => {
-                self.to_primary(at, primary::Input::TooLarge)?;
+                self.tell_primary(at, primary::Input::TooLarge)?;
                 self.and_more(at);
             }
             11 => {
-                self.to_primary(at, primary::Input::GiveUp)?;
+                self.tell_primary(at, primary::Input::GiveUp)?;
                 self.and_more(at);
             }
             _ => self.image_fails(at)?,
@@ -138,7 +138,7 @@ impl Run {
             1..3 => backup::Input::Spoiled,
             _ => backup::Input::ImageFailed,
         };
-        self.to_backup(at, input)
+        self.tell_backup(at, input)
     }
 
     pub(super) fn crash(&mut self, at: usize) {
@@ -229,7 +229,7 @@ impl Run {
             .backup()
             .is_some_and(|backup| backup.machine.state() == BackupState::Orphan);
         if orphan && !self.hosts[1 - at].alive && self.ghost.owes == Some(at) {
-            return self.to_backup(at, backup::Input::Failover { force: true });
+            return self.tell_backup(at, backup::Input::Failover { force: true });
         }
         Ok(())
     }
