@@ -70,7 +70,10 @@ fn options() -> Vec<Vec<u8>> {
         (9, "fd=3"),
         (10, "source_url=file:///s,prefault=on"),
         (11, "destination_url=tcp:[::1]:4000,epoch_ms=20,cow=copy,arbiter=file:/a,timeout_ms=900"),
-        (11, "destination_url=unix:/s,arbiter=\"etcd:http://a,https://[::1]:1/k\",arbiter_tls_dir=/t"),
+        (
+            11,
+            "destination_url=unix:/s,arbiter=\"etcd:http://a,https://[::1]:1/k\",arbiter_tls_dir=/t",
+        ),
         (12, "receiver_url=unix:/s,staging_size=1G,serial=file:/s,disks=[a@/b,c@/d],net=[a@b]"),
         (13, "tcp:localhost:4000"),
     ];

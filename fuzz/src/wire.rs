@@ -11,9 +11,9 @@ use replication::encode::{delta, lz4};
 use replication::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
 use replication::wire::{
     Base, CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, Encoding, End, FrameReader, FrameWriter,
-    HEADER_BYTES, Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RETURN_BYTES_MAX, RUNS_MAX, Run, Runs,
-    Seal, SessionId, VERSION, WireError, WireRegion, decode_pages_header, encode_pages_header,
-    staged_bytes, unpack,
+    HEADER_BYTES, Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RETURN_BYTES_MAX,
+    RUNS_MAX, Run, Runs, Seal, SessionId, VERSION, WireError, WireRegion, decode_pages_header,
+    encode_pages_header, staged_bytes, unpack,
 };
 
 use crate::guest::{Blob, Rest};
@@ -187,9 +187,8 @@ impl Body {
                 };
                 let good =
                     disks.len() <= DISKS_MAX && disks.iter().all(|(odd, _)| !odd.is_multiple_of(8));
-                let has_epochs = |[_, _, committed, sealed]: &[u64; 4]| {
-                    *committed > 0 && committed <= sealed
-                };
+                let has_epochs =
+                    |[_, _, committed, sealed]: &[u64; 4]| *committed > 0 && committed <= sealed;
                 let good = good && way_back.len() <= RETURN_BYTES_MAX;
                 let good = good && base.as_ref().is_none_or(has_epochs);
                 let base = base.map(|[session, generation, committed, sealed]| Base {

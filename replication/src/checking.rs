@@ -36,6 +36,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use vm_memory::Bytes;
 
 use crate::ids::{PAGE_SIZE, PageIndex};
@@ -105,7 +106,7 @@ const FAULT_POLL: Duration = Duration::from_millis(1);
 /// What happens to the process at a point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FaultAction {
-    Signal(rustix::process::Signal),
+    Signal(Signal),
     Wait,
 }
 
@@ -122,8 +123,8 @@ impl Fault {
         let mut parts = text.splitn(3, ':');
         let (point, action, file) = (parts.next()?, parts.next()?, parts.next()?);
         let action = match action {
-            "kill" => FaultAction::Signal(rustix::process::Signal::KILL),
-            "stop" => FaultAction::Signal(rustix::process::Signal::STOP),
+            "kill" => FaultAction::Signal(Signal::SIGKILL),
+            "stop" => FaultAction::Signal(Signal::SIGSTOP),
             "wait" => FaultAction::Wait,
             _ => return None,
         };
@@ -152,8 +153,9 @@ impl Fault {
         }
         match self.action {
             FaultAction::Signal(signal) => {
-                let sent = rustix::process::kill_process(rustix::process::getpid(), signal);
-                if let Err(error) = sent {
+                // To this very thread, which then goes no further: one for the process another
+                // thread may take, and this one get to the next step.
+                if let Err(error) = nix::sys::signal::raise(signal) {
                     tracing::error!("no signal at {point}: {error}");
                 }
             }
@@ -261,7 +263,7 @@ mod tests {
         let (point, action) = ("ack".to_owned(), FaultAction::Wait);
         assert_eq!(fault("ack:wait:/a:b/c"), Some(Fault { point, action, file }));
         let killed = fault("seal:kill:/f").map(|fault| fault.action);
-        assert_eq!(killed, Some(FaultAction::Signal(rustix::process::Signal::KILL)));
+        assert_eq!(killed, Some(FaultAction::Signal(Signal::SIGKILL)));
         for text in ["", "ack", "ack:kill", "ack:hang:/f"] {
             assert_eq!(fault(text), None, "{text}");
         }

@@ -9,6 +9,7 @@ use crate::config::{
     ConsoleConfig, ConsoleOutputMode, CpuTopology, CpusConfig, DiskConfig, HotplugMethod,
     MemoryConfig, NetConfig, TokenBucket, VhostMode,
 };
+use crate::option::OptionError;
 use crate::replication::{
     Compression, ConsoleOutput, Cow, Degrade, DiskMode, RdmaPin, ReceiveReplicaData, ReplicaCard,
     ReplicaDisk, ReplicateData,

@@ -260,6 +260,15 @@ fn options_that_contradict_themselves_are_refused() {
     refuse(&|options| options.timeout_ms = options.heartbeat_ms);
     refuse(&|options| options.destination_url = "carrier-pigeon".to_owned());
     refuse(&|options| options.arbiter = Some("sqlite:x".to_owned()));
+    refuse(&|options| options.arbiter_credentials = Some("/nonexistent".to_owned()));
+    refuse(&|options| {
+        options.arbiter = Some("file:/nonexistent".to_owned());
+        options.arbiter_tls_dir = Some("/nonexistent".to_owned());
+    });
+    refuse(&|options| {
+        options.arbiter = Some("etcd:http://127.0.0.1:1".to_owned());
+        options.arbiter_credentials = Some("/nonexistent".to_owned());
+    });
     refuse(&|options| options.rdma_device = Some("mlx5_0".to_owned()));
     refuse(&|options| options.rdma_depth = Some(64));
     let refuse_rdma = |change: &dyn Fn(&mut api::replication::ReplicateData)| {

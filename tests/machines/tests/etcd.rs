@@ -80,8 +80,8 @@ fn without_a_majority_the_backup_waits() -> Result<()> {
 fn a_key_of_another_vm_is_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let cluster = Cluster::start(1)?;
-    let mut pair: Pair = scene::protected(folder.path(), &setup(&cluster))?;
-    let (other, mut serial) =
+    let pair: Pair = scene::protected(folder.path(), &setup(&cluster))?;
+    let (other, serial) =
         scene::running(folder.path(), "other", "workload=verify vcpus=1 tick_ms=20")?;
     let body = json!({
         "destination_url": "tcp:127.0.0.1:1", "arbiter": cluster.arbiter(KEY), "timeout_ms": 20000,
@@ -90,7 +90,10 @@ fn a_key_of_another_vm_is_refused() -> Result<()> {
     assert!(text.contains("key of its own"), "no way out is named: {text}");
     assert_eq!(other.vm_state()?, VmState::Running);
     // A cluster that is not there, and a file that is not: named at once.
-    let body = json!({"destination_url": "tcp:127.0.0.1:1", "arbiter": "etcd:http://127.0.0.1:1"});
+    let body = json!({
+        "destination_url": "tcp:127.0.0.1:1", "arbiter": "etcd:http://127.0.0.1:1",
+        "timeout_ms": 20000,
+    });
     let text = other.put_expect("vm.replicate", Some(&body.to_string()), 500)?;
     assert!(text.contains("http://127.0.0.1:1") && text.contains("refused"), "{text}");
     let body = json!({

@@ -62,7 +62,7 @@ pub struct Malformed(pub(super) String);
 #[derive(Debug, Error)]
 pub enum FileError {
     #[error("Cannot read {}: {}", .0.display(), .1)]
-    Read(PathBuf, #[source] io::Error),
+    Read(PathBuf, io::Error),
     #[error("{} is longer than {max} bytes", .path.display())]
     TooLong { path: PathBuf, max: u64 },
     #[error("{} {reason}", .path.display())]

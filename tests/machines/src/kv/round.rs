@@ -172,8 +172,11 @@ fn in_namespace(folder: &Path, setup: &Setup, plan: &Plan, network: &Network) ->
     })
 }
 
-fn wait_ready(serial: &Serial) -> Result<()> {
-    serial.wait_line("'KV READY'", 0, LIMIT, |line| line.starts_with("KV READY"))?;
+/// Waits until the server listens. It says that once, perhaps before anybody was at the serial port;
+/// what it has done so far it says again and again.
+pub fn wait_ready(serial: &Serial) -> Result<()> {
+    let is_word = |line: &str| line.starts_with("KV READY") || line.starts_with("KV puts");
+    serial.wait_line("'KV READY'", 0, LIMIT, is_word)?;
     Ok(())
 }
 

@@ -96,13 +96,13 @@ impl Scene {
         if prepared.is_protected {
             scene.wait_protected()?;
         }
-        scene.wait_ready(0)?;
+        round::wait_ready(&scene.serial)?;
         scene.gather(&Arc::default(), 0)?;
         Ok(scene)
     }
 
-    /// The guest's server listens; from a mark of its serial port on.
-    pub fn wait_ready(&self, mark: usize) -> Result<()> {
+    /// The guest's server listens again, of a guest that was reset after a mark of its serial port.
+    pub fn wait_ready_again(&self, mark: usize) -> Result<()> {
         self.serial.wait_line("'KV READY'", mark, LIMIT, |line| line.contains("KV READY"))?;
         Ok(())
     }
@@ -181,17 +181,16 @@ impl Scene {
 
     // --- what is done ------------------------------------------------------------------------
 
-    /// Begins the first copy of a VM that has run alone so far. What becomes of it is seen later: the
-    /// answer may not come.
-    pub fn protect(&self) -> Result<()> {
-        let _ = self.a.put("vm.replicate", Some(&self.replicate()?));
-        Ok(())
+    /// Begins the first copy of a VM that has run alone so far; whether it has begun. What becomes of it
+    /// is seen later, and there may be no answer.
+    pub fn protect(&self) -> Result<bool> {
+        let answer = self.a.put("vm.replicate", Some(&self.replicate()?));
+        Ok(answer.is_ok_and(|answer| answer.is_success()))
     }
 
     /// The same on a thread of its own: A may stand still before it answers.
-    pub fn ask_protect(&self) -> Result<()> {
-        self.ask("vm.replicate", self.replicate()?);
-        Ok(())
+    pub fn ask_protect(&self) -> Result<JoinHandle<bool>> {
+        Ok(self.ask("vm.replicate", self.replicate()?))
     }
 
     fn replicate(&self) -> Result<String> {
@@ -212,16 +211,17 @@ impl Scene {
     }
 
     /// Asks A to hand over, on a thread of its own: A may not live to answer.
-    pub fn ask_failover(&self) -> JoinHandle<()> {
+    pub fn ask_failover(&self) -> JoinHandle<bool> {
         self.ask("vm.failover", r#"{"force":false}"#.to_owned())
     }
 
-    fn ask(&self, name: &'static str, body: String) -> JoinHandle<()> {
+    fn ask(&self, name: &'static str, body: String) -> JoinHandle<bool> {
         let socket = self.a.socket().to_owned();
         std::thread::spawn(move || {
             let asked = Api::connect(&socket);
-            // What comes of it is seen on both sides.
-            let _ = asked.map(|mut client| client.exchange(Method::Put, name, Some(&body)));
+            let answer =
+                asked.and_then(|mut client| client.exchange(Method::Put, name, Some(&body)));
+            answer.is_ok_and(|answer| answer.is_success())
         })
     }
 
@@ -274,13 +274,9 @@ impl Scene {
         })
     }
 
-    /// A runs, and the protection that was to begin has not.
-    pub fn wait_a_unprotected(&mut self) -> Result<()> {
-        use ReplicationState::{Protected, Suspended, Syncing};
-        self.a.wait("A to go on alone", LIMIT, |vmm| {
-            let state = vmm.replication().ok()?.state;
-            (!matches!(state, Protected | Suspended | Syncing)).then_some(())
-        })
+    /// A runs, and the protection that was asked for is over, or was refused at once.
+    pub fn wait_a_unprotected(&mut self, is_begun: bool) -> Result<()> {
+        if is_begun { self.wait_a_alone().map(drop) } else { Ok(()) }
     }
 
     /// What is sealed is committed, and nothing new comes: of a VM that is paused.

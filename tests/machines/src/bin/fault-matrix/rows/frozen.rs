@@ -133,11 +133,11 @@ fn early() -> Vec<Row> {
         let row = Row::new(format!("stop-a-first-{point}"), what, Expect::Only(End::A), |scene| {
             scene.blow();
             scene.arm(Place::A)?;
-            scene.ask_protect()?;
+            let asked = scene.ask_protect()?;
             scene.wait_reached(Place::A)?;
             scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
             scene.a.signal(libc::SIGCONT)?;
-            scene.wait_a_unprotected()?;
+            scene.wait_a_unprotected(asked.join().unwrap_or_default())?;
             Ok(End::A)
         });
         rows.push(row.unprotected().fault(Place::A, point, Does::Stop));
@@ -151,9 +151,9 @@ fn early() -> Vec<Row> {
         let row = Row::new(format!("stop-b-first-{point}"), what, Expect::Only(End::A), |scene| {
             scene.blow();
             scene.arm(Place::B)?;
-            scene.ask_protect()?;
+            let asked = scene.ask_protect()?;
             scene.wait_reached(Place::B)?;
-            scene.wait_a_unprotected()?;
+            scene.wait_a_unprotected(asked.join().unwrap_or_default())?;
             scene.wait_served()?;
             scene.b.signal(libc::SIGCONT)?;
             scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;

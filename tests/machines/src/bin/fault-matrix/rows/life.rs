@@ -142,7 +142,7 @@ fn resets() -> Vec<Row> {
                 scene.blow();
                 let mark = scene.serial.mark();
                 scene.a.put_ok("vm.reboot", None)?;
-                scene.wait_ready(mark)?;
+                scene.wait_ready_again(mark)?;
                 scene.gather_anew()?;
                 scene.wait_settled()
             },
@@ -194,7 +194,7 @@ fn resync(scene: &mut Scene, victim: Option<Place>, end: End) -> Result<End> {
     // It is unprotected then, whoever dies.
     scene.wait_reached(Place::A)?;
     if victim != Some(Place::A) {
-        scene.wait_ready(mark)?;
+        scene.wait_ready_again(mark)?;
     }
     if let Some(victim) = victim {
         scene.vmm(victim).kill()?;
@@ -202,7 +202,7 @@ fn resync(scene: &mut Scene, victim: Option<Place>, end: End) -> Result<End> {
     scene.go_on(Place::A)?;
     match end {
         End::Nobody => scene.b.wait_state(ReplicationState::Disconnected, LIMIT).map(drop)?,
-        End::A => scene.wait_a_unprotected()?,
+        End::A => scene.wait_a_alone().map(drop)?,
         End::Pair | End::B => scene.wait_protected()?,
     }
     if end != End::Nobody {
@@ -238,9 +238,9 @@ fn again() -> Vec<Row> {
                 scene.wait_a_alone()?;
                 scene.arm(Place::B)?;
                 scene.restart_b()?;
-                scene.protect()?;
+                let is_begun = scene.protect()?;
                 scene.wait_killed(Place::B)?;
-                scene.wait_a_unprotected()?;
+                scene.wait_a_unprotected(is_begun)?;
                 scene.wait_served()?;
                 protect_again(scene)?;
                 Ok(End::Pair)

@@ -116,9 +116,9 @@ fn kill_b_early((point, when): Step) -> Row {
     let act = |scene: &mut Scene| {
         scene.blow();
         scene.arm(Place::B)?;
-        scene.protect()?;
+        let is_begun = scene.protect()?;
         scene.wait_killed(Place::B)?;
-        scene.wait_a_unprotected()?;
+        scene.wait_a_unprotected(is_begun)?;
         Ok(End::A)
     };
     let what = format!("B is killed {when}");
