@@ -188,7 +188,17 @@ impl<G: Guest> Keeper<G> {
                 Word::Timer | Word::Called(_) => {}
             }
             self.status.lock().info.reconnect_attempts += 1;
-            let (called, next) = self.called(Checked::new(self.options.clone()), &queue);
+            // They were good before: a certificate is being renewed, or its storage is away.
+            let checked = match Checked::new(self.options.clone()) {
+                Ok(checked) => checked,
+                Err(error) => {
+                    let line = error.chain();
+                    self.status.failed(&line);
+                    tell(&mut log, &line);
+                    continue;
+                }
+            };
+            let (called, next) = self.called(Ok(checked), &queue);
             queue = next;
             let error = match called {
                 Ok(Some(called)) => {
@@ -296,6 +306,12 @@ impl<G: Guest> Keeper<G> {
         );
         let engine = match opened {
             Ok(engine) => engine,
+            // The VM is alone as before: there may be threads and descriptors again next time.
+            Err(error) if verdict.is_none() && error.may_pass() => {
+                self.status.failed(&error.chain());
+                self.status.lock().info.state = ReplicationState::Degraded;
+                return Some(queue);
+            }
             Err(error) => {
                 self.failed(error, verdict);
                 return None;

@@ -227,20 +227,29 @@ impl PrimaryHandle {
         self.status.lock().alone
     }
 
+    /// Whether another protection may take this one's place: the VM is alone, and nothing is held for
+    /// a claim that is not decided.
+    #[must_use]
+    pub fn may_be_replaced(&self) -> bool {
+        use ReplicationState::{Degraded, Disconnected, Syncing};
+        let gathered = self.status.lock();
+        gathered.alone && matches!(gathered.info.state, Degraded | Disconnected | Syncing)
+    }
+
     /// Whether the engine has ended: the VM is unprotected, or gone.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        let thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        thread.as_ref().is_none_or(JoinHandle::is_finished)
+        match self.thread.try_lock() {
+            Ok(thread) => thread.as_ref().is_none_or(JoinHandle::is_finished),
+            // Somebody waits for it.
+            Err(_) => false,
+        }
     }
 
-    /// Waits for the engine to end.
+    /// Waits for the engine to end, whoever else waits for it.
     pub fn join(&self) {
-        let thread = {
-            let mut slot = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            slot.take()
-        };
-        if let Some(thread) = thread {
+        let mut thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(thread) = thread.take() {
             join(thread);
         }
     }

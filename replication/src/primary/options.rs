@@ -82,6 +82,13 @@ pub(crate) fn arbiter(
     own: [Option<&str>; 2],
 ) -> Result<Option<Box<dyn Arbiter>>, Error> {
     let [tls_dir, credentials] = own.map(|path| path.map(Path::new));
+    if url.is_none() {
+        for (option, path) in [("arbiter_tls_dir", tls_dir), ("arbiter_credentials", credentials)] {
+            if path.is_some() {
+                return invalid(option, "there is no arbiter");
+            }
+        }
+    }
     match url.map(|url| open(url, tls_dir, credentials)).transpose() {
         Ok(arbiter) => Ok(arbiter),
         Err(ArbiterError::Option { option, reason }) => invalid(option, reason),

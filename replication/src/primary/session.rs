@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use api::replication::ReplicateData;
+use api::replication::{ReplicateData, TIMEOUT_MS_MAX};
 use crossbeam_channel::{RecvTimeoutError, bounded, unbounded};
 use uuid::Uuid;
 
@@ -137,7 +137,8 @@ pub(super) fn open(
     };
     written.map_err(Error::Wire)?;
     let heartbeat = Duration::from_millis(options.heartbeat_ms);
-    let agreed = timeout.max(Duration::from_millis(welcome.timeout_ms.into()));
+    let theirs = u64::from(welcome.timeout_ms).min(TIMEOUT_MS_MAX);
+    let agreed = timeout.max(Duration::from_millis(theirs));
     let adapter = adapter.map(|make| make(agreed));
     let lender = adapter.clone().map(rdma::Adapter::lender);
     let data = data_connections(&caller, adapter, heartbeat, &mut control)

@@ -299,11 +299,10 @@ impl Primary {
         match purpose {
             Purpose::PeerLost => {
                 self.go(State::Alone);
-                let report = Action::Report(Report::Degraded(reason));
-                vec![Action::Close, Action::Degrade, Action::Pass, report]
+                let end = if self.was_protected() { Action::Degrade } else { Action::Release };
+                vec![Action::Close, end, Action::Pass, self.alone(reason)]
             }
             Purpose::GiveUp => {
-                self.gave_up = true;
                 self.go(State::Alone);
                 let report = Action::Report(Report::Degraded(reason));
                 vec![Action::TellStop, Action::Degrade, Action::Pass, report]
@@ -322,6 +321,19 @@ impl Primary {
                 vec![Action::Pass, Action::Release, Action::TellResync, report]
             }
         }
+    }
+
+    /// Whether the VM had a backup in this session, or none was ever lost: an attempt that ends before
+    /// its first commit leaves all as it was, a pause that a person ended among it.
+    fn was_protected(&self) -> bool {
+        !self.resync || self.committed != EpochId(0)
+    }
+
+    fn alone(&self, reason: String) -> Action {
+        Action::Report(match self.was_protected() {
+            true => Report::Degraded(reason),
+            false => Report::StillAlone(reason),
+        })
     }
 
     fn sealed(&mut self, epoch: EpochId) -> Vec<Action> {
@@ -357,11 +369,10 @@ impl Primary {
         let mut actions = vec![if handed { Action::Handed(epoch) } else { Action::Commit(epoch) }];
         if !self.protected {
             self.protected = true;
-            if self.resync {
-                actions.extend([Action::Regain, Action::Report(Report::Resynced)]);
-            } else {
-                actions.push(Action::Report(Report::Synced));
-            }
+            // Also where another backup was lost, and the pause is of that time.
+            actions.push(Action::Regain);
+            let report = if self.resync { Report::Resynced } else { Report::Synced };
+            actions.push(Action::Report(report));
         }
         actions
     }
@@ -371,11 +382,12 @@ impl Primary {
             // Nothing is held, and the backup has nothing to start from.
             State::Syncing | State::Pairing if self.resync => {
                 self.go(State::Alone);
-                let report = match self.committed {
-                    EpochId(0) => Report::StillAlone(reason),
-                    _ => Report::Degraded(reason),
-                };
-                vec![Action::Close, Action::Report(report)]
+                let mut actions = vec![Action::Close];
+                if self.was_protected() {
+                    actions.push(Action::Degrade);
+                }
+                actions.push(self.alone(reason));
+                actions
             }
             State::Syncing | State::Pairing => {
                 self.go(State::Failed);
@@ -432,7 +444,12 @@ impl Primary {
                 vec![Action::TellStop, Action::Release, Action::Report(Report::Failed(reason))]
             }
             State::HandingOver if self.handed && !self.arbiter => self.undecided(reason),
-            State::Protected | State::HandingOver => self.claim(Purpose::GiveUp, reason),
+            State::Protected | State::HandingOver => {
+                // Whatever becomes of the claim and of the peer: it may be that pages were taken for
+                // an epoch that is none.
+                self.gave_up = true;
+                self.claim(Purpose::GiveUp, reason)
+            }
             _ => vec![],
         }
     }

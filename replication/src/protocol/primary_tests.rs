@@ -28,7 +28,8 @@ fn paired() -> Primary {
 fn protected() -> Primary {
     let mut primary = paired();
     assert_eq!(primary.step(Event::Sealed(E1)), []);
-    assert_eq!(primary.step(ack(1)), [Action::Commit(E1), Action::Report(Report::Synced)]);
+    let synced = Action::Report(Report::Synced);
+    assert_eq!(primary.step(ack(1)), [Action::Commit(E1), Action::Regain, synced]);
     primary
 }
 
@@ -272,8 +273,31 @@ fn a_copy_anew_in_a_session_that_ends_is_told() {
     primary.step(Event::TooLarge("big".into()));
     primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
     let cut = primary.step(Event::PeerLost("cut".into()));
-    assert_eq!(cut, [Action::Close, Action::Report(Report::Degraded("cut".into()))]);
+    let told = Action::Report(Report::Degraded("cut".into()));
+    assert_eq!(cut, [Action::Close, Action::Degrade, told]);
     assert!(primary.may_go_on());
+}
+
+#[test]
+fn who_gave_up_does_not_go_on_though_the_peer_is_lost_as_well() {
+    let mut primary = protected();
+    primary.step(Event::GiveUp("no state".into()));
+    assert_eq!(primary.step(Event::PeerLost("cut".into())), [Action::Close]);
+    primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+    // The pages that were taken for the epoch that failed are in none.
+    assert!(primary.state() == State::Alone && !primary.may_go_on());
+}
+
+#[test]
+fn an_attempt_that_ends_before_its_first_commit_pauses_nobody_again() {
+    let mut primary = again();
+    primary.step(Event::Synced);
+    primary.step(Event::Verdict(Verdict::Owned(Generation(3))));
+    primary.step(Event::Sealed(E1));
+    primary.step(Event::PeerLost("cut".into()));
+    let won = primary.step(Event::Verdict(Verdict::Owned(Generation(4))));
+    let still = Action::Report(Report::StillAlone("cut".into()));
+    assert_eq!(won, [Action::Close, Action::Release, Action::Pass, still]);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use api::replication::{
     ConsoleOutput, DiskMode, ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData,
     ReplicationInfo, ReplicationState, Role, STAGING_SIZE_DEFAULT,
 };
-use crossbeam_channel::Sender;
+use crossbeam_channel::{SendError, Sender};
 use replication::backup::{self, BackupHandle};
 use replication::primary::{self, PrimaryHandle};
 use replication::{Error as ReplicationError, ErrorKind, Event, Observer};
@@ -35,6 +35,8 @@ pub(super) enum Protection {
     /// A backup was called for this machine and has not answered yet.
     Connecting {
         machine: Arc<Machine>,
+        /// What this one takes the place of: it goes on if it cannot be ended.
+        stays: Option<Box<Protection>>,
         way_back: Option<Box<ReceiveReplicaData>>,
         shares_disks: bool,
     },
@@ -63,6 +65,18 @@ impl Protection {
             }),
             Self::Primary { handle, .. } => Some(handle.info()),
             Self::Backup { handle, .. } => Some(handle.info()),
+        }
+    }
+
+    /// Another handle to a primary's protection, for the case that it cannot be ended.
+    fn replaceable(&self) -> Option<Self> {
+        match self {
+            Self::Primary { handle, way_back, shares_disks } => Some(Self::Primary {
+                handle: Arc::clone(handle),
+                way_back: way_back.clone(),
+                shares_disks: *shares_disks,
+            }),
+            _ => None,
         }
     }
 
@@ -220,7 +234,9 @@ impl Controller {
                 Err(conflict("This VMM is a backup: vm.stop-replication ends that"))
             }
             // Its backup is lost and is called in vain: what is asked for takes the place of that.
-            Protection::Primary { handle, .. } if !handle.is_over() && !handle.is_alone() => {
+            Protection::Primary { handle, .. }
+                if !handle.is_over() && !handle.may_be_replaced() =>
+            {
                 let state = handle.info().state;
                 Err(conflict(&format!(
                     "The VM is already replicated ({state:?}): vm.stop-replication ends that"
@@ -248,6 +264,7 @@ impl Controller {
         let shares_disks = holds.disks && !machine.devices().writable_disks().is_empty();
         let called_for = Arc::clone(&machine);
         let before = std::mem::replace(&mut self.protection, Protection::None);
+        let stays = before.replaceable().map(Box::new);
         let identity = self.identity;
         let observer = self.observer();
         let notices = self.notices.clone();
@@ -260,7 +277,10 @@ impl Controller {
             let _ = notices.send(Notice::Protected { machine: called_for, handle, reply });
         });
         match started {
-            Ok(_) => self.protection = Protection::Connecting { machine, way_back, shares_disks },
+            Ok(_) => {
+                let connecting = Protection::Connecting { machine, stays, way_back, shares_disks };
+                self.protection = connecting;
+            }
             Err(error) => {
                 let failure = Failure::from_error(FailureKind::Internal, &error);
                 let _ = lost.send(Err(failure));
@@ -300,17 +320,16 @@ impl Controller {
         reply: Sender<Answer>,
     ) {
         let waits = match &mut self.protection {
-            Protection::Connecting { machine: waits, way_back, shares_disks }
+            Protection::Connecting { machine: waits, stays, way_back, shares_disks }
                 if Arc::ptr_eq(waits, machine) =>
             {
-                Some((way_back.take(), *shares_disks))
+                Some((stays.take(), way_back.take(), *shares_disks))
             }
             _ => None,
         };
-        let called_for_it = waits.is_some();
         let answer = match handle {
             Ok(handle) => {
-                if let Some((way_back, shares_disks)) = waits {
+                if let Some((_, way_back, shares_disks)) = waits {
                     self.protection = Protection::Primary { handle, way_back, shares_disks };
                     return drop(reply.send(Ok(Reply::Empty)));
                 }
@@ -322,13 +341,20 @@ impl Controller {
                 return Self::beside("stop-replica", reply, stop);
             }
             Err(failure) => {
-                if called_for_it {
-                    self.protection = Protection::None;
+                if let Some((stays, ..)) = waits {
+                    // One that could not be ended goes on, and is not to be forgotten.
+                    let stays = stays.map(|before| *before).filter(|before| !before.is_over());
+                    self.protection = stays.unwrap_or(Protection::None);
                 }
                 Err(failure)
             }
         };
-        let _ = reply.send(answer);
+        if let Err(SendError(Err(failure))) = reply.send(answer) {
+            // Nobody asked, or nobody waited: of a way back, for one.
+            let error = failure.chain.join(": ");
+            tracing::error!("the VM is not protected: {error}");
+            self.monitor.emit("vm", "replication-failed", Some(json!({"error": error})));
+        }
     }
 
     pub(super) fn receive_replica(&mut self, data: ReceiveReplicaData) -> Answer {
@@ -359,8 +385,18 @@ impl Controller {
             Protection::Primary { handle, .. }
                 if handle.info().state == ReplicationState::Stopped =>
             {
-                self.protection = Protection::None;
+                if handle.is_finished() {
+                    self.protection = Protection::None;
+                }
                 let _ = reply.send(Err(no_replication()));
+            }
+            // Its engine still closes. Whoever comes next finds it, and waits for that.
+            Protection::Primary { handle, .. } if handle.is_over() && !handle.is_finished() => {
+                let handle = Arc::clone(handle);
+                Self::beside("stop-replica", reply, move || {
+                    handle.join();
+                    Ok(Reply::Empty)
+                });
             }
             // The VM runs on without protection, as it does already.
             ended if ended.is_over() => {

@@ -74,7 +74,11 @@ impl<B: ReplicaBuilder> Engine<B> {
             }
             _ => {
                 let what = format!("This host serves another primary (VM {vm})");
-                return Some(Refusal::Lasting(what));
+                // What only copies is worth nothing yet, and may be anybody's.
+                return Some(match state {
+                    State::Syncing => Refusal::Passing(what),
+                    _ => Refusal::Lasting(what),
+                });
             }
         }
         if let Err(reason) = self.way_back(offer) {

@@ -165,6 +165,8 @@ impl<G: Guest> Engine<'_, G> {
         let universe = self.unacknowledged.universe();
         let mut pages = std::mem::replace(&mut self.unacknowledged, PageSet::new(universe));
         pages.union(self.sealer.dirty.pages());
+        // Taken for an epoch that may have come to nothing.
+        pages.union(self.sealer.sealed());
         let (session, generation, sealed) = (self.id, self.paired, self.sealed);
         Some(Rest { session, generation, committed, sealed, pages })
     }

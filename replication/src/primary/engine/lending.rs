@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use api::replication::RdmaPin;
+use api::replication::{Cow, RdmaPin};
 
 use super::{Engine, Error, Event, Guest, Input, Work, rdma};
 use crate::engine::spawn;
@@ -21,7 +21,8 @@ impl<G: Guest> Engine<'_, G> {
     /// Begins it, where there is a device.
     pub(super) fn lend(&mut self) {
         let Some(lender) = self.lender.take() else { return };
-        if self.options.rdma_pin == Some(RdmaPin::Off) {
+        // With cow=copy all that is sent is a copy already.
+        if self.options.rdma_pin == Some(RdmaPin::Off) || self.options.cow == Cow::Copy {
             tracing::info!("guest memory is not registered: pages are copied to be sent");
             return;
         }
@@ -62,6 +63,9 @@ impl<G: Guest> Engine<'_, G> {
         match lent {
             Ok(()) | Err(rdma::LendError::Ended) => {}
             Err(error) => self.not_lent(&chain(&error)),
+        }
+        if self.is_over() {
+            return;
         }
         if self.work == Work::AwaitingRest && !self.disks_copy {
             self.copy(1);

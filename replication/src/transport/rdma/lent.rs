@@ -157,13 +157,19 @@ impl Drop for Pieces {
         }
         let body = move || {
             let began = Instant::now();
+            let mut is_all = true;
             for piece in list {
                 if let Err(error) = piece.memory.end() {
+                    is_all = false;
                     tracing::error!(
                         "guest memory stays registered: {}",
                         crate::error::chain(&error)
                     );
                 }
+            }
+            if !is_all {
+                // A device still has some of it.
+                return std::mem::forget(pin);
             }
             drop(pin);
             tracing::info!("guest memory is not registered any more, after {:?}", began.elapsed());
