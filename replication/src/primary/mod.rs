@@ -227,13 +227,13 @@ impl PrimaryHandle {
         self.status.lock().alone
     }
 
-    /// Whether another protection may take this one's place: the VM is alone, and nothing is held for
-    /// a claim that is not decided.
+    /// Whether another protection may take this one's place: the VM is alone, and no session with its
+    /// backup has begun, of which the backup may come to own the VM.
     #[must_use]
     pub fn may_be_replaced(&self) -> bool {
-        use ReplicationState::{Degraded, Disconnected, Syncing};
+        use ReplicationState::{Degraded, Disconnected};
         let gathered = self.status.lock();
-        gathered.alone && matches!(gathered.info.state, Degraded | Disconnected | Syncing)
+        gathered.alone && matches!(gathered.info.state, Degraded | Disconnected)
     }
 
     /// Whether the engine has ended: the VM is unprotected, or gone.

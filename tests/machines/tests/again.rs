@@ -308,6 +308,10 @@ fn after_a_short_cut_little_is_copied_and_the_memory_is_equal() -> Result<()> {
     setup.replicate_options.push_str(",compression=none");
     let equality = Equality::switch_on(folder, &mut setup)?;
     let mut scene = Scene::start(folder, &setup)?;
+    // A guest that is still filling its memory writes more than a cut lets through.
+    let filled = |line: &str| line.starts_with("dirty filled");
+    scene.serial.wait_line("'dirty filled'", 0, LIMIT, filled)?;
+    scene.serial.wait_more("verify ok", 3, LIMIT)?;
     let first = scene.link.passed();
     let compared = equality.compared()?.epochs;
     scene.link.cut();

@@ -282,6 +282,8 @@ impl Controller {
                 self.protection = connecting;
             }
             Err(error) => {
+                // What was there goes on: to drop its handle ends nothing.
+                self.protection = stays.map_or(Protection::None, |before| *before);
                 let failure = Failure::from_error(FailureKind::Internal, &error);
                 let _ = lost.send(Err(failure));
             }
