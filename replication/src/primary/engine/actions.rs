@@ -115,16 +115,6 @@ impl<G: Guest> Engine<'_, G> {
         }
     }
 
-    /// There is a backup (again), or there is none.
-    fn protected(&self, protected: bool) {
-        let mut gathered = self.status.lock();
-        gathered.alone = !protected;
-        if protected {
-            gathered.info.sync_progress = 1.0;
-            gathered.info.reconnect_attempts = 0;
-        }
-    }
-
     /// Ends the session at once.
     fn close(&mut self) {
         if let Some(control) = self.control.take() {
@@ -173,17 +163,12 @@ impl<G: Guest> Engine<'_, G> {
 
     fn report(&mut self, report: Report) {
         let event = match report {
-            Report::Synced => {
-                self.protected(true);
-                Told::Synced
-            }
-            Report::Resynced => {
-                self.protected(true);
-                Told::Resynced
-            }
+            Report::Synced => Told::Synced,
+            Report::Resynced => Told::Resynced,
             Report::StillAlone(reason) => return self.status.failed(&reason),
             Report::Degraded(reason) => {
-                self.protected(false);
+                // Also where a copy anew begins at once.
+                self.status.lock().alone = true;
                 self.status.failed(&reason);
                 self.answer_failover(Err(Error::Failed(reason.clone())));
                 Told::Degraded { reason }
@@ -246,6 +231,12 @@ impl<G: Guest> Engine<'_, G> {
         if self.machine.state() == State::Alone {
             gathered.alone = true;
             gathered.reconnects &= self.machine.may_go_on();
+        }
+        // In one breath with the state: who sees it protected sees no attempts to get there.
+        if state == ReplicationState::Protected {
+            gathered.alone = false;
+            gathered.info.sync_progress = 1.0;
+            gathered.info.reconnect_attempts = 0;
         }
         gathered.info.state = state;
         gathered.info.generation = self.machine.generation().0;

@@ -195,6 +195,8 @@ impl<G: Guest> Engine<'_, G> {
         }
         gathered.dirty_pages.add(pages);
         gathered.info.epoch_sealed = epoch.0;
+        // The first of a session leaves the count of the one before.
+        gathered.info.epoch_committed = self.machine.committed().0;
         let kept = self.sealer.kept();
         gathered.info.cow_faults = kept.faults;
         gathered.info.cow_ahead = kept.ahead;
