@@ -92,6 +92,10 @@ pub struct Prepared {
     pub images: Option<fn(&Path) -> Result<Kept>>,
     /// How long a client waits for an answer.
     pub silence_limit: Duration,
+    /// Each side has a wall clock of its own, see [`Scene::turn_clock`].
+    pub has_clocks: bool,
+    /// Calls of each side can be made to fail, see [`Scene::fail`].
+    pub has_failures: bool,
 }
 
 impl Default for Prepared {
@@ -103,6 +107,8 @@ impl Default for Prepared {
             receive: "",
             images: None,
             silence_limit: Duration::from_secs(30),
+            has_clocks: false,
+            has_failures: false,
         }
     }
 }
