@@ -9,7 +9,7 @@ use crate::primary::rest::Rest;
 use crate::protocol::ownership::Verdict;
 use crate::protocol::primary::Purpose;
 use crate::ram::PageSet;
-use api::replication::ReplicationState;
+use api::replication::{Cow, ReplicationState};
 
 impl<G: Guest> Engine<'_, G> {
     /// Lets the machine decide and carries it out.
@@ -58,6 +58,7 @@ impl<G: Guest> Engine<'_, G> {
                 self.disks_copy = false;
                 self.disk_job += 1;
                 self.call_off_log();
+                self.go_on_in_doubt();
             }
             Action::SealHandover => {
                 reach("handover");
@@ -91,6 +92,15 @@ impl<G: Guest> Engine<'_, G> {
             let line = error.chain();
             self.status.failed(&line);
             tracing::error!("{line}");
+        }
+    }
+
+    /// Who owns the VM is to be found out, which may take for ever: a guest that stood for room, or for
+    /// an epoch that is not sealed, runs meanwhile, unheard. Not one whose memory is being sent as it is,
+    /// nor one that was handed over.
+    pub(super) fn go_on_in_doubt(&mut self) {
+        if !self.handover && (self.options.cow != Cow::Off || self.unsent == 0) {
+            self.release();
         }
     }
 

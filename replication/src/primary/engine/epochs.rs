@@ -248,7 +248,9 @@ impl<G: Guest> Engine<'_, G> {
                     self.cadence.sent(last.pages, last.sealed_at.elapsed());
                 }
             }
-            Work::Nothing | Work::AwaitingRest | Work::Settling | Work::Rest => {}
+            // The memory of a guest that stands has been read.
+            Work::Nothing => self.go_on_in_doubt(),
+            Work::AwaitingRest | Work::Settling | Work::Rest => {}
         }
     }
 
