@@ -167,6 +167,7 @@ mod tests {
     use crate::testing::memory;
 
     const PAGES: u64 = 2000;
+    const ROOM: usize = 2000;
 
     /// An epoch that copies so many pages, by the book.
     fn epoch(rooms: &Rooms, pages: u64) -> Buffer {
@@ -184,7 +185,7 @@ mod tests {
         rooms.settle();
         // Two are in flight when the third is sealed.
         let first = epoch(&rooms, PAGES);
-        let grown = PAGES as usize / CHUNK_PAGES;
+        let grown = ROOM / CHUNK_PAGES;
         let second = epoch(&rooms, PAGES);
         rooms.give(Use::Pause, first);
         assert_eq!(rooms.figures(Use::Pause).0, grown, "the first one had to grow");
@@ -200,7 +201,7 @@ mod tests {
         let rooms = Rooms::start(CHUNK_PAGES, 0).unwrap();
         let buffer = epoch(&rooms, PAGES);
         rooms.give(Use::Pause, buffer);
-        assert!(rooms.figures(Use::Pause).1 >= 2 * PAGES as usize);
+        assert!(rooms.figures(Use::Pause).1 >= 2 * ROOM);
         for _ in 0..10 * FORGOTTEN {
             rooms.copied(Use::Pause, 10);
         }

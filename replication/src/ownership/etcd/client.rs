@@ -162,7 +162,10 @@ impl Calls<'_> {
         };
         let thread = std::thread::Builder::new().name("repl-etcd".to_owned());
         if let Err(error) = thread.spawn(call) {
-            tracing::warn!("{} was not asked who owns the VM: {error}", self.client.servers[server]);
+            tracing::warn!(
+                "{} was not asked who owns the VM: {error}",
+                self.client.servers[server]
+            );
         }
     }
 
