@@ -1,6 +1,7 @@
 # A replicated Debian guest goes on counting when its primary is killed, its epochs sent by RDMA over Soft-RoCE.
 # Settings: those of the suite linux, with fewer rounds by default, and
 RDMA_KILLS=${RDMA_KILLS:-3}       # rounds of the test guest, which verifies its own memory
+RDMA_TIMEOUT_MS=${RDMA_TIMEOUT_MS:-20000} # of those rounds: a device that is emulated on a busy machine is slow
 RDMA_EPOCHS=${RDMA_EPOCHS:-20}    # epochs that are compared page by page, for each cow mode
 RDMA_CASES=${RDMA_CASES-*}      # a pattern: which cases run beside those of the suite linux
 LINUX_ROUNDS=${RDMA_ROUNDS:-2}
@@ -96,8 +97,10 @@ rdma_case() {
     esac
 }
 
-# resident NAME: how much of the guest's memory is there.
-resident() { grep RssShmem "/proc/$(pid_of "$1")/status" | tr -s ' \t' ' '; }
+# resident NAME: how much of the guest's memory is there, and how much of it is locked, or pinned for a device.
+resident() {
+    echo "$1 $(grep -E '^(RssShmem|VmLck|VmPin):' "/proc/$(pid_of "$1")/status" | tr -s ' \t\n' ' ')"
+}
 
 # told NAME: what NAME says it uses, without spaces.
 told() {
@@ -176,7 +179,7 @@ export UNDERSTUDY_TEST_GUEST=/h/understudy-guest
 kill_rounds() {
     rxe
     /h/bin/kill-rounds --rounds "$RDMA_KILLS" --vcpus 2 --memory 64M --epoch-ms 100 \
-        --transport rdma:10.77.0.1 >"$CASE/kill.out" 2>&1 || fail "$(tail -n 5 "$CASE/kill.out")"
+        --transport rdma:10.77.0.1 --timeout-ms "$RDMA_TIMEOUT_MS" >"$CASE/kill.out" 2>&1 || fail "$(tail -n 5 "$CASE/kill.out")"
     detail "$(tail -n 1 "$CASE/kill.out")"
 }
 
@@ -233,23 +236,26 @@ staging_is_small() {
     detail "$(cat "$CASE/detail"); $(grep -ac "exceeds the backup's staging" "$CASE/a.err") epochs too large"
 }
 
-# Nothing is locked, and pages are copied.
-pin_is_off() {
+# pin_is KIND: all of the memory is registered, or nothing is locked and pages are copied.
+pin_is() {
     rxe
-    PAIR_OPTIONS=,rdma_pin=off
+    PAIR_OPTIONS=,rdma_pin=$1
     pair 2
     wait_state a Protected 300
     wait_serial a "^L2 READY cpus 2 " $((3 * L2_READY_S))
-    case $(told a) in
-        *'"registered_bytes":0,"from_memory_bytes":0}') ;;
+    wait_serial a "^count " 120
+    case $1-$(told a) in
+        off-*'"registered_bytes":0,"from_memory_bytes":0}') ;;
+        on-*"\"registered_bytes\":$((256 << 20)),"*) ;;
         *) fail "a says $(told a)" ;;
     esac
-    detail "$(resident a)"
+    detail "$(resident a)$(resident b)"
 }
 
 rdma_case queue-pair-fails "$limit" queue_pair_fails
 rdma_case small-staging $((limit + 240)) staging_is_small
-rdma_case pin-off "$limit" pin_is_off
+rdma_case pin-off "$limit" pin_is off
+rdma_case pin-on "$limit" pin_is on
 rdma_case link-deleted "$limit" device_fails delete_link
 rdma_case link-down "$limit" device_fails link_goes_down
 rdma_case primary-wakes-up "$limit" wakes_up

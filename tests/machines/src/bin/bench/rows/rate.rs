@@ -123,7 +123,7 @@ fn measure(effort: &Effort, mut row: Row, vcpus: u32, workload: &str, least: f64
 }
 
 /// Operations of each tick of a window, in millions a second of the guest's clock.
-fn rates(serial: &Serial, window: Duration) -> Result<Vec<f64>> {
+pub(super) fn rates(serial: &Serial, window: Duration) -> Result<Vec<f64>> {
     std::thread::sleep(SETTLE);
     let mark = serial.mark();
     std::thread::sleep(window);
