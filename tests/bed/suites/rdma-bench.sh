@@ -1,7 +1,7 @@
 # The benchmark's rows of RDMA, beside ib_write_bw and TCP: figures, of which none can fail the suite.
 # Settings:
 BENCH_EFFORT=${BENCH_EFFORT:---quick} # or --full
-BENCH_CASES=${BENCH_CASES-*}          # a pattern: sync, commit, rate-1, rate-2, rate-4
+BENCH_CASES=${BENCH_CASES-*}          # patterns with blanks between them: sync, commit, rate-1, rate-2, rate-4
 BENCH_LIMIT_S=${BENCH_LIMIT_S:-1200}  # seconds for a case
 . /h/l1/rxe.sh
 # The bed has no source tree.
@@ -21,11 +21,7 @@ rows() {
 }
 
 # bench_case NAME ROWS: unless the setting leaves it out.
-bench_case() {
-    case $1 in
-        $BENCH_CASES) run_case "$1" "$BENCH_LIMIT_S" rows "$2" ;;
-    esac
-}
+bench_case() { ! chosen "$1" "$BENCH_CASES" || run_case "$1" "$BENCH_LIMIT_S" rows "$2"; }
 
 bench_case sync rdma-sync,rdma-cpu
 bench_case commit rdma-commit

@@ -3,7 +3,7 @@
 RDMA_KILLS=${RDMA_KILLS:-3}       # rounds of the test guest, which verifies its own memory
 RDMA_TIMEOUT_MS=${RDMA_TIMEOUT_MS:-20000} # of those rounds: a device that is emulated on a busy machine is slow
 RDMA_EPOCHS=${RDMA_EPOCHS:-20}    # epochs that are compared page by page, for each cow mode
-RDMA_CASES=${RDMA_CASES-*}      # a pattern: which cases run beside those of the suite linux
+RDMA_CASES=${RDMA_CASES-*}      # patterns with blanks between them: which cases run beside those of the suite linux
 LINUX_ROUNDS=${RDMA_ROUNDS:-2}
 LINUX_VCPUS=${RDMA_VCPUS-1 4}
 LINUX_URL=rdma:10.77.0.1:7000
@@ -91,11 +91,7 @@ LINUX_SURVIVES=by_rdma
 . /h/suites/linux.sh
 
 # rdma_case NAME LIMIT COMMAND...: unless the setting leaves it out.
-rdma_case() {
-    case $1 in
-        $RDMA_CASES) run_case "$@" ;;
-    esac
-}
+rdma_case() { ! chosen "$1" "$RDMA_CASES" || run_case "$@"; }
 
 # resident NAME: how much of the guest's memory is there, and how much of it is locked, or pinned for a device.
 resident() {

@@ -99,7 +99,15 @@ fn run(options: &Options) -> Result<()> {
     let secs = Duration::from_secs;
     let (is_named, rdma) = (!options.rows.is_empty(), options.rdma);
     let effort = if options.full {
-        Effort { is_full: true, is_named, turns: 5, pauses: 200, limit: secs(15), seconds: 10, rdma }
+        Effort {
+            is_full: true,
+            is_named,
+            turns: 5,
+            pauses: 200,
+            limit: secs(15),
+            seconds: 10,
+            rdma,
+        }
     } else {
         Effort { is_full: false, is_named, turns: 3, pauses: 30, limit: secs(2), seconds: 2, rdma }
     };

@@ -161,10 +161,7 @@ mod tests {
         row.check_medians(OURS, "empty", Bound::AtMost(9.0));
         row.check_medians(OURS, FLOOR, Bound::Open);
         let verdicts: Vec<_> = row.checks.iter().map(|check| check.verdict).collect();
-        assert_eq!(
-            verdicts,
-            [Verdict::Met, Verdict::Missed, Verdict::Unknown, Verdict::Unknown]
-        );
+        assert_eq!(verdicts, [Verdict::Met, Verdict::Missed, Verdict::Unknown, Verdict::Unknown]);
         assert_eq!(row.checks[3].value, Some(1.5));
         assert!(row.not_run("no KVM").columns.is_empty());
     }

@@ -139,7 +139,7 @@ fn ticks(pids: [u32; 2]) -> Result<u64> {
         // A name may hold blanks.
         let (_, fields) = text.rsplit_once(") ").context("a stat without a name")?;
         let times = fields.split_whitespace().skip(11).take(2);
-        total += times.map(|time| Ok(time.parse::<u64>()?)).sum::<Result<u64>>()?;
+        total += times.map(str::parse::<u64>).sum::<Result<u64, _>>()?;
     }
     Ok(total)
 }
@@ -262,7 +262,11 @@ fn rate(effort: &Effort, name: &'static str, vcpus: u32) -> Result<Row> {
             machine.protect()?;
             protected.add(rates(&machine.serial, window)?);
             let info = machine.primary.replication()?;
-            ensure!(info.rdma.is_some() == (*label == OURS), "{label} went by {:?}", info.transport);
+            ensure!(
+                info.rdma.is_some() == (*label == OURS),
+                "{label} went by {:?}",
+                info.transport
+            );
             row.note(format!(
                 "{label}: {} pages an epoch, {} us from seal to acknowledgement",
                 info.dirty_pages.p50, info.commit_latency_us.p50
