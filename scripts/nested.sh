@@ -194,6 +194,7 @@ add_test_programs() {
 add_bench() {
     add_test_programs bench
     add_program "$BED_DIR/root/usr/bin/ib_write_bw"
+    add_program "$BED_DIR/root/usr/bin/ib_send_bw"
 }
 
 add_verbs_check() {

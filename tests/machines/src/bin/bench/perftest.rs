@@ -1,4 +1,4 @@
-//! `ib_write_bw` of the package perftest: what an RDMA device does by itself.
+//! `ib_write_bw` and `ib_send_bw` of the package perftest: what an RDMA device does by itself.
 //!
 //! Enters: the device that a pair used, and this host's address on it. Leaves: MiB a second. Both ends
 //! are processes of this host, as a pair's are.
@@ -12,36 +12,47 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use api::replication::RdmaPath;
 
-const PROGRAM: &str = "ib_write_bw";
 /// As long as a chunk that a data connection writes at once.
 pub const MESSAGE_BYTES: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(20);
 
-/// How a client learns of completions.
+/// What is sent, and how a client learns of completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Completions {
-    /// It asks again and again, which takes a core.
-    Polled,
-    /// It sleeps until the device says so.
-    Awaited,
+pub enum Kind {
+    /// WRITEs; it asks again and again, which takes a core. It has no other way with them.
+    PolledWrites,
+    /// SENDs; both ends sleep until the device has something to say.
+    AwaitedSends,
+}
+
+impl Kind {
+    /// The program, as it is called.
+    #[must_use]
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::PolledWrites => "ib_write_bw",
+            Self::AwaitedSends => "ib_send_bw",
+        }
+    }
 }
 
 /// A process of it, killed when dropped, and what it prints.
 struct End {
+    program: &'static str,
     child: Child,
     said: Option<JoinHandle<String>>,
 }
 
 impl End {
-    fn start(arguments: &[String]) -> Result<Self> {
-        let mut child = Command::new(PROGRAM)
+    fn start(program: &'static str, arguments: &[String]) -> Result<Self> {
+        let mut child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .with_context(|| format!("Cannot start {PROGRAM}: install the package perftest"))?;
+            .with_context(|| format!("Cannot start {program}: install the package perftest"))?;
         let outputs = (child.stdout.take(), child.stderr.take());
         let said = std::thread::spawn(move || {
             let (mut text, mut errors) = (String::new(), String::new());
@@ -50,7 +61,7 @@ impl End {
             let _ = outputs.1.map(|mut output| output.read_to_string(&mut errors));
             text + &errors
         });
-        Ok(Self { child, said: Some(said) })
+        Ok(Self { program, child, said: Some(said) })
     }
 
     /// Its end, and all that it said.
@@ -60,7 +71,7 @@ impl End {
             if let Some(status) = self.child.try_wait()? {
                 break status;
             }
-            ensure!(began.elapsed() < LIMIT, "{PROGRAM} does not end");
+            ensure!(began.elapsed() < LIMIT, "{} does not end", self.program);
             std::thread::sleep(POLL);
         };
         let said = self.said.take().and_then(|said| said.join().ok());
@@ -75,16 +86,12 @@ impl Drop for End {
     }
 }
 
-/// Writes `messages` over one queue pair; MiB a second on average, by the program's own account.
+/// Sends `messages` over one queue pair; MiB a second on average, by the program's own account.
 ///
 /// # Errors
 /// If the program is not there, does not connect, or prints something else.
-pub fn write_rate(
-    path: &RdmaPath,
-    address: IpAddr,
-    messages: u64,
-    completions: Completions,
-) -> Result<f64> {
+pub fn rate(path: &RdmaPath, address: IpAddr, messages: u64, kind: Kind) -> Result<f64> {
+    let program = kind.program();
     let tcp_port = TcpListener::bind((address, 0))?.local_addr()?.port();
     let mut arguments: Vec<String> = ["-d", &path.device, "-F"].map(str::to_owned).to_vec();
     let numbers = [
@@ -98,27 +105,27 @@ pub fn write_rate(
     for (name, number) in numbers {
         arguments.extend([name.to_owned(), number.to_string()]);
     }
-    if completions == Completions::Awaited {
+    if kind == Kind::AwaitedSends {
         arguments.push("-e".to_owned());
     }
-    let mut server = End::start(&arguments)?;
+    let mut server = End::start(program, &arguments)?;
     arguments.push(address.to_string());
     let began = Instant::now();
     // The server says nothing when it listens, and takes whoever connects for its client.
     let said = loop {
-        let mut client = End::start(&arguments)?;
+        let mut client = End::start(program, &arguments)?;
         let (status, said) = client.finish()?;
         if status.success() {
             break said;
         }
         if server.child.try_wait()?.is_some() || began.elapsed() > LIMIT {
             let (_, heard) = server.finish()?;
-            bail!("{PROGRAM} failed ({status}): {said}\nits server: {heard}");
+            bail!("{program} failed ({status}): {said}\nits server: {heard}");
         }
         std::thread::sleep(POLL);
     };
     server.finish()?;
-    average(&said).with_context(|| format!("{PROGRAM} printed no rate:\n{said}"))
+    average(&said).with_context(|| format!("{program} printed no rate:\n{said}"))
 }
 
 /// The fourth number of the only line of numbers: size, messages, peak, average, messages a second.
