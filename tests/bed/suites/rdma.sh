@@ -70,7 +70,8 @@ device_fails() {
         return
     fi
     [ -n "$why" ] || fail "the primary does not say why it is alone"
-    detail "the primary goes on: $why"
+    detail "the primary goes on: $(grep -a "replication-degraded" "$CASE/a.err" | head -n 1 |
+        sed 's/.*replication-degraded: //' | cut -c 1-250)"
 }
 
 link_goes_down() {
