@@ -15,7 +15,7 @@ rows() {
         2>"$CASE/bench.err" || status=$?
     # Without a figure there is nothing to hold against a promise.
     [ "$status" -eq 0 ] || fail "status $status: $(tail -n 3 "$CASE/bench.err")"
-    while read -r line; do note "$line"; done <"$CASE/bench.out"
+    while IFS= read -r line; do note "$line"; done <"$CASE/bench.out"
     ! grep -q "not run" "$CASE/bench.out" || fail "$(grep -m 1 "not run:" "$CASE/bench.out")"
     detail "$(head -n 1 "$CASE/bench.out")"
 }
