@@ -123,18 +123,32 @@ fn measure(effort: &Effort, mut row: Row, vcpus: u32, workload: &str, least: f64
 }
 
 /// Operations of each tick of a window, in millions a second of the guest's clock.
-pub(super) fn rates(serial: &Serial, window: Duration) -> Result<Vec<f64>> {
-    std::thread::sleep(SETTLE);
-    let mark = serial.mark();
-    std::thread::sleep(window);
-    let lines = serial.lines();
-    let points = points(lines.get(mark..).unwrap_or_default());
+fn rates(serial: &Serial, window: Duration) -> Result<Vec<f64>> {
+    let points = window_points(serial, window);
     let pairs = points.windows(2).filter(|pair| pair[1].0 > pair[0].0);
     let rates: Vec<f64> = pairs
         .map(|pair| float(pair[1].1 - pair[0].1) / float(pair[1].0 - pair[0].0) / 1000.0)
         .collect();
     rates.first().context("the guest said nothing")?;
     Ok(rates)
+}
+
+/// The same of a whole window: where a tick is too short for the machine to say much of it.
+pub(super) fn mean_rate(serial: &Serial, window: Duration) -> Result<f64> {
+    mean(&window_points(serial, window)).context("the guest said too little")
+}
+
+fn mean(points: &[(u64, u64)]) -> Option<f64> {
+    let (first, last) = (points.first()?, points.last()?);
+    (last.0 > first.0).then(|| float(last.1 - first.1) / float(last.0 - first.0) / 1000.0)
+}
+
+fn window_points(serial: &Serial, window: Duration) -> Vec<(u64, u64)> {
+    std::thread::sleep(SETTLE);
+    let mark = serial.mark();
+    std::thread::sleep(window);
+    let lines = serial.lines();
+    points(lines.get(mark..).unwrap_or_default())
 }
 
 /// The guest's milliseconds and its operations so far, of each tick that says both.
@@ -172,6 +186,9 @@ mod tests {
             "compute ops=4 total=9 vcpu_avg=9 tick=3",
             "tick 4 tsc_ms 400",
         ];
-        assert_eq!(points(&lines.map(str::to_owned)), [(200, 5), (310, 9)]);
+        let points = points(&lines.map(str::to_owned));
+        assert_eq!(points, [(200, 5), (310, 9)]);
+        assert_eq!(mean(&points), Some(4.0 / 110.0 / 1000.0));
+        assert_eq!((mean(&points[..1]), mean(&[])), (None, None));
     }
 }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use api::replication::RdmaPath;
 use understudy_tests::pair::{Setup, Transport};
 
-use super::rate::rates;
+use super::rate::mean_rate;
 use crate::Effort;
 use crate::bare::Bare;
 use crate::guest::{Spec, wait_filled};
@@ -254,9 +254,9 @@ fn rate(effort: &Effort, name: &'static str, vcpus: u32) -> Result<Row> {
     for _ in 0..2 * effort.turns {
         for (label, machine, bare, protected) in &mut machines {
             machine.primary.put_ok("vm.resume", None)?;
-            bare.add(rates(&machine.serial, window)?);
+            bare.add(vec![mean_rate(&machine.serial, window)?]);
             machine.protect()?;
-            protected.add(rates(&machine.serial, window)?);
+            protected.add(vec![mean_rate(&machine.serial, window)?]);
             let info = machine.primary.replication()?;
             ensure!(
                 info.rdma.is_some() == (*label == OURS),
