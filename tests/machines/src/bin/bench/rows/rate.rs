@@ -21,6 +21,8 @@ const UNIT: &str = "Mops/s";
 const BARE: &str = "bare";
 const TICK_MS: u64 = 100;
 const MEMORY_MIB: u64 = 64;
+/// Ticks of a window of which one rate is made, at least; the first of them may be no whole one.
+const TICKS_MIN: usize = 5;
 const EPOCH: Duration = Duration::from_millis(25);
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// Until first epochs and the end of a sync are over.
@@ -124,7 +126,10 @@ fn measure(effort: &Effort, mut row: Row, vcpus: u32, workload: &str, least: f64
 
 /// Operations of each tick of a window, in millions a second of the guest's clock.
 fn rates(serial: &Serial, window: Duration) -> Result<Vec<f64>> {
-    let points = window_points(serial, window);
+    std::thread::sleep(SETTLE);
+    let mark = serial.mark();
+    std::thread::sleep(window);
+    let points = points_since(serial, mark);
     let pairs = points.windows(2).filter(|pair| pair[1].0 > pair[0].0);
     let rates: Vec<f64> = pairs
         .map(|pair| float(pair[1].1 - pair[0].1) / float(pair[1].0 - pair[0].0) / 1000.0)
@@ -133,9 +138,14 @@ fn rates(serial: &Serial, window: Duration) -> Result<Vec<f64>> {
     Ok(rates)
 }
 
-/// The same of a whole window: where a tick is too short for the machine to say much of it.
+/// The same of a whole window: where a tick is too short for the machine to say much of it. Longer than
+/// `window`, until the guest has said enough.
 pub(super) fn mean_rate(serial: &Serial, window: Duration) -> Result<f64> {
-    mean(&window_points(serial, window)).context("the guest said too little")
+    std::thread::sleep(SETTLE);
+    let mark = serial.mark();
+    std::thread::sleep(window);
+    serial.wait_after(mark, "compute ops=", TICKS_MIN, START_LIMIT)?;
+    mean(&points_since(serial, mark)).context("the guest said too little")
 }
 
 fn mean(points: &[(u64, u64)]) -> Option<f64> {
@@ -143,10 +153,7 @@ fn mean(points: &[(u64, u64)]) -> Option<f64> {
     (last.0 > first.0).then(|| float(last.1 - first.1) / float(last.0 - first.0) / 1000.0)
 }
 
-fn window_points(serial: &Serial, window: Duration) -> Vec<(u64, u64)> {
-    std::thread::sleep(SETTLE);
-    let mark = serial.mark();
-    std::thread::sleep(window);
+fn points_since(serial: &Serial, mark: usize) -> Vec<(u64, u64)> {
     let lines = serial.lines();
     points(lines.get(mark..).unwrap_or_default())
 }
