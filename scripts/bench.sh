@@ -6,7 +6,7 @@ set -euo pipefail
 
 usage() {
     cat <<'TXT'
-Usage: scripts/bench.sh [--quick | --full] [--rows NAME,...] [--out DIR]
+Usage: scripts/bench.sh [--quick | --full] [--rows NAME,...] [--rdma ADDRESS] [--out DIR]
 
 Measures what docs/SPECIFICATION.md promises under "Performance". Every figure stands beside a floor
 or a baseline that was measured in the same run, by turns; docs/benchmark.md says what exactly each
@@ -15,6 +15,8 @@ row measures. A promise that is not kept is a row that says MISSED, not a failur
   --quick           in about five minutes (default)
   --full            more and longer turns, 16 GiB, the slow link; half an hour
   --rows NAME,...   only these rows; a name that there is not lists them all
+  --rdma ADDRESS    this host's address on an RDMA device: the rows rdma-*, too, which are left out
+                    without it (in the nested bed: scripts/nested.sh rdma-bench)
   --out DIR         where bench.json and the pictures go (default target/bench)
   --help            this text
 

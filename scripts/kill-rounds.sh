@@ -30,6 +30,8 @@ if every round passed.
   --epoch-ms N      longest epoch (default 25)
   --transport T     tcp (default), unix, or rdma:ADDRESS, this host's address on an RDMA device;
                     with --workload verify
+  --timeout-ms N    silence after which a side suspects the other (default: the product's), and how
+                    long an RDMA device may take; with --workload verify
   --seed N          repeats a run's random moments (printed by each run)
   --keep DIR        keeps the logs of failed rounds there
   --help            this text

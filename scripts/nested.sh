@@ -24,7 +24,8 @@ $(for file in "$BED"/suites/*.sh; do
 
 Options:
   --binaries DIR    use cloud-hypervisor, ch-remote and (suite redis) redis-writer, (suite verbs)
-                    examples/verbs_check of DIR (default: build in release mode)
+                    examples/verbs_check, (suites rdma, rdma-bench) kill-rounds, check-equality and
+                    bench of DIR (default: build in release mode)
   --kvm-tests PATH  test programs for the suite "kvm": a folder of them, or a file that lists them
                     as PROGRAM<tab>WORKING-FOLDER; see docs/nested-bed.md. Adds "kvm" to the suites
   --set NAME=VALUE  a setting of a suite (LINUX_ROUNDS=2, say); they stand at the top of its file
@@ -91,7 +92,7 @@ build_binaries() {
     log "Building the release binaries"
     local packages=(-p cloud-hypervisor)
     ! wanted redis || packages+=(-p redis-writer)
-    ! wanted rdma || packages+=(-p understudy-tests)
+    ! { wanted rdma || wanted rdma-bench; } || packages+=(-p understudy-tests)
     quietly "cargo build --release ${packages[*]}" "$SCRATCH/cargo.log" \
         cargo build --release "${packages[@]}" --manifest-path "$ROOT/Cargo.toml"
     ! wanted verbs || quietly "cargo build --release -p rdma" "$SCRATCH/cargo.log" \
@@ -175,17 +176,25 @@ fill_share() {
     [ -z "$KVM_TESTS" ] || list_kvm_tests
     ! wanted redis || add_redis_tools
     ! wanted verbs || add_verbs_check
-    ! wanted rdma || add_test_programs
+    ! wanted rdma || add_test_programs kill-rounds check-equality
+    ! wanted rdma-bench || add_bench
 }
 
-# The test guest and the programs that judge it.
+# add_test_programs NAME...: the test guest, and the programs that run it and judge.
 add_test_programs() {
     local program
     [ -f "$SHARE/understudy-guest" ] || die "There is no test guest in $ROOT/target/guest: build the workspace"
-    for program in kill-rounds check-equality; do
+    for program in "$@"; do
         [ -x "$BINARIES/$program" ] || die "There is no $program in $BINARIES"
         add_program "$BINARIES/$program"
     done
+}
+
+# The benchmark, and what it holds RDMA against.
+add_bench() {
+    add_test_programs bench
+    add_program "$BED_DIR/root/usr/bin/ib_write_bw"
+    add_program "$BED_DIR/root/usr/bin/ib_send_bw"
 }
 
 add_verbs_check() {

@@ -4,7 +4,7 @@
 # What enters: the system's own APT configuration (for the mirror, the proxy, the keyring).
 # What leaves: one line on file descriptor 9, the folder that holds
 #     qemu/              QEMU, its libraries (the C library, too) and its firmware (unpacked)
-#     root/              busybox, iproute2, e2fsprogs, the RDMA userland (unpacked)
+#     root/              busybox, iproute2, e2fsprogs, the RDMA userland, perftest (unpacked)
 #     l1/vmlinux l1.img  the full Debian kernel and the initramfs of L1
 #     l2/vmlinux l2/bzImage l2.img   the Debian cloud kernel and the initramfs of L2
 #     l2/redis.img       the same with Redis, its libraries (the C library, too) and ext4
@@ -22,7 +22,7 @@ KERNEL_SERIES='6\.12'
 QEMU_RELEASE=trixie
 # Versions of the closure come from the archive's resolver, started on an empty system.
 FROM_QEMU_BACKPORTS=(qemu-system-x86 seabios ipxe-qemu)
-FROM_RELEASE=(busybox-static iproute2 e2fsprogs ibverbs-providers librdmacm1)
+FROM_RELEASE=(busybox-static iproute2 e2fsprogs ibverbs-providers librdmacm1 perftest)
 FROM_RELEASE_FOR_L2=(redis-server)
 L1_MODULES=kvm-amd,rdma_rxe,rdma_ucm,ib_uverbs,crc32_generic,tun,veth,dummy,bridge
 L1_MODULES+=,9p,9pnet_virtio,virtio_pci,virtio_net,virtio_console

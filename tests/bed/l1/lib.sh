@@ -54,6 +54,20 @@ run_case() {
     rm -rf "$CASE"
 }
 
+# chosen NAME PATTERNS: whether one of the patterns, with blanks between them, is NAME's.
+chosen() {
+    local name=$1 pattern found=1
+    # A pattern is none of file names.
+    set -f
+    for pattern in $2; do
+        case $name in
+            $pattern) found=0 ;;
+        esac
+    done
+    set +f
+    return $found
+}
+
 failed() {
     local name=$1 file
     shift

@@ -14,6 +14,8 @@ listens() { grep -qi "^ *[0-9]*: [0-9A-F]*:$(printf %04x "$1") 0*:0000 0A" /proc
 
 pair() { # VCPUS
     mkdir "$CASE/arbiter"
+    replicate="destination_url=$LINUX_URL,arbiter=file:$CASE/arbiter,$(
+        )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=$LINUX_TIMEOUT_MS${PAIR_OPTIONS:-}"
     start b "$VMM" --api-socket "path=$CASE/b.sock" \
         --receive-replica "receiver_url=${LINUX_URL_BACKUP:-$LINUX_URL},arbiter=file:$CASE/arbiter$(
         )${PAIR_OPTIONS_BACKUP:-}" \
@@ -24,8 +26,7 @@ pair() { # VCPUS
         --cmdline "$L2_CMDLINE bed.count=$LINUX_COUNTS bed.pause=$LINUX_PAUSE" \
         --cpus "boot=$1" --memory size=256M --serial "file=$CASE/a.serial" --console off \
         ${PAIR_MORE:-} \
-        --replicate "destination_url=$LINUX_URL,arbiter=file:$CASE/arbiter,$(
-        )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=$LINUX_TIMEOUT_MS${PAIR_OPTIONS:-}"
+        --replicate "$replicate"
 }
 
 survives() { # VCPUS
@@ -33,11 +34,14 @@ survives() { # VCPUS
     wait_state a Protected 300
     wait_serial a "^L2 READY cpus $1 " "$L2_READY_S"
     wait_serial a "^count " 120
+    ${LINUX_READY:-true}
     local pause_ms
     pause_ms=$(random 500 6000)
     usleep $((pause_ms * 1000))
     still_up b
     ended a && fail "the guest ended before the kill: raise LINUX_COUNTS"
+    # One who is not has no backup that could go on.
+    in_state a Protected || fail "the primary is $(replication a state) before the kill: $(replication a last_error)"
     local committed
     committed=$(replication a epoch_committed)
     [ "${committed:-0}" -gt 0 ] || fail "nothing was committed before the kill"

@@ -1,6 +1,7 @@
-# Redis on ext4 keeps its connection and every acknowledged key when its primary is killed.
+# Redis on ext4 keeps its connection and every acknowledged key when its primary is killed, by TCP or RDMA.
 
 REDIS_ROUNDS=${REDIS_ROUNDS:-5}
+TRANSPORT=${TRANSPORT:-tcp}  # or rdma: epochs over Soft-RoCE
 REDIS_KEYS=${REDIS_KEYS:-40} # acknowledged under protection before the kill, and after it, at least
 REDIS_EPOCH_MS=${REDIS_EPOCH_MS:-100}
 REDIS_TIMEOUT_MS=${REDIS_TIMEOUT_MS:-10000} # a process that dies is noticed at once all the same
@@ -12,6 +13,10 @@ GUEST_IP=10.99.0.2
 GUEST_MAC=52:54:00:12:34:56
 # The suite linux's helpers, without its cases.
 LINUX_ROUNDS=0 LINUX_VCPUS=''
+if [ "$TRANSPORT" = rdma ]; then
+    LINUX_URL=rdma:10.77.0.1:7000
+    . /h/l1/rxe.sh
+fi
 . /h/suites/linux.sh
 
 # Each VMM has a tap of its own, and both are on a bridge with an address of L1.
@@ -68,11 +73,12 @@ wait_protected() {
 redis_survives() {
     network
     images
+    [ "$TRANSPORT" != rdma ] || rxe
     L2_CMDLINE="$L2_CMDLINE bed.ip=$GUEST_IP/24 bed.redis=1"
     LINUX_COUNTS=0 LINUX_PAUSE=2 LINUX_EPOCH_MS=$REDIS_EPOCH_MS LINUX_TIMEOUT_MS=$REDIS_TIMEOUT_MS
     PAIR_INITRAMFS=/bed/l2/redis.img
-    PAIR_MORE="--disk path=$CASE/a.img --net tap=tapa,mac=$GUEST_MAC"
-    PAIR_MORE_BACKUP="--disk path=$CASE/b.img --net tap=tapb"
+    PAIR_MORE="-v --disk path=$CASE/a.img --net tap=tapa,mac=$GUEST_MAC"
+    PAIR_MORE_BACKUP="-v --disk path=$CASE/b.img --net tap=tapb"
     pair 2
     wait_serial a "^redis mounted" "$REDIS_BOOT_S"
     : >"$CASE/acknowledged"
@@ -97,9 +103,21 @@ redis_survives() {
         fail "over a new connection: $(cat "$CASE/check.err")"
     orderly_end
     image_holds_all "$CASE/b.img"
-    detail "$before keys before the kill, $(($(acknowledged) - before)) after;" \
+    went_by_transport
+    detail "by $TRANSPORT; $before keys before the kill, $(($(acknowledged) - before)) after;" \
         "$(cat "$CASE/writer.out"); $(cat "$CASE/check.out" "$CASE/aof.out" | tr '\n' ',')" \
         "the backup's ext4 is clean"
+}
+
+# Nothing stood in for what was asked for.
+went_by_transport() {
+    local name
+    for name in a b; do
+        case $TRANSPORT in
+            rdma) grep -qa "by RDMA: device rxe_verbs" "$CASE/$name.err" ;;
+            *) ! grep -qa "by RDMA" "$CASE/$name.err" ;;
+        esac || fail "$name did not go by $TRANSPORT"
+    done
 }
 
 # Redis ends by a command, the guest after it, and the backup's VMM after the guest.

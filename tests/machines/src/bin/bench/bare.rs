@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use api::replication::{ReplicateData, ReplicationInfo, ReplicationState};
 use understudy_tests::interrupt::Folder;
-use understudy_tests::pair::{Setup, free_port, start_backup, start_primary};
+use understudy_tests::pair::{Setup, start_backup, start_primary};
 use understudy_tests::process::Vmm;
 use understudy_tests::serial::Serial;
 
@@ -26,7 +26,7 @@ impl Bare {
     pub fn start(mut setup: Setup) -> Result<Self> {
         setup.arbiter = false;
         let folder = Folder::new()?;
-        let url = format!("tcp:127.0.0.1:{}", free_port()?);
+        let url = setup.transport.url(folder.path())?;
         let backup = start_backup(folder.path(), "backup", &url, &setup)?;
         let primary = start_primary(folder.path(), "primary", None, &setup)?;
         let socket: PathBuf = folder.path().join("primary.serial");

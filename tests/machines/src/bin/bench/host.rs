@@ -64,7 +64,8 @@ impl Busy {
         Self { all: sum(head, 1, 3) + sum(head, 6, 3), ours: sum(own, 11, 4) }
     }
 
-    /// Seconds that others took since an earlier moment.
+    /// Seconds that others took since an earlier moment. A child of this process is one of them until
+    /// it was waited for.
     #[must_use]
     pub fn others_since(self, before: Self) -> f64 {
         ((self.all - before.all) - (self.ours - before.ours)).max(0.0)

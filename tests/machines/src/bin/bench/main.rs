@@ -4,6 +4,7 @@ mod bare;
 mod floor;
 mod guest;
 mod host;
+mod perftest;
 mod picture;
 mod row;
 mod rows;
@@ -12,6 +13,7 @@ mod stream;
 mod table;
 mod turns;
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -36,6 +38,9 @@ struct Options {
     /// Only these rows, separated by commas.
     #[arg(long, value_delimiter = ',')]
     rows: Vec<String>,
+    /// This host's address on an RDMA device, for the rows rdma-*, which are left out without it.
+    #[arg(long, value_name = "ADDRESS")]
+    rdma: Option<IpAddr>,
     /// Where bench.json and the pictures go.
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -56,6 +61,8 @@ pub struct Effort {
     pub limit: Duration,
     /// Seconds of a turn of what is measured over time.
     pub seconds: u64,
+    /// This host's address on an RDMA device.
+    pub rdma: Option<IpAddr>,
 }
 
 #[derive(Serialize)]
@@ -90,16 +97,26 @@ fn run(options: &Options) -> Result<()> {
         host.cores, host.memory_mib, host.available_mib, host.kernel, host.kvm, host.cpu
     );
     let secs = Duration::from_secs;
-    let is_named = !options.rows.is_empty();
+    let (is_named, rdma) = (!options.rows.is_empty(), options.rdma);
     let effort = if options.full {
-        Effort { is_full: true, is_named, turns: 5, pauses: 200, limit: secs(15), seconds: 10 }
+        Effort {
+            is_full: true,
+            is_named,
+            turns: 5,
+            pauses: 200,
+            limit: secs(15),
+            seconds: 10,
+            rdma,
+        }
     } else {
-        Effort { is_full: false, is_named, turns: 3, pauses: 30, limit: secs(2), seconds: 2 }
+        Effort { is_full: false, is_named, turns: 3, pauses: 30, limit: secs(2), seconds: 2, rdma }
     };
     let start = Instant::now();
     let mut done = Vec::new();
     for (name, measure) in rows::ALL {
-        if !options.rows.is_empty() && !options.rows.iter().any(|wanted| wanted == name) {
+        let is_left_out = name.starts_with("rdma-") && rdma.is_none();
+        let is_wanted = options.rows.iter().any(|wanted| wanted == name);
+        if is_named && !is_wanted || !is_named && is_left_out {
             continue;
         }
         let (began, before) = (Instant::now(), Busy::now());

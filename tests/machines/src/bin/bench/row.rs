@@ -16,6 +16,8 @@ pub const OURS: &str = "ours";
 pub enum Bound {
     AtMost(f64),
     AtLeast(f64),
+    /// Nothing is promised: the figure is for the reader.
+    Open,
 }
 
 /// Whether a promise is kept.
@@ -133,9 +135,10 @@ impl Row {
     }
 
     pub fn check(&mut self, what: impl Into<String>, value: Option<f64>, bound: Bound) {
-        let is_met = value.map(|value| match bound {
-            Bound::AtMost(most) => value <= most,
-            Bound::AtLeast(least) => value >= least,
+        let is_met = value.and_then(|value| match bound {
+            Bound::AtMost(most) => Some(value <= most),
+            Bound::AtLeast(least) => Some(value >= least),
+            Bound::Open => None,
         });
         let verdict = match is_met {
             Some(true) => Verdict::Met,
@@ -183,8 +186,10 @@ mod tests {
         row.check_medians(OURS, FLOOR, Bound::AtMost(1.5));
         row.check_medians(OURS, FLOOR, Bound::AtLeast(1.6));
         row.check_medians(OURS, "empty", Bound::AtMost(9.0));
+        row.check_medians(OURS, FLOOR, Bound::Open);
         let verdicts: Vec<_> = row.checks.iter().map(|check| check.verdict).collect();
-        assert_eq!(verdicts, [Verdict::Met, Verdict::Missed, Verdict::Unknown]);
+        assert_eq!(verdicts, [Verdict::Met, Verdict::Missed, Verdict::Unknown, Verdict::Unknown]);
+        assert_eq!(row.checks[3].value, Some(1.5));
         assert!(row.not_run("no KVM").columns.is_empty());
     }
 }

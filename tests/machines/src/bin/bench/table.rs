@@ -44,10 +44,12 @@ fn lines_of(row: &Row) -> Vec<[String; HEAD.len()]> {
         let promise = match check.bound {
             Bound::AtMost(most) => format!("<= {}", figure(most)),
             Bound::AtLeast(least) => format!(">= {}", figure(least)),
+            Bound::Open => "none".into(),
         };
         let verdict = match check.verdict {
             Verdict::Met => "met",
             Verdict::Missed => "MISSED",
+            Verdict::Unknown if matches!(check.bound, Bound::Open) => "-",
             Verdict::Unknown => "unknown",
         };
         let value = check.value.map_or("-".into(), figure);

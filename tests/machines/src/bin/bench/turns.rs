@@ -1,11 +1,11 @@
-//! Turns of a real pair: two VMM processes, TCP over the loopback.
+//! Turns of a real pair: two VMM processes on this host.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use api::replication::{Cow, PauseSteps, ReplicationState};
 use understudy_tests::interrupt::Folder;
-use understudy_tests::pair::Pair;
+use understudy_tests::pair::{Pair, Setup};
 
 use crate::guest::Spec;
 use crate::row::Step;
@@ -41,12 +41,17 @@ impl Protected {
     /// Starts a pair and waits until it is protected; its guest stands until the first turn.
     /// Without a `cow`: as it is delivered.
     pub fn start(spec: &Spec, cow: Option<Cow>) -> Result<Self> {
-        let folder = Folder::new()?;
         let mut setup = spec.setup();
         if let Some(cow) = cow {
             setup.replicate_options.push_str(&format!(",cow={}", name(cow)));
         }
-        let mut pair = Pair::start(folder.path(), &setup)?;
+        Self::start_as(spec, &setup)
+    }
+
+    /// The same with a setup that was made for the guest.
+    pub fn start_as(spec: &Spec, setup: &Setup) -> Result<Self> {
+        let folder = Folder::new()?;
+        let mut pair = Pair::start(folder.path(), setup)?;
         spec.wait_filled(&pair.primary_serial)?;
         let protected = pair.wait_protected(LIMIT);
         protected.with_context(|| format!("The backup says:\n{}", pair.backup.log()))?;

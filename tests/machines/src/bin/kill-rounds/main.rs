@@ -38,6 +38,10 @@ struct Options {
     /// verify.
     #[arg(long, default_value = "tcp")]
     transport: Transport,
+    /// After how much silence a side suspects the other, in milliseconds, and how long an RDMA device may
+    /// take: a process that is killed is noticed at once. With --workload verify.
+    #[arg(long)]
+    timeout_ms: Option<u64>,
     /// Keep the logs of a failed round here.
     #[arg(long)]
     keep: Option<PathBuf>,
@@ -126,7 +130,8 @@ fn run(options: &Options) -> Result<bool> {
         }
         Workload::Kv => {
             let is_tcp = options.transport == Transport::Tcp;
-            ensure!(is_tcp, "--transport is for --workload verify");
+            let are_others = is_tcp && options.timeout_ms.is_none();
+            ensure!(are_others, "--transport and --timeout-ms are for --workload verify");
             let is_blind = options.without_gate && options.kill == Kill::Backup;
             ensure!(!is_blind, "--without-gate: a primary that goes on takes nothing back");
             kv::run(options, seed)

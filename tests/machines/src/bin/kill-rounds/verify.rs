@@ -18,6 +18,11 @@ pub fn run(options: &Options, seed: u64) -> Result<bool> {
     let mut setup = Setup::verify(options.vcpus, &options.memory);
     setup.transport = options.transport;
     setup.replicate_options = format!(",epoch_ms={}", options.epoch_ms);
+    if let Some(timeout_ms) = options.timeout_ms {
+        for given in [&mut setup.replicate_options, &mut setup.receive_options] {
+            given.push_str(&format!(",timeout_ms={timeout_ms}"));
+        }
+    }
     let mut outcomes = Vec::new();
     let mut failed = 0;
     for number in 1..=options.rounds {

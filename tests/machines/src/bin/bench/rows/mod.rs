@@ -3,6 +3,7 @@
 mod idle;
 mod pause;
 mod rate;
+mod rdma;
 mod sync;
 mod takeover;
 mod wire;
@@ -33,4 +34,10 @@ pub const ALL: &[Entry] = &[
     ("takeover-silence", takeover::silence),
     ("wire-64-bytes", wire::delta),
     ("idle", idle::idle),
+    ("rdma-sync", rdma::sync),
+    ("rdma-cpu", rdma::cpu),
+    ("rdma-commit", rdma::commit),
+    ("rdma-rate-1", rdma::rate_1),
+    ("rdma-rate-2", rdma::rate_2),
+    ("rdma-rate-4", rdma::rate_4),
 ];

@@ -25,6 +25,8 @@ const EPOCH_MS: u64 = 25;
 const EPOCH: Duration = Duration::from_millis(EPOCH_MS);
 /// Epochs that do not stretch, whatever the guest does.
 const FIXED: &str = "25 ms";
+/// Ticks of a window of which one rate is made, at least; the first of them may be no whole one.
+const TICKS_MIN: usize = 5;
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// Until first epochs and the end of a sync are over.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -135,14 +137,33 @@ fn rates(serial: &Serial, window: Duration) -> Result<Vec<f64>> {
     std::thread::sleep(SETTLE);
     let mark = serial.mark();
     std::thread::sleep(window);
-    let lines = serial.lines();
-    let points = points(lines.get(mark..).unwrap_or_default());
+    let points = points_since(serial, mark);
     let pairs = points.windows(2).filter(|pair| pair[1].0 > pair[0].0);
     let rates: Vec<f64> = pairs
         .map(|pair| float(pair[1].1 - pair[0].1) / float(pair[1].0 - pair[0].0) / 1000.0)
         .collect();
     rates.first().context("the guest said nothing")?;
     Ok(rates)
+}
+
+/// The same of a whole window: where a tick is too short for the machine to say much of it. Longer than
+/// `window`, until the guest has said enough.
+pub(super) fn mean_rate(serial: &Serial, window: Duration) -> Result<f64> {
+    std::thread::sleep(SETTLE);
+    let mark = serial.mark();
+    std::thread::sleep(window);
+    serial.wait_after(mark, "compute ops=", TICKS_MIN, START_LIMIT)?;
+    mean(&points_since(serial, mark)).context("the guest said too little")
+}
+
+fn mean(points: &[(u64, u64)]) -> Option<f64> {
+    let (first, last) = (points.first()?, points.last()?);
+    (last.0 > first.0).then(|| float(last.1 - first.1) / float(last.0 - first.0) / 1000.0)
+}
+
+fn points_since(serial: &Serial, mark: usize) -> Vec<(u64, u64)> {
+    let lines = serial.lines();
+    points(lines.get(mark..).unwrap_or_default())
 }
 
 /// The guest's milliseconds and its operations so far, of each tick that says both.
@@ -180,6 +201,9 @@ mod tests {
             "compute ops=4 total=9 vcpu_avg=9 tick=3",
             "tick 4 tsc_ms 400",
         ];
-        assert_eq!(points(&lines.map(str::to_owned)), [(200, 5), (310, 9)]);
+        let points = points(&lines.map(str::to_owned));
+        assert_eq!(points, [(200, 5), (310, 9)]);
+        assert_eq!(mean(&points), Some(4.0 / 110.0 / 1000.0));
+        assert_eq!((mean(&points[..1]), mean(&[])), (None, None));
     }
 }
