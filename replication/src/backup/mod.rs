@@ -5,6 +5,7 @@
 //!  repl-backup    owns the replica and the state machine; acknowledges, applies, takes over
 //!  repl-recv-N    pages of one data connection, staged; those of a copy into the image
 //!  repl-verbs     with RDMA: asks the device at set-up, and ends
+//!  repl-open      registers the image, for a copy straight into it; repl-shut gives it back
 //!  repl-recv-disk first copies and changes of the disks, staged
 //!  repl-image     applies what is committed to the disks' images, in order
 //!  repl-ctl       what the primary says
@@ -14,7 +15,8 @@
 //! ```
 //!
 //! Always holds: the image is written by an epoch only when that epoch is whole, checked and
-//! acknowledged; the same thread applies, and starts the VM, so a take-over finds it whole. For the
+//! acknowledged; the primary's device may write it in a copy only, which nobody could start, and nothing is
+//! acknowledged before that is over; the same thread applies, and starts the VM, so a take-over finds it whole. For the
 //! images of disks, which may take their time, it waits before it claims the VM.
 
 mod accept;
@@ -24,6 +26,7 @@ mod disks;
 mod engine;
 mod receive;
 mod staging;
+mod suspects;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};

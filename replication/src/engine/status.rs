@@ -32,6 +32,8 @@ pub(crate) struct Counters {
     pub(crate) raw_bytes: AtomicU64,
     /// Of pages that a device reads in guest memory.
     pub(crate) from_memory_bytes: AtomicU64,
+    /// Of a backup's image, registered for the primary's WRITEs and given back, in all.
+    pub(crate) opened_bytes: AtomicU64,
     /// What the disks' images of a backup have taken.
     pub(crate) images: Done,
     /// Pages of the first copy that are through.
@@ -47,7 +49,9 @@ pub(crate) struct Counters {
 impl Counters {
     /// What a backup says it has done: it grows with whatever it does.
     pub(crate) fn done(&self) -> u64 {
-        self.wire_bytes.load(Ordering::Relaxed).wrapping_add(self.images.count())
+        let bytes =
+            [&self.wire_bytes, &self.opened_bytes].map(|bytes| bytes.load(Ordering::Relaxed));
+        bytes.into_iter().fold(self.images.count(), u64::wrapping_add)
     }
 
     /// Share of the first pass that is through; whole only once the engine says so.

@@ -29,9 +29,11 @@ use crate::observer::{Event as Told, Observer};
 use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing};
 use crate::protocol::ownership::{self, Claim};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Report, State};
+use crate::protocol::window::Approach;
 use crate::ram::PageSet;
 use crate::transport::rdma;
 use crate::wire::{Message, Offer, SessionId, WireError};
+use straight::Copying;
 
 /// Passes of a copy after which the rest goes into the first epoch, however large.
 const PASSES_MAX: u32 = 8;
@@ -76,6 +78,8 @@ pub(super) enum Input {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
     Nothing,
+    /// Memory is registered, on both sides, so that a copy can go straight into the backup's.
+    Opening,
     /// A pass of a copy is under way.
     Copying {
         pass: u32,
@@ -83,6 +87,10 @@ enum Work {
     },
     /// Memory is copied; the disks are not yet, or the memory is not registered.
     AwaitingRest,
+    /// The backup is told the checksums of what went straight.
+    Checking,
+    /// It makes its memory its own again.
+    Shutting,
     /// Paired, and the blocks that were written meanwhile are copied.
     Settling,
     /// Changes of disks are logged, and the last blocks are sent.
@@ -150,6 +158,11 @@ pub(super) struct Engine<'g, G: Guest> {
     lender: Option<rdma::Lender>,
     lent: Option<Arc<rdma::Lent>>,
     lending: bool,
+    /// The writing of the backup's memory, what of the copy goes so, and until when the backup is to
+    /// answer.
+    approach: Approach,
+    straight: Option<Copying>,
+    window_due: Option<Instant>,
     log_bytes_max: u64,
     heard: Heard,
     /// What the backup says it has done.
@@ -259,6 +272,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             lent: lender.as_ref().map(rdma::Lender::lent),
             lender,
             lending: false,
+            approach: Approach::default(),
+            straight: None,
+            window_due: None,
             log_bytes_max,
             machine: match again {
                 true => Primary::again(asker.exists(), generation),
@@ -384,6 +400,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             None => Instant::now() + Duration::from_secs(3600),
         };
         next = next.min(self.retry_at.unwrap_or(next));
+        next = next.min(self.window_due.unwrap_or(next));
         next = next.min(self.data_lost.as_ref().map_or(next, |(_, until)| *until));
         if self.awaits_peer() {
             next = next.min(self.patience.deadline());
@@ -525,6 +542,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             }
             Message::ResyncReady => self.step(Event::ResyncReady),
             Message::StopDone => {}
+            Message::WindowOpen { number, grants } => self.window_opened(number, &grants),
+            Message::WindowNone { number, reason } => self.window_refused(number, &reason),
+            Message::WindowClosed(number) => self.window_closed(number),
             Message::HandedOver(generation) => self.step(Event::HandedOver(generation)),
             other => {
                 let found = other.kind();
@@ -574,6 +594,9 @@ impl<'g, G: Guest> Engine<'g, G> {
         }
         if let Some(reason) = self.is_given_up() {
             self.step(Event::PeerLost(reason));
+        }
+        if self.window_due.take_if(|due| *due <= now).is_some() {
+            self.window_late();
         }
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
@@ -705,3 +728,4 @@ fn journal(disks: &Arc<dyn Disks>, on_full: Waker) -> Arc<Journal> {
 mod actions;
 mod epochs;
 mod lending;
+mod straight;

@@ -25,6 +25,7 @@ mod rest;
 mod seal;
 mod send;
 mod session;
+mod sums;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;

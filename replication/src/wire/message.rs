@@ -15,6 +15,9 @@ pub const ABORT_BYTES_MAX: usize = 4096;
 pub const RETURN_BYTES_MAX: usize = 16 << 10;
 /// Most memory regions of a VM.
 pub const REGIONS_MAX: usize = 4096;
+/// Most pieces of memory that a backup opens: 1024, and one more for each region.
+pub const GRANTS_MAX: usize = 1024 + REGIONS_MAX;
+pub(super) const GRANT_BYTES: usize = 20;
 pub(super) const DESCRIPTION_SLACK_BYTES: usize =
     128 + RETURN_BYTES_MAX + REGIONS_MAX * 16 + DISKS_MAX * 8;
 pub(super) const SEAL_SLACK_BYTES: usize = 64 + CONNECTIONS_MAX as usize * 8;
@@ -98,6 +101,15 @@ pub struct Welcome {
     pub has_base: bool,
 }
 
+/// A piece of the backup's memory that the primary's device may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    pub pages: u64,
+    /// In the backup's process.
+    pub address: u64,
+    pub key: u32,
+}
+
 /// What one data connection carried of an epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConnectionPart {
@@ -162,6 +174,22 @@ pub enum Message {
     StopDone,
     /// The backup owns the VM since this generation and runs it.
     HandedOver(Generation),
+    /// The primary wants to write a copy straight into the backup's memory; numbered from 1 on.
+    WindowAsk(u64),
+    /// The backup has opened its memory for the copy of this number: all of it, in the order of its pages.
+    WindowOpen {
+        number: u64,
+        grants: Vec<Grant>,
+    },
+    /// It has not, and does not: why.
+    WindowNone {
+        number: u64,
+        reason: String,
+    },
+    /// The primary has written what it writes so, all of which has arrived.
+    WindowEnd(u64),
+    /// The backup's memory is its own again.
+    WindowClosed(u64),
 }
 
 impl Message {
@@ -184,6 +212,11 @@ impl Message {
             Self::Stop => Kind::Stop,
             Self::StopDone => Kind::StopDone,
             Self::HandedOver(_) => Kind::HandedOver,
+            Self::WindowAsk(_) => Kind::WindowAsk,
+            Self::WindowOpen { .. } => Kind::WindowOpen,
+            Self::WindowNone { .. } => Kind::WindowNone,
+            Self::WindowEnd(_) => Kind::WindowEnd,
+            Self::WindowClosed(_) => Kind::WindowClosed,
         }
     }
 
@@ -274,7 +307,23 @@ impl Message {
             Self::Paired(generation) | Self::HandedOver(generation) => {
                 out.extend(generation.0.to_le_bytes());
             }
-            Self::Progress(bytes) => out.extend(bytes.to_le_bytes()),
+            Self::Progress(number)
+            | Self::WindowAsk(number)
+            | Self::WindowEnd(number)
+            | Self::WindowClosed(number) => out.extend(number.to_le_bytes()),
+            Self::WindowOpen { number, grants } => {
+                out.extend(number.to_le_bytes());
+                out.extend((grants.len() as u64).to_le_bytes());
+                for grant in grants {
+                    out.extend(grant.pages.to_le_bytes());
+                    out.extend(grant.address.to_le_bytes());
+                    out.extend(grant.key.to_le_bytes());
+                }
+            }
+            Self::WindowNone { number, reason } => {
+                out.extend(number.to_le_bytes());
+                tail = cut(reason).as_bytes();
+            }
             Self::Seal(seal) => {
                 out.extend(seal.epoch.0.to_le_bytes());
                 out.extend(seal.generation.0.to_le_bytes());
@@ -329,7 +378,14 @@ impl Message {
             Kind::Progress => Self::Progress(from.u64()?),
             Kind::Stop => Self::Stop,
             Kind::StopDone => Self::StopDone,
-            Kind::Pages | Kind::End | Kind::Change | Kind::Verbs => {
+            Kind::WindowAsk => Self::WindowAsk(from.u64()?),
+            Kind::WindowOpen => {
+                Self::WindowOpen { number: from.u64()?, grants: decode_grants(&mut from)? }
+            }
+            Kind::WindowNone => Self::WindowNone { number: from.u64()?, reason: from.text() },
+            Kind::WindowEnd => Self::WindowEnd(from.u64()?),
+            Kind::WindowClosed => Self::WindowClosed(from.u64()?),
+            Kind::Pages | Kind::End | Kind::Change | Kind::Verbs | Kind::Sums => {
                 return Err(WireError::Unexpected { found: kind, expected: "a control message" });
             }
         };
@@ -399,6 +455,15 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
         way_back,
         description,
     })
+}
+
+fn decode_grants(from: &mut Fields<'_>) -> Result<Vec<Grant>, WireError> {
+    let count = from.count(GRANTS_MAX)?;
+    let mut grants = Vec::with_capacity(count);
+    for _ in 0..count {
+        grants.push(Grant { pages: from.u64()?, address: from.u64()?, key: from.u32()? });
+    }
+    Ok(grants)
 }
 
 fn decode_base(from: &mut Fields<'_>) -> Result<Base, WireError> {

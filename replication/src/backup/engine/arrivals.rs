@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use api::replication::ReplicateData;
 
-use super::{Base, Built, Engine, Input, Session};
+use super::{Base, Built, Engine, Input, Opening, Session};
 use crate::backup::accept::Arrival;
 use crate::backup::commit::Gather;
 use crate::backup::disks::{DiskConnection, DiskDelivery, Images};
@@ -185,6 +185,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             disks: None,
             bell: None,
             shared: self.share(ram, heard, timeout),
+            opening: Opening::default(),
             gather: Gather::new(connections, !offer.disks.is_empty()),
             timeout,
             last_word: false,

@@ -18,8 +18,9 @@ use thiserror::Error;
 
 use super::aside::{aside, drop_aside};
 use super::flight::Flight;
-use super::lent::{LendError, Lent};
+use super::lent::Lent;
 use super::opening::Opening;
+use super::pieces::LendError;
 use super::ring::{Incoming, Outgoing, RING_BYTES};
 use super::{CREDIT_BYTES, Device, End, Parts, Reader, Writer};
 use crate::checking::is_broken;
@@ -224,6 +225,13 @@ impl Adapter {
         })
     }
 
+    /// That of the device of the connections that were made.
+    pub(super) fn domain(&self) -> Result<Arc<ProtectionDomain>, TransportError> {
+        let none = || Err(::rdma::Error::Option { what: "no device is opened".to_owned() });
+        let opened = self.0.opening.get(self.patience(), none)?;
+        Ok(Arc::clone(&opened.domain))
+    }
+
     /// What lends guest memory to the connections that were made.
     pub(crate) fn lender(self) -> Lender {
         Lender { adapter: Some(self) }
@@ -394,10 +402,7 @@ impl Lender {
     /// [`LendError`].
     pub(crate) fn lend(&self, ram: &Ram, done: impl FnMut(u64)) -> Result<(), LendError> {
         let Some(adapter) = &self.adapter else { return Err(LendError::Ended) };
-        // A connection was made, so the device is opened.
-        let none = || Err(::rdma::Error::Option { what: "no device is opened".to_owned() });
-        let opened = adapter.0.opening.get(adapter.patience(), none)?;
-        adapter.0.lent.lend(ram, &opened.domain, done)
+        adapter.0.lent.lend(ram, &adapter.domain()?, done)
     }
 }
 
