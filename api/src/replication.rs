@@ -373,12 +373,15 @@ pub struct RdmaPath {
     /// Chunks under way on each data connection: the smaller one of both sides' `rdma_depth`.
     pub depth: u32,
     /// Bytes of guest memory that the device can read so far; pages are read there once all of it is.
-    /// 0 where they are copied to be sent, as on a backup.
+    /// 0 where they are copied to be sent. On a backup: those that the primary may write, in a copy.
     #[serde(default)]
     pub registered_bytes: u64,
     /// Bytes of pages that were read there, of all that were sent.
     #[serde(default)]
     pub from_memory_bytes: u64,
+    /// Of these, bytes that went straight into the backup's memory, in a copy.
+    #[serde(default)]
+    pub straight_bytes: u64,
 }
 
 /// The steps of a pause in microseconds, in their order.

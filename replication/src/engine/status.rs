@@ -32,6 +32,8 @@ pub(crate) struct Counters {
     pub(crate) raw_bytes: AtomicU64,
     /// Of pages that a device reads in guest memory.
     pub(crate) from_memory_bytes: AtomicU64,
+    /// Of these, straight into the backup's.
+    pub(crate) straight_bytes: AtomicU64,
     /// Of a backup's image, registered for the primary's WRITEs and given back, in all.
     pub(crate) opened_bytes: AtomicU64,
     /// What the disks' images of a backup have taken.
@@ -99,6 +101,7 @@ impl Status {
         info.bytes_sent = self.counters.wire_bytes.load(Ordering::Relaxed);
         if let Some(path) = &mut info.rdma {
             path.from_memory_bytes = self.counters.from_memory_bytes.load(Ordering::Relaxed);
+            path.straight_bytes = self.counters.straight_bytes.load(Ordering::Relaxed);
         }
         info.bytes_raw = self.counters.raw_bytes.load(Ordering::Relaxed);
         info

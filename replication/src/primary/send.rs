@@ -215,7 +215,12 @@ impl OneSender {
             }
             let bytes = group.len() * PAGE_SIZE as u64;
             let counters = &self.counters;
-            for count in [&counters.from_memory_bytes, &counters.raw_bytes, &counters.wire_bytes] {
+            for count in [
+                &counters.straight_bytes,
+                &counters.from_memory_bytes,
+                &counters.raw_bytes,
+                &counters.wire_bytes,
+            ] {
                 count.fetch_add(bytes, Ordering::Relaxed);
             }
             counters.synced_pages.fetch_add(group.len(), Ordering::Relaxed);

@@ -262,6 +262,7 @@ impl Adapter {
             depth,
             registered_bytes: 0,
             from_memory_bytes: 0,
+            straight_bytes: 0,
         });
         usize::try_from(depth).unwrap_or(usize::MAX)
     }
