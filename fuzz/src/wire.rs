@@ -215,6 +215,7 @@ impl Body {
                     rdma: *rdma,
                     base,
                     way_back: way_back.clone(),
+                    fallback: String::new(),
                     regions: regions.iter().map(region).collect(),
                     disks: disks.iter().map(size).collect(),
                     description: text.0.clone(),

@@ -17,14 +17,14 @@ use crate::ram::{PageSet, Ram};
 use crate::wire::{Encoding, GroupSums, Run};
 
 #[derive(Debug, Default)]
-pub(super) struct Suspects {
+pub(crate) struct Suspects {
     /// Made for the first of them.
     pages: Option<PageSet>,
 }
 
 impl Suspects {
     /// Compares pages with their checksums at the primary.
-    pub(super) fn compare(&mut self, ram: &Ram, sums: &GroupSums<'_>) {
+    pub(crate) fn compare(&mut self, ram: &Ram, sums: &GroupSums<'_>) {
         let mut bytes = [0; PAGE_SIZE];
         for (page, sum) in sums.iter() {
             if !ram.read_page(page, &mut bytes) || crc32fast::hash(&bytes) != sum {
@@ -35,7 +35,7 @@ impl Suspects {
     }
 
     /// These pages come anew; a delta brings only a part of one.
-    pub(super) fn replaced(&mut self, runs: &[Run]) {
+    pub(crate) fn replaced(&mut self, runs: &[Run]) {
         let Some(pages) = &mut self.pages else { return };
         for run in runs.iter().filter(|run| run.encoding != Encoding::Delta) {
             (0..u64::from(run.count)).for_each(|at| pages.remove(PageIndex(run.first.0 + at)));
@@ -43,7 +43,7 @@ impl Suspects {
     }
 
     /// The first epoch has ended: how many pages are wrong, and the first.
-    pub(super) fn end(&mut self) -> Option<(u64, PageIndex)> {
+    pub(crate) fn end(&mut self) -> Option<(u64, PageIndex)> {
         let pages = self.pages.take()?;
         pages.iter().next().map(|first| (pages.len(), first))
     }

@@ -126,13 +126,21 @@ pub(super) fn call(
     identity: HostIdentity,
     status: Status,
 ) -> Result<Called, Error> {
-    let Checked { options, destination, rdma, arbiter } = checked;
+    let Checked { options, destination, rdma, fell_back: _, arbiter } = checked;
     let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
     let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
     let report = move |path| status.lock().info.rdma = Some(path);
     let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report));
     let session = session::open(offer, &destination, &options, identity, adapter)?;
     Ok(Called { options, arbiter, generation, session })
+}
+
+/// How a session ended that another one may follow.
+pub(super) struct Ended {
+    /// What the backup may have of it, while the tracking of dirty pages goes on.
+    pub(super) rest: Option<Rest>,
+    /// Why data is to go by TCP in the next one.
+    pub(super) no_rdma: Option<String>,
 }
 
 pub(super) struct Engine<'g, G: Guest> {
@@ -199,6 +207,9 @@ pub(super) struct Engine<'g, G: Guest> {
     retry_at: Option<Instant>,
     /// Why a data connection ended, and until when the control connection may tell more.
     data_lost: Option<(WireError, Instant)>,
+    /// TCP may carry the data instead of RDMA, and why it is to.
+    falls_back: bool,
+    no_rdma: Option<String>,
     undecided_told: bool,
     /// What is being asked by a person.
     asking: Option<Ask>,
@@ -219,6 +230,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     ) -> Result<Self, Error> {
         let Called { options, arbiter, generation, session } = called;
         let Session { id, control, data, disks, lender, backup, welcome } = session;
+        let falls_back = lender.is_some() && options.fallback && options.reconnect;
         let millis = Duration::from_millis;
         let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
         let stretched = options.epoch_max_ms.map(millis);
@@ -311,6 +323,8 @@ impl<'g, G: Guest> Engine<'g, G> {
             patience,
             retry_at: None,
             data_lost: None,
+            falls_back,
+            no_rdma: None,
             undecided_told: false,
             asking: None,
             stop_answer: vec![],
@@ -351,9 +365,8 @@ impl<'g, G: Guest> Engine<'g, G> {
         (output, waker)
     }
 
-    /// Works until the session ends one way or another. `None` if that was the last one; else what
-    /// the backup may have of it, while the tracking of dirty pages goes on.
-    pub(super) fn run(mut self) -> Option<Option<Rest>> {
+    /// Works until the session ends one way or another. `None` if that was the last one.
+    pub(super) fn run(mut self) -> Option<Ended> {
         // Of a VM that was alone the state is another one from here on.
         self.show();
         let started = if self.is_tracking { Ok(()) } else { self.guest.start_tracking() };
@@ -379,8 +392,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             self.timers();
         }
         let goes_on = self.options.reconnect && self.machine.may_go_on();
+        let no_rdma = self.no_rdma.take();
         let rest = self.end(goes_on);
-        goes_on.then_some(rest)
+        goes_on.then_some(Ended { rest, no_rdma })
     }
 
     fn is_over(&self) -> bool {
@@ -523,6 +537,12 @@ impl<'g, G: Guest> Engine<'g, G> {
         self.data_lost.get_or_insert((error, Instant::now() + self.timeout()));
     }
 
+    /// The backup lives, and data does not come to it by RDMA.
+    fn fall_back(&mut self, reason: String) {
+        self.no_rdma = Some(reason.clone());
+        self.step(Event::DataLost(reason));
+    }
+
     fn lost(&mut self, error: WireError) {
         if self.control.is_some() {
             let error = match error {
@@ -590,10 +610,16 @@ impl<'g, G: Guest> Engine<'g, G> {
             self.step(Event::PeerLost(Error::Silent { silent_ms }.chain()));
         }
         if let Some((error, _)) = self.data_lost.take_if(|(_, until)| *until <= now) {
-            self.lost(error);
+            match self.falls_back && self.control.is_some() {
+                true => self.fall_back(Error::Wire(error).chain()),
+                false => self.lost(error),
+            }
         }
         if let Some(reason) = self.is_given_up() {
-            self.step(Event::PeerLost(reason));
+            match self.falls_back {
+                true => self.fall_back(reason),
+                false => self.step(Event::PeerLost(reason)),
+            }
         }
         if self.window_due.take_if(|due| *due <= now).is_some() {
             self.window_late();

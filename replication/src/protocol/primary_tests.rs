@@ -357,3 +357,23 @@ fn a_refusal_names_the_state_and_the_reason() {
         assert_eq!(is_refused, !may_stop, "{state:?}: {stopped:?}");
     }
 }
+
+/// There is another way to a backup that may be well: a first copy is begun again, and nothing else changes.
+#[test]
+fn data_that_does_not_come_leaves_a_vm_alone_that_may_be_copied_again() {
+    let alone = [Action::Close, Action::Report(Report::StillAlone("link".into()))];
+    let mut primary = Primary::new(true, Generation(0));
+    assert_eq!(primary.step(Event::DataLost("link".into())), alone);
+    assert!(primary.state() == State::Alone && primary.may_go_on());
+    let mut primary = Primary::new(true, Generation(0));
+    primary.step(Event::Synced);
+    assert_eq!(primary.step(Event::DataLost("link".into())), alone);
+    // The verdict on the record comes late, and is no news.
+    assert_eq!(primary.step(Event::Verdict(Verdict::Owned(G1))), []);
+    for mut primary in [protected(), paired()] {
+        let mut other = primary.clone();
+        let lost = primary.step(Event::DataLost("link".into()));
+        assert_eq!(lost, other.step(Event::PeerLost("link".into())));
+        assert_eq!(primary, other);
+    }
+}

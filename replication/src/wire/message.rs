@@ -19,7 +19,7 @@ pub const REGIONS_MAX: usize = 4096;
 pub const GRANTS_MAX: usize = 1024 + REGIONS_MAX;
 pub(super) const GRANT_BYTES: usize = 20;
 pub(super) const DESCRIPTION_SLACK_BYTES: usize =
-    128 + RETURN_BYTES_MAX + REGIONS_MAX * 16 + DISKS_MAX * 8;
+    128 + ABORT_BYTES_MAX + RETURN_BYTES_MAX + REGIONS_MAX * 16 + DISKS_MAX * 8;
 pub(super) const SEAL_SLACK_BYTES: usize = 64 + CONNECTIONS_MAX as usize * 8;
 
 /// First frame of every connection, from the primary.
@@ -74,8 +74,10 @@ pub struct Offer {
     pub timeout_ms: u32,
     /// Whether an arbiter decides; both sides must say the same.
     pub arbiter: bool,
-    /// Whether data connections are by RDMA; both sides must say the same.
+    /// Whether data connections are by RDMA; both sides must say the same, unless there is a `fallback`.
     pub rdma: bool,
+    /// Why data comes by TCP this time although the primary's URL is `rdma:`; empty if it does not.
+    pub fallback: String,
     pub regions: Vec<WireRegion>,
     /// Sizes in bytes of the disks that are to be replicated: whole sectors.
     pub disks: Vec<u64>,
@@ -292,8 +294,10 @@ impl Message {
                 }
                 out.extend((offer.disks.len() as u64).to_le_bytes());
                 offer.disks.iter().for_each(|size| out.extend(size.to_le_bytes()));
-                out.extend((offer.way_back.len() as u64).to_le_bytes());
-                out.extend(offer.way_back.as_bytes());
+                for text in [&offer.way_back[..], cut(&offer.fallback)] {
+                    out.extend((text.len() as u64).to_le_bytes());
+                    out.extend(text.as_bytes());
+                }
                 tail = &offer.description;
             }
             Self::Welcome(welcome) => {
@@ -430,14 +434,8 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
     if disks.iter().any(|size| !size.is_multiple_of(SECTOR_BYTES)) {
         return from.malformed("size of a disk");
     }
-    let count = from.count(RETURN_BYTES_MAX)?;
-    let Some((way_back, rest)) = from.rest.split_at_checked(count) else {
-        return from.malformed("too short");
-    };
-    from.rest = rest;
-    let Ok(way_back) = String::from_utf8(way_back.to_vec()) else {
-        return from.malformed("text of the way back");
-    };
+    let way_back = from.short_text(RETURN_BYTES_MAX)?;
+    let fallback = from.short_text(ABORT_BYTES_MAX)?;
     let description = std::mem::take(&mut from.rest);
     if description.len() > DESCRIPTION_BYTES_MAX {
         return from.malformed("description too long");
@@ -449,6 +447,7 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
         timeout_ms,
         arbiter,
         rdma,
+        fallback,
         base,
         regions,
         disks,
@@ -547,6 +546,19 @@ impl Fields<'_> {
         match usize::try_from(count) {
             Ok(count) if count <= most => Ok(count),
             _ => self.malformed("count"),
+        }
+    }
+
+    /// A text with its length before it.
+    fn short_text(&mut self, most: usize) -> Result<String, WireError> {
+        let count = self.count(most)?;
+        let Some((text, rest)) = self.rest.split_at_checked(count) else {
+            return self.malformed("too short");
+        };
+        self.rest = rest;
+        match String::from_utf8(text.to_vec()) {
+            Ok(text) => Ok(text),
+            Err(_) => self.malformed("text"),
         }
     }
 

@@ -17,7 +17,7 @@
 //! the seal the number of their changes. Version 3: a backup says how much it has done. Version 4:
 //! pages as deltas and as LZ4 blocks. Version 5: data connections by RDMA. Version
 //! 6: the offer says whether they are, and their ends how many chunks they have room for. Version 8: a copy
-//! straight into the backup's memory, and checksums of its pages.
+//! straight into the backup's memory, and checksums of its pages; the offer says why data comes by TCP.
 
 mod changes;
 mod contents;

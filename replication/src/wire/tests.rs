@@ -28,7 +28,7 @@ fn any_message() -> impl Strategy<Value = Message> {
             sealed: EpochId(committed.saturating_add(more)),
         },
     ));
-    let flags = (any::<[bool; 2]>(), base, "\\PC{0,40}");
+    let flags = (any::<[bool; 2]>(), base, "\\PC{0,40}", "\\PC{0,40}");
     let offer = (any::<[u32; 3]>(), flags, regions, sizes, bytes());
     let pages = prop::collection::vec(any::<u64>(), 0..9);
     let seal = (any::<[u64; 3]>(), any::<bool>(), pages, bytes());
@@ -39,7 +39,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         offer.prop_map(
             |(
                 [page_bytes, heartbeat_ms, timeout_ms],
-                ([arbiter, rdma], base, way_back),
+                ([arbiter, rdma], base, way_back, fallback),
                 regions,
                 disks,
                 description,
@@ -50,6 +50,7 @@ fn any_message() -> impl Strategy<Value = Message> {
                     timeout_ms,
                     arbiter,
                     rdma,
+                    fallback,
                     base,
                     regions,
                     disks,

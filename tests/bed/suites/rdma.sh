@@ -197,9 +197,11 @@ equality() { # COW WORKLOAD COMPRESSION
 
 # straight MODE MORE...: the first copy goes by four queue pairs into the backup's memory, and all of that is compared.
 straight() {
+    local mode=$1
+    shift
     rxe
-    /h/bin/check-equality --cow "$1" --epochs 5 --vcpus 2 --memory 64M --epoch-ms 100 --connections 4 \
-        --workload random --compression none --transport rdma:10.77.0.1 "${@:2}" >"$CASE/equality.out" 2>&1 ||
+    /h/bin/check-equality --cow "$mode" --epochs 5 --vcpus 2 --memory 64M --epoch-ms 100 --connections 4 \
+        --workload random --compression none --transport rdma:10.77.0.1 "$@" >"$CASE/equality.out" 2>&1 ||
         fail "$(tail -n 5 "$CASE/equality.out")"
     case $* in
         *without-place*) grep -q "the backup compared checksums" "$CASE/equality.out" ;;
@@ -239,6 +241,31 @@ queue_pair_fails() {
     detail "$(grep -a "data connection ended" "$CASE/a.err" | tail -n 1 | cut -c 1-200)"
 }
 
+by_tcp() {
+    "$REMOTE" "--api-socket=$CASE/a.sock" replication-info | tr -d ' \n' | grep -q '"transport":"tcp"' &&
+        in_state a Protected
+}
+
+# The same, where TCP may take over: the guest is protected again, and its backup goes on when it is killed.
+queue_pair_falls_back() {
+    rxe
+    export UNDERSTUDY_TEST_BREAK=queue-pair
+    PAIR_OPTIONS=,cow=protect,compression=none,fallback=on PAIR_OPTIONS_BACKUP=,fallback=on
+    pair 2
+    unset UNDERSTUDY_TEST_BREAK
+    wait_for 400 "TCP to take over" by_tcp
+    grep -qa "the queue pair fails for a test" "$CASE/a.err" || fail "another reason: $(tail -n 2 "$CASE/a.err")"
+    usleep 2000000
+    by_tcp || fail "it is not protected by TCP for long: $(tail -n 2 "$CASE/a.err")"
+    kill -KILL "$(pid_of a)"
+    wait_state_or_end b TakenOver 120
+    wait_serial b "^L2 END" $((LINUX_COUNTS + 240))
+    expect_status b 0 60
+    local verdict
+    verdict=$(judge) || fail "$verdict"
+    detail "$(grep -a "by TCP, not by RDMA" "$CASE/a.err" | tail -n 1 | cut -c 1-200); $verdict"
+}
+
 # What a boot writes does not fit the staging: epochs are sealed earlier, the guest waits for room, or is copied anew.
 staging_is_small() {
     rxe
@@ -264,6 +291,7 @@ pin_is_off() {
 }
 
 rdma_case queue-pair-fails "$limit" queue_pair_fails
+rdma_case queue-pair-falls-back "$limit" queue_pair_falls_back
 rdma_case small-staging $((limit + 240)) staging_is_small
 rdma_case pin-off "$limit" pin_is_off
 rdma_case link-deleted "$limit" device_fails delete_link

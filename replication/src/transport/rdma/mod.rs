@@ -37,6 +37,8 @@ mod pieces;
 mod ring;
 mod setup;
 #[cfg(test)]
+mod straight_tests;
+#[cfg(test)]
 mod tests;
 mod window;
 
@@ -59,6 +61,8 @@ pub(crate) use self::lent::Lent;
 pub(crate) use self::opened::Opened;
 pub(crate) use self::pieces::{LendError, patience as registering_patience};
 use self::ring::{Incoming, Outgoing, RING_BYTES};
+#[cfg(test)]
+pub(crate) use self::setup::FAKE;
 pub(crate) use self::setup::{Adapter, Asked, Lender, SetupError};
 use self::window::Placed;
 pub use self::window::Window;

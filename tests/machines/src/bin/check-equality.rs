@@ -196,8 +196,11 @@ fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
         if is_enough || options.is_broken() && compared.different > 0 {
             return Ok(compared);
         }
-        if options.without_place && pair.backup.log().contains("are not as the primary has them") {
-            println!("the backup compared checksums: its copy is not what the primary has");
+        if options.without_place
+            && let Some(error) = pair.primary.replication()?.last_error
+            && error.contains("are not as the primary has them")
+        {
+            println!("the backup compared checksums: {error}");
             return Ok(Compared { different: 1, ..compared });
         }
         ensure!(pair.primary.is_alive(), "the primary is gone:\n{}", pair.primary.log());
