@@ -73,6 +73,9 @@ use crate::ids::{PAGE_SIZE, PageIndex};
 const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// Requests that a chunk may need at least: one on each side of the ring's end.
 const REQUESTS_MIN: usize = 2;
+/// Groups of pages that are under way straight into the backup's memory: 4 MiB, as in a ring. More would only
+/// hide how far the device is from whoever waits for it.
+const PLACED_MAX: usize = 16;
 /// Completions that are looked at at once.
 const BATCH: usize = 16;
 /// Bytes of a word about what was read.
@@ -281,8 +284,8 @@ impl Writer {
         loop {
             self.complete()?;
             match self.requests_left() {
-                0 => self.sleep()?,
-                left => return Ok(left),
+                left if left > 0 && self.flight.chunks() < PLACED_MAX => return Ok(left),
+                _ => self.sleep()?,
             }
         }
     }
