@@ -146,7 +146,7 @@ fn tcp_takes_over_where_rdma_fails_in_a_session() {
         let reason = info.fallback_reason.as_deref().unwrap();
         assert!(reason.contains("unusable"), "{reason}");
     }
-    assert!(machine.is_running());
+    assert!(!machine.is_suspended() && !machine.is_destroyed());
     let seen = primary.handle.info().epoch_committed;
     until(|| primary.handle.info(), |info| info.epoch_committed > seen + 3);
     primary.handle.stop().unwrap();
