@@ -428,7 +428,8 @@ impl<'g, G: Guest> Engine<'g, G> {
     /// Whether the peer has something to take or to acknowledge.
     fn awaits_peer(&self) -> bool {
         let busy = self.unsent > 0 || !self.in_flight.is_empty() || self.disks_copy;
-        self.control.is_some() && busy
+        // One to which nothing comes has nothing to take.
+        self.control.is_some() && busy && self.no_rdma.is_none()
     }
 
     /// A peer whose heart beats but that takes nothing and acknowledges nothing is no backup, whatever
@@ -539,6 +540,9 @@ impl<'g, G: Guest> Engine<'g, G> {
 
     /// The backup lives, and data does not come to it by RDMA.
     fn fall_back(&mut self, reason: String) {
+        if self.no_rdma.is_some() {
+            return;
+        }
         self.no_rdma = Some(reason.clone());
         self.step(Event::DataLost(reason));
     }

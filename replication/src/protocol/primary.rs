@@ -388,6 +388,12 @@ impl Primary {
                 self.go(State::Alone);
                 vec![Action::Close, Action::Report(Report::StillAlone(reason))]
             }
+            // A backup that hears this heart does not claim meanwhile: it is closed once the VM is owned.
+            State::Protected => {
+                let mut actions = self.claim(Purpose::PeerLost, reason);
+                actions.retain(|action| *action != Action::Close);
+                actions
+            }
             _ => self.peer_lost(reason),
         }
     }
@@ -417,7 +423,7 @@ impl Primary {
                 actions
             }
             // The claim goes on without anybody to tell how it ends.
-            State::Claiming(Purpose::Stop) => vec![Action::Close],
+            State::Claiming(Purpose::Stop | Purpose::PeerLost) => vec![Action::Close],
             State::Claiming(Purpose::Resync | Purpose::GiveUp) => {
                 // There is nobody left to copy to.
                 self.reason = reason;

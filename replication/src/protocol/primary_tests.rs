@@ -370,10 +370,16 @@ fn data_that_does_not_come_leaves_a_vm_alone_that_may_be_copied_again() {
     assert_eq!(primary.step(Event::DataLost("link".into())), alone);
     // The verdict on the record comes late, and is no news.
     assert_eq!(primary.step(Event::Verdict(Verdict::Owned(G1))), []);
-    for mut primary in [protected(), paired()] {
-        let mut other = primary.clone();
-        let lost = primary.step(Event::DataLost("link".into()));
-        assert_eq!(lost, other.step(Event::PeerLost("link".into())));
-        assert_eq!(primary, other);
+    // Claimed while the backup, which may be well, still hears this side: it has no reason to claim.
+    for (mut primary, is_committed) in [(protected(), true), (paired(), false)] {
+        let claim = [Action::EndEpochs, Action::Claim { expected: G1 }];
+        assert_eq!(primary.step(Event::DataLost("link".into())), claim);
+        let mut silent = primary.clone();
+        assert_eq!(silent.step(Event::PeerLost("silent".into())), [Action::Close]);
+        let owned = primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+        let report = Action::Report(Report::Degraded("link".into()));
+        assert_eq!(owned, [Action::Close, Action::Degrade, Action::Pass, report]);
+        assert!(primary.may_go_on() && primary.is_protected() == is_committed);
+        assert_eq!(silent.step(Event::Verdict(Verdict::Owned(Generation(2)))), owned);
     }
 }

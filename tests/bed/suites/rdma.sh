@@ -228,8 +228,8 @@ delete_link() {
 queue_pair_fails() {
     rxe
     export UNDERSTUDY_TEST_BREAK=queue-pair
-    # Many pages leave from memory.
-    PAIR_OPTIONS=,cow=protect,compression=none
+    # Many pages leave from memory. Called again, the backup would be lost the same way again.
+    PAIR_OPTIONS=,cow=protect,compression=none,reconnect=off
     pair 2
     unset UNDERSTUDY_TEST_BREAK
     wait_state a Degraded 400

@@ -209,6 +209,9 @@ fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
             last = (Instant::now(), compared.clone());
         }
         if last.0.elapsed() > LIMIT {
+            for process in [&pair.primary, &pair.backup] {
+                println!("its last error: {:?}", process.replication()?.last_error);
+            }
             let (primary, backup) = (pair.primary.log(), pair.backup.log());
             bail!("no epoch for {LIMIT:?}; the primary says:\n{primary}\nthe backup:\n{backup}");
         }
