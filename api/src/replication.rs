@@ -170,6 +170,10 @@ pub struct ReplicateData {
     /// With `rdma:`, whether guest memory is registered with the device; by default `auto`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rdma_pin: Option<RdmaPin>,
+    /// With `rdma:`, whether data goes by TCP where it cannot go by RDMA, or fails to in a session. Both sides
+    /// have to allow it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fallback: bool,
 }
 
 /// Whether a primary registers guest memory with its RDMA device, which then reads pages where they are.
@@ -237,6 +241,9 @@ pub struct ReceiveReplicaData {
     /// sides' counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rdma_depth: Option<u32>,
+    /// With `rdma:`, whether a primary is served whose data comes by TCP because it cannot come by RDMA.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fallback: bool,
 }
 
 /// Body of `vm.failover`.
@@ -347,6 +354,9 @@ pub struct ReplicationInfo {
     pub peer: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub transport: Option<String>,
+    /// Why data goes by TCP although the URL is `rdma:`, with `fallback=on`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub fallback_reason: Option<String>,
     /// What carries the data, with `rdma:` and once the first data connection stands.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub rdma: Option<RdmaPath>,
@@ -373,12 +383,15 @@ pub struct RdmaPath {
     /// Chunks under way on each data connection: the smaller one of both sides' `rdma_depth`.
     pub depth: u32,
     /// Bytes of guest memory that the device can read so far; pages are read there once all of it is.
-    /// 0 where they are copied to be sent, as on a backup.
+    /// 0 where they are copied to be sent. On a backup: those that the primary may write, in a copy.
     #[serde(default)]
     pub registered_bytes: u64,
     /// Bytes of pages that were read there, of all that were sent.
     #[serde(default)]
     pub from_memory_bytes: u64,
+    /// Of these, bytes that went straight into the backup's memory, in a copy.
+    #[serde(default)]
+    pub straight_bytes: u64,
 }
 
 /// The steps of a pause in microseconds, in their order.

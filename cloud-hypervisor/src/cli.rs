@@ -104,7 +104,7 @@ pub(crate) struct Cli {
     /// arbiter_credentials=<file>,epoch_ms=<n>,heartbeat_ms=<n>,timeout_ms=<n>,
     /// degrade=unprotected|pause,reconnect=on|off,return_url=<as destination_url>,
     /// rdma_device=<name>,rdma_port=<n>,rdma_gid_index=<n>,rdma_depth=<n>,
-    /// rdma_pin=auto|on|off,…
+    /// rdma_pin=auto|on|off,fallback=on|off,…
     #[arg(long, value_name = "REPLICATE", requires = "vm")]
     replicate: Option<ReplicateData>,
 
@@ -112,7 +112,7 @@ pub(crate) struct Cli {
     /// arbiter=file:<directory>|"etcd:<url>,<url>/<key>",arbiter_tls_dir=<directory>,
     /// arbiter_credentials=<file>,staging_size=<size>,serial=<mode>,console=<mode>,
     /// disks=[<id>@<path>,…],net=[<id>@<tap>,…],
-    /// rdma_device=<name>,rdma_port=<n>,rdma_gid_index=<n>,rdma_depth=<n>,…
+    /// rdma_device=<name>,rdma_port=<n>,rdma_gid_index=<n>,rdma_depth=<n>,fallback=on|off,…
     #[arg(long, value_name = "REPLICA", conflicts_with_all = ["vm", "replicate"])]
     receive_replica: Option<ReceiveReplicaData>,
 

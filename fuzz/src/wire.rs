@@ -40,7 +40,7 @@ pub const PLACES: &[&str] = &[
     "wire: a length past its cap",
 ];
 
-const KINDS: [Kind; 18] = [
+const KINDS: [Kind; 24] = [
     Kind::Hello,
     Kind::Offer,
     Kind::Welcome,
@@ -59,6 +59,12 @@ const KINDS: [Kind; 18] = [
     Kind::Change,
     Kind::Progress,
     Kind::Refuse,
+    Kind::WindowAsk,
+    Kind::WindowOpen,
+    Kind::WindowNone,
+    Kind::WindowEnd,
+    Kind::WindowClosed,
+    Kind::Sums,
 ];
 /// Sizes of the disks that changes are for.
 const DISKS: [u64; 2] = [1 << 20, SECTOR_BYTES];
@@ -209,6 +215,7 @@ impl Body {
                     rdma: *rdma,
                     base,
                     way_back: way_back.clone(),
+                    fallback: String::new(),
                     regions: regions.iter().map(region).collect(),
                     disks: disks.iter().map(size).collect(),
                     description: text.0.clone(),

@@ -19,7 +19,8 @@
 //! - [`Library`]: libibverbs, or why it is not there; [`Library::devices`] is what this host has;
 //! - [`Wanted`]: which device, port and GID to use;
 //! - [`Context`]: an opened device and its events; [`ProtectionDomain`], [`MemoryRegion`];
-//! - [`Buffer`]: a region with memory of its own; [`LentMemory`]: one of a guest's memory, to be read;
+//! - [`Buffer`]: a region with memory of its own; [`LentMemory`]: one of a guest's memory, to be read, or to be written
+//!   by a peer;
 //! - [`CompletionChannel`], [`CompletionQueue`], [`Completion`];
 //! - [`QueuePair`]: a reliable connection; [`Endpoint`]: what its ends tell each other;
 //! - [`RequestList`]: what is posted at once.

@@ -30,6 +30,9 @@ pub enum Error {
     /// As [`Error::Refused`], and it would be again: nothing that passes by itself is the reason.
     #[error("The backup refused the replica: {0}")]
     Unfit(String),
+    /// The peer is there, and with `fallback=on` data goes to it by TCP.
+    #[error("Data cannot go by RDMA")]
+    NoRdma(#[source] Box<Error>),
     #[error("The peer gave up: {0}")]
     PeerAborted(String),
     #[error("The connection to the peer failed")]
@@ -64,7 +67,10 @@ impl Error {
     /// Whether the same call may do better later, without anybody's doing.
     #[must_use]
     pub fn may_pass(&self) -> bool {
-        !matches!(self, Self::Option { .. } | Self::Conflict(_) | Self::Unfit(_))
+        match self {
+            Self::NoRdma(why) => why.may_pass(),
+            error => !matches!(error, Self::Option { .. } | Self::Conflict(_) | Self::Unfit(_)),
+        }
     }
 
     /// The whole chain in one line, outermost first.

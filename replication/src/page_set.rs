@@ -96,6 +96,32 @@ impl PageSet {
         self.add(group_of(page.0), 1 << (page.0 % 64));
     }
 
+    /// Removes a page, if it is in the set.
+    pub fn remove(&mut self, page: PageIndex) {
+        if !self.contains(page) {
+            return;
+        }
+        let group = group_of(page.0);
+        self.words[group] &= !(1 << (page.0 % 64));
+        if self.words[group] == 0 {
+            self.summary[group / 64] &= !(1 << (group % 64));
+        }
+    }
+
+    /// Removes every page of `other`.
+    ///
+    /// # Panics
+    /// If the universes differ.
+    pub fn subtract(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "sets over different memories");
+        for (group, word) in other.groups() {
+            self.words[group] &= !word;
+            if self.words[group] == 0 {
+                self.summary[group / 64] &= !(1 << (group % 64));
+            }
+        }
+    }
+
     #[must_use]
     pub fn contains(&self, page: PageIndex) -> bool {
         page.0 < self.pages && self.words[group_of(page.0)] & (1 << (page.0 % 64)) != 0
@@ -242,6 +268,25 @@ mod tests {
         assert_eq!(model(&other).len(), 201);
         other.clear();
         assert!(model(&other).is_empty() && other.is_empty());
+    }
+
+    #[test]
+    fn pages_leave_one_by_one_and_by_sets() {
+        let pages = 64 * 64 * 2 + 5;
+        let mut set = PageSet::new(pages);
+        let mut other = PageSet::new(pages);
+        for page in [0, 63, 64, 70, 4096, pages - 1] {
+            set.insert(PageIndex(page));
+        }
+        for page in [1, 63, 63, 4096, pages - 1, pages, u64::MAX] {
+            set.remove(PageIndex(page));
+        }
+        assert_eq!(model(&set), [0, 64, 70]);
+        [0, 5, 70, 8000].into_iter().for_each(|page| other.insert(PageIndex(page)));
+        set.subtract(&other);
+        assert_eq!(model(&set), [64]);
+        set.subtract(&set.clone());
+        assert!(model(&set).is_empty() && set.is_empty());
     }
 
     #[test]

@@ -158,6 +158,12 @@ impl Ram {
         self.regions.iter().map(|region| region.pages).sum()
     }
 
+    /// Bytes of all of them.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.pages() * PAGE_SIZE as u64
+    }
+
     /// Guest physical address of a page; `None` past the end.
     #[must_use]
     pub fn address(&self, page: PageIndex) -> Option<GuestAddress> {

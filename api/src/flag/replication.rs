@@ -58,6 +58,7 @@ impl FromStr for ReplicateData {
             "rdma_gid_index",
             "rdma_depth",
             "rdma_pin",
+            "fallback",
         ];
         let mut pairs = Pairs::parse(text, &known)?;
         let epoch_ms = pairs.parsed("epoch_ms", MILLISECONDS)?.unwrap_or(EPOCH_MS_DEFAULT);
@@ -89,6 +90,7 @@ impl FromStr for ReplicateData {
             rdma_gid_index: pairs.parsed("rdma_gid_index", NUMBER)?,
             rdma_depth: pairs.parsed("rdma_depth", NUMBER)?,
             rdma_pin: pairs.word("rdma_pin", &RDMA_PIN)?,
+            fallback: pairs.toggle("fallback")?.unwrap_or(false),
         })
     }
 }
@@ -121,6 +123,7 @@ impl ReplicateData {
             .optional("rdma_gid_index", number(self.rdma_gid_index).as_deref())
             .optional("rdma_depth", number(self.rdma_depth).as_deref())
             .optional("rdma_pin", self.rdma_pin.map(|pin| name(&RDMA_PIN, pin)))
+            .optional("fallback", self.fallback.then_some("on"))
             .finish()
     }
 }
@@ -146,6 +149,7 @@ impl FromStr for ReceiveReplicaData {
             "rdma_port",
             "rdma_gid_index",
             "rdma_depth",
+            "fallback",
         ];
         let mut pairs = Pairs::parse(text, &known)?;
         let heartbeat_ms =
@@ -167,6 +171,7 @@ impl FromStr for ReceiveReplicaData {
             rdma_port: pairs.parsed("rdma_port", NUMBER)?,
             rdma_gid_index: pairs.parsed("rdma_gid_index", NUMBER)?,
             rdma_depth: pairs.parsed("rdma_depth", NUMBER)?,
+            fallback: pairs.toggle("fallback")?.unwrap_or(false),
         })
     }
 }
@@ -192,6 +197,7 @@ impl ReceiveReplicaData {
             .optional("rdma_port", number(self.rdma_port).as_deref())
             .optional("rdma_gid_index", number(self.rdma_gid_index).as_deref())
             .optional("rdma_depth", number(self.rdma_depth).as_deref())
+            .optional("fallback", self.fallback.then_some("on"))
             .finish()
     }
 }

@@ -247,6 +247,7 @@ prop_compose! {
         rdma_pin in prop::option::of(prop::sample::select(vec![
             RdmaPin::Auto, RdmaPin::On, RdmaPin::Off,
         ])),
+        fallback in any::<bool>(),
     ) -> ReplicateData {
         let [epoch_ms, epoch_min_ms, heartbeat_ms, timeout_ms] = numbers;
         let [rdma_port, rdma_gid_index, rdma_depth] = rdma;
@@ -255,7 +256,7 @@ prop_compose! {
         ReplicateData {
             destination_url, epoch_ms, epoch_min_ms, epoch_max_ms, cow, connections, compression,
             heartbeat_ms, timeout_ms, arbiter, arbiter_tls_dir, arbiter_credentials, degrade, reconnect, return_url, tls_dir, disk_mode, console_output,
-            rdma_device, rdma_port, rdma_gid_index, rdma_depth, rdma_pin,
+            rdma_device, rdma_port, rdma_gid_index, rdma_depth, rdma_pin, fallback,
         }
     }
 }
@@ -272,6 +273,7 @@ prop_compose! {
         net in entries(),
         rdma_device in prop::option::of(text()),
         rdma in any::<[Option<u32>; 3]>(),
+        fallback in any::<bool>(),
     ) -> ReceiveReplicaData {
         let [staging_size, heartbeat_ms, timeout_ms] = numbers;
         let [rdma_port, rdma_gid_index, rdma_depth] = rdma;
@@ -284,7 +286,7 @@ prop_compose! {
                 .map(|(id, path)| ReplicaDisk { id, path: path.into() })
                 .collect(),
             net: net.into_iter().map(|(id, tap)| ReplicaCard { id, tap }).collect(),
-            rdma_device, rdma_port, rdma_gid_index, rdma_depth,
+            rdma_device, rdma_port, rdma_gid_index, rdma_depth, fallback,
         }
     }
 }

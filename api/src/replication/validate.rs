@@ -63,6 +63,9 @@ impl ReplicateData {
         if self.rdma_pin.is_some() {
             for_rdma("rdma_pin", "destination_url", &self.destination_url, &mut found);
         }
+        if self.fallback {
+            for_rdma("fallback", "destination_url", &self.destination_url, &mut found);
+        }
         found
     }
 }
@@ -92,6 +95,9 @@ impl ReceiveReplicaData {
         let Self { rdma_device, rdma_port, rdma_gid_index, rdma_depth, .. } = self;
         let numbers = [*rdma_port, *rdma_gid_index, *rdma_depth];
         rdma("receiver_url", &self.receiver_url, rdma_device.as_deref(), numbers, &mut found);
+        if self.fallback {
+            for_rdma("fallback", "receiver_url", &self.receiver_url, &mut found);
+        }
         found
     }
 }

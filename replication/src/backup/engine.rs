@@ -21,11 +21,14 @@ use crate::ids::{EpochId, Generation};
 use crate::observer::{Event as Told, Observer};
 use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing, VmId};
 use crate::protocol::backup::{Backup, Event, State};
+use crate::protocol::window::OUT_OF_TURN;
 use crate::transport::{Stream, rdma};
 use crate::wire::{Message, SessionId, WireError};
+use opening::{Opening, Registered};
 
 mod actions;
 mod arrivals;
+mod opening;
 
 /// What a person asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +48,9 @@ pub(super) enum Input {
     Part(u64, usize, Part, OnItsWay),
     DiskPart(u64, DiskPart, OnItsWay),
     DataLost(u64, ReceiveError),
+    /// A session's image is registered for the primary's WRITEs, or is not; it is given back, or is not.
+    Opened(u64, Registered),
+    Closed(u64, Result<(), String>),
     /// The images of a replica have taken an epoch, or cannot.
     Images(u64, Result<(), String>),
     /// The primary's bell rang: its process died.
@@ -84,6 +90,8 @@ struct Session {
     /// Another handle to the bell's connection, to end it with.
     bell: Option<Box<dyn Stream>>,
     shared: Shared,
+    /// Of the image, to the primary's WRITEs.
+    opening: Opening,
     gather: Gather,
     timeout: Duration,
     /// Something was told that must still reach the primary when the session ends.
@@ -242,6 +250,12 @@ impl<B: ReplicaBuilder> Engine<B> {
                     self.gathered(gathered);
                 }
             }
+            Input::Opened(number, registered) if self.is_current(number) => {
+                self.window_opened(registered);
+            }
+            Input::Closed(number, closed) if self.is_current(number) => {
+                self.window_closed(closed);
+            }
             Input::Images(number, done) => {
                 if self.images.as_ref().is_some_and(|(of, _)| *of == number) {
                     match done {
@@ -265,6 +279,8 @@ impl<B: ReplicaBuilder> Engine<B> {
                 self.step(Event::Lost("The primary's process ended".to_owned()));
             }
             Input::Message(..) | Input::Lost(..) | Input::DataLost(..) | Input::Bell(_) => {}
+            // Of a session that is gone: what was open is closed as it is dropped.
+            Input::Opened(..) | Input::Closed(..) => {}
             Input::Arbiter(report) => self.arbiter(&report),
             Input::Ask(ask, answer) => self.asked(ask, answer),
         }
@@ -294,7 +310,10 @@ impl<B: ReplicaBuilder> Engine<B> {
                 };
                 self.gathered(gathered);
             }
+            Message::Resync if !self.is_shut() => self.step(Event::Bad(OUT_OF_TURN.to_owned())),
             Message::Resync => self.step(Event::ResyncTold),
+            Message::WindowAsk(number) => self.window_asked(number),
+            Message::WindowEnd(number) => self.window_ended(number),
             Message::Stop => self.step(Event::StopTold),
             Message::Abort(reason) => {
                 self.step(Event::Lost(Error::PeerAborted(reason).chain()));
@@ -310,7 +329,8 @@ impl<B: ReplicaBuilder> Engine<B> {
     /// The primary says that the record says PAIR: seen from here too, or the two sides look at
     /// different arbiters and both could win.
     fn paired(&mut self, generation: Generation) {
-        if self.machine.state() != State::Syncing || self.pairing.is_some() {
+        let is_in_turn = self.machine.state() == State::Syncing && self.is_shut();
+        if !is_in_turn || self.pairing.is_some() {
             // Not read: a claim may be under way, and is not to be forgotten for this.
             self.step(Event::Bad("The primary paired out of turn".to_owned()));
         } else if self.asker.exists() {
@@ -337,9 +357,12 @@ impl<B: ReplicaBuilder> Engine<B> {
         self.go_on();
     }
 
-    /// Whether a whole epoch has to wait before it is looked at.
+    /// Whether a whole epoch has to wait before it is looked at. None is acknowledged while somebody else may
+    /// write the image.
     fn is_busy(&self) -> bool {
-        self.pairing.is_some() || self.images.as_ref().is_some_and(|(_, images)| images.is_behind())
+        !self.is_shut()
+            || self.pairing.is_some()
+            || self.images.as_ref().is_some_and(|(_, images)| images.is_behind())
     }
 
     /// Looks at the epochs that are whole.

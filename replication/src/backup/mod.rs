@@ -5,6 +5,7 @@
 //!  repl-backup    owns the replica and the state machine; acknowledges, applies, takes over
 //!  repl-recv-N    pages of one data connection, staged; those of a copy into the image
 //!  repl-verbs     with RDMA: asks the device at set-up, and ends
+//!  repl-open      registers the image, for a copy straight into it; repl-shut gives it back
 //!  repl-recv-disk first copies and changes of the disks, staged
 //!  repl-image     applies what is committed to the disks' images, in order
 //!  repl-ctl       what the primary says
@@ -14,7 +15,8 @@
 //! ```
 //!
 //! Always holds: the image is written by an epoch only when that epoch is whole, checked and
-//! acknowledged; the same thread applies, and starts the VM, so a take-over finds it whole. For the
+//! acknowledged; the primary's device may write it in a copy only, which nobody could start, and nothing is
+//! acknowledged before that is over; the same thread applies, and starts the VM, so a take-over finds it whole. For the
 //! images of disks, which may take their time, it waits before it claims the VM.
 
 mod accept;
@@ -24,6 +26,7 @@ mod disks;
 mod engine;
 mod receive;
 mod staging;
+pub(crate) mod suspects;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -35,12 +38,12 @@ use crossbeam_channel::{RecvTimeoutError, Sender, bounded, unbounded};
 
 use crate::engine::spawn;
 use crate::engine::status::Status;
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::guest::ReplicaBuilder;
 use crate::observer::{Event, Observer};
 use crate::ownership::HostIdentity;
 use crate::primary::{address, arbiter, asked_of_rdma, certificates, validate_paces};
-use crate::transport::{Address, Listener, name, tls};
+use crate::transport::{Address, Listener, name, rdma, tls};
 use engine::{Ask, Engine, Input};
 
 /// Bytes of staging that a request may ask for.
@@ -90,6 +93,16 @@ pub fn receive_at<B: ReplicaBuilder>(
     }
     let numbers = [options.rdma_port, options.rdma_gid_index, options.rdma_depth];
     let rdma = asked_of_rdma(address, options.rdma_device.as_deref(), numbers)?;
+    match rdma.as_ref().map_or(Ok(()), rdma::Asked::check) {
+        Ok(()) => {}
+        // A primary that hears so by the first data connection falls back.
+        Err(error) if options.fallback => tracing::warn!("no RDMA for now: {}", chain(&error)),
+        Err(error) => return Err(Error::Transport(error)),
+    }
+    if options.fallback && rdma.is_none() {
+        let reason = "it is for rdma: only".to_owned();
+        return Err(Error::Option { option: "fallback", reason });
+    }
     let own = [&options.arbiter_tls_dir, &options.arbiter_credentials];
     let arbiter = arbiter(options.arbiter.as_deref(), own.map(Option::as_deref))?;
     let load = |directory: &Path, _: &str| tls::Server::load(directory);

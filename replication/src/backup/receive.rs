@@ -10,7 +10,8 @@ use thiserror::Error;
 use super::apply::{ApplyError, apply, memory_of};
 use super::disks::ImageError;
 use super::staging::{Budget, Needs, Part, cost_bytes};
-use crate::capture::cow::Share;
+use super::suspects::Suspects;
+use crate::capture::cow::{GROUP_PAGES, Share};
 use crate::engine::control::listening;
 use crate::engine::heard::{Heard, Listening};
 use crate::engine::spawn;
@@ -22,7 +23,7 @@ use crate::ram::Ram;
 use crate::transport::{Stream, TransportError, rdma};
 use crate::wire::{
     ConnectionPart, Encoding, End, FRAME_PAGES_MAX, FrameReader, Header, Kind, PagesHeader,
-    RAW_PAGES_MAX, Run, Verbs, WireError, decode_pages_header, staged_bytes, unpack,
+    RAW_PAGES_MAX, Run, Verbs, WireError, decode_pages_header, decode_sums, staged_bytes, unpack,
 };
 
 /// Why a data connection ended.
@@ -42,6 +43,8 @@ pub(super) enum ReceiveError {
     Foreign { first: PageIndex, found: usize },
     #[error("Pages of a first copy arrived after a committed epoch")]
     LateCopy,
+    #[error("{pages} pages of the copy are not as the primary has them, the first is {first}")]
+    Differs { pages: u64, first: PageIndex },
     #[error("Epoch {0} ended before those before it were acknowledged")]
     Ahead(EpochId),
     #[error("The end of epoch {0} does not match what arrived")]
@@ -133,14 +136,15 @@ impl DataConnection {
             reader: listening(reader, shared.heard.clone()),
             share,
             pages: share.pages_of(shared.ram.pages()),
+            by_rdma: shared.rdma.as_ref().is_some_and(rdma::Adapter::is_fake),
             shared,
             spares,
             needs: Needs::default(),
             part: Part::default(),
             unpacked: Frame::default(),
-            by_rdma: false,
             header: PagesHeader::default(),
             closed_round: None,
+            suspects: Suspects::default(),
             counted: 0,
         };
         let thread = spawn("repl-recv", Some(share.index), move || receiver.run(deliver))?;
@@ -177,6 +181,7 @@ struct Receiving {
     by_rdma: bool,
     /// The round whose copy is over on this connection.
     closed_round: Option<u64>,
+    suspects: Suspects,
     counted: u64,
 }
 
@@ -217,6 +222,7 @@ impl Receiving {
         match header.kind {
             Kind::Pages => self.pages(&header, scratch).map(|()| None),
             Kind::End => self.end(&header).map(Some),
+            Kind::Sums => self.sums(&header).map(|()| None),
             Kind::Verbs => self.change_over(&header).map(|()| None),
             found => Err(WireError::Unexpected { found, expected: "pages" }.into()),
         }
@@ -255,10 +261,42 @@ impl Receiving {
             // A page that came on two connections would be one or the other by chance.
             return Err(ReceiveError::Foreign { first, found: self.share.index + 1 });
         }
+        self.suspects.replaced(&self.header.runs);
         if self.header.epoch == EpochId(0) {
             return self.straight(frame, &mut scratch[..bytes]);
         }
         self.stage(frame, &mut scratch[..bytes])
+    }
+
+    /// Whether a copy may still bring something.
+    fn is_copying(&self) -> bool {
+        let round = self.shared.round.load(Ordering::Acquire);
+        self.closed_round != Some(round) && self.part.epoch == EpochId(0)
+    }
+
+    /// Checksums of pages that the primary's device wrote into the image. They came before this on the same
+    /// queue pair, so they are there to be seen.
+    fn sums(&mut self, frame: &Header) -> Result<(), ReceiveError> {
+        let mut payload = Vec::new();
+        self.reader.read_rest(&mut payload)?;
+        self.reader.finish(frame)?;
+        if !self.is_copying() {
+            return Err(ReceiveError::LateCopy);
+        }
+        let groups = decode_sums(&payload, self.shared.ram.pages())?;
+        for sums in &groups {
+            if !usize::try_from(sums.group).is_ok_and(|group| self.share.has(group)) {
+                let (first, found) =
+                    (PageIndex(sums.group * GROUP_PAGES as u64), self.share.index + 1);
+                return Err(ReceiveError::Foreign { first, found });
+            }
+            self.suspects.compare(&self.shared.ram, sums);
+            let pages = u64::from(sums.pages.count_ones());
+            self.shared.counters.synced_pages.fetch_add(pages, Ordering::Relaxed);
+            let bytes = pages * PAGE_SIZE as u64;
+            self.shared.counters.raw_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Pages of a copy, straight from the stream into the image, where they are before their checksum
@@ -267,7 +305,7 @@ impl Receiving {
     /// epoch after it, which this one then never does.
     fn straight(&mut self, frame: &Header, scratch: &mut [u8]) -> Result<(), ReceiveError> {
         let round = self.shared.round.load(Ordering::Acquire);
-        if self.closed_round == Some(round) || self.part.epoch != EpochId(0) {
+        if !self.is_copying() {
             return Err(ReceiveError::LateCopy);
         }
         // Zeroes are long on the wire for nobody, and whoever ends this waits for what is under way.
@@ -376,6 +414,9 @@ impl Receiving {
         let empty = self.part.epoch == EpochId(0) && sum == ConnectionPart::default();
         if epoch == EpochId(0) || (self.part.epoch != epoch && !empty) || self.part.sum != sum {
             return Err(ReceiveError::Mismatch(epoch));
+        }
+        if let Some((pages, first)) = self.suspects.end() {
+            return Err(ReceiveError::Differs { pages, first });
         }
         self.part.epoch = epoch;
         self.closed_round = Some(self.shared.round.load(Ordering::Acquire));

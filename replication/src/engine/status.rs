@@ -32,6 +32,10 @@ pub(crate) struct Counters {
     pub(crate) raw_bytes: AtomicU64,
     /// Of pages that a device reads in guest memory.
     pub(crate) from_memory_bytes: AtomicU64,
+    /// Of these, straight into the backup's.
+    pub(crate) straight_bytes: AtomicU64,
+    /// Of a backup's image, registered for the primary's WRITEs and given back, in all.
+    pub(crate) opened_bytes: AtomicU64,
     /// What the disks' images of a backup have taken.
     pub(crate) images: Done,
     /// Pages of the first copy that are through.
@@ -47,7 +51,9 @@ pub(crate) struct Counters {
 impl Counters {
     /// What a backup says it has done: it grows with whatever it does.
     pub(crate) fn done(&self) -> u64 {
-        self.wire_bytes.load(Ordering::Relaxed).wrapping_add(self.images.count())
+        let bytes =
+            [&self.wire_bytes, &self.opened_bytes].map(|bytes| bytes.load(Ordering::Relaxed));
+        bytes.into_iter().fold(self.images.count(), u64::wrapping_add)
     }
 
     /// Share of the first pass that is through; whole only once the engine says so.
@@ -100,6 +106,7 @@ impl Status {
         info.bytes_sent = self.counters.wire_bytes.load(Ordering::Relaxed);
         if let Some(path) = &mut info.rdma {
             path.from_memory_bytes = self.counters.from_memory_bytes.load(Ordering::Relaxed);
+            path.straight_bytes = self.counters.straight_bytes.load(Ordering::Relaxed);
         }
         info.bytes_raw = self.counters.raw_bytes.load(Ordering::Relaxed);
         info

@@ -29,9 +29,11 @@ use crate::observer::{Event as Told, Observer};
 use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing};
 use crate::protocol::ownership::{self, Claim};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Report, State};
+use crate::protocol::window::Approach;
 use crate::ram::PageSet;
 use crate::transport::rdma;
 use crate::wire::{Message, Offer, SessionId, WireError};
+use straight::Copying;
 
 /// Passes of a copy after which the rest goes into the first epoch, however large.
 const PASSES_MAX: u32 = 8;
@@ -76,6 +78,8 @@ pub(super) enum Input {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
     Nothing,
+    /// Memory is registered, on both sides, so that a copy can go straight into the backup's.
+    Opening,
     /// A pass of a copy is under way.
     Copying {
         pass: u32,
@@ -83,6 +87,10 @@ enum Work {
     },
     /// Memory is copied; the disks are not yet, or the memory is not registered.
     AwaitingRest,
+    /// The backup is told the checksums of what went straight.
+    Checking,
+    /// It makes its memory its own again.
+    Shutting,
     /// Paired, and the blocks that were written meanwhile are copied.
     Settling,
     /// Changes of disks are logged, and the last blocks are sent.
@@ -118,13 +126,21 @@ pub(super) fn call(
     identity: HostIdentity,
     status: Status,
 ) -> Result<Called, Error> {
-    let Checked { options, destination, rdma, arbiter } = checked;
+    let Checked { options, destination, rdma, fell_back: _, arbiter } = checked;
     let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
     let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
     let report = move |path| status.lock().info.rdma = Some(path);
     let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report));
     let session = session::open(offer, &destination, &options, identity, adapter)?;
     Ok(Called { options, arbiter, generation, session })
+}
+
+/// How a session ended that another one may follow.
+pub(super) struct Ended {
+    /// What the backup may have of it, while the tracking of dirty pages goes on.
+    pub(super) rest: Option<Rest>,
+    /// Why data is to go by TCP in the next one.
+    pub(super) no_rdma: Option<String>,
 }
 
 pub(super) struct Engine<'g, G: Guest> {
@@ -150,6 +166,11 @@ pub(super) struct Engine<'g, G: Guest> {
     lender: Option<rdma::Lender>,
     lent: Option<Arc<rdma::Lent>>,
     lending: bool,
+    /// The writing of the backup's memory, what of the copy goes so, and until when the backup is to
+    /// answer.
+    approach: Approach,
+    straight: Option<Copying>,
+    window_due: Option<Instant>,
     log_bytes_max: u64,
     heard: Heard,
     /// What the backup says it has done.
@@ -186,6 +207,9 @@ pub(super) struct Engine<'g, G: Guest> {
     retry_at: Option<Instant>,
     /// Why a data connection ended, and until when the control connection may tell more.
     data_lost: Option<(WireError, Instant)>,
+    /// TCP may carry the data instead of RDMA, and why it is to.
+    falls_back: bool,
+    no_rdma: Option<String>,
     undecided_told: bool,
     /// What is being asked by a person.
     asking: Option<Ask>,
@@ -206,6 +230,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     ) -> Result<Self, Error> {
         let Called { options, arbiter, generation, session } = called;
         let Session { id, control, data, disks, lender, backup, welcome } = session;
+        let falls_back = lender.is_some() && options.fallback && options.reconnect;
         let millis = Duration::from_millis;
         let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
         let stretched = options.epoch_max_ms.map(millis);
@@ -259,6 +284,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             lent: lender.as_ref().map(rdma::Lender::lent),
             lender,
             lending: false,
+            approach: Approach::default(),
+            straight: None,
+            window_due: None,
             log_bytes_max,
             machine: match again {
                 true => Primary::again(asker.exists(), generation),
@@ -295,6 +323,8 @@ impl<'g, G: Guest> Engine<'g, G> {
             patience,
             retry_at: None,
             data_lost: None,
+            falls_back,
+            no_rdma: None,
             undecided_told: false,
             asking: None,
             stop_answer: vec![],
@@ -335,9 +365,8 @@ impl<'g, G: Guest> Engine<'g, G> {
         (output, waker)
     }
 
-    /// Works until the session ends one way or another. `None` if that was the last one; else what
-    /// the backup may have of it, while the tracking of dirty pages goes on.
-    pub(super) fn run(mut self) -> Option<Option<Rest>> {
+    /// Works until the session ends one way or another. `None` if that was the last one.
+    pub(super) fn run(mut self) -> Option<Ended> {
         // Of a VM that was alone the state is another one from here on.
         self.show();
         let started = if self.is_tracking { Ok(()) } else { self.guest.start_tracking() };
@@ -363,8 +392,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             self.timers();
         }
         let goes_on = self.options.reconnect && self.machine.may_go_on();
+        let no_rdma = self.no_rdma.take();
         let rest = self.end(goes_on);
-        goes_on.then_some(rest)
+        goes_on.then_some(Ended { rest, no_rdma })
     }
 
     fn is_over(&self) -> bool {
@@ -384,6 +414,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             None => Instant::now() + Duration::from_secs(3600),
         };
         next = next.min(self.retry_at.unwrap_or(next));
+        next = next.min(self.window_due.unwrap_or(next));
         next = next.min(self.data_lost.as_ref().map_or(next, |(_, until)| *until));
         if self.awaits_peer() {
             next = next.min(self.patience.deadline());
@@ -397,7 +428,8 @@ impl<'g, G: Guest> Engine<'g, G> {
     /// Whether the peer has something to take or to acknowledge.
     fn awaits_peer(&self) -> bool {
         let busy = self.unsent > 0 || !self.in_flight.is_empty() || self.disks_copy;
-        self.control.is_some() && busy
+        // One to which nothing comes has nothing to take.
+        self.control.is_some() && busy && self.no_rdma.is_none()
     }
 
     /// A peer whose heart beats but that takes nothing and acknowledges nothing is no backup, whatever
@@ -506,6 +538,15 @@ impl<'g, G: Guest> Engine<'g, G> {
         self.data_lost.get_or_insert((error, Instant::now() + self.timeout()));
     }
 
+    /// The backup lives, and data does not come to it by RDMA.
+    fn fall_back(&mut self, reason: String) {
+        if self.no_rdma.is_some() {
+            return;
+        }
+        self.no_rdma = Some(reason.clone());
+        self.step(Event::DataLost(reason));
+    }
+
     fn lost(&mut self, error: WireError) {
         if self.control.is_some() {
             let error = match error {
@@ -525,6 +566,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             }
             Message::ResyncReady => self.step(Event::ResyncReady),
             Message::StopDone => {}
+            Message::WindowOpen { number, grants } => self.window_opened(number, &grants),
+            Message::WindowNone { number, reason } => self.window_refused(number, &reason),
+            Message::WindowClosed(number) => self.window_closed(number),
             Message::HandedOver(generation) => self.step(Event::HandedOver(generation)),
             other => {
                 let found = other.kind();
@@ -570,10 +614,19 @@ impl<'g, G: Guest> Engine<'g, G> {
             self.step(Event::PeerLost(Error::Silent { silent_ms }.chain()));
         }
         if let Some((error, _)) = self.data_lost.take_if(|(_, until)| *until <= now) {
-            self.lost(error);
+            match self.falls_back && self.control.is_some() {
+                true => self.fall_back(Error::Wire(error).chain()),
+                false => self.lost(error),
+            }
         }
         if let Some(reason) = self.is_given_up() {
-            self.step(Event::PeerLost(reason));
+            match self.falls_back {
+                true => self.fall_back(reason),
+                false => self.step(Event::PeerLost(reason)),
+            }
+        }
+        if self.window_due.take_if(|due| *due <= now).is_some() {
+            self.window_late();
         }
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
@@ -705,3 +758,4 @@ fn journal(disks: &Arc<dyn Disks>, on_full: Waker) -> Arc<Journal> {
 mod actions;
 mod epochs;
 mod lending;
+mod straight;

@@ -36,6 +36,11 @@ const WAIT_MS_LAST: u64 = 5000;
 /// First wait where the peer is well and about to listen.
 const WAIT_MS_SOON: u64 = 5;
 
+/// How long a backup may refuse a call by TCP because it has not noticed the end of the one by RDMA, in
+/// peer timeouts, and at least: its device may hang.
+const FALLBACK_TIMEOUTS: u32 = 4;
+const FALLBACK_MIN: Duration = Duration::from_secs(5);
+
 /// How often attempts that fail for the same reason are told again.
 const REMINDER: Duration = Duration::from_secs(60);
 
@@ -135,6 +140,9 @@ pub(super) struct Keeper<G: Guest> {
     pub(super) mailbox: Mailbox,
     /// What the backup may still have; with it the tracking of dirty pages is on.
     pub(super) rest: Option<Rest>,
+    /// Why data goes by TCP in the next session although the URL is `rdma:`. The one after that tries RDMA
+    /// again.
+    pub(super) fell_back: Option<String>,
 }
 
 impl<G: Guest> Keeper<G> {
@@ -189,7 +197,7 @@ impl<G: Guest> Keeper<G> {
             }
             self.status.lock().info.reconnect_attempts += 1;
             // They were good before: a certificate is being renewed, or its storage is away.
-            let checked = match Checked::new(self.options.clone()) {
+            let checked = match Checked::new(self.options.clone(), self.fell_back.as_deref()) {
                 Ok(checked) => checked,
                 Err(error) => {
                     let line = error.chain();
@@ -231,7 +239,54 @@ impl<G: Guest> Keeper<G> {
         queue: &Receiver<Input>,
     ) -> (Result<Option<Called>, Error>, Receiver<Input>) {
         let queue = self.mailbox.renew(queue);
-        (self.call(checked, &queue), queue)
+        let called = self.call(checked, &queue);
+        match called {
+            Err(Error::NoRdma(why)) => {
+                self.fall_back(&why.chain());
+                self.called_by_tcp(queue)
+            }
+            called => (called, queue),
+        }
+    }
+
+    /// Calls the backup at once, which may still be busy with what did not come about.
+    fn called_by_tcp(
+        &mut self,
+        mut queue: Receiver<Input>,
+    ) -> (Result<Option<Called>, Error>, Receiver<Input>) {
+        let patience = FALLBACK_TIMEOUTS * Duration::from_millis(self.options.timeout_ms);
+        let until = Instant::now() + patience.max(FALLBACK_MIN);
+        let mut waits = Waits::new();
+        loop {
+            let checked = Checked::new(self.options.clone(), self.fell_back.as_deref());
+            queue = self.mailbox.renew(&queue);
+            match self.call(checked, &queue) {
+                Err(Error::Refused(_)) if Instant::now() < until => {}
+                called => return (called, queue),
+            }
+            if let Word::Stop(answer) = self.wait(&queue, Some(Instant::now() + waits.next())) {
+                self.stopped(&answer);
+                return (Ok(None), queue);
+            }
+        }
+    }
+
+    /// TCP takes over, for this reason.
+    fn fall_back(&mut self, reason: &str) {
+        if self.fell_back.as_deref() != Some(reason) {
+            tracing::warn!("data goes by TCP, not by RDMA: {reason}");
+        }
+        self.fell_back = Some(reason.to_owned());
+    }
+
+    /// What carries the data of the next session, and why it is not what the URL says.
+    fn show_transport(&self, transport: &str) {
+        let mut gathered = self.status.lock();
+        gathered.info.transport = Some(transport.to_owned());
+        gathered.info.fallback_reason.clone_from(&self.fell_back);
+        if self.fell_back.is_some() {
+            gathered.info.rdma = None;
+        }
     }
 
     fn call(
@@ -241,8 +296,12 @@ impl<G: Guest> Keeper<G> {
     ) -> Result<Option<Called>, Error> {
         let checked = checked?;
         let base = self.rest.as_ref().map(Rest::base);
-        let has_rdma = checked.rdma.is_some();
-        let offer = session::offer(&mut self.guest, &checked.options, has_rdma, base)?;
+        if let Some(reason) = &checked.fell_back {
+            self.fall_back(reason);
+        }
+        self.show_transport(checked.transport());
+        let way = (checked.rdma.is_some(), checked.fell_back.as_deref());
+        let offer = session::offer(&mut self.guest, &checked.options, way, base)?;
         let (identity, status, inputs) =
             (self.identity, self.status.clone(), self.mailbox.inputs());
         spawn("repl-call", None, move || {
@@ -323,7 +382,12 @@ impl<G: Guest> Keeper<G> {
             // The caller may have stopped waiting.
             let _ = verdict.send(Ok(()));
         }
-        self.rest = engine.run()?;
+        let ended = engine.run()?;
+        self.rest = ended.rest;
+        self.fell_back = None;
+        if let Some(reason) = ended.no_rdma {
+            self.fall_back(&reason);
+        }
         Some(queue)
     }
 

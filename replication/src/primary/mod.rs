@@ -25,6 +25,7 @@ mod rest;
 mod seal;
 mod send;
 mod session;
+mod sums;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -42,7 +43,6 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::observer::Observer;
 use crate::ownership::HostIdentity;
-use crate::transport::{Destination, name};
 use engine::{Ask, Input};
 use keeper::{Keeper, Mailbox};
 use options::Checked;
@@ -71,7 +71,7 @@ pub fn protect<G: Guest>(
     identity: HostIdentity,
     observer: Arc<dyn Observer>,
 ) -> Result<PrimaryHandle, Error> {
-    let checked = Checked::new(options)?;
+    let checked = Checked::new(options, None)?;
     let (handle, keeper, queue) = prepare(guest, &checked, identity, observer);
     // A rendezvous: either the caller takes the verdict or, having left, never sees it.
     let (verdict, first) = bounded(0);
@@ -97,7 +97,7 @@ pub fn protect_alone<G: Guest>(
     identity: HostIdentity,
     observer: Arc<dyn Observer>,
 ) -> Result<PrimaryHandle, Error> {
-    let checked = Checked::new(options)?;
+    let checked = Checked::new(options, None)?;
     let (handle, keeper, queue) = prepare(guest, &checked, identity, observer);
     {
         let mut gathered = handle.status.lock();
@@ -121,8 +121,7 @@ fn prepare<G: Guest>(
         gathered.info.role = Role::Primary;
         gathered.info.state = ReplicationState::Syncing;
         gathered.info.peer = Some(checked.options.destination_url.clone());
-        let Destination { address, tls } = &checked.destination;
-        gathered.info.transport = Some(name(address, tls.is_some()).to_owned());
+        gathered.info.transport = Some(checked.transport().to_owned());
         gathered.info.dirty_log = guest.tracking_name().map(str::to_owned);
         gathered.reconnects = checked.options.reconnect;
     }
@@ -136,6 +135,7 @@ fn prepare<G: Guest>(
         status: status.clone(),
         mailbox: mailbox.clone(),
         rest: None,
+        fell_back: None,
     };
     let thread = std::sync::Mutex::default();
     (PrimaryHandle { mailbox, status, thread, identity, timeout }, keeper, queue)

@@ -8,7 +8,7 @@ use api::replication::{
 
 use crate::error::{Error, chain};
 use crate::ownership::{Arbiter, ArbiterError, open};
-use crate::transport::{Address, Destination, rdma, tls};
+use crate::transport::{Address, Destination, name, rdma, tls};
 use crate::wire::CONNECTIONS_MAX;
 
 /// A request that can be carried out.
@@ -17,6 +17,8 @@ pub(super) struct Checked {
     pub(super) destination: Destination,
     /// Where data goes by RDMA.
     pub(super) rdma: Option<rdma::Asked>,
+    /// Why it does not, although the URL says so.
+    pub(super) fell_back: Option<String>,
     pub(super) arbiter: Option<Box<dyn Arbiter>>,
 }
 
@@ -44,7 +46,7 @@ pub(crate) fn address(option: &'static str, url: &str) -> Result<Address, Error>
 }
 
 /// What a request with this address asks of RDMA; `numbers` are port, GID index and depth. Whether
-/// this host can do it is looked at here, before anything else is begun.
+/// this host can do it is for [`rdma::Asked::check`] to say.
 pub(crate) fn asked_of_rdma(
     address: &Address,
     device: Option<&str>,
@@ -71,9 +73,7 @@ pub(crate) fn asked_of_rdma(
     let [port, gid_index, depth] = numbers;
     let byte = |number: Option<u32>| number.and_then(|number| u8::try_from(number).ok());
     let device = device.map(str::to_owned);
-    let asked = rdma::Asked { device, port: byte(port), gid_index: byte(gid_index), depth };
-    asked.check().map_err(Error::Transport)?;
-    Ok(Some(asked))
+    Ok(Some(rdma::Asked { device, port: byte(port), gid_index: byte(gid_index), depth }))
 }
 
 /// Opens the arbiter of a request; `own` are the directory and the file that only `etcd:` has.
@@ -117,7 +117,8 @@ pub(crate) fn certificates<T>(
 }
 
 impl Checked {
-    pub(super) fn new(options: ReplicateData) -> Result<Self, Error> {
+    /// Checks `options`. `fell_back` says why data goes by TCP where they ask for RDMA.
+    pub(super) fn new(options: ReplicateData, fell_back: Option<&str>) -> Result<Self, Error> {
         if !(1..=10_000).contains(&options.epoch_ms) {
             return invalid("epoch_ms", "expected 1 to 10000");
         }
@@ -134,13 +135,45 @@ impl Checked {
         validate_paces(options.heartbeat_ms, options.timeout_ms)?;
         let address = address("destination_url", &options.destination_url)?;
         let numbers = [options.rdma_port, options.rdma_gid_index, options.rdma_depth];
-        let rdma = asked_of_rdma(&address, options.rdma_device.as_deref(), numbers)?;
-        if options.rdma_pin.is_some() && rdma.is_none() {
-            return invalid("rdma_pin", "it is for rdma: only");
+        let asked = asked_of_rdma(&address, options.rdma_device.as_deref(), numbers)?;
+        let for_rdma = [(options.rdma_pin.is_some(), "rdma_pin"), (options.fallback, "fallback")];
+        if let Some((_, option)) = for_rdma.iter().find(|(is_given, _)| *is_given)
+            && asked.is_none()
+        {
+            return invalid(option, "it is for rdma: only");
         }
+        let (rdma, fell_back) = way(asked, options.fallback, fell_back)?;
         let own = [&options.arbiter_tls_dir, &options.arbiter_credentials];
         let arbiter = arbiter(options.arbiter.as_deref(), own.map(Option::as_deref))?;
         let tls = certificates(&address, options.tls_dir.as_deref(), tls::Client::load)?;
-        Ok(Self { options, destination: Destination { address, tls }, rdma, arbiter })
+        Ok(Self { options, destination: Destination { address, tls }, rdma, fell_back, arbiter })
+    }
+
+    /// What carries the data, as clients are told.
+    pub(super) fn transport(&self) -> &'static str {
+        let Destination { address, tls } = &self.destination;
+        match (&self.fell_back, tls) {
+            (Some(_), Some(_)) => "tcp+tls",
+            (Some(_), None) => "tcp",
+            (None, tls) => name(address, tls.is_some()),
+        }
+    }
+}
+
+/// Whether data goes by RDMA, as was asked for, or why not. Whether this host can do it is looked at here, before
+/// anything else is begun.
+fn way(
+    asked: Option<rdma::Asked>,
+    falls_back: bool,
+    fell_back: Option<&str>,
+) -> Result<(Option<rdma::Asked>, Option<String>), Error> {
+    let Some(asked) = asked else { return Ok((None, None)) };
+    if let Some(reason) = fell_back {
+        return Ok((None, Some(reason.to_owned())));
+    }
+    match asked.check() {
+        Ok(()) => Ok((Some(asked), None)),
+        Err(error) if falls_back => Ok((None, Some(chain(&error)))),
+        Err(error) => Err(Error::Transport(error)),
     }
 }

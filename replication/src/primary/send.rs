@@ -6,7 +6,8 @@
 //!
 //! Where a connection reads guest memory itself ([`Stream::gathers`]), pages that nobody writes leave
 //! from there: those that are protected, which stay so until the peer's device has them, and those of a
-//! guest that stands. Their checksum is that of the bytes that are in memory until then.
+//! guest that stands. Their checksum is that of the bytes that are in memory until then. In a copy, pages may go
+//! by such a connection without a frame and without a copy, straight into the backup's memory ([`Straight`]).
 
 use std::io;
 use std::sync::Arc;
@@ -17,18 +18,20 @@ use std::time::Instant;
 use api::replication::Compression;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use super::sums::Sums;
 use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Loan, Page, Piece, Share};
-use crate::checking::Delays;
+use crate::checking::{Delays, is_broken};
 use crate::encode::Encoder;
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
 use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
 use crate::ram::{PageBuffer, PageSet, Ram};
+use crate::transport::rdma::Window;
 use crate::transport::{Lease, Part, Stream};
 use crate::wire::{
-    ConnectionPart, Encoding, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, WireError,
-    encode_pages_header,
+    ConnectionPart, Encoding, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, SUM_GROUPS_MAX,
+    WireError, encode_pages_header, encode_sums,
 };
 
 /// Where the bytes of a job come from.
@@ -40,6 +43,18 @@ pub(super) enum Source {
     Still(Arc<PageSet>),
     /// Memory as it was at the seal.
     Frozen(Arc<dyn Frozen>),
+    /// Memory as it is, by the device straight into the backup's.
+    Straight(Arc<Straight>),
+    /// No pages: the checksums of such that went so.
+    Sums(Arc<PageSet>, Arc<Sums>),
+}
+
+/// Pages that the device writes straight into the backup's memory.
+pub(super) struct Straight {
+    pub(super) pages: Arc<PageSet>,
+    pub(super) window: Arc<Window>,
+    /// Filled meanwhile.
+    pub(super) sums: Arc<Sums>,
 }
 
 /// Pages to send on every connection.
@@ -146,6 +161,10 @@ impl OneSender {
                 Source::Frozen(frozen) => {
                     self.send_frozen(job.epoch, frozen.as_ref(), scratch.all_mut())
                 }
+                Source::Straight(straight) => {
+                    self.send_straight(straight, &mut scratch.all_mut()[0])
+                }
+                Source::Sums(pages, sums) => self.send_sums(pages, sums),
             };
             let number = job.number;
             // What was frozen is free before the engine hears that it is out.
@@ -186,6 +205,56 @@ impl OneSender {
         }
         self.flush(epoch, &kept(&raw, scratch, from_memory), vec![], &mut part)?;
         self.end(epoch, part)
+    }
+
+    /// Writes pages into the backup's memory. Returns when they are there: what the guest writes after
+    /// this is not under way any more, and the engine's next harvest finds all that it wrote before.
+    fn send_straight(&mut self, straight: &Straight, scratch: &mut Page) -> Result<(), WireError> {
+        for group in self.share.groups(&straight.pages) {
+            let runs: Vec<_> = group.runs().collect();
+            if !(is_broken("place") && group.number % 16 == 3) {
+                self.writer.place(&straight.window, &runs)?;
+            }
+            let bytes = group.len() * PAGE_SIZE as u64;
+            let counters = &self.counters;
+            for count in [
+                &counters.straight_bytes,
+                &counters.from_memory_bytes,
+                &counters.raw_bytes,
+                &counters.wire_bytes,
+            ] {
+                count.fetch_add(bytes, Ordering::Relaxed);
+            }
+            counters.synced_pages.fetch_add(group.len(), Ordering::Relaxed);
+            // The device is at it meanwhile.
+            for page in group.iter() {
+                assert!(self.ram.read_page(page, scratch), "a dirty set is over the memory");
+                straight.sums.set(page, crc32fast::hash(&scratch[..]));
+            }
+        }
+        self.writer.flush()
+    }
+
+    /// Tells the backup what the pages are that it has of [`OneSender::send_straight`].
+    fn send_sums(&mut self, pages: &PageSet, sums: &Sums) -> Result<(), WireError> {
+        let mut payload = Vec::new();
+        let mut groups = 0;
+        for group in self.share.groups(pages) {
+            let of = group.iter().map(|page| sums.get(page));
+            encode_sums(group.number as u64, group.pages, of, &mut payload);
+            groups += 1;
+            if groups == SUM_GROUPS_MAX {
+                self.writer.write(Kind::Sums, &[&payload])?;
+                self.count();
+                payload.clear();
+                groups = 0;
+            }
+        }
+        if groups > 0 {
+            self.writer.write(Kind::Sums, &[&payload])?;
+            self.count();
+        }
+        Ok(())
     }
 
     fn send_frozen(

@@ -141,8 +141,14 @@ pub(super) fn open(
     let agreed = timeout.max(Duration::from_millis(theirs));
     let adapter = adapter.map(|make| make(agreed));
     let lender = adapter.clone().map(rdma::Adapter::lender);
-    let data = data_connections(&caller, adapter, heartbeat, &mut control)
-        .map_err(|error| explained(error, &mut control, patience))?;
+    let falls_back = adapter.is_some() && options.fallback;
+    let data =
+        data_connections(&caller, adapter, heartbeat, &mut control).map_err(
+            |error| match explained(error, &mut control, patience) {
+                error if falls_back && is_of_rdma(&error) => Error::NoRdma(Box::new(error)),
+                error => error,
+            },
+        )?;
     let disks = has_disks.then(|| caller.connect(connections + 2)).transpose()?;
     let bell = caller.hello(connections + 1);
     super::bell::start(caller.destination, session, bell, timeout);
@@ -207,6 +213,13 @@ fn is_of_device(error: &Error) -> bool {
     matches!(error, Error::Transport(Rdma(_) | Hung { .. } | Stuck { .. }))
 }
 
+/// Whether data might go by TCP to a backup where it did not come to go by RDMA: the device of either side
+/// is the reason, or what lies between them.
+fn is_of_rdma(error: &Error) -> bool {
+    let is_silent = matches!(error, Error::Wire(WireError::Io(error)) if is_late(error));
+    is_of_device(error) || is_silent || matches!(error, Error::Refused(_))
+}
+
 /// Why the data connections were not made: this side's reason is told to the backup; else the backup's own counts
 /// for more than a connection that it closed, and is on its way or comes soon.
 fn explained(error: Error, control: &mut Greeted, patience: Duration) -> Error {
@@ -242,7 +255,7 @@ fn first_word(reader: &mut FrameReader<Box<dyn Stream>>) -> Result<Message, Wire
 pub(super) fn offer(
     guest: &mut impl Guest,
     options: &ReplicateData,
-    rdma: bool,
+    (rdma, fallback): (bool, Option<&str>),
     base: Option<Base>,
 ) -> Result<Offer, Error> {
     let description =
@@ -267,6 +280,7 @@ pub(super) fn offer(
         timeout_ms: ms(options.timeout_ms),
         arbiter: options.arbiter.is_some(),
         rdma,
+        fallback: fallback.unwrap_or_default().to_owned(),
         base,
         regions,
         disks,

@@ -7,7 +7,9 @@
 //!   won claim or before any output of its session was held, and destroys its guest only once the record
 //!   says that the backup owns it;
 //! - a backup never acknowledges again once it has claimed, and starts only after a won claim (or
-//!   a person's word where there is no arbiter), from the last epoch that it acknowledged.
+//!   a person's word where there is no arbiter), from the last epoch that it acknowledged;
+//! - a primary writes the backup's memory only while that is open to it, and a backup acknowledges nothing
+//!   before it is closed again ([`window`]).
 //!
 //! Why acks that a stopped and woken primary finds in its socket are good: the backup sent them
 //! before it stopped acknowledging, and whatever it starts from is that epoch or a later one, so
@@ -18,3 +20,4 @@ pub mod asking;
 pub mod backup;
 pub mod ownership;
 pub mod primary;
+pub mod window;

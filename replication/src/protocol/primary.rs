@@ -23,7 +23,8 @@
 //! A machine is a session's. A VM that was protected before and lost its backup is copied anew in a
 //! session of [`Primary::again`]: a peer that is lost in Syncing or Pairing leaves it Alone, as it
 //! was, and not Failed. Whoever runs the machine may begin another such session as long as
-//! [`Primary::may_go_on`] says so.
+//! [`Primary::may_go_on`] says so. A first copy that fails for what carries the data, and not for the peer,
+//! leaves it Alone as well.
 
 use crate::ids::{EpochId, Generation};
 use crate::protocol::ownership::Verdict;
@@ -83,6 +84,8 @@ pub enum Event {
     },
     /// The connection ended, was silent too long, or brought what it must not.
     PeerLost(String),
+    /// Nothing comes to the peer any more, which may be well: there is another way to it.
+    DataLost(String),
     /// The epoch to be sealed does not fit the backup's staging.
     TooLarge(String),
     /// The guest cannot be captured, or never fits.
@@ -248,6 +251,7 @@ impl Primary {
             Event::Sealed(epoch) => self.sealed(epoch),
             Event::Acked { epoch, generation } => self.acked(epoch, generation),
             Event::PeerLost(reason) => self.peer_lost(reason),
+            Event::DataLost(reason) => self.data_lost(reason),
             Event::TooLarge(reason) => self.too_large(reason),
             Event::GiveUp(reason) => self.give_up(reason),
             Event::StopAsked => self.stop_asked(),
@@ -377,6 +381,23 @@ impl Primary {
         actions
     }
 
+    fn data_lost(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            // The first copy, or the record of it, is begun again: nothing was held yet.
+            State::Syncing | State::Pairing if !self.resync => {
+                self.go(State::Alone);
+                vec![Action::Close, Action::Report(Report::StillAlone(reason))]
+            }
+            // A backup that hears this heart does not claim meanwhile: it is closed once the VM is owned.
+            State::Protected => {
+                let mut actions = self.claim(Purpose::PeerLost, reason);
+                actions.retain(|action| *action != Action::Close);
+                actions
+            }
+            _ => self.peer_lost(reason),
+        }
+    }
+
     fn peer_lost(&mut self, reason: String) -> Vec<Action> {
         match self.state {
             // Nothing is held, and the backup has nothing to start from.
@@ -402,7 +423,7 @@ impl Primary {
                 actions
             }
             // The claim goes on without anybody to tell how it ends.
-            State::Claiming(Purpose::Stop) => vec![Action::Close],
+            State::Claiming(Purpose::Stop | Purpose::PeerLost) => vec![Action::Close],
             State::Claiming(Purpose::Resync | Purpose::GiveUp) => {
                 // There is nobody left to copy to.
                 self.reason = reason;

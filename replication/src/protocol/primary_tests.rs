@@ -357,3 +357,29 @@ fn a_refusal_names_the_state_and_the_reason() {
         assert_eq!(is_refused, !may_stop, "{state:?}: {stopped:?}");
     }
 }
+
+/// There is another way to a backup that may be well: a first copy is begun again, and nothing else changes.
+#[test]
+fn data_that_does_not_come_leaves_a_vm_alone_that_may_be_copied_again() {
+    let alone = [Action::Close, Action::Report(Report::StillAlone("link".into()))];
+    let mut primary = Primary::new(true, Generation(0));
+    assert_eq!(primary.step(Event::DataLost("link".into())), alone);
+    assert!(primary.state() == State::Alone && primary.may_go_on());
+    let mut primary = Primary::new(true, Generation(0));
+    primary.step(Event::Synced);
+    assert_eq!(primary.step(Event::DataLost("link".into())), alone);
+    // The verdict on the record comes late, and is no news.
+    assert_eq!(primary.step(Event::Verdict(Verdict::Owned(G1))), []);
+    // Claimed while the backup, which may be well, still hears this side: it has no reason to claim.
+    for (mut primary, is_committed) in [(protected(), true), (paired(), false)] {
+        let claim = [Action::EndEpochs, Action::Claim { expected: G1 }];
+        assert_eq!(primary.step(Event::DataLost("link".into())), claim);
+        let mut silent = primary.clone();
+        assert_eq!(silent.step(Event::PeerLost("silent".into())), [Action::Close]);
+        let owned = primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+        let report = Action::Report(Report::Degraded("link".into()));
+        assert_eq!(owned, [Action::Close, Action::Degrade, Action::Pass, report]);
+        assert!(primary.may_go_on() && primary.is_protected() == is_committed);
+        assert_eq!(silent.step(Event::Verdict(Verdict::Owned(Generation(2)))), owned);
+    }
+}

@@ -8,11 +8,13 @@ mod disks;
 mod encodings;
 mod failover;
 mod fake_backup;
+mod fallback;
 mod orphan;
 mod pace;
 mod pair;
 mod scripted;
 mod steady;
+mod straight;
 mod tls;
 
 use std::path::Path;

@@ -16,7 +16,7 @@ use crate::wire::{
     Offer, Runs, Seal, SessionId, WireRegion, encode_pages_header,
 };
 
-const SESSION: SessionId = SessionId(42);
+pub(super) const SESSION: SessionId = SessionId(42);
 const PAGES: u64 = 1200;
 const G1: Generation = Generation(1);
 
@@ -25,8 +25,8 @@ pub(super) struct Script {
     pub(super) vm: Uuid,
     pub(super) host: Uuid,
     pub(super) writer: FrameWriter<TcpStream>,
-    reader: FrameReader<TcpStream>,
-    data: FrameWriter<TcpStream>,
+    pub(super) reader: FrameReader<TcpStream>,
+    pub(super) data: FrameWriter<TcpStream>,
     sum: ConnectionPart,
 }
 
@@ -45,6 +45,7 @@ pub(super) fn offer() -> Offer {
         regions,
         disks: vec![],
         way_back: String::new(),
+        fallback: String::new(),
         description,
     }
 }
@@ -104,7 +105,7 @@ impl Script {
     }
 
     /// Welcomed, with data connection `connection` of `connections`.
-    fn one_of(
+    pub(super) fn one_of(
         connection: u32,
         connections: u32,
         backup: Backup,
@@ -149,6 +150,11 @@ impl Script {
         }
     }
 
+    /// The pages so far were of a copy.
+    pub(super) fn forget_pages(&mut self) {
+        self.sum = ConnectionPart::default();
+    }
+
     pub(super) fn end(&mut self, epoch: u64) {
         let part = std::mem::take(&mut self.sum);
         let end = End { epoch: EpochId(epoch), part };
@@ -189,7 +195,7 @@ impl Script {
     }
 }
 
-fn next(reader: &mut FrameReader<TcpStream>) -> Message {
+pub(super) fn next(reader: &mut FrameReader<TcpStream>) -> Message {
     loop {
         match Message::receive(reader, &mut Vec::new()).unwrap() {
             Message::Heartbeat | Message::Progress(_) => {}

@@ -103,6 +103,18 @@ pub trait Stream: Read + Write + Send {
         Ok(())
     }
 
+    /// Writes runs of pages, each its first and their number, from guest memory as it is straight into the
+    /// peer's: of a page that is written meanwhile any mixture may arrive. Returns before they are read;
+    /// [`Write::flush`] waits until none of them is read any more. What is written to the stream after that
+    /// arrives after them.
+    ///
+    /// # Errors
+    /// As [`Write::write`]; [`io::ErrorKind::Unsupported`] if it has no way there.
+    fn place(&mut self, window: &rdma::Window, runs: &[(PageIndex, u64)]) -> io::Result<()> {
+        let _ = (window, runs);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Reads some bytes into a guest's memory, as [`Read::read`] does into a buffer; without a copy in
     /// between, where a system call can do it.
     ///

@@ -3,15 +3,16 @@
 use std::io::{ErrorKind, IoSlice, Read, Write};
 
 use super::changes::CHANGE_HEAD_BYTES;
-use super::message::{DESCRIPTION_SLACK_BYTES, SEAL_SLACK_BYTES};
+use super::message::{DESCRIPTION_SLACK_BYTES, GRANT_BYTES, SEAL_SLACK_BYTES};
 use super::pages::{END_BYTES, PAGES_BYTES_MAX};
+use super::sums::SUMS_BYTES_MAX;
 use super::verbs::VERBS_BYTES;
-use super::{ABORT_BYTES_MAX, MAGIC, VERSION, WireError};
+use super::{ABORT_BYTES_MAX, GRANTS_MAX, MAGIC, VERSION, WireError};
 use crate::disk::CHANGE_BYTES_MAX;
 use crate::guest::{DESCRIPTION_BYTES_MAX, STATE_BYTES_MAX};
-use crate::ids::PAGE_SIZE;
+use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::ram::Slice;
-use crate::transport::{Lease, Part, Stream, write_all_vectored};
+use crate::transport::{Lease, Part, Stream, rdma, write_all_vectored};
 
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 32;
@@ -43,11 +44,17 @@ pub enum Kind {
     Progress = 17,
     Verbs = 18,
     Refuse = 19,
+    WindowAsk = 20,
+    WindowOpen = 21,
+    WindowNone = 22,
+    WindowEnd = 23,
+    WindowClosed = 24,
+    Sums = 25,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        const ALL: [Kind; 19] = [
+        const ALL: [Kind; 25] = [
             Kind::Hello,
             Kind::Offer,
             Kind::Welcome,
@@ -67,6 +74,12 @@ impl Kind {
             Kind::Progress,
             Kind::Verbs,
             Kind::Refuse,
+            Kind::WindowAsk,
+            Kind::WindowOpen,
+            Kind::WindowNone,
+            Kind::WindowEnd,
+            Kind::WindowClosed,
+            Kind::Sums,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -79,6 +92,10 @@ impl Kind {
             Self::Offer => DESCRIPTION_BYTES_MAX + DESCRIPTION_SLACK_BYTES,
             Self::Abort | Self::Refuse => ABORT_BYTES_MAX,
             Self::Paired | Self::HandedOver | Self::Progress => 8,
+            Self::WindowAsk | Self::WindowEnd | Self::WindowClosed => 8,
+            Self::WindowOpen => 16 + GRANTS_MAX * GRANT_BYTES,
+            Self::WindowNone => 8 + ABORT_BYTES_MAX,
+            Self::Sums => SUMS_BYTES_MAX,
             Self::Resync | Self::ResyncReady | Self::Heartbeat | Self::Stop | Self::StopDone => 0,
             Self::Seal => STATE_BYTES_MAX + SEAL_SLACK_BYTES,
             Self::Ack => 16,
@@ -279,6 +296,18 @@ impl FrameWriter<Box<dyn Stream>> {
         parts.extend_from_slice(payload);
         self.inner.gather(&parts, leases).map_err(WireError::Io)?;
         Ok(self.written(&head))
+    }
+
+    /// As [`Stream::place`], beside the frames.
+    ///
+    /// # Errors
+    /// [`WireError::Io`] from the stream.
+    pub(crate) fn place(
+        &mut self,
+        window: &rdma::Window,
+        runs: &[(PageIndex, u64)],
+    ) -> Result<(), WireError> {
+        self.inner.place(window, runs).map_err(WireError::Io)
     }
 }
 

@@ -15,8 +15,11 @@ pub const ABORT_BYTES_MAX: usize = 4096;
 pub const RETURN_BYTES_MAX: usize = 16 << 10;
 /// Most memory regions of a VM.
 pub const REGIONS_MAX: usize = 4096;
+/// Most pieces of memory that a backup opens: 1024, and one more for each region.
+pub const GRANTS_MAX: usize = 1024 + REGIONS_MAX;
+pub(super) const GRANT_BYTES: usize = 20;
 pub(super) const DESCRIPTION_SLACK_BYTES: usize =
-    128 + RETURN_BYTES_MAX + REGIONS_MAX * 16 + DISKS_MAX * 8;
+    128 + ABORT_BYTES_MAX + RETURN_BYTES_MAX + REGIONS_MAX * 16 + DISKS_MAX * 8;
 pub(super) const SEAL_SLACK_BYTES: usize = 64 + CONNECTIONS_MAX as usize * 8;
 
 /// First frame of every connection, from the primary.
@@ -71,8 +74,10 @@ pub struct Offer {
     pub timeout_ms: u32,
     /// Whether an arbiter decides; both sides must say the same.
     pub arbiter: bool,
-    /// Whether data connections are by RDMA; both sides must say the same.
+    /// Whether data connections are by RDMA; both sides must say the same, unless there is a `fallback`.
     pub rdma: bool,
+    /// Why data comes by TCP this time although the primary's URL is `rdma:`; empty if it does not.
+    pub fallback: String,
     pub regions: Vec<WireRegion>,
     /// Sizes in bytes of the disks that are to be replicated: whole sectors.
     pub disks: Vec<u64>,
@@ -96,6 +101,15 @@ pub struct Welcome {
     pub timeout_ms: u32,
     /// Whether it has the offer's base: memory is copied from there on.
     pub has_base: bool,
+}
+
+/// A piece of the backup's memory that the primary's device may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    pub pages: u64,
+    /// In the backup's process.
+    pub address: u64,
+    pub key: u32,
 }
 
 /// What one data connection carried of an epoch.
@@ -162,6 +176,22 @@ pub enum Message {
     StopDone,
     /// The backup owns the VM since this generation and runs it.
     HandedOver(Generation),
+    /// The primary wants to write a copy straight into the backup's memory; numbered from 1 on.
+    WindowAsk(u64),
+    /// The backup has opened its memory for the copy of this number: all of it, in the order of its pages.
+    WindowOpen {
+        number: u64,
+        grants: Vec<Grant>,
+    },
+    /// It has not, and does not: why.
+    WindowNone {
+        number: u64,
+        reason: String,
+    },
+    /// The primary has written what it writes so, all of which has arrived.
+    WindowEnd(u64),
+    /// The backup's memory is its own again.
+    WindowClosed(u64),
 }
 
 impl Message {
@@ -184,6 +214,11 @@ impl Message {
             Self::Stop => Kind::Stop,
             Self::StopDone => Kind::StopDone,
             Self::HandedOver(_) => Kind::HandedOver,
+            Self::WindowAsk(_) => Kind::WindowAsk,
+            Self::WindowOpen { .. } => Kind::WindowOpen,
+            Self::WindowNone { .. } => Kind::WindowNone,
+            Self::WindowEnd(_) => Kind::WindowEnd,
+            Self::WindowClosed(_) => Kind::WindowClosed,
         }
     }
 
@@ -259,8 +294,10 @@ impl Message {
                 }
                 out.extend((offer.disks.len() as u64).to_le_bytes());
                 offer.disks.iter().for_each(|size| out.extend(size.to_le_bytes()));
-                out.extend((offer.way_back.len() as u64).to_le_bytes());
-                out.extend(offer.way_back.as_bytes());
+                for text in [&offer.way_back[..], cut(&offer.fallback)] {
+                    out.extend((text.len() as u64).to_le_bytes());
+                    out.extend(text.as_bytes());
+                }
                 tail = &offer.description;
             }
             Self::Welcome(welcome) => {
@@ -274,7 +311,23 @@ impl Message {
             Self::Paired(generation) | Self::HandedOver(generation) => {
                 out.extend(generation.0.to_le_bytes());
             }
-            Self::Progress(bytes) => out.extend(bytes.to_le_bytes()),
+            Self::Progress(number)
+            | Self::WindowAsk(number)
+            | Self::WindowEnd(number)
+            | Self::WindowClosed(number) => out.extend(number.to_le_bytes()),
+            Self::WindowOpen { number, grants } => {
+                out.extend(number.to_le_bytes());
+                out.extend((grants.len() as u64).to_le_bytes());
+                for grant in grants {
+                    out.extend(grant.pages.to_le_bytes());
+                    out.extend(grant.address.to_le_bytes());
+                    out.extend(grant.key.to_le_bytes());
+                }
+            }
+            Self::WindowNone { number, reason } => {
+                out.extend(number.to_le_bytes());
+                tail = cut(reason).as_bytes();
+            }
             Self::Seal(seal) => {
                 out.extend(seal.epoch.0.to_le_bytes());
                 out.extend(seal.generation.0.to_le_bytes());
@@ -329,7 +382,14 @@ impl Message {
             Kind::Progress => Self::Progress(from.u64()?),
             Kind::Stop => Self::Stop,
             Kind::StopDone => Self::StopDone,
-            Kind::Pages | Kind::End | Kind::Change | Kind::Verbs => {
+            Kind::WindowAsk => Self::WindowAsk(from.u64()?),
+            Kind::WindowOpen => {
+                Self::WindowOpen { number: from.u64()?, grants: decode_grants(&mut from)? }
+            }
+            Kind::WindowNone => Self::WindowNone { number: from.u64()?, reason: from.text() },
+            Kind::WindowEnd => Self::WindowEnd(from.u64()?),
+            Kind::WindowClosed => Self::WindowClosed(from.u64()?),
+            Kind::Pages | Kind::End | Kind::Change | Kind::Verbs | Kind::Sums => {
                 return Err(WireError::Unexpected { found: kind, expected: "a control message" });
             }
         };
@@ -374,14 +434,8 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
     if disks.iter().any(|size| !size.is_multiple_of(SECTOR_BYTES)) {
         return from.malformed("size of a disk");
     }
-    let count = from.count(RETURN_BYTES_MAX)?;
-    let Some((way_back, rest)) = from.rest.split_at_checked(count) else {
-        return from.malformed("too short");
-    };
-    from.rest = rest;
-    let Ok(way_back) = String::from_utf8(way_back.to_vec()) else {
-        return from.malformed("text of the way back");
-    };
+    let way_back = from.short_text(RETURN_BYTES_MAX)?;
+    let fallback = from.short_text(ABORT_BYTES_MAX)?;
     let description = std::mem::take(&mut from.rest);
     if description.len() > DESCRIPTION_BYTES_MAX {
         return from.malformed("description too long");
@@ -393,12 +447,22 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
         timeout_ms,
         arbiter,
         rdma,
+        fallback,
         base,
         regions,
         disks,
         way_back,
         description,
     })
+}
+
+fn decode_grants(from: &mut Fields<'_>) -> Result<Vec<Grant>, WireError> {
+    let count = from.count(GRANTS_MAX)?;
+    let mut grants = Vec::with_capacity(count);
+    for _ in 0..count {
+        grants.push(Grant { pages: from.u64()?, address: from.u64()?, key: from.u32()? });
+    }
+    Ok(grants)
 }
 
 fn decode_base(from: &mut Fields<'_>) -> Result<Base, WireError> {
@@ -482,6 +546,19 @@ impl Fields<'_> {
         match usize::try_from(count) {
             Ok(count) if count <= most => Ok(count),
             _ => self.malformed("count"),
+        }
+    }
+
+    /// A text with its length before it.
+    fn short_text(&mut self, most: usize) -> Result<String, WireError> {
+        let count = self.count(most)?;
+        let Some((text, rest)) = self.rest.split_at_checked(count) else {
+            return self.malformed("too short");
+        };
+        self.rest = rest;
+        match String::from_utf8(text.to_vec()) {
+            Ok(text) => Ok(text),
+            Err(_) => self.malformed("text"),
         }
     }
 

@@ -16,13 +16,15 @@
 //! Version 1: first. Version 2: disks, on a connection of their own; the offer has their sizes and
 //! the seal the number of their changes. Version 3: a backup says how much it has done. Version 4:
 //! pages as deltas and as LZ4 blocks. Version 5: data connections by RDMA. Version
-//! 6: the offer says whether they are, and their ends how many chunks they have room for.
+//! 6: the offer says whether they are, and their ends how many chunks they have room for. Version 8: a copy
+//! straight into the backup's memory, and checksums of its pages; the offer says why data comes by TCP.
 
 mod changes;
 mod contents;
 mod frame;
 mod message;
 mod pages;
+mod sums;
 mod verbs;
 
 use thiserror::Error;
@@ -32,19 +34,20 @@ pub(crate) use contents::{begin_content, end_content, take_content, undo_content
 pub use contents::{staged_bytes, unpack};
 pub use frame::{FrameReader, FrameWriter, HEADER_BYTES, Header, Kind, SessionId};
 pub use message::{
-    ABORT_BYTES_MAX, Base, ConnectionPart, Hello, Message, Offer, REGIONS_MAX, RETURN_BYTES_MAX,
-    Seal, Welcome, WireRegion,
+    ABORT_BYTES_MAX, Base, ConnectionPart, GRANTS_MAX, Grant, Hello, Message, Offer, REGIONS_MAX,
+    RETURN_BYTES_MAX, Seal, Welcome, WireRegion,
 };
 pub use pages::{
     Encoding, End, FRAME_PAGES_MAX, PagesHeader, RAW_PAGES_MAX, RUNS_MAX, Run, Runs,
     decode_pages_header, encode_pages_header,
 };
+pub use sums::{GroupSums, SUM_GROUPS_MAX, decode_sums, encode_sums};
 pub use verbs::Verbs;
 
 /// First bytes of every frame: "USTD".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"USTD");
 /// The version that this build speaks.
-pub const VERSION: u16 = 7;
+pub const VERSION: u16 = 8;
 /// Most data connections of a session.
 pub const CONNECTIONS_MAX: u32 = 128;
 

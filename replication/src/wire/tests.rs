@@ -28,7 +28,7 @@ fn any_message() -> impl Strategy<Value = Message> {
             sealed: EpochId(committed.saturating_add(more)),
         },
     ));
-    let flags = (any::<[bool; 2]>(), base, "\\PC{0,40}");
+    let flags = (any::<[bool; 2]>(), base, "\\PC{0,40}", "\\PC{0,40}");
     let offer = (any::<[u32; 3]>(), flags, regions, sizes, bytes());
     let pages = prop::collection::vec(any::<u64>(), 0..9);
     let seal = (any::<[u64; 3]>(), any::<bool>(), pages, bytes());
@@ -39,7 +39,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         offer.prop_map(
             |(
                 [page_bytes, heartbeat_ms, timeout_ms],
-                ([arbiter, rdma], base, way_back),
+                ([arbiter, rdma], base, way_back, fallback),
                 regions,
                 disks,
                 description,
@@ -50,6 +50,7 @@ fn any_message() -> impl Strategy<Value = Message> {
                     timeout_ms,
                     arbiter,
                     rdma,
+                    fallback,
                     base,
                     regions,
                     disks,
@@ -85,6 +86,18 @@ fn any_message() -> impl Strategy<Value = Message> {
         Just(Message::Stop),
         Just(Message::StopDone),
         Just(Message::Resync),
+        any::<u64>().prop_map(Message::WindowAsk),
+        (any::<u64>(), prop::collection::vec(any::<([u64; 2], u32)>(), 0..9)).prop_map(
+            |(number, grants)| {
+                let grant =
+                    |([pages, address], key): ([u64; 2], u32)| Grant { pages, address, key };
+                Message::WindowOpen { number, grants: grants.into_iter().map(grant).collect() }
+            }
+        ),
+        (any::<u64>(), "\\PC{0,80}")
+            .prop_map(|(number, reason)| Message::WindowNone { number, reason }),
+        any::<u64>().prop_map(Message::WindowEnd),
+        any::<u64>().prop_map(Message::WindowClosed),
         Just(Message::ResyncReady),
         any::<u64>().prop_map(|generation| Message::HandedOver(Generation(generation))),
     ]
@@ -150,15 +163,17 @@ proptest! {
     }
 
     #[test]
-    fn random_payloads_never_panic(kind in 1u8..=18, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn random_payloads_never_panic(kind in 1u8..=24, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         let all = [
             Kind::Hello, Kind::Offer, Kind::Welcome, Kind::Abort, Kind::Paired, Kind::Resync,
             Kind::ResyncReady, Kind::Seal, Kind::Ack, Kind::Heartbeat, Kind::Stop,
             Kind::StopDone, Kind::HandedOver, Kind::Pages, Kind::End, Kind::Change,
-            Kind::Progress, Kind::Refuse,
+            Kind::Progress, Kind::Refuse, Kind::WindowAsk, Kind::WindowOpen, Kind::WindowNone,
+            Kind::WindowEnd, Kind::WindowClosed, Kind::Sums,
         ];
         let _ = Message::decode(all[usize::from(kind) - 1], &bytes);
         let _ = End::decode(&bytes);
+        let _ = decode_sums(&bytes, 1000);
         let mut rest = &bytes[..];
         let _ = decode_pages_header(1000, &mut PagesHeader::default(), |into| {
             match rest.split_at_checked(into.len()) {

@@ -193,6 +193,7 @@ fn way_back(data: &ReplicateData, config: &VmConfig) -> Option<ReceiveReplicaDat
         rdma_port: data.rdma_port,
         rdma_gid_index: data.rdma_gid_index,
         rdma_depth: data.rdma_depth,
+        fallback: data.fallback,
     })
 }
 

@@ -38,7 +38,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         self.show();
     }
 
-    fn tell(&self, message: Message) {
+    pub(super) fn tell(&self, message: Message) {
         if let Some(session) = &self.session {
             session.control.send(message);
         }
@@ -184,6 +184,8 @@ impl<B: ReplicaBuilder> Engine<B> {
         let (Some(replica), Some(state)) = (self.replica.take(), self.state.take()) else {
             unreachable!("the machine starts only what was committed");
         };
+        // Nothing is committed before it is shut, and nothing opens it once something is.
+        assert!(self.is_shut(), "an image that the primary may write is started");
         if let Err(error) = self.settle_images() {
             self.images = None;
             return self.step(Event::StartFailed(error));

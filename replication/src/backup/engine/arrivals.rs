@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use api::replication::ReplicateData;
 
-use super::{Base, Built, Engine, Input, Session};
+use super::{Base, Built, Engine, Input, Opening, Session};
 use crate::backup::accept::Arrival;
 use crate::backup::commit::Gather;
 use crate::backup::disks::{DiskConnection, DiskDelivery, Images};
@@ -94,7 +94,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             let (here, there) = if offer.arbiter { ("no", "an") } else { ("an", "no") };
             Some(format!("This side has {here} arbiter, the primary has {there} arbiter"))
         } else {
-            mismatch(self.rdma.is_some(), offer.rdma)
+            mismatch(self.rdma.is_some(), offer.rdma, &offer.fallback, self.options.fallback)
         };
         lasting.map(Refusal::Lasting)
     }
@@ -119,6 +119,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             rdma_port: own.rdma_port,
             rdma_gid_index: own.rdma_gid_index,
             rdma_depth: own.rdma_depth,
+            fallback: own.fallback && theirs.destination_url.starts_with("rdma:"),
             ..theirs
         };
         match data.validate().first() {
@@ -150,6 +151,9 @@ impl<B: ReplicaBuilder> Engine<B> {
             Ok(control) => control,
             Err(error) => return self.step(Event::Lost(error.chain())),
         };
+        if !offer.rdma && !offer.fallback.is_empty() {
+            tracing::warn!("data comes by TCP, not by RDMA: {}", offer.fallback);
+        }
         self.observer.event(Told::ReceiveStarted { peer: peer.clone() });
         let built = Built {
             primary: HostId(hello.host),
@@ -184,7 +188,8 @@ impl<B: ReplicaBuilder> Engine<B> {
             data: (0..connections).map(|_| None).collect(),
             disks: None,
             bell: None,
-            shared: self.share(ram, heard, timeout),
+            shared: self.share(ram, heard, timeout, offer.rdma),
+            opening: Opening::default(),
             gather: Gather::new(connections, !offer.disks.is_empty()),
             timeout,
             last_word: false,
@@ -193,6 +198,12 @@ impl<B: ReplicaBuilder> Engine<B> {
         gathered.info.peer = Some(peer);
         gathered.info.rdma = None;
         gathered.info.last_error = None;
+        if self.rdma.is_some() {
+            let has_tls = self.options.tls_dir.is_some();
+            gathered.info.transport = Some(carrier(offer.rdma, has_tls).to_owned());
+            gathered.info.fallback_reason = (!offer.rdma).then_some(offer.fallback);
+        }
+        drop(gathered);
     }
 
     /// Starts the threads of the present session's control connection.
@@ -210,8 +221,8 @@ impl<B: ReplicaBuilder> Engine<B> {
         })
     }
 
-    fn share(&self, ram: Ram, heard: Heard, timeout: Duration) -> Shared {
-        let adapter = self.rdma.clone().map(|asked| {
+    fn share(&self, ram: Ram, heard: Heard, timeout: Duration, by_rdma: bool) -> Shared {
+        let adapter = self.rdma.clone().filter(|_| by_rdma).map(|asked| {
             let status = self.status.clone();
             rdma::Adapter::new(asked, timeout, move |path| status.lock().info.rdma = Some(path))
         });
@@ -387,10 +398,28 @@ impl<R> Base<R> {
     }
 }
 
+/// What carries a session's data at a receiver of `rdma:`.
+fn carrier(by_rdma: bool, has_tls: bool) -> &'static str {
+    match (by_rdma, has_tls) {
+        (true, false) => "rdma",
+        (true, true) => "rdma+tls",
+        (false, false) => "tcp",
+        (false, true) => "tcp+tls",
+    }
+}
+
 /// What the primary is told whose data come in another way than this side's do.
-fn mismatch(ours: bool, theirs: bool) -> Option<String> {
+fn mismatch(ours: bool, theirs: bool, fell_back: &str, may_fall_back: bool) -> Option<String> {
     const OURS: &str = "the backup's receiver_url";
     const THEIRS: &str = "the primary's destination_url";
+    if ours && !theirs && !fell_back.is_empty() {
+        let refused = || {
+            format!(
+                "The primary falls back from RDMA to TCP, and the backup's options have no fallback=on ({fell_back})"
+            )
+        };
+        return (!may_fall_back).then(refused);
+    }
     let (is, is_not) = if ours { (OURS, THEIRS) } else { (THEIRS, OURS) };
     let said =
         || format!("Of the URLs {is} is rdma: and {is_not} is not: both must be, or neither");
@@ -425,8 +454,9 @@ mod tests {
 
     #[test]
     fn both_sides_say_rdma_or_neither() {
-        assert_eq!((mismatch(true, true), mismatch(false, false)), (None, None));
-        let refused = [mismatch(true, false), mismatch(false, true)].map(Option::unwrap);
+        let mismatch_of = |ours, theirs| mismatch(ours, theirs, "", true);
+        assert_eq!((mismatch_of(true, true), mismatch_of(false, false)), (None, None));
+        let refused = [mismatch_of(true, false), mismatch_of(false, true)].map(Option::unwrap);
         let both = "both must be, or neither";
         assert_eq!(
             refused[0],
@@ -442,5 +472,15 @@ mod tests {
                  not: {both}"
             )
         );
+    }
+
+    #[test]
+    fn falling_back_has_to_be_allowed_here_too() {
+        assert_eq!(mismatch(true, false, "no device", true), None);
+        let refused = mismatch(true, false, "no device", false).unwrap();
+        assert!(refused.ends_with("no fallback=on (no device)"), "{refused}");
+        // A receiver of tcp: takes no word for it.
+        assert_eq!(mismatch(false, false, "no device", false), None);
+        assert!(mismatch(false, true, "no device", true).is_some());
     }
 }

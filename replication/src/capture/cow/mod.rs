@@ -98,10 +98,49 @@ impl Share {
         groups.map(|(_, word)| u64::from(word.count_ones())).sum()
     }
 
+    /// The groups of `set` in this share that have pages, ascending.
+    pub fn groups(self, set: &PageSet) -> impl Iterator<Item = Group> + '_ {
+        let groups = set.groups().filter(move |(group, _)| self.has(*group));
+        groups.map(|(group, pages)| Group { number: group, pages })
+    }
+
     /// The pages of `set` in this share, ascending.
     pub fn pages(self, set: &PageSet) -> impl Iterator<Item = PageIndex> + '_ {
         let groups = set.groups().filter(move |(group, _)| self.has(*group));
         groups.flat_map(|(group, word)| bits(word).map(move |bit| page(group, bit)))
+    }
+}
+
+/// Pages of a set in one aligned group of 64.
+#[derive(Clone, Copy, Debug)]
+pub struct Group {
+    pub number: usize,
+    /// The lowest bit is the first page.
+    pub pages: u64,
+}
+
+impl Group {
+    /// The runs of its pages: first and count, ascending.
+    pub fn runs(self) -> impl Iterator<Item = (PageIndex, u64)> {
+        let first = self.number as u64 * GROUP_PAGES as u64;
+        runs(self.pages).map(move |(at, count)| (PageIndex(first + at), count))
+    }
+
+    /// Its pages, ascending.
+    pub fn iter(self) -> impl Iterator<Item = PageIndex> {
+        bits(self.pages).map(move |bit| page(self.number, bit))
+    }
+
+    /// Number of its pages.
+    #[must_use]
+    pub fn len(self) -> u64 {
+        self.pages.count_ones().into()
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.pages == 0
     }
 }
 

@@ -217,7 +217,7 @@ impl<G: Guest> Engine<'_, G> {
     }
 
     /// Gives a job to all senders.
-    fn give(&mut self, epoch: EpochId, source: Source) {
+    pub(super) fn give(&mut self, epoch: EpochId, source: Source) {
         self.job += 1;
         if let Some(senders) = &self.senders {
             self.unsent = senders.count();
@@ -236,6 +236,7 @@ impl<G: Guest> Engine<'_, G> {
                 self.work = Work::Epochs;
                 self.seal();
             }
+            Work::Checking => self.end_window(),
             // With cow=off the guest stood until now.
             Work::Epochs if self.options.cow == Cow::Off && !self.handover => {
                 match self.sealer.release(self.guest) {
@@ -250,7 +251,11 @@ impl<G: Guest> Engine<'_, G> {
             }
             // The memory of a guest that stands has been read.
             Work::Nothing => self.go_on_in_doubt(),
-            Work::AwaitingRest | Work::Settling | Work::Rest => {}
+            Work::Opening
+            | Work::AwaitingRest
+            | Work::Shutting
+            | Work::Settling
+            | Work::Rest => {}
         }
     }
 
@@ -272,7 +277,8 @@ impl<G: Guest> Engine<'_, G> {
             self.status.lock().info.sync_progress = 0.0;
         }
         self.work = Work::Copying { pass, pages };
-        self.give(EpochId(0), Source::Live(set));
+        let source = self.live(set);
+        self.give(EpochId(0), source);
         reach("copy");
         self.sealer.prepare();
     }
@@ -286,6 +292,13 @@ impl<G: Guest> Engine<'_, G> {
         let shrinks = rest < pages - pages / 4;
         if rest > small && shrinks && pass + 1 < PASSES_MAX {
             return self.copy(pass + 1);
+        }
+        // Not open for longer than it is of use: disks may take their time.
+        if self.straight.is_some() {
+            return self.check_straight();
+        }
+        if !self.approach.is_over() {
+            return self.end_window();
         }
         if self.disks_copy || self.lending {
             self.work = Work::AwaitingRest;
@@ -304,7 +317,9 @@ impl<G: Guest> Engine<'_, G> {
             counters.to_sync_disk_bytes.store(marked, Ordering::Relaxed);
         }
         self.copy_disks(|number| DiskJob::Copy { number });
-        self.copy(0);
+        if !self.approach() {
+            self.copy(0);
+        }
     }
 
     fn copy_disks(&mut self, job: impl FnOnce(u64) -> DiskJob) {
@@ -330,8 +345,11 @@ impl<G: Guest> Engine<'_, G> {
             }
             Work::Rest => self.seal_first(),
             Work::Nothing
+            | Work::Opening
             | Work::Copying { .. }
             | Work::AwaitingRest
+            | Work::Checking
+            | Work::Shutting
             | Work::Surplus
             | Work::Epochs => {}
         }

@@ -67,8 +67,10 @@ impl<G: Guest> Engine<'_, G> {
         if self.is_over() {
             return;
         }
-        if self.work == Work::AwaitingRest && !self.disks_copy {
-            self.copy(1);
+        match self.work {
+            Work::Opening => self.approached(),
+            Work::AwaitingRest if !self.disks_copy => self.copy(1),
+            _ => {}
         }
     }
 

@@ -13,8 +13,11 @@
 //! backup's, pages that stay as they are from guest memory itself ([`gather`], [`lent`]). Who waits for
 //! that is told when the last WRITE that reads them has completed ([`flight`]).
 //!
+//! In a copy, which nobody could start yet, whole pages are written straight into the backup's image
+//! ([`Stream::place`]), for as long as the backup has opened that ([`opened`], [`window`]).
+//!
 //! Enters: frames, as on any [`Stream`]. Leaves: the same frames. Always holds: the backup's device writes only
-//! into the ring, never into guest memory, so what a primary that was given up still writes reaches
+//! into the ring, but for the time of a copy, so what a primary that was given up still writes reaches
 //! nobody; bytes of the ring are checked like those of a socket, after they were copied out of it; no
 //! more is under way than the ring has room for ([`ring`]). The TCP connection stays: its end ends
 //! this one, whichever thread ends it, and all that is not bytes of frames goes over it. Verbs are called
@@ -28,11 +31,16 @@ mod aside;
 mod flight;
 mod gather;
 mod lent;
+mod opened;
 mod opening;
+mod pieces;
 mod ring;
 mod setup;
 #[cfg(test)]
+mod straight_tests;
+#[cfg(test)]
 mod tests;
+mod window;
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::ops::{Deref, DerefMut};
@@ -49,15 +57,25 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use self::aside::drop_aside;
 use self::flight::{Flight, Leases};
 use self::gather::{Chunk, Limits, Place, Rest};
-pub(crate) use self::lent::{LendError, Lent};
+pub(crate) use self::lent::Lent;
+pub(crate) use self::opened::Opened;
+pub(crate) use self::pieces::{LendError, patience as registering_patience};
 use self::ring::{Incoming, Outgoing, RING_BYTES};
+#[cfg(test)]
+pub(crate) use self::setup::FAKE;
 pub(crate) use self::setup::{Adapter, Asked, Lender, SetupError};
+use self::window::Placed;
+pub use self::window::Window;
 use super::{Lease, Part, Stream};
+use crate::ids::{PAGE_SIZE, PageIndex};
 
 /// Most bytes of one chunk.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// Requests that a chunk may need at least: one on each side of the ring's end.
 const REQUESTS_MIN: usize = 2;
+/// Groups of pages that are under way straight into the backup's memory: 4 MiB, as in a ring. More would only
+/// hide how far the device is from whoever waits for it.
+const PLACED_MAX: usize = 16;
 /// Completions that are looked at at once.
 const BATCH: usize = 16;
 /// Bytes of a word about what was read.
@@ -259,6 +277,33 @@ impl Writer {
             }
             self.sleep()?;
         }
+    }
+
+    /// Requests that may be posted now, 1 at least. Nobody but the peer's device has to have room for them.
+    fn requests_room(&mut self) -> io::Result<usize> {
+        loop {
+            self.complete()?;
+            match self.requests_left() {
+                left if left > 0 && self.flight.chunks() < PLACED_MAX => return Ok(left),
+                _ => self.sleep()?,
+            }
+        }
+    }
+
+    /// Posts WRITEs of guest memory into the backup's, which complete together.
+    fn post_placed(&mut self, writes: &[Placed]) -> io::Result<()> {
+        self.requests.clear();
+        let number = self.flight.next();
+        for (index, write) in writes.iter().enumerate() {
+            let bytes = usize::try_from(write.pages).unwrap_or(0) * PAGE_SIZE;
+            let from = [self.lent.segment(write.first, 0, bytes).map_err(failed)?];
+            let operation = Operation::Write { from: &from, to: write.to };
+            let signalled = index + 1 == writes.len();
+            self.requests.push(Request { id: number, signalled, fence: false, operation });
+        }
+        // First: what was posted of a list that fails half-way is under way.
+        self.flight.post(writes.len(), None);
+        self.end.pair.post(&mut self.requests).map_err(failed)
     }
 
     fn requests_left(&self) -> usize {
@@ -519,6 +564,22 @@ stream!(
         let mut rest = Rest::new(parts);
         while !rest.is_empty() {
             self.write_chunk(&mut rest, &leases)?;
+        }
+        Ok(())
+    }
+
+    fn place(&mut self, window: &Window, runs: &[(PageIndex, u64)]) -> io::Result<()> {
+        let mut writes = Vec::with_capacity(runs.len());
+        for run in runs {
+            if !window.writes(*run, |page| self.lent.pages_left(page), &mut writes) {
+                return Err(invalid("Pages that neither side has registered"));
+            }
+        }
+        let mut rest = &writes[..];
+        while !rest.is_empty() {
+            let now;
+            (now, rest) = rest.split_at(self.requests_room()?.min(rest.len()));
+            self.post_placed(now)?;
         }
         Ok(())
     }

@@ -61,11 +61,18 @@ struct Options {
     /// How pages travel: tcp, unix, or rdma:<address of this host on an RDMA device>.
     #[arg(long, default_value = "tcp")]
     transport: Transport,
+    /// Data connections, as --replicate connections= takes it.
+    #[arg(long, default_value_t = 1)]
+    connections: u32,
+    /// Tests the check of a first copy by RDMA straight into the backup's memory: some pages are not written.
+    /// Exits 0 as soon as the backup says so, or a page differs.
+    #[arg(long)]
+    without_place: bool,
 }
 
 impl Options {
     fn is_broken(&self) -> bool {
-        self.without_cow || self.without_protection
+        self.without_cow || self.without_protection || self.without_place
     }
 
     fn modes(&self) -> Vec<String> {
@@ -199,13 +206,18 @@ fn say(compared: &Compared) -> Result<()> {
 }
 
 fn switch(options: &Options, mode: &str, folder: &Folder, setup: &mut Setup) -> Result<Equality> {
-    let Options { epoch_ms, compression, .. } = options;
-    let options_given =
-        format!(",epoch_ms={epoch_ms},cow={mode},compression={compression},timeout_ms=20000");
+    let Options { epoch_ms, compression, connections, .. } = options;
+    let options_given = format!(
+        ",epoch_ms={epoch_ms},cow={mode},compression={compression},connections={connections},timeout_ms=20000"
+    );
     setup.replicate_options.push_str(&options_given);
     setup.transport = options.transport;
     setup.receive_options.push_str(",timeout_ms=20000");
-    let broken = [(options.without_cow, "cow"), (options.without_protection, "protect")];
+    let broken = [
+        (options.without_cow, "cow"),
+        (options.without_protection, "protect"),
+        (options.without_place, "place"),
+    ];
     for (_, part) in broken.into_iter().filter(|(is_asked, _)| *is_asked) {
         setup.primary_environment.push(("UNDERSTUDY_TEST_BREAK".into(), part.into()));
     }
@@ -238,9 +250,10 @@ fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
         }
         if let Some(path) = info.and_then(|info| info.rdma) {
             println!(
-                "{} KiB of guest memory registered, {} KiB of pages read there",
+                "{} KiB of guest memory registered, {} KiB of pages read there, {} KiB went straight",
                 path.registered_bytes >> 10,
-                path.from_memory_bytes >> 10
+                (path.from_memory_bytes - path.straight_bytes) >> 10,
+                path.straight_bytes >> 10
             );
         }
         if is_enough || options.is_broken() && compared.different > 0 {
@@ -250,12 +263,22 @@ fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
             }
             return Ok(compared);
         }
+        if options.without_place
+            && let Some(error) = pair.primary.replication()?.last_error
+            && error.contains("are not as the primary has them")
+        {
+            println!("the backup compared checksums: {error}");
+            return Ok(Compared { different: 1, ..compared });
+        }
         ensure!(pair.primary.is_alive(), "the primary is gone:\n{}", pair.primary.log());
         ensure!(pair.backup.is_alive(), "the backup is gone:\n{}", pair.backup.log());
         if compared.epochs > last.1.epochs {
             last = (Instant::now(), compared.clone());
         }
         if last.0.elapsed() > LIMIT {
+            for process in [&pair.primary, &pair.backup] {
+                println!("its last error: {:?}", process.replication()?.last_error);
+            }
             let (primary, backup) = (pair.primary.log(), pair.backup.log());
             bail!("no epoch for {LIMIT:?}; the primary says:\n{primary}\nthe backup:\n{backup}");
         }

@@ -1,0 +1,205 @@
+//! TCP where data cannot go by RDMA. No host of these tests has a device for the address that they use.
+
+use std::sync::Arc;
+
+use api::replication::{ReceiveReplicaData, ReplicateData, ReplicationState};
+
+use super::pair::Primary;
+use super::{receive_options, replicate, small_machine, until};
+use crate::backup::{BackupHandle, receive_at};
+use crate::error::{Error, ErrorKind};
+use crate::observer::Event;
+use crate::ownership::HostIdentity;
+use crate::testing::{Machine, MemoryBuilder, Recorder, ReplicaLog};
+use crate::transport::Address;
+use crate::transport::rdma::FAKE;
+
+struct Backup {
+    handle: BackupHandle,
+    log: Arc<ReplicaLog>,
+}
+
+/// A receiver of `rdma:` that serves those who fall back.
+fn backup(change: impl FnOnce(&mut ReceiveReplicaData)) -> Result<Backup, Error> {
+    let mut options = ReceiveReplicaData { fallback: true, ..receive_options(None) };
+    change(&mut options);
+    let builder = MemoryBuilder::default();
+    let log = Arc::clone(&builder.log);
+    let address = Address::Rdma { host: "127.0.0.1".to_owned(), port: 0 };
+    let events = Arc::new(Recorder::default());
+    let handle = receive_at(builder, &address, options, HostIdentity::random(), events)?;
+    Ok(Backup { handle, log })
+}
+
+fn options(backup: &Backup) -> ReplicateData {
+    let url = backup.handle.local_address().to_string();
+    assert!(url.starts_with("rdma:"), "{url}");
+    ReplicateData { fallback: true, ..replicate(&url, None) }
+}
+
+fn protect(machine: &Arc<Machine>, options: ReplicateData) -> Result<Primary, Error> {
+    Primary::with(machine, options, HostIdentity::random())
+}
+
+#[test]
+fn a_vm_is_protected_by_tcp_where_rdma_cannot_be() {
+    let backup = backup(|_| {}).unwrap();
+    let machine = small_machine();
+    let primary = protect(&machine, options(&backup)).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    for info in [primary.handle.info(), backup.handle.info()] {
+        assert_eq!(info.transport.as_deref(), Some("tcp"), "{info:?}");
+        assert!(info.fallback_reason.as_deref().unwrap().contains("RDMA"), "{info:?}");
+        assert_eq!(info.rdma, None);
+    }
+    let seen = primary.handle.info().epoch_committed;
+    machine.work(0, crate::ids::PageIndex(5), 1).unwrap();
+    until(|| primary.handle.info(), |info| info.epoch_committed > seen);
+    primary.handle.stop().unwrap();
+    assert_eq!(*backup.log.wrong.lock().unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn without_it_a_host_that_cannot_do_rdma_says_so() {
+    let machine = small_machine();
+    let served = backup(|_| {}).unwrap();
+    let error = protect(&machine, ReplicateData { fallback: false, ..options(&served) });
+    let error = error.err().expect("no RDMA here").chain();
+    assert!(error.contains("RDMA"), "{error}");
+    assert!(machine.is_running() && !machine.is_tracking());
+    // Nor is there such a receiver.
+    let error = backup(|options| options.fallback = false).err().unwrap().chain();
+    assert!(error.contains("RDMA"), "{error}");
+}
+
+#[test]
+fn falling_back_is_for_rdma_only() {
+    let tcp = super::pair::Backup::start(None);
+    let machine = small_machine();
+    let asked = ReplicateData { fallback: true, ..replicate(&tcp.url(), None) };
+    let error = protect(&machine, asked).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    assert!(error.chain().contains("fallback"), "{error}");
+    let options = ReceiveReplicaData { fallback: true, ..receive_options(None) };
+    let address = Address::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
+    let (builder, events) = (MemoryBuilder::default(), Arc::new(Recorder::default()));
+    let error = receive_at(builder, &address, options, HostIdentity::random(), events);
+    assert_eq!(error.err().unwrap().kind(), ErrorKind::Invalid);
+}
+
+/// It is lost and called again, and the session after the one by TCP tries RDMA first, in vain.
+#[test]
+fn a_backup_that_is_lost_is_called_again_by_tcp() {
+    let backup = backup(|_| {}).unwrap();
+    let machine = small_machine();
+    let url = backup.handle.local_address().to_string();
+    let (host, port) = url.strip_prefix("rdma:").unwrap().rsplit_once(':').unwrap();
+    assert_eq!(host, "127.0.0.1");
+    let proxy = super::pair::Proxy::plain(port.parse().unwrap());
+    let through = proxy.url().replace("tcp:", "rdma:");
+    let asked = ReplicateData { destination_url: through, reconnect: true, ..options(&backup) };
+    let primary = protect(&machine, asked).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    proxy.cut();
+    until(|| primary.handle.info(), |info| info.reconnect_attempts > 0);
+    proxy.heal();
+    primary.events.wait(|event| *event == Event::Resynced).unwrap();
+    let info = primary.handle.info();
+    assert_eq!((info.state, info.transport.as_deref()), (ReplicationState::Protected, Some("tcp")));
+    primary.handle.stop().unwrap();
+    assert_eq!(*backup.log.wrong.lock().unwrap(), Vec::<String>::new());
+}
+
+/// A pair whose data goes by what counts as RDMA, through a proxy.
+fn by_rdma(change: impl FnOnce(&mut ReplicateData)) -> (Backup, super::pair::Proxy, ReplicateData) {
+    let backup = backup(|options| options.rdma_device = Some(FAKE.to_owned())).unwrap();
+    let url = backup.handle.local_address().to_string();
+    let (_, port) = url.rsplit_once(':').unwrap();
+    let proxy = super::pair::Proxy::plain(port.parse().unwrap());
+    let mut options = ReplicateData {
+        destination_url: proxy.url().replace("tcp:", "rdma:"),
+        rdma_device: Some(FAKE.to_owned()),
+        reconnect: true,
+        timeout_ms: 500,
+        heartbeat_ms: 50,
+        ..options(&backup)
+    };
+    change(&mut options);
+    (backup, proxy, options)
+}
+
+/// A data connection fails, and the control connection does not: the guest runs on, and is protected by TCP.
+#[test]
+fn tcp_takes_over_where_rdma_fails_in_a_session() {
+    let (backup, proxy, options) = by_rdma(|_| {});
+    let machine = small_machine();
+    let workers = super::Workers::start(&machine, 2, 7);
+    let primary = protect(&machine, options).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    assert_eq!(primary.handle.info().transport.as_deref(), Some("rdma"));
+    assert_eq!(backup.handle.info().transport.as_deref(), Some("rdma"));
+    // The control connection is the first, then come those for data.
+    proxy.cut_one(1);
+    primary.events.wait(|event| *event == Event::Resynced).unwrap();
+    for info in [primary.handle.info(), backup.handle.info()] {
+        assert_eq!(info.transport.as_deref(), Some("tcp"), "{info:?}");
+        let reason = info.fallback_reason.as_deref().unwrap();
+        assert!(reason.contains("unusable"), "{reason}");
+    }
+    assert!(!machine.is_suspended() && !machine.is_destroyed());
+    let seen = primary.handle.info().epoch_committed;
+    until(|| primary.handle.info(), |info| info.epoch_committed > seen + 3);
+    primary.handle.stop().unwrap();
+    machine.power_off();
+    workers.join();
+    assert_eq!(*backup.log.wrong.lock().unwrap(), Vec::<String>::new());
+}
+
+/// The session after the one by TCP begins by RDMA again.
+#[test]
+fn rdma_is_tried_again_after_a_session_by_tcp() {
+    let (_backup, proxy, options) = by_rdma(|_| {});
+    let machine = small_machine();
+    // Whoever writes nothing does not notice.
+    let workers = super::Workers::start(&machine, 1, 7);
+    let primary = protect(&machine, options).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    proxy.cut_one(1);
+    until(
+        || primary.handle.info(),
+        |info| {
+            info.transport.as_deref() == Some("tcp") && info.state == ReplicationState::Protected
+        },
+    );
+    proxy.cut();
+    until(|| primary.handle.info(), |info| info.reconnect_attempts > 0);
+    proxy.heal();
+    let info = until(
+        || primary.handle.info(),
+        |info| {
+            info.transport.as_deref() == Some("rdma") && info.state == ReplicationState::Protected
+        },
+    );
+    assert_eq!(info.fallback_reason, None);
+    primary.handle.stop().unwrap();
+    machine.power_off();
+    workers.join();
+}
+
+/// Without the option it is what it was: the backup counts as lost.
+#[test]
+fn without_it_a_backup_whose_data_connection_failed_is_lost() {
+    let (_backup, proxy, options) = by_rdma(|options| options.fallback = false);
+    let machine = small_machine();
+    // Whoever writes nothing does not notice.
+    let workers = super::Workers::start(&machine, 1, 7);
+    let primary = protect(&machine, options).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    proxy.cut_one(1);
+    primary.events.wait(|event| matches!(event, Event::Degraded { .. })).unwrap();
+    primary.events.wait(|event| *event == Event::Resynced).unwrap();
+    assert_eq!(primary.handle.info().transport.as_deref(), Some("rdma"));
+    primary.handle.stop().unwrap();
+    machine.power_off();
+    workers.join();
+}
