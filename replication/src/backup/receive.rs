@@ -70,6 +70,9 @@ impl ReceiveError {
 #[derive(Clone)]
 pub(super) struct Shared {
     pub(super) ram: Ram,
+    /// The image is that of a committed epoch from the start: no copy goes over it before one anew is
+    /// told of.
+    pub(super) is_whole: bool,
     pub(super) budget: Budget,
     /// Grows each time the primary copies anew: pages straight into the image are allowed until
     /// the connection carried the end of an epoch of this round.
@@ -133,14 +136,14 @@ impl DataConnection {
             reader: listening(reader, shared.heard.clone()),
             share,
             pages: share.pages_of(shared.ram.pages()),
-            shared,
             spares,
             needs: Needs::default(),
             part: Part::default(),
             unpacked: Frame::default(),
             by_rdma: false,
             header: PagesHeader::default(),
-            closed_round: None,
+            closed_round: shared.is_whole.then_some(0),
+            shared,
             counted: 0,
         };
         let thread = spawn("repl-recv", Some(share.index), move || receiver.run(deliver))?;

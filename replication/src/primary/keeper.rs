@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use api::replication::{ReplicateData, ReplicationState};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
-use super::engine::{Ask, Called, Engine, Input, call};
+use super::engine::{Ask, Begin, Called, Engine, Input, call};
 use super::options::Checked;
 use super::rest::Rest;
 use super::session;
@@ -172,6 +172,10 @@ impl<G: Guest> Keeper<G> {
         while let Some(next) = self.again(queue, waits) {
             (queue, waits) = (next, Waits::new());
         }
+        self.end_tracking();
+    }
+
+    fn end_tracking(&mut self) {
         if self.rest.take().is_some()
             && let Err(source) = self.guest.stop_tracking()
         {
@@ -234,15 +238,11 @@ impl<G: Guest> Keeper<G> {
         (self.call(checked, &queue), queue)
     }
 
-    fn call(
-        &mut self,
-        checked: Result<Checked, Error>,
-        queue: &Receiver<Input>,
-    ) -> Result<Option<Called>, Error> {
-        let checked = checked?;
+    /// Has a thread call the backup; its answer goes into the present queue.
+    fn begin_call(&mut self, checked: Checked, reversed: bool) -> Result<(), Error> {
         let base = self.rest.as_ref().map(Rest::base);
         let has_rdma = checked.rdma.is_some();
-        let offer = session::offer(&mut self.guest, &checked.options, has_rdma, base)?;
+        let offer = session::offer(&mut self.guest, &checked.options, has_rdma, base, reversed)?;
         let (identity, status, inputs) =
             (self.identity, self.status.clone(), self.mailbox.inputs());
         spawn("repl-call", None, move || {
@@ -250,6 +250,15 @@ impl<G: Guest> Keeper<G> {
             // Nobody listens: what was made ends here.
             let _ = inputs.send(Input::Called(Box::new(called)));
         })?;
+        Ok(())
+    }
+
+    fn call(
+        &mut self,
+        checked: Result<Checked, Error>,
+        queue: &Receiver<Input>,
+    ) -> Result<Option<Called>, Error> {
+        self.begin_call(checked?, false)?;
         match self.wait(queue, None) {
             Word::Called(called) => called.map(Some),
             Word::Stop(answer) => {
@@ -301,7 +310,7 @@ impl<G: Guest> Keeper<G> {
             self.identity,
             (Arc::clone(&self.observer), self.status.clone()),
             (inputs, queue.clone()),
-            verdict.is_none(),
+            if verdict.is_none() { Begin::Again } else { Begin::First },
             &mut self.rest,
         );
         let engine = match opened {
@@ -354,6 +363,8 @@ fn tell(log: &mut Log, reason: &str) {
         tracing::debug!("still without a backup: {reason}");
     }
 }
+
+mod reversed;
 
 #[cfg(test)]
 mod tests {

@@ -116,6 +116,11 @@ pub(crate) fn certificates<T>(
     }
 }
 
+/// Whether a request could be carried out, as far as this host can say.
+pub(crate) fn check(options: ReplicateData) -> Result<(), Error> {
+    Checked::new(options).map(drop)
+}
+
 impl Checked {
     pub(super) fn new(options: ReplicateData) -> Result<Self, Error> {
         if !(1..=10_000).contains(&options.epoch_ms) {

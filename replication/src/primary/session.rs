@@ -244,6 +244,7 @@ pub(super) fn offer(
     options: &ReplicateData,
     rdma: bool,
     base: Option<Base>,
+    reversed: bool,
 ) -> Result<Offer, Error> {
     let description =
         guest.describe().map_err(|source| Error::Guest { what: "describe the VM", source })?;
@@ -268,6 +269,7 @@ pub(super) fn offer(
         arbiter: options.arbiter.is_some(),
         rdma,
         base,
+        reversed,
         regions,
         disks,
         way_back,

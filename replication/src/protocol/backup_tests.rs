@@ -6,7 +6,7 @@ use crate::ownership::{HostId, Record, Standing, VmId};
 const G1: Generation = Generation(1);
 
 fn verified(epoch: u64) -> Event {
-    Event::Verified { epoch: EpochId(epoch), generation: G1, handover: false }
+    Event::Verified { epoch: EpochId(epoch), generation: G1, handover: Handover::No }
 }
 
 fn replica(arbiter: bool) -> Backup {
@@ -74,7 +74,7 @@ fn without_an_arbiter_nothing_starts_by_itself() {
 
 #[test]
 fn an_epoch_out_of_turn_or_of_another_generation_is_bad() {
-    let foreign = Event::Verified { epoch: EpochId(2), generation: Generation(9), handover: false };
+    let foreign = Event::Verified { epoch: EpochId(2), generation: Generation(9), handover: Handover::No };
     for event in [verified(1), verified(3), foreign] {
         let mut backup = replica(true);
         let actions = backup.step(event);

@@ -117,10 +117,10 @@ fn a_stop_passes_only_after_the_claim() {
 fn a_switch_over_destroys_only_on_the_backup_s_word() {
     let mut primary = protected();
     let started = Action::Report(Report::FailoverStarted);
-    assert_eq!(primary.step(Event::FailoverAsked), [started, Action::SealHandover]);
+    assert_eq!(primary.step(Event::FailoverAsked { reversal: None }), [started, Action::SealHandover]);
     primary.step(Event::Sealed(EpochId(2)));
     assert_eq!(primary.step(ack(2)), [Action::Handed(EpochId(2))]);
-    let over = primary.step(Event::HandedOver(Generation(2)));
+    let over = primary.step(Event::HandedOver { generation: Generation(2), reversed: false });
     let report = Action::Report(Report::FailoverFinished);
     assert_eq!(over, [Action::Destroy, Action::Close, report]);
 }
@@ -137,7 +137,7 @@ fn a_late_ack_of_the_last_epoch_of_a_switch_over_lets_nothing_out_that_is_in_its
     // Of the epoch before it nothing is in that state: it leaves here.
     let mut primary = protected();
     primary.step(Event::Sealed(EpochId(2)));
-    primary.step(Event::FailoverAsked);
+    primary.step(Event::FailoverAsked { reversal: None });
     primary.step(Event::PeerLost("silent".into()));
     assert_eq!(primary.step(ack(2)), [Action::Commit(EpochId(2))]);
 }
@@ -148,7 +148,7 @@ fn handing_over(arbiter: bool) -> Primary {
     primary.step(Event::Verdict(Verdict::Owned(G1)));
     primary.step(Event::Sealed(E1));
     primary.step(ack(1));
-    primary.step(Event::FailoverAsked);
+    primary.step(Event::FailoverAsked { reversal: None });
     primary
 }
 
@@ -183,10 +183,10 @@ fn a_late_word_of_a_switch_over_decides() {
     let mut primary = handing_over(false);
     primary.step(Event::Sealed(EpochId(2)));
     primary.step(Event::PeerLost("silent".into()));
-    assert_eq!(primary.step(Event::HandedOver(Generation(2))), [], "not acknowledged");
+    assert_eq!(primary.step(Event::HandedOver { generation: Generation(2), reversed: false }), [], "not acknowledged");
     primary.step(ack(2));
-    assert_eq!(primary.step(Event::HandedOver(Generation(3))), [], "not asked for");
-    let over = primary.step(Event::HandedOver(Generation(2)));
+    assert_eq!(primary.step(Event::HandedOver { generation: Generation(3), reversed: false }), [], "not asked for");
+    let over = primary.step(Event::HandedOver { generation: Generation(2), reversed: false });
     let report = Action::Report(Report::FailoverFinished);
     assert_eq!(over, [Action::Destroy, Action::Close, report]);
     assert_eq!(primary.state(), State::Gone);
@@ -326,7 +326,7 @@ fn a_refusal_names_the_state_and_the_reason() {
         [Event::Synced, Event::Verdict(Verdict::Owned(G1)), Event::Sealed(E1), ack(1)];
     let after = |more: &[Event]| reached(&[&to_protected[..], more].concat());
     let lost = || Event::PeerLost("cut".into());
-    let handing = [Event::FailoverAsked, Event::Sealed(EpochId(2))];
+    let handing = [Event::FailoverAsked { reversal: None }, Event::Sealed(EpochId(2))];
     let states = [
         (reached(&[]), State::Syncing, "Syncing", true),
         (reached(&to_protected[..1]), State::Pairing, "Syncing", true),
@@ -349,7 +349,7 @@ fn a_refusal_names_the_state_and_the_reason() {
     ];
     for (primary, state, text, may_stop) in states {
         assert_eq!(primary.state(), state);
-        let refused = primary.clone().step(Event::FailoverAsked);
+        let refused = primary.clone().step(Event::FailoverAsked { reversal: None });
         let [Action::Refuse(reason)] = &refused[..] else { panic!("{state:?}: {refused:?}") };
         assert!(reason.contains(text), "{state:?}: {reason}");
         let stopped = primary.clone().step(Event::StopAsked);
