@@ -32,8 +32,8 @@ fn any_message() -> impl Strategy<Value = Message> {
     let flags = (any::<[bool; 2]>(), base, "\\PC{0,40}");
     let offer = (any::<[u32; 3]>(), flags, regions, sizes, bytes());
     let pages = prop::collection::vec(any::<u64>(), 0..9);
-    let kinds = [Handover::No, Handover::Leave, Handover::Reverse];
-    let seal = (any::<[u64; 3]>(), prop::sample::select(&kinds[..]), pages, bytes());
+    let kinds = vec![Handover::No, Handover::Leave, Handover::Reverse];
+    let seal = (any::<[u64; 3]>(), prop::sample::select(kinds), pages, bytes());
     prop_oneof![
         (any_uuid(), any_uuid(), 1..=CONNECTIONS_MAX).prop_map(|(vm, host, connections)| {
             Message::Hello(Hello { vm, host, connection: connections, connections })

@@ -277,7 +277,7 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 
     /// Shows the machine's state to clients.
-    fn show(&self) {
+    pub(super) fn show(&self) {
         let mut gathered = self.status.lock();
         gathered.info.generation = self.machine.generation().0;
         gathered.info.state = match self.machine.state() {
