@@ -661,7 +661,7 @@ pub fn is_transition_valid(from: State, to: State) -> bool {
             matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Syncing | Gone)
         }
         Claiming(Purpose::GiveUp) => {
-            matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Alone | Gone)
+            matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Alone | Gone | Heir)
         }
         Claiming(Purpose::PeerLost) => matches!(to, Claiming(Purpose::Stop) | Alone | Gone | Heir),
         Claiming(Purpose::Stop) => matches!(to, Stopped | Gone | Heir),

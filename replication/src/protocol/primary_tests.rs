@@ -357,3 +357,109 @@ fn a_refusal_names_the_state_and_the_reason() {
         assert_eq!(is_refused, !may_stop, "{state:?}: {stopped:?}");
     }
 }
+
+/// What a backup makes of the pair that is asked to reverse it.
+fn reversal() -> Record {
+    let (primary, backup) = (HostId(Uuid::from_u128(7)), HostId(Uuid::from_u128(5)));
+    let standing = Standing::Pair { primary, backup };
+    Record { generation: Generation(2), vm: VmId(Uuid::from_u128(8)), standing }
+}
+
+fn reversing() -> Primary {
+    let mut primary = protected();
+    primary.step(Event::FailoverAsked { reversal: Some(reversal()) });
+    primary.step(Event::Sealed(EpochId(2)));
+    primary
+}
+
+const WORD: Event = Event::HandedOver { generation: Generation(2), reversed: true };
+
+#[test]
+fn an_old_primary_of_a_reversed_pair_keeps_what_it_has_and_lets_nothing_out() {
+    let inherits =
+        [Action::Keep, Action::Close, Action::Report(Report::FailoverFinished)];
+    let mut told = reversing();
+    assert_eq!(told.step(ack(2)), [Action::Handed(EpochId(2))]);
+    assert_eq!(told.step(WORD), inherits);
+    assert_eq!((told.state(), told.generation()), (State::Heir, Generation(2)));
+    // The same by the record, whoever asked for the claim.
+    let causes = [Event::PeerLost("cut".into()), Event::GiveUp("no state".into())];
+    for (cause, stops) in causes.iter().flat_map(|cause| [(cause, false), (cause, true)]) {
+        let mut cut = reversing();
+        cut.step(cause.clone());
+        if stops {
+            cut.step(Event::StopAsked);
+        }
+        assert_eq!(cut.step(Event::Verdict(Verdict::Lost(reversal()))), inherits, "{cause:?}");
+        assert_eq!(cut.state(), State::Heir);
+        assert!(matches!(cut.step(Event::StopAsked)[..], [Action::Refuse(_)]));
+    }
+}
+
+#[test]
+fn only_the_pair_that_was_asked_for_is_inherited() {
+    // It was not asked for.
+    let mut primary = protected();
+    primary.step(Event::FailoverAsked { reversal: None });
+    primary.step(Event::Sealed(EpochId(2)));
+    primary.step(ack(2));
+    assert!(!primary.step(WORD).contains(&Action::Keep));
+    // It is another one, or of an epoch that was not sealed yet.
+    let other = Record { generation: Generation(3), ..reversal() };
+    for (sealed, record) in [(true, other), (false, reversal())] {
+        let mut primary = protected();
+        primary.step(Event::FailoverAsked { reversal: Some(reversal()) });
+        if sealed {
+            primary.step(Event::Sealed(EpochId(2)));
+        }
+        primary.step(Event::PeerLost("cut".into()));
+        let lost = primary.step(Event::Verdict(Verdict::Lost(record)));
+        assert_eq!(lost[0], Action::Destroy);
+    }
+    // The backup could not: it owns the VM alone.
+    let mut primary = reversing();
+    primary.step(ack(2));
+    let word = Event::HandedOver { generation: Generation(2), reversed: false };
+    assert_eq!(primary.step(word)[0], Action::Destroy);
+    // There is nobody to say so.
+    let mut primary = Primary::new(false, Generation(0));
+    let events = [
+        Event::Synced,
+        Event::Verdict(Verdict::Owned(G1)),
+        Event::Sealed(E1),
+        ack(1),
+        Event::FailoverAsked { reversal: Some(reversal()) },
+        Event::Sealed(EpochId(2)),
+        ack(2),
+    ];
+    events.into_iter().for_each(|event| drop(primary.step(event)));
+    assert!(!primary.step(WORD).contains(&Action::Keep));
+}
+
+#[test]
+fn a_new_primary_of_a_reversed_pair_holds_until_it_is_acknowledged_or_owns_the_vm() {
+    let reversed = || Primary::reversed(Generation(2), EpochId(9));
+    assert!(reversed().is_protected());
+    let mut called = reversed();
+    let report = Action::Report(Report::Reversed);
+    let reached = [Action::TellPaired(Generation(2)), report, Action::BeginEpochs];
+    assert_eq!(called.step(Event::Reached), reached);
+    called.step(Event::Sealed(EpochId(10)));
+    let acked = Event::Acked { epoch: EpochId(10), generation: Generation(2) };
+    assert_eq!(called.step(acked), [Action::Commit(EpochId(10))]);
+    for cause in [Event::PeerLost("silent".into()), Event::StopAsked] {
+        let mut alone = reversed();
+        let claims = alone.step(cause.clone());
+        assert!(claims.contains(&Action::Claim { expected: Generation(2) }), "{claims:?}");
+        assert!(!claims.contains(&Action::Pass), "{claims:?}");
+        assert_eq!(alone.step(Event::Reached), [], "it is too late");
+        let owned = alone.step(Event::Verdict(Verdict::Owned(Generation(3))));
+        assert!(owned.contains(&Action::Pass), "{owned:?}");
+    }
+    let mut replaced = reversed();
+    replaced.step(Event::PeerLost("silent".into()));
+    assert_eq!(replaced.step(Event::Verdict(theirs()))[0], Action::Destroy);
+    let refused = reversed().step(Event::FailoverAsked { reversal: None });
+    let [Action::Refuse(reason)] = &refused[..] else { panic!("{refused:?}") };
+    assert!(reason.contains("the old host"), "{reason}");
+}

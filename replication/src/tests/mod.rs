@@ -13,6 +13,7 @@ mod pace;
 mod pair;
 mod scripted;
 mod steady;
+mod switch;
 mod tls;
 
 use std::path::Path;

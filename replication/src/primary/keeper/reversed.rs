@@ -27,6 +27,9 @@ use crate::ownership::{Arbiter, Record, Standing};
 use crate::protocol::ownership::{Claim, Verdict};
 use crate::protocol::primary::{Action, Event as Step, Primary, Report, State};
 
+/// Longest wait between two calls: output waits for the answer.
+const WAIT_MAX: Duration = Duration::from_millis(20);
+
 /// Why the calling has ended without a session.
 enum Unreached {
     /// A person ended the protection.
@@ -83,9 +86,10 @@ impl<G: Guest> Keeper<G> {
                     Err(error) => error,
                 },
             };
-            // A host that answers and is not the heir will not become it.
-            let is_final = matches!(error, Error::Refused(_)) || !error.may_pass();
-            let next = Instant::now() + waits.next();
+            // A host that answers and is not the heir will not become it. Whatever else there is may
+            // pass, an old view of the record among it.
+            let is_final = matches!(error, Error::Refused(_) | Error::Unfit(_));
+            let next = Instant::now() + waits.next().min(WAIT_MAX);
             if is_final || next >= until {
                 let reason = format!("The VM's old host is not its backup: {}", error.chain());
                 return Err((Unreached::Lost(reason), queue));

@@ -70,6 +70,10 @@ enum Event {
     FailoverSoon(usize),
     Repair,
     Connect(usize),
+    /// The new primary of a reversed pair calls its old host.
+    Reach(usize, u64),
+    /// One of such a pair has waited for the other long enough.
+    Forsaken(usize, u64),
 }
 
 /// For the queue: the time, and the order in which events were made.
@@ -168,6 +172,8 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
     let mut plan = Plan::draw(&mut rng);
     if let Some(broken) = broken {
         plan.arbiter = broken != Broken::OrphanStarts;
+        plan.reverses |=
+            matches!(broken, Broken::HeirStartsWithoutSwap | Broken::SpeaksBeforeReached);
     }
     let mut run = Run {
         hosts: [
@@ -338,6 +344,11 @@ impl Run {
             Event::Ask => self.ask(),
             Event::Repair => self.repair(),
             Event::Connect(at) => self.connect(at),
+            Event::Reach(at, life) if self.is_current(at, life) => self.reach(at),
+            Event::Forsaken(at, life) if self.is_current(at, life) && self.hosts[at].awaits() => {
+                self.input(at, || primary::Input::Lost, || backup::Input::Lost)
+            }
+            Event::Reach(..) | Event::Forsaken(..) => Ok(()),
         }
     }
 
@@ -384,6 +395,8 @@ fn of(event: &Event) -> Option<usize> {
         | Event::Copied(at, _)
         | Event::Timer(at, _)
         | Event::Answer(at, ..)
+        | Event::Reach(at, _)
+        | Event::Forsaken(at, _)
         | Event::Connect(at) => Some(*at),
         Event::Call(..)
         | Event::Stray(_)
