@@ -119,7 +119,8 @@ impl Ghost {
             };
             earlier.into_iter().any(same)
         };
-        !self.started.iter().enumerate().any(twice)
+        let mut heard = self.started.iter().enumerate().filter(|(at, _)| self.was_heard(at + 1));
+        !heard.any(twice)
     }
 
     /// Whether anything of this incarnation ever left.
@@ -128,11 +129,11 @@ impl Ghost {
     }
 
     /// All that an incarnation ever let out, before it was followed by another or after, is in the
-    /// state from which that one began; and whatever began before a machine and is not in its history,
-    /// as a new host whose old one went on from before, was never heard of.
+    /// state from which that one began; and of two machines of which neither is in the other's history, as
+    /// of a new host and its old one that went on from before, one was never heard of.
     #[must_use]
     pub fn is_nothing_lost(&self) -> bool {
-        (0..self.started.len()).all(|last| {
+        (0..self.started.len()).filter(|last| self.was_heard(last + 1)).all(|last| {
             let mut history = vec![last + 1];
             while let Some(start) = history.last().and_then(|of| of.checked_sub(1)) {
                 let from = self.started[start].from;

@@ -68,6 +68,8 @@ enum Event {
     LostSoon(usize),
     CrashSoon(usize),
     FailoverSoon(usize),
+    LargeSoon(usize),
+    GiveUpSoon(usize),
     Repair,
     Connect(usize),
     /// The new primary of a reversed pair calls its old host.
@@ -329,6 +331,8 @@ impl Run {
             Event::StopSoon(at) => self.stop(at),
             Event::LostSoon(at) => self.input(at, || primary::Input::Lost, || backup::Input::Lost),
             Event::FailoverSoon(at) => self.fail_over(at),
+            Event::LargeSoon(at) => self.tell_primary(at, primary::Input::TooLarge),
+            Event::GiveUpSoon(at) => self.tell_primary(at, primary::Input::GiveUp),
             Event::CrashSoon(at) => {
                 self.crash(at);
                 Ok(())
@@ -408,6 +412,8 @@ fn of(event: &Event) -> Option<usize> {
         | Event::LostSoon(_)
         | Event::CrashSoon(_)
         | Event::FailoverSoon(_)
+        | Event::LargeSoon(_)
+        | Event::GiveUpSoon(_)
         | Event::Heal(_)
         | Event::ArbiterHeals(_)
         | Event::Ask

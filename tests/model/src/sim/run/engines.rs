@@ -152,6 +152,7 @@ impl Run {
             let soon_us = self.up_to(20 * MS);
             self.after(soon_us, Event::Reach(at, life));
             self.after(self.plan.timeout_us, Event::Forsaken(at, life));
+            self.disturbs(at);
         }
         let Some(backup) = self.hosts[at].backup() else { return };
         let (Some(primary), Some(epoch)) = (backup.awaits(), backup.machine.committed()) else {
@@ -164,6 +165,23 @@ impl Run {
             self.ghost.owes = Some(at);
         }
         self.after(2 * self.plan.timeout_us, Event::Forsaken(at, life));
+    }
+
+    /// What befalls a pair that was reversed before it is connected.
+    fn disturbs(&mut self, at: usize) {
+        if self.are_faults_over() {
+            return;
+        }
+        let soon_us = self.up_to(10 * MS);
+        match self.rng.random_range(0..16) {
+            0 | 1 => self.after(0, Event::LargeSoon(at)),
+            2 => self.after(soon_us, Event::StopSoon(at)),
+            3 => self.after(soon_us, Event::GiveUpSoon(at)),
+            4 => self.after(soon_us, Event::CrashSoon(at)),
+            5 => self.after(soon_us, Event::CrashSoon(1 - at)),
+            6 => self.after(soon_us, Event::StopSoon(1 - at)),
+            _ => {}
+        }
     }
 
     /// What this host's engine was about is nobody's any more.
