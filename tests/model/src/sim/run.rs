@@ -70,6 +70,7 @@ enum Event {
     FailoverSoon(usize),
     LargeSoon(usize),
     GiveUpSoon(usize),
+    ImageSoon(usize),
     Repair,
     Connect(usize),
     /// The new primary of a reversed pair calls its old host.
@@ -332,6 +333,7 @@ impl Run {
             Event::LostSoon(at) => self.input(at, || primary::Input::Lost, || backup::Input::Lost),
             Event::FailoverSoon(at) => self.fail_over(at),
             Event::LargeSoon(at) => self.tell_primary(at, primary::Input::TooLarge),
+            Event::ImageSoon(at) => self.image_fails(at),
             Event::GiveUpSoon(at) => self.tell_primary(at, primary::Input::GiveUp),
             Event::CrashSoon(at) => {
                 self.crash(at);
@@ -414,6 +416,7 @@ fn of(event: &Event) -> Option<usize> {
         | Event::FailoverSoon(_)
         | Event::LargeSoon(_)
         | Event::GiveUpSoon(_)
+        | Event::ImageSoon(_)
         | Event::Heal(_)
         | Event::ArbiterHeals(_)
         | Event::Ask

@@ -180,6 +180,7 @@ impl Run {
             4 => self.after(soon_us, Event::CrashSoon(at)),
             5 => self.after(soon_us, Event::CrashSoon(1 - at)),
             6 => self.after(soon_us, Event::StopSoon(1 - at)),
+            7 => self.after(soon_us, Event::ImageSoon(1 - at)),
             _ => {}
         }
     }

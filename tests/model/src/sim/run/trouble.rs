@@ -202,12 +202,16 @@ impl Run {
                 if self.hosts[at].primary().is_some() {
                     self.and_more(at);
                 }
-                if self.rng.random_ratio(1, 4) {
+                if self.rng.random_ratio(1, 3) {
                     // It is cut while the other asks the arbiter, and then a person ends it.
                     let cut_us = self.up_to(6 * self.plan.delay_us_max);
                     let stop_us = cut_us + self.up_to(self.plan.arbiter_us_max);
-                    self.after(cut_us, Event::LostSoon(at));
-                    self.after(stop_us, Event::StopSoon(at));
+                    if self.rng.random_ratio(1, 2) {
+                        self.after(cut_us, Event::GiveUpSoon(at));
+                    } else {
+                        self.after(cut_us, Event::LostSoon(at));
+                        self.after(stop_us, Event::StopSoon(at));
+                    }
                 }
             }
             _ => self.force(at)?,
