@@ -33,9 +33,7 @@ use std::time::Duration;
 use api::replication::{ReplicateData, ReplicationInfo, ReplicationState, Role};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
-pub(crate) use options::{
-    address, arbiter, asked_of_rdma, certificates, check, validate_paces,
-};
+pub(crate) use options::{address, arbiter, asked_of_rdma, certificates, check, validate_paces};
 pub(crate) use session::layout;
 
 use crate::engine::spawn;
@@ -116,7 +114,8 @@ pub fn protect_back<G: Guest>(
         pages: PageSet::new(pages),
     });
     if let (true, Some(base)) = (reversed, base) {
-        let transport = None;
+        let address = address("destination_url", &options.destination_url).ok();
+        let transport = address.map(|to| name(&to, options.tls_dir.is_some()).to_owned());
         let (handle, mut keeper, queue) = prepare(guest, &options, transport, identity, observer);
         {
             let mut gathered = handle.status.lock();

@@ -74,7 +74,8 @@ fn without_an_arbiter_nothing_starts_by_itself() {
 
 #[test]
 fn an_epoch_out_of_turn_or_of_another_generation_is_bad() {
-    let foreign = Event::Verified { epoch: EpochId(2), generation: Generation(9), handover: Handover::No };
+    let foreign =
+        Event::Verified { epoch: EpochId(2), generation: Generation(9), handover: Handover::No };
     for event in [verified(1), verified(3), foreign] {
         let mut backup = replica(true);
         let actions = backup.step(event);

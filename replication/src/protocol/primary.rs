@@ -647,10 +647,9 @@ pub fn is_transition_valid(from: State, to: State) -> bool {
         Syncing, Undecided,
     };
     match from {
-        Calling => matches!(
-            to,
-            Protected | Claiming(Purpose::PeerLost | Purpose::Stop | Purpose::GiveUp)
-        ),
+        Calling => {
+            matches!(to, Protected | Claiming(Purpose::PeerLost | Purpose::Stop | Purpose::GiveUp))
+        }
         Syncing => matches!(to, Pairing | Failed | Alone | Stopped),
         Pairing => matches!(to, Protected | Failed | Alone | Stopped),
         Protected => matches!(to, Claiming(_) | HandingOver),

@@ -117,7 +117,10 @@ fn a_stop_passes_only_after_the_claim() {
 fn a_switch_over_destroys_only_on_the_backup_s_word() {
     let mut primary = protected();
     let started = Action::Report(Report::FailoverStarted);
-    assert_eq!(primary.step(Event::FailoverAsked { reversal: None }), [started, Action::SealHandover]);
+    assert_eq!(
+        primary.step(Event::FailoverAsked { reversal: None }),
+        [started, Action::SealHandover]
+    );
     primary.step(Event::Sealed(EpochId(2)));
     assert_eq!(primary.step(ack(2)), [Action::Handed(EpochId(2))]);
     let over = primary.step(Event::HandedOver { generation: Generation(2), reversed: false });
@@ -183,9 +186,17 @@ fn a_late_word_of_a_switch_over_decides() {
     let mut primary = handing_over(false);
     primary.step(Event::Sealed(EpochId(2)));
     primary.step(Event::PeerLost("silent".into()));
-    assert_eq!(primary.step(Event::HandedOver { generation: Generation(2), reversed: false }), [], "not acknowledged");
+    assert_eq!(
+        primary.step(Event::HandedOver { generation: Generation(2), reversed: false }),
+        [],
+        "not acknowledged"
+    );
     primary.step(ack(2));
-    assert_eq!(primary.step(Event::HandedOver { generation: Generation(3), reversed: false }), [], "not asked for");
+    assert_eq!(
+        primary.step(Event::HandedOver { generation: Generation(3), reversed: false }),
+        [],
+        "not asked for"
+    );
     let over = primary.step(Event::HandedOver { generation: Generation(2), reversed: false });
     let report = Action::Report(Report::FailoverFinished);
     assert_eq!(over, [Action::Destroy, Action::Close, report]);
@@ -376,8 +387,7 @@ const WORD: Event = Event::HandedOver { generation: Generation(2), reversed: tru
 
 #[test]
 fn an_old_primary_of_a_reversed_pair_keeps_what_it_has_and_lets_nothing_out() {
-    let inherits =
-        [Action::Keep, Action::Close, Action::Report(Report::FailoverFinished)];
+    let inherits = [Action::Keep, Action::Close, Action::Report(Report::FailoverFinished)];
     let mut told = reversing();
     assert_eq!(told.step(ack(2)), [Action::Handed(EpochId(2))]);
     assert_eq!(told.step(WORD), inherits);

@@ -59,7 +59,8 @@ impl DiskScript {
         self.script.end(epoch);
         let (epoch, generation) = (EpochId(epoch), Generation(1));
         let state = b"sum:\0\0\0\0".to_vec();
-        let seal = Seal { epoch, generation, handover: Handover::No, pages: vec![0], changes, state };
+        let seal =
+            Seal { epoch, generation, handover: Handover::No, pages: vec![0], changes, state };
         self.script.say(&Message::Seal(seal));
     }
 

@@ -330,7 +330,14 @@ fn data_connections_have_ended_before_a_machine_starts() {
     script.acked(1);
     script.end(2);
     let (epoch, state) = (EpochId(2), b"sum:\0\0\0\0".to_vec());
-    let last = Seal { epoch, generation: G1, handover: Handover::Leave, pages: vec![0], changes: 0, state };
+    let last = Seal {
+        epoch,
+        generation: G1,
+        handover: Handover::Leave,
+        pages: vec![0],
+        changes: 0,
+        state,
+    };
     let log = Arc::clone(&script.backup.log);
     let starting = log.starting.lock().unwrap();
     script.say(&Message::Seal(last));

@@ -92,8 +92,7 @@ impl Handed {
         let mut options = receive_options(self.records());
         options.receiver_url = format!("tcp:127.0.0.1:{}", self.return_port);
         options.timeout_ms = 1500;
-        let handle =
-            receive_back(builder, options, self.legacy.clone(), events.clone()).unwrap();
+        let handle = receive_back(builder, options, self.legacy.clone(), events.clone()).unwrap();
         Backup { handle, events, log }
     }
 
@@ -102,8 +101,7 @@ impl Handed {
         let events = Arc::new(Recorder::default());
         let guest = MemoryGuest(Arc::clone(&self.moved));
         let identity = self.b.handle.identity();
-        let handle =
-            protect_back(guest, self.way_back.clone(), identity, events.clone()).unwrap();
+        let handle = protect_back(guest, self.way_back.clone(), identity, events.clone()).unwrap();
         (handle, events)
     }
 }
@@ -316,8 +314,7 @@ fn a_replica_that_does_not_start_leaves_the_vm_to_its_old_host() {
     let legacy = a.handle.take_legacy().expect("this host has its memory");
     a.handle.join();
     assert!(legacy.is_heir());
-    let builder =
-        MemoryBuilder { kept: Some(machine.ram().clone()), ..MemoryBuilder::default() };
+    let builder = MemoryBuilder { kept: Some(machine.ram().clone()), ..MemoryBuilder::default() };
     let log = Arc::clone(&builder.log);
     let mut options = receive_options(Some(dir.path()));
     options.receiver_url = format!("tcp:127.0.0.1:{return_port}");

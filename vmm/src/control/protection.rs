@@ -13,8 +13,8 @@ use std::sync::{Arc, Weak};
 
 use api::config::VmConfig;
 use api::replication::{
-    ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData,
-    ReplicationInfo, ReplicationState, Role, STAGING_SIZE_DEFAULT,
+    ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData, ReplicationInfo, ReplicationState,
+    Role, STAGING_SIZE_DEFAULT,
 };
 use crossbeam_channel::{SendError, Sender};
 use replication::backup::{self, BackupHandle};

@@ -37,7 +37,9 @@ pub enum ReplicaError {
     Vcpus { found: usize, expected: u32 },
     #[error("The machine state has {found} {kind}, this VM {expected}")]
     Port { kind: &'static str, found: &'static str, expected: &'static str },
-    #[error("The memory that is left of the VM here is another one than its configuration asks for")]
+    #[error(
+        "The memory that is left of the VM here is another one than its configuration asks for"
+    )]
     Memory,
     #[error("The options of this backup do not fit the primary's VM")]
     Override(#[from] OverrideError),

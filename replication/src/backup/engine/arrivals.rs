@@ -395,9 +395,7 @@ impl<R> Base<R> {
         let knows = offer
             .base
             .is_some_and(|base| base.fits(self.session.0, self.generation, self.committed));
-        knows
-            && self.primary == built.primary
-            && self.vm == built.vm
+        knows && self.primary == built.primary && self.vm == built.vm
     }
 }
 

@@ -322,7 +322,9 @@ impl<G: Guest> Engine<'_, G> {
         }
         for answer in self.stop_answer.drain(..) {
             let result = match state {
-                State::Gone | State::Heir => Err(Error::Conflict("The backup owns the VM".to_owned())),
+                State::Gone | State::Heir => {
+                    Err(Error::Conflict("The backup owns the VM".to_owned()))
+                }
                 _ => Ok(()),
             };
             // A caller that stopped waiting needs no answer.

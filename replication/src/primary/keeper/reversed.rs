@@ -79,7 +79,9 @@ impl<G: Guest> Keeper<G> {
                 Word::Stop(answer) => return Err((Unreached::Stopped(answer), queue)),
                 Word::Timer => self.silent(),
                 Word::Called(called) => match *called {
-                    Ok(called) if called.generation == machine.generation() && called.has_base() => {
+                    Ok(called)
+                        if called.generation == machine.generation() && called.has_base() =>
+                    {
                         return Ok((called, queue));
                     }
                     Ok(_) => Error::Conflict("The record, or the backup, is another one".into()),

@@ -6,9 +6,7 @@ use replication::VmId;
 use replication::ids::{EpochId, Generation};
 use replication::ownership::{HostId, HostIdentity, Record, Standing};
 use replication::protocol::asking::{Asking, Next};
-use replication::protocol::backup::{
-    Action, Backup, Event, Handover, State, is_transition_valid,
-};
+use replication::protocol::backup::{Action, Backup, Event, Handover, State, is_transition_valid};
 use replication::protocol::ownership::{self as claim, Claim, Verdict};
 use replication::protocol::primary::IN_FLIGHT_MAX;
 
@@ -197,7 +195,9 @@ impl<V: Vm> Engine<V> {
                     around.send(Message::Ack { epoch, generation });
                 }
             }
-            Input::Lost if self.session.is_some() || self.awaits().is_some() => self.step(Event::Lost("lost".into()), around),
+            Input::Lost if self.session.is_some() || self.awaits().is_some() => {
+                self.step(Event::Lost("lost".into()), around)
+            }
             Input::ImageFailed => self.image_failed(around),
             Input::Spoiled => self.spoiled = true,
             Input::Doomed => self.doomed = true,
@@ -375,7 +375,8 @@ impl<V: Vm> Engine<V> {
             }
             Action::Claim { .. } if self.spoiled => self.image_failed(around),
             Action::Claim { .. }
-                if around.broken == Some(Broken::HeirStartsWithoutSwap) && self.heir_of.is_some() =>
+                if around.broken == Some(Broken::HeirStartsWithoutSwap)
+                    && self.heir_of.is_some() =>
             {
                 let generation = self.machine.generation().next();
                 self.step(Event::Verdict(Verdict::Owned(generation)), around);

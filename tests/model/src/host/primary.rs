@@ -201,7 +201,9 @@ impl Engine {
     pub fn input<V: Vm>(&mut self, input: Input<V::Content>, around: &mut Around<'_, V>) {
         match input {
             Input::Message(message) => self.message(message, around),
-            Input::Lost if self.connected || self.is_calling() => self.step(Event::PeerLost("lost".into()), around),
+            Input::Lost if self.connected || self.is_calling() => {
+                self.step(Event::PeerLost("lost".into()), around)
+            }
             Input::Copied if self.is_copying() => {
                 self.work = Work::Nothing;
                 self.step(Event::Synced, around);

@@ -431,9 +431,8 @@ impl World {
     pub fn reaches(&self, at: At) -> bool {
         let (host, other) = (&self.hosts[at], &self.hosts[1 - at]);
         let calls = host.primary().filter(|primary| primary.is_calling());
-        let stands = calls.is_some_and(|primary| {
-            self.arbiter.generation() == primary.machine.generation()
-        });
+        let stands =
+            calls.is_some_and(|primary| self.arbiter.generation() == primary.machine.generation());
         let awaited = other.backup().and_then(backup::Engine::awaits);
         host.alive && other.alive && stands && awaited == Some(host.identity.host)
     }
