@@ -290,8 +290,7 @@ fn a_page_that_was_written_unnoted_is_found() {
     let heir = handed.listen();
     let (primary, events) = handed.protect();
     events.wait(|event| *event == Event::Reversed).unwrap();
-    let first = primary.info().epoch_committed;
-    until(|| primary.info(), |info| info.epoch_committed > first);
+    handed.moved.work(0, PageIndex(1), 99).unwrap();
     primary.failover(false).unwrap();
     heir.handle.join();
     primary.join();
@@ -309,8 +308,10 @@ fn a_replica_that_does_not_start_leaves_the_vm_to_its_old_host() {
     let a = Primary::with(&machine, options, HostIdentity::random()).unwrap();
     a.events.wait(|event| *event == Event::Synced).unwrap();
     machine.work(0, PageIndex(3), 5).unwrap();
-    // The claim is B's, and B does not run: A asks the arbiter and finds itself the backup.
-    a.handle.failover(false).unwrap();
+    // The claim is B's, and B does not run: A asks the arbiter and finds itself the backup. Whoever asked
+    // for the switch-over is told of B's failure before.
+    assert!(a.handle.failover(false).is_err());
+    a.events.wait(|event| *event == Event::FailoverFinished).unwrap();
     let legacy = a.handle.take_legacy().expect("this host has its memory");
     a.handle.join();
     assert!(legacy.is_heir());
