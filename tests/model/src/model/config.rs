@@ -138,11 +138,7 @@ impl Config {
                     config.crashes = 2;
                     config.arbiter_faults = 1;
                 }
-                "reversed" => {
-                    config.crashes = 2;
-                    config.arbiter_faults = 2;
-                    config.too_large = 1;
-                }
+                "reversed" => config.crashes = 2,
                 "copy-anew" => {
                     config.too_large = 2;
                     config.arbiter_faults = 1;

@@ -286,7 +286,7 @@ fn switch_over() -> Vec<Row> {
             match end {
                 End::A => drop(scene.wait_a_alone()?),
                 End::B => scene.wait_b_took_over()?,
-                End::Pair | End::Nobody => {}
+                End::Pair | End::Reversed | End::Back | End::Nobody => {}
             }
             // Its answer is of a VM that may be elsewhere by now.
             let _ = waits.join();
