@@ -19,6 +19,9 @@ use crate::wire::{self, Hello, Offer};
 /// the first to ask for it where both live and do not reach each other.
 const HEIR_TIMEOUTS: u32 = 2;
 
+/// A machine that was here, with the state that it is to be started from, if there is one.
+type Rebuilt<R> = (R, Option<<R as Replica>::State>);
+
 impl<B: ReplicaBuilder> Engine<B> {
     /// What becomes of a switch-over that the primary asks for: of the pair that it would reverse, if this host
     /// can call it as its backup. Nothing of that may be found out only after the claim.
@@ -96,7 +99,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         &mut self,
         built: &Built,
         state: Option<&[u8]>,
-    ) -> Result<(B::Replica, Option<<B::Replica as Replica>::State>), Error> {
+    ) -> Result<Rebuilt<B::Replica>, Error> {
         let replica = self.builder.build(&built.description);
         let mut replica =
             replica.map_err(|source| Error::Guest { what: "build the replica", source })?;
