@@ -9,6 +9,7 @@ use arbitrary::Arbitrary;
 use replication::disk::{CHANGE_BYTES_MAX, DISKS_MAX, Operation, SECTOR_BYTES};
 use replication::encode::{delta, lz4};
 use replication::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
+use replication::protocol::backup::Handover;
 use replication::wire::{
     Base, CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, Encoding, End, FrameReader, FrameWriter,
     HEADER_BYTES, Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RETURN_BYTES_MAX,
@@ -104,6 +105,7 @@ enum Body {
         arbiter: bool,
         rdma: bool,
         base: Option<[u64; 4]>,
+        reversed: bool,
         way_back: String,
         regions: Vec<(u64, u32)>,
         disks: Vec<(u8, u32)>,
@@ -111,7 +113,7 @@ enum Body {
     },
     Seal {
         numbers: [u64; 3],
-        handover: bool,
+        handover: u8,
         pages: Vec<u64>,
         state: Blob,
     },
@@ -187,7 +189,7 @@ impl Body {
                 let good = known && numbers[0] <= numbers[1] + 2;
                 Payload { kind: Kind::Hello, bytes, good: Some(good) }
             }
-            Self::Offer { arbiter, rdma, base, way_back, regions, disks, text } => {
+            Self::Offer { arbiter, rdma, base, reversed, way_back, regions, disks, text } => {
                 let size = |(odd, sectors): &(u8, u32)| {
                     u64::from(*sectors) * SECTOR_BYTES + u64::from(odd.is_multiple_of(8))
                 };
@@ -196,7 +198,7 @@ impl Body {
                 let has_epochs =
                     |[_, _, committed, sealed]: &[u64; 4]| *committed > 0 && committed <= sealed;
                 let good = good && way_back.len() <= RETURN_BYTES_MAX;
-                let good = good && base.as_ref().is_none_or(has_epochs);
+                let good = good && base.as_ref().map_or(!reversed, has_epochs);
                 let base = base.map(|[session, generation, committed, sealed]| Base {
                     session,
                     generation: Generation(generation),
@@ -214,6 +216,7 @@ impl Body {
                     arbiter: *arbiter,
                     rdma: *rdma,
                     base,
+                    reversed: *reversed,
                     way_back: way_back.clone(),
                     fallback: String::new(),
                     regions: regions.iter().map(region).collect(),
@@ -227,7 +230,11 @@ impl Body {
                 let seal = Seal {
                     epoch: EpochId(*epoch),
                     generation: Generation(*generation),
-                    handover: *handover,
+                    handover: match handover % 3 {
+                        0 => Handover::No,
+                        1 => Handover::Leave,
+                        _ => Handover::Reverse,
+                    },
                     pages: pages.clone(),
                     changes: *changes,
                     state: state.0.clone(),
@@ -424,7 +431,7 @@ fn name(message: &Message) -> Option<&'static str> {
         Message::Seal(seal) if seal.pages.is_empty() || seal.state.is_empty() => return None,
         Message::Seal(_) => "wire: Seal with pages and a state",
         Message::Ack { .. } => "wire: Ack",
-        Message::Paired(_) | Message::HandedOver(_) => "wire: Paired or HandedOver",
+        Message::Paired(_) | Message::HandedOver { .. } => "wire: Paired or HandedOver",
         _ => "wire: an empty message",
     })
 }

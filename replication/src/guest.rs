@@ -15,6 +15,8 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
+use api::replication::ReplicateData;
+
 use crate::disk::{Disks, ReplicaDisk};
 use crate::ids::EpochId;
 use crate::ram::{PageSet, Ram};
@@ -175,6 +177,12 @@ pub trait ReplicaBuilder: Send + 'static {
     fn reuse(&mut self, replica: &mut Self::Replica) {
         let _ = replica;
     }
+
+    /// Whether a machine that was built here after the one description is what would be built after
+    /// the other.
+    fn is_same(&self, one: &[u8], other: &[u8]) -> bool {
+        one == other
+    }
 }
 
 /// A machine that waits for its take-over.
@@ -198,6 +206,18 @@ pub trait Replica: Send + 'static {
     /// state that this host could not load is refused while the primary still runs.
     fn parse(&mut self, state: &[u8]) -> Result<Self::State, GuestError>;
 
-    /// Loads the state and lets the guest run: it is now an ordinary VM of its VMM.
-    fn start(self, state: Self::State) -> Result<(), GuestError>;
+    /// From here on pages that the guest, its devices or the VMM write are noted, as after
+    /// [`Guest::start_tracking`] and a first harvest. Called before a take-over whose other side keeps its
+    /// memory; what was noted up to [`Replica::start`] may be forgotten there.
+    ///
+    /// # Errors
+    /// Nothing can be noted: then the way back copies everything.
+    fn track(&mut self) -> Result<(), GuestError> {
+        Err("This machine does not note what is written before it is protected".into())
+    }
+
+    /// Loads the state and lets the guest run: it is now an ordinary VM of its VMM. With `held`, which are the
+    /// options that it is to be protected with, its output is held from before the state is loaded, as
+    /// after [`Guest::hold_output`].
+    fn start(self, state: Self::State, held: Option<&ReplicateData>) -> Result<(), GuestError>;
 }

@@ -9,6 +9,7 @@
 //! - [`protocol`]: the pure state machines of both sides and of a claim for ownership;
 //! - [`primary`]: the threads that protect a guest;
 //! - [`backup`]: the threads that receive, stage, commit, apply, take over;
+//! - [`handover`]: what outlives a planned switch-over;
 //! - [`output`]: the rule that output follows;
 //! - [`ownership`]: the arbiter;
 //! - [`observer`]: what a VMM is told meanwhile.
@@ -22,6 +23,7 @@ pub mod encode;
 mod engine;
 mod error;
 pub mod guest;
+pub mod handover;
 pub mod ids;
 pub mod observer;
 pub mod output;

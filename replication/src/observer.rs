@@ -21,6 +21,9 @@ pub enum Event {
     Synced,
     /// Primary: protected again after a time without.
     Resynced,
+    /// Primary, after a switch-over that reversed the pair: the old host is connected as the backup that
+    /// it has been since.
+    Reversed,
     /// Primary: it owns the VM alone and runs, or stays paused, without protection.
     Degraded { reason: String },
     /// Either side: ended by a person.

@@ -13,6 +13,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use api::replication::ReplicateData;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use disks::{MemoryDisks, MemoryImage, Request};
@@ -128,6 +129,15 @@ impl Machine {
             before_pass: Mutex::default(),
             forgotten: Mutex::default(),
         })
+    }
+
+    /// The machine that a replica has become: what [`ReplicaLog`] says of it holds.
+    #[must_use]
+    pub fn going_on(ram: Ram, log: &ReplicaLog) -> Arc<Self> {
+        let machine = Self::new(ram);
+        machine.tracking.store(log.tracked.load(Ordering::Acquire), Ordering::Release);
+        lock(&machine.port).holding = log.held.load(Ordering::Acquire);
+        machine
     }
 
     /// Calls `hook` before all output passes.
@@ -422,6 +432,11 @@ pub struct ReplicaLog {
     pub busy: Mutex<()>,
     /// Held by a test, no replica starts.
     pub starting: Mutex<()>,
+    /// Whether what was started notes what is written; whether its output is held.
+    pub tracked: AtomicBool,
+    pub held: AtomicBool,
+    /// Set by a test, nothing can be started.
+    pub doomed: AtomicBool,
 }
 
 /// Builds replicas of [`MemoryGuest`]s.
@@ -430,6 +445,8 @@ pub struct MemoryBuilder {
     pub log: Arc<ReplicaLog>,
     /// Images of the disks that this host has.
     pub images: Vec<Arc<MemoryImage>>,
+    /// Memory of a machine that was handed over, for the next replica.
+    pub kept: Option<Ram>,
     /// Most pages that this host has.
     pub pages_max: Option<u64>,
     /// Refuse every machine state.
@@ -459,7 +476,8 @@ impl ReplicaBuilder for MemoryBuilder {
         let log = Arc::clone(&self.log);
         let (refuse, lenient) = (self.refuse_states, self.lenient);
         let images = self.images.clone();
-        Ok(MemoryReplica { ram: memory(&layout), images, last: None, refuse, lenient, log })
+        let ram = self.kept.take().unwrap_or_else(|| memory(&layout));
+        Ok(MemoryReplica { ram, images, last: None, refuse, lenient, log })
     }
 
     fn reuse(&mut self, replica: &mut MemoryReplica) {
@@ -523,8 +541,23 @@ impl Replica for MemoryReplica {
         Ok((sum, disks.to_vec()))
     }
 
-    fn start(self, (state, disks): (u32, Vec<u8>)) -> Result<(), GuestError> {
+    fn track(&mut self) -> Result<(), GuestError> {
+        self.log.tracked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn start(
+        self,
+        (state, disks): (u32, Vec<u8>),
+        held: Option<&ReplicateData>,
+    ) -> Result<(), GuestError> {
         drop(lock(&self.log.starting));
+        if self.log.doomed.load(Ordering::Acquire) {
+            return Err("This host cannot start anything".into());
+        }
+        // Only what is written from here on is of interest.
+        self.ram.drain_written(&mut PageSet::new(self.ram.pages()));
+        self.log.held.store(held.is_some(), Ordering::Release);
         self.compare(state, "at the take-over");
         if let Err(wrong) = disks::compare(&self.images, &disks) {
             lock(&self.log.wrong).push(format!("at the take-over: {wrong}"));

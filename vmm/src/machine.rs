@@ -131,6 +131,18 @@ impl Machine {
     /// Builds the machine with parked vCPUs that have nothing to run yet.
     pub fn build(
         hypervisor: &Arc<Hypervisor>,
+        config: VmConfig,
+        taps: TapDescriptors,
+    ) -> Result<Self, MachineError> {
+        let memory = Memory::new(&config.memory)?;
+        Self::build_around(memory, hypervisor, config, taps)
+    }
+
+    /// As [`Machine::build`], around memory that was another machine's, which is gone. It is what the
+    /// configuration asks for, and stays as it is.
+    pub fn build_around(
+        memory: Memory,
+        hypervisor: &Arc<Hypervisor>,
         mut config: VmConfig,
         taps: TapDescriptors,
     ) -> Result<Self, MachineError> {
@@ -140,7 +152,6 @@ impl Machine {
         if asked > max {
             return Err(MachineError::TooManyVcpus { asked, max });
         }
-        let memory = Memory::new(&config.memory)?;
         let mut vm = hypervisor.create_vm()?;
         tracking::set(&vm, &memory, false)?;
         if tracking::choose(hypervisor, &vm, &memory)? == Tracking::Ring {

@@ -63,8 +63,8 @@ pub struct Slot {
     pub host_address: u64,
 }
 
-/// The memory of one VM.
-#[derive(Debug)]
+/// The memory of one VM. Clones are of the same memory, which lives as long as any.
+#[derive(Clone, Debug)]
 pub struct Memory {
     ram: Ram,
     file: Arc<File>,

@@ -17,6 +17,7 @@ use crate::engine::control::{Control, Credit};
 use crate::engine::status::Status;
 use crate::error::{Error, chain};
 use crate::guest::{Replica, ReplicaBuilder};
+use crate::handover::{Legacy, WayBack};
 use crate::ids::{EpochId, Generation};
 use crate::observer::{Event as Told, Observer};
 use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing, VmId};
@@ -29,6 +30,7 @@ use opening::{Opening, Registered};
 mod actions;
 mod arrivals;
 mod opening;
+mod switch;
 
 /// What a person asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,7 +131,11 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     times: TakeoverTimes,
     /// How the VM is to be protected once it was handed over, and where that is left.
     way_back: Option<ReplicateData>,
-    handed_back: Arc<Mutex<Option<ReplicateData>>>,
+    handed_back: Arc<Mutex<Option<WayBack>>>,
+    /// Whether what the replica writes once it runs is noted.
+    is_tracked: bool,
+    /// Until when a new primary, of a reversed pair, may call.
+    heir_until: Option<Instant>,
     failover_answer: Vec<Sender<Result<(), Error>>>,
     /// For tests: compares all of memory.
     equality: Option<Equality>,
@@ -140,7 +146,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         builder: B,
         (options, rdma): (ReceiveReplicaData, Option<rdma::Asked>),
         arbiter: Option<Box<dyn Arbiter>>,
-        (identity, handed_back): (Arc<Mutex<HostIdentity>>, Arc<Mutex<Option<ReplicateData>>>),
+        (identity, handed_back): (Arc<Mutex<HostIdentity>>, Arc<Mutex<Option<WayBack>>>),
         observer: Arc<dyn Observer>,
         (inputs, queue): (Sender<Input>, Receiver<Input>),
         status: Status,
@@ -174,12 +180,18 @@ impl<B: ReplicaBuilder> Engine<B> {
             times: TakeoverTimes::default(),
             way_back: None,
             handed_back,
+            is_tracked: false,
+            heir_until: None,
             failover_answer: vec![],
         })
     }
 
-    /// Works until the VM was taken over or the reception is stopped.
-    pub(super) fn run(mut self) {
+    /// Works until the VM was taken over or the reception is stopped. `legacy`: the VM was this host's,
+    /// and was handed over.
+    pub(super) fn run(mut self, legacy: Option<Legacy>) {
+        if let Some(legacy) = legacy {
+            self.inherit(legacy);
+        }
         while !matches!(self.machine.state(), State::TakenOver | State::Stopped) {
             match self.queue.recv_deadline(self.deadline()) {
                 Ok(input) => self.input(input),
@@ -201,7 +213,13 @@ impl<B: ReplicaBuilder> Engine<B> {
         let far = Instant::now() + Duration::from_secs(3600);
         let session = self.session.as_ref().filter(|_| self.is_receiving());
         let silence = session.map(|s| s.shared.heard.deadline(s.timeout));
-        silence.unwrap_or(far).min(self.retry_at.unwrap_or(far))
+        let called = self.heir_until.filter(|_| self.is_awaiting()).unwrap_or(far);
+        silence.unwrap_or(far).min(self.retry_at.unwrap_or(far)).min(called)
+    }
+
+    /// Whether the new primary of a reversed pair has not called yet.
+    fn is_awaiting(&self) -> bool {
+        self.machine.state() == State::Heir && self.session.is_none()
     }
 
     fn timers(&mut self) {
@@ -212,6 +230,9 @@ impl<B: ReplicaBuilder> Engine<B> {
         {
             let silent_ms = u64::try_from(session.timeout.as_millis()).unwrap_or(u64::MAX);
             self.step(Event::Lost(Error::Silent { silent_ms }.chain()));
+        }
+        if self.is_awaiting() && self.heir_until.is_some_and(|until| until <= Instant::now()) {
+            self.step(Event::Lost("The VM's new primary did not call".to_owned()));
         }
         if self.retry_at.is_some_and(|at| at <= Instant::now()) {
             self.retry_at = None;
@@ -225,7 +246,7 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 
     fn is_receiving(&self) -> bool {
-        matches!(self.machine.state(), State::Syncing | State::Replica)
+        matches!(self.machine.state(), State::Syncing | State::Replica | State::Heir)
     }
 
     fn input(&mut self, input: Input) {
@@ -329,8 +350,9 @@ impl<B: ReplicaBuilder> Engine<B> {
     /// The primary says that the record says PAIR: seen from here too, or the two sides look at
     /// different arbiters and both could win.
     fn paired(&mut self, generation: Generation) {
-        let is_in_turn = self.machine.state() == State::Syncing && self.is_shut();
-        if !is_in_turn || self.pairing.is_some() {
+        let may_pair =
+            matches!(self.machine.state(), State::Syncing | State::Heir) && self.is_shut();
+        if !may_pair || self.pairing.is_some() {
             // Not read: a claim may be under way, and is not to be forgotten for this.
             self.step(Event::Bad("The primary paired out of turn".to_owned()));
         } else if self.asker.exists() {
@@ -402,11 +424,12 @@ impl<B: ReplicaBuilder> Engine<B> {
         match replica.parse(&epoch.seal.state) {
             Ok(state) => {
                 let seal = &epoch.seal;
-                let (id, generation, handover) = (seal.epoch, seal.generation, seal.handover);
+                let (id, generation) = (seal.epoch, seal.generation);
                 let before = self.machine.committed();
                 if let Some(session) = &self.session {
                     session.shared.budget.give_back(epoch.cost_bytes());
                 }
+                let handover = self.handover(epoch.seal.handover);
                 self.verified = Some(epoch);
                 let parsed = self.state.replace(state);
                 reach("verified");

@@ -33,13 +33,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use api::replication::{ReceiveReplicaData, ReplicateData, ReplicationInfo, Role};
+use api::replication::{ReceiveReplicaData, ReplicationInfo, Role};
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded, unbounded};
 
 use crate::engine::spawn;
 use crate::engine::status::Status;
 use crate::error::{Error, chain};
 use crate::guest::ReplicaBuilder;
+use crate::handover::{Legacy, WayBack};
 use crate::observer::{Event, Observer};
 use crate::ownership::HostIdentity;
 use crate::primary::{address, arbiter, asked_of_rdma, certificates, validate_paces};
@@ -55,7 +56,7 @@ pub struct BackupHandle {
     status: Status,
     local: Address,
     identity: Arc<Mutex<HostIdentity>>,
-    way_back: Arc<Mutex<Option<ReplicateData>>>,
+    way_back: Arc<Mutex<Option<WayBack>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     timeout: Duration,
 }
@@ -74,6 +75,23 @@ pub fn receive<B: ReplicaBuilder>(
     receive_at(builder, &address, options, HostIdentity::random(), observer)
 }
 
+/// As [`receive`], on the host that a VM was handed over from: with what that has of it. Where the pair was
+/// reversed this side is the VM's backup from the first moment, and takes it over if its new primary does
+/// not call.
+///
+/// # Errors
+/// As [`receive`].
+pub fn receive_back<B: ReplicaBuilder>(
+    builder: B,
+    options: ReceiveReplicaData,
+    legacy: Legacy,
+    observer: Arc<dyn Observer>,
+) -> Result<BackupHandle, Error> {
+    let address = address("receiver_url", &options.receiver_url)?;
+    let identity = legacy.identity;
+    listen(builder, &address, options, identity, Some(legacy), observer)
+}
+
 /// As [`receive`], at an address that options cannot express (a port that the system picks) and
 /// under a host's name that the caller knows; the VM's name comes from the primary.
 ///
@@ -84,6 +102,17 @@ pub fn receive_at<B: ReplicaBuilder>(
     address: &Address,
     options: ReceiveReplicaData,
     identity: HostIdentity,
+    observer: Arc<dyn Observer>,
+) -> Result<BackupHandle, Error> {
+    listen(builder, address, options, identity, None, observer)
+}
+
+fn listen<B: ReplicaBuilder>(
+    builder: B,
+    address: &Address,
+    options: ReceiveReplicaData,
+    identity: HostIdentity,
+    legacy: Option<Legacy>,
     observer: Arc<dyn Observer>,
 ) -> Result<BackupHandle, Error> {
     validate_paces(options.heartbeat_ms, options.timeout_ms)?;
@@ -135,7 +164,7 @@ pub fn receive_at<B: ReplicaBuilder>(
     )?;
     observer.event(Event::ReceiveReady { address: local.to_string() });
     let thread = spawn("repl-backup", None, move || {
-        engine.run();
+        engine.run(legacy);
         drop(waker);
         if acceptor.join().is_err() {
             tracing::error!("The acceptor panicked");
@@ -168,7 +197,7 @@ impl BackupHandle {
     /// How the VM is to be protected from here, after a planned switch-over whose primary listens for
     /// that. Once: the first who asks has to see to it.
     #[must_use]
-    pub fn take_way_back(&self) -> Option<ReplicateData> {
+    pub fn take_way_back(&self) -> Option<WayBack> {
         self.way_back.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 

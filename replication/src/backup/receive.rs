@@ -73,6 +73,9 @@ impl ReceiveError {
 #[derive(Clone)]
 pub(super) struct Shared {
     pub(super) ram: Ram,
+    /// The image is that of a committed epoch from the start: no copy goes over it before one anew is
+    /// told of.
+    pub(super) is_whole: bool,
     pub(super) budget: Budget,
     /// Grows each time the primary copies anew: pages straight into the image are allowed until
     /// the connection carried the end of an epoch of this round.
@@ -137,13 +140,13 @@ impl DataConnection {
             share,
             pages: share.pages_of(shared.ram.pages()),
             by_rdma: shared.rdma.as_ref().is_some_and(rdma::Adapter::is_fake),
+            closed_round: shared.is_whole.then_some(0),
             shared,
             spares,
             needs: Needs::default(),
             part: Part::default(),
             unpacked: Frame::default(),
             header: PagesHeader::default(),
-            closed_round: None,
             suspects: Suspects::default(),
             counted: 0,
         };

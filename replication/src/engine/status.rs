@@ -7,6 +7,7 @@ use api::replication::{PauseSteps, ReplicationInfo};
 
 use super::stats::Window;
 use crate::disk::Done;
+use crate::handover::Legacy;
 use crate::ids::PAGE_SIZE;
 
 /// The parts of [`ReplicationInfo`], as they are gathered.
@@ -18,6 +19,8 @@ pub(crate) struct Gathered {
     /// from the loss to the first commit.
     pub(crate) reconnects: bool,
     pub(crate) alone: bool,
+    /// On a primary whose VM was handed over: what this host still has of it.
+    pub(crate) legacy: Option<Legacy>,
     pub(crate) pause_us: Window,
     /// Of each step in turn, as in [`PauseSteps`].
     pub(crate) steps_us: [Window; 5],

@@ -111,12 +111,30 @@ struct InFlight {
     touched_bytes: u64,
 }
 
+/// Which session of the VM it is.
+pub(super) enum Begin {
+    /// The VM was never protected.
+    First,
+    /// It was protected before, and is alone.
+    Again,
+    /// It was handed over to this host in a switch-over that reversed the pair: it is protected
+    /// already, and the session goes on from the last epoch of that.
+    Reversed(Primary),
+}
+
 /// What a backup accepted that was called: a session without its threads.
 pub(super) struct Called {
     options: ReplicateData,
     arbiter: Option<Box<dyn Arbiter>>,
-    generation: Generation,
+    pub(super) generation: Generation,
     session: Session,
+}
+
+impl Called {
+    /// Whether the backup has what the copy may go on from.
+    pub(super) fn has_base(&self) -> bool {
+        self.session.welcome.has_base
+    }
 }
 
 /// Reads the record, connects and is welcomed: all that may block, and nothing that needs the guest.
@@ -200,6 +218,11 @@ pub(super) struct Engine<'g, G: Guest> {
     fresh: bool,
     first: bool,
     handover: bool,
+    /// The switch-over under way is to reverse the pair; the state of its last epoch.
+    reverses: bool,
+    last_state: Option<Vec<u8>>,
+    /// The session goes on from a pair that was reversed.
+    is_reversed: bool,
     too_large: u32,
     good: u32,
     output: Arc<AtomicBool>,
@@ -218,14 +241,14 @@ pub(super) struct Engine<'g, G: Guest> {
 }
 
 impl<'g, G: Guest> Engine<'g, G> {
-    /// Starts the threads of a session. `again`: the VM was protected before, and is alone.
+    /// Starts the threads of a session.
     pub(super) fn open(
         guest: &'g mut G,
         called: Called,
         identity: HostIdentity,
         (observer, status): (Arc<dyn Observer>, Status),
         (inputs, queue): (Sender<Input>, Receiver<Input>),
-        again: bool,
+        begin: Begin,
         rest: &mut Option<Rest>,
     ) -> Result<Self, Error> {
         let Called { options, arbiter, generation, session } = called;
@@ -272,6 +295,12 @@ impl<'g, G: Guest> Engine<'g, G> {
         } else if is_tracking {
             sealer.dirty.add_all();
         }
+        let is_reversed = matches!(begin, Begin::Reversed(_));
+        let machine = match begin {
+            Begin::First => Primary::new(asker.exists(), generation),
+            Begin::Again => Primary::again(asker.exists(), generation),
+            Begin::Reversed(machine) => machine,
+        };
         Ok(Self {
             sealer,
             disks,
@@ -288,10 +317,8 @@ impl<'g, G: Guest> Engine<'g, G> {
             straight: None,
             window_due: None,
             log_bytes_max,
-            machine: match again {
-                true => Primary::again(asker.exists(), generation),
-                false => Primary::new(asker.exists(), generation),
-            },
+            sealed: machine.committed(),
+            machine,
             guest,
             options,
             identity,
@@ -311,12 +338,15 @@ impl<'g, G: Guest> Engine<'g, G> {
             unsent: 0,
             awaits_room: false,
             in_flight: VecDeque::new(),
-            sealed: EpochId(0),
             last_seal: Instant::now(),
             last_look: Instant::now(),
             fresh: !has_base,
-            first: true,
+            // Nothing goes straight into an image that is a committed epoch's.
+            first: !is_reversed,
             handover: false,
+            reverses: false,
+            last_state: None,
+            is_reversed,
             too_large: 0,
             good: GOOD_EPOCHS,
             output,
@@ -371,6 +401,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         self.show();
         let started = if self.is_tracking { Ok(()) } else { self.guest.start_tracking() };
         match started.map_err(|source| Error::Guest { what: "track dirty pages", source }) {
+            Ok(()) if self.is_reversed => self.step(Event::Reached),
             Ok(()) => {
                 if let Some(disks) = &self.disks {
                     disks.attach();
@@ -398,7 +429,8 @@ impl<'g, G: Guest> Engine<'g, G> {
     }
 
     fn is_over(&self) -> bool {
-        matches!(self.machine.state(), State::Alone | State::Gone | State::Stopped | State::Failed)
+        use State::{Alone, Failed, Gone, Heir, Stopped};
+        matches!(self.machine.state(), Alone | Gone | Heir | Stopped | Failed)
     }
 
     fn timeout(&self) -> Duration {
@@ -569,7 +601,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             Message::WindowOpen { number, grants } => self.window_opened(number, &grants),
             Message::WindowNone { number, reason } => self.window_refused(number, &reason),
             Message::WindowClosed(number) => self.window_closed(number),
-            Message::HandedOver(generation) => self.step(Event::HandedOver(generation)),
+            Message::HandedOver { generation, reversed } => {
+                self.step(Event::HandedOver { generation, reversed });
+            }
             other => {
                 let found = other.kind();
                 let error = WireError::Unexpected { found, expected: "an acknowledgement" };
@@ -653,7 +687,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             }
             Ask::Failover => {
                 self.failover_answer.push(answer);
-                self.step(Event::FailoverAsked);
+                let reversal = self.reversal();
+                self.reverses |= reversal.is_some();
+                self.step(Event::FailoverAsked { reversal });
             }
         }
         self.asking = None;
@@ -670,6 +706,25 @@ impl<'g, G: Guest> Engine<'g, G> {
             // A caller that stopped waiting needs no answer.
             let _ = answer.send(Err(Error::Conflict(reason)));
         }
+    }
+
+    /// The record with which the backup makes a pair of itself and this side; `None` where it is to own
+    /// the VM alone: nobody wants it back, or this side could not be the backup at once.
+    fn reversal(&self) -> Option<Record> {
+        self.options.return_url.as_ref()?;
+        let why = if !self.asker.exists() {
+            "there is no arbiter"
+        } else if self.disks.is_some() {
+            "the images of its disks have to be copied"
+        } else if self.lent.is_some() {
+            "guest memory has to be registered with the RDMA device"
+        } else {
+            let generation = self.machine.generation().next();
+            let standing = Standing::Pair { primary: self.backup, backup: self.identity.host };
+            return Some(Record { generation, vm: self.identity.vm, standing });
+        };
+        tracing::info!("the VM is unprotected at first where it goes: {why}");
+        None
     }
 
     fn arbiter_failed(&mut self, error: &str) {

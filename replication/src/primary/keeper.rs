@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use api::replication::{ReplicateData, ReplicationState};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
-use super::engine::{Ask, Called, Engine, Input, call};
+use super::engine::{Ask, Begin, Called, Ended, Engine, Input, call};
 use super::options::Checked;
 use super::rest::Rest;
 use super::session;
@@ -180,6 +180,10 @@ impl<G: Guest> Keeper<G> {
         while let Some(next) = self.again(queue, waits) {
             (queue, waits) = (next, Waits::new());
         }
+        self.end_tracking();
+    }
+
+    fn end_tracking(&mut self) {
         if self.rest.take().is_some()
             && let Err(source) = self.guest.stop_tracking()
         {
@@ -289,19 +293,15 @@ impl<G: Guest> Keeper<G> {
         }
     }
 
-    fn call(
-        &mut self,
-        checked: Result<Checked, Error>,
-        queue: &Receiver<Input>,
-    ) -> Result<Option<Called>, Error> {
-        let checked = checked?;
+    /// Has a thread call the backup; its answer goes into the present queue.
+    fn begin_call(&mut self, checked: Checked, reversed: bool) -> Result<(), Error> {
         let base = self.rest.as_ref().map(Rest::base);
         if let Some(reason) = &checked.fell_back {
             self.fall_back(reason);
         }
         self.show_transport(checked.transport());
         let way = (checked.rdma.is_some(), checked.fell_back.as_deref());
-        let offer = session::offer(&mut self.guest, &checked.options, way, base)?;
+        let offer = session::offer(&mut self.guest, &checked.options, way, base, reversed)?;
         let (identity, status, inputs) =
             (self.identity, self.status.clone(), self.mailbox.inputs());
         spawn("repl-call", None, move || {
@@ -309,6 +309,15 @@ impl<G: Guest> Keeper<G> {
             // Nobody listens: what was made ends here.
             let _ = inputs.send(Input::Called(Box::new(called)));
         })?;
+        Ok(())
+    }
+
+    fn call(
+        &mut self,
+        checked: Result<Checked, Error>,
+        queue: &Receiver<Input>,
+    ) -> Result<Option<Called>, Error> {
+        self.begin_call(checked?, false)?;
         match self.wait(queue, None) {
             Word::Called(called) => called.map(Some),
             Word::Stop(answer) => {
@@ -360,7 +369,7 @@ impl<G: Guest> Keeper<G> {
             self.identity,
             (Arc::clone(&self.observer), self.status.clone()),
             (inputs, queue.clone()),
-            verdict.is_none(),
+            if verdict.is_none() { Begin::Again } else { Begin::First },
             &mut self.rest,
         );
         let engine = match opened {
@@ -383,12 +392,17 @@ impl<G: Guest> Keeper<G> {
             let _ = verdict.send(Ok(()));
         }
         let ended = engine.run()?;
+        self.goes_on_from(ended);
+        Some(queue)
+    }
+
+    /// What the next session has of the one before.
+    fn goes_on_from(&mut self, ended: Ended) {
         self.rest = ended.rest;
         self.fell_back = None;
         if let Some(reason) = ended.no_rdma {
             self.fall_back(&reason);
         }
-        Some(queue)
     }
 
     /// It has ended for good. Told once: to the caller, if it still waits, or as an event.
@@ -418,6 +432,8 @@ fn tell(log: &mut Log, reason: &str) {
         tracing::debug!("still without a backup: {reason}");
     }
 }
+
+mod reversed;
 
 #[cfg(test)]
 mod tests {

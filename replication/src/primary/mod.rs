@@ -34,18 +34,24 @@ use std::time::Duration;
 use api::replication::{ReplicateData, ReplicationInfo, ReplicationState, Role};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
-pub(crate) use options::{address, arbiter, asked_of_rdma, certificates, validate_paces};
+pub(crate) use options::{address, arbiter, asked_of_rdma, certificates, check, validate_paces};
 pub(crate) use session::layout;
 
 use crate::engine::spawn;
 use crate::engine::status::Status;
 use crate::error::Error;
 use crate::guest::Guest;
+use crate::handover::{Legacy, WayBack};
 use crate::observer::Observer;
 use crate::ownership::HostIdentity;
+use crate::protocol::primary::Primary;
+use crate::ram::PageSet;
+use crate::transport::name;
+use crate::wire::SessionId;
 use engine::{Ask, Input};
 use keeper::{Keeper, Mailbox};
 use options::Checked;
+use rest::Rest;
 
 /// A guest under protection. Dropping the handle ends nothing.
 pub struct PrimaryHandle {
@@ -72,7 +78,7 @@ pub fn protect<G: Guest>(
     observer: Arc<dyn Observer>,
 ) -> Result<PrimaryHandle, Error> {
     let checked = Checked::new(options, None)?;
-    let (handle, keeper, queue) = prepare(guest, &checked, identity, observer);
+    let (handle, keeper, queue) = prepared(guest, &checked, identity, observer);
     // A rendezvous: either the caller takes the verdict or, having left, never sees it.
     let (verdict, first) = bounded(0);
     let thread = spawn("repl-engine", None, move || keeper.run(checked, queue, &verdict))?;
@@ -86,32 +92,72 @@ pub fn protect<G: Guest>(
     Ok(handle.with(thread))
 }
 
-/// Begins to protect a guest that this host owns alone, with a backup that is about to listen: as
-/// after the loss of one, the backup is called until it answers.
+/// Begins to protect a guest that was handed over to this host and is wanted back, as
+/// [`BackupHandle::take_way_back`](crate::backup::BackupHandle::take_way_back) says. Of a reversed pair the
+/// guest's output is held already, and waits for what comes of this.
 ///
 /// # Errors
-/// [`Error::Option`] for options that contradict themselves or that this build lacks.
-pub fn protect_alone<G: Guest>(
+/// [`Error::Option`] for options that contradict themselves or that this build lacks; for a reversed pair
+/// only that no thread can be started.
+pub fn protect_back<G: Guest>(
     guest: G,
-    options: ReplicateData,
+    way_back: WayBack,
     identity: HostIdentity,
     observer: Arc<dyn Observer>,
 ) -> Result<PrimaryHandle, Error> {
+    let WayBack { options, base, reversed } = way_back;
+    let pages = guest.ram().pages();
+    let rest = base.map(|base| Rest {
+        session: SessionId(base.session),
+        generation: base.generation,
+        committed: base.committed,
+        sealed: base.sealed,
+        pages: PageSet::new(pages),
+    });
+    if let (true, Some(base)) = (reversed, base) {
+        let address = address("destination_url", &options.destination_url).ok();
+        let transport = address.map(|to| name(&to, options.tls_dir.is_some()).to_owned());
+        let (handle, mut keeper, queue) = prepare(guest, &options, transport, identity, observer);
+        {
+            let mut gathered = handle.status.lock();
+            gathered.info.state = ReplicationState::Protected;
+            gathered.info.generation = base.generation.0;
+            gathered.info.epoch_sealed = base.sealed.0;
+            gathered.info.epoch_committed = base.committed.0;
+            gathered.info.sync_progress = 1.0;
+        }
+        keeper.rest = rest;
+        let machine = Primary::reversed(base.generation, base.committed);
+        let thread = spawn("repl-engine", None, move || keeper.run_reversed(machine, queue))?;
+        return Ok(handle.with(thread));
+    }
     let checked = Checked::new(options, None)?;
-    let (handle, keeper, queue) = prepare(guest, &checked, identity, observer);
+    let (handle, mut keeper, queue) = prepared(guest, &checked, identity, observer);
     {
         let mut gathered = handle.status.lock();
         gathered.info.state = ReplicationState::Degraded;
         gathered.alone = true;
         gathered.reconnects = true;
     }
+    keeper.rest = rest;
     let thread = spawn("repl-engine", None, move || keeper.run_alone(queue))?;
     Ok(handle.with(thread))
 }
 
-fn prepare<G: Guest>(
+fn prepared<G: Guest>(
     guest: G,
     checked: &Checked,
+    identity: HostIdentity,
+    observer: Arc<dyn Observer>,
+) -> (PrimaryHandle, Keeper<G>, Receiver<Input>) {
+    let transport = Some(checked.transport().to_owned());
+    prepare(guest, &checked.options, transport, identity, observer)
+}
+
+fn prepare<G: Guest>(
+    guest: G,
+    options: &ReplicateData,
+    transport: Option<String>,
     identity: HostIdentity,
     observer: Arc<dyn Observer>,
 ) -> (PrimaryHandle, Keeper<G>, Receiver<Input>) {
@@ -120,16 +166,16 @@ fn prepare<G: Guest>(
         let mut gathered = status.lock();
         gathered.info.role = Role::Primary;
         gathered.info.state = ReplicationState::Syncing;
-        gathered.info.peer = Some(checked.options.destination_url.clone());
-        gathered.info.transport = Some(checked.transport().to_owned());
+        gathered.info.peer = Some(options.destination_url.clone());
+        gathered.info.transport = transport;
         gathered.info.dirty_log = guest.tracking_name().map(str::to_owned);
-        gathered.reconnects = checked.options.reconnect;
+        gathered.reconnects = options.reconnect;
     }
-    let timeout = Duration::from_millis(checked.options.timeout_ms);
+    let timeout = Duration::from_millis(options.timeout_ms);
     let (mailbox, queue) = Mailbox::new();
     let keeper = Keeper {
         guest,
-        options: checked.options.clone(),
+        options: options.clone(),
         identity,
         observer,
         status: status.clone(),
@@ -156,6 +202,13 @@ impl PrimaryHandle {
     #[must_use]
     pub fn info(&self) -> ReplicationInfo {
         self.status.info()
+    }
+
+    /// What this host still has of a VM that was handed over and is wanted back. Once: it is the memory
+    /// that the guest had, which is whoever's asks.
+    #[must_use]
+    pub fn take_legacy(&self) -> Option<Legacy> {
+        self.status.lock().legacy.take()
     }
 
     /// The names under which this side owns the VM.

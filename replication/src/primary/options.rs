@@ -116,6 +116,11 @@ pub(crate) fn certificates<T>(
     }
 }
 
+/// Whether a request could be carried out, as far as this host can say.
+pub(crate) fn check(options: ReplicateData) -> Result<(), Error> {
+    Checked::new(options, None).map(drop)
+}
+
 impl Checked {
     /// Checks `options`. `fell_back` says why data goes by TCP where they ask for RDMA.
     pub(super) fn new(options: ReplicateData, fell_back: Option<&str>) -> Result<Self, Error> {

@@ -164,6 +164,11 @@ impl Sealer {
         }
     }
 
+    /// Keeps no pages any more: nothing is sealed after this.
+    pub(super) fn let_go(&mut self) {
+        self.freezer = None;
+    }
+
     /// What became of pages so far.
     pub(super) fn kept(&self) -> Kept {
         self.freezer.as_ref().map_or(Kept::default(), |freezer| freezer.kept())

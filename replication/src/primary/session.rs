@@ -257,6 +257,7 @@ pub(super) fn offer(
     options: &ReplicateData,
     (rdma, fallback): (bool, Option<&str>),
     base: Option<Base>,
+    reversed: bool,
 ) -> Result<Offer, Error> {
     let description =
         guest.describe().map_err(|source| Error::Guest { what: "describe the VM", source })?;
@@ -282,6 +283,7 @@ pub(super) fn offer(
         rdma,
         fallback: fallback.unwrap_or_default().to_owned(),
         base,
+        reversed,
         regions,
         disks,
         way_back,

@@ -11,6 +11,17 @@
 //!    +--accepted again-- Orphan (no arbiter) --force-- Starting --started--> TakenOver
 //! ```
 //!
+//! A switch-over may make a pair of both hosts with reversed roles, in one swap ([`Handover::Reverse`]): this
+//! side then claims that pair instead of SOLO, and starts the VM with its output held. The old primary is a
+//! backup of that pair from its first moment on, without a session, from [`Backup::heir`]:
+//!
+//! ```text
+//!   Heir --accepted, paired--> Heir --verified--> Replica
+//!     | lost: nobody called, or the session ended
+//!     v
+//!   Claiming
+//! ```
+//!
 //! An image of a disk that cannot be written ends what there is in each of these: such a backup
 //! listens again, and never starts what it has. Found out while it claims, the claim is not made.
 //!
@@ -32,6 +43,9 @@ pub enum State {
     Syncing,
     /// An epoch is committed: there is something to start from.
     Replica,
+    /// As Replica: what was committed is the last epoch of a switch-over away from this host, which keeps
+    /// it as its own machine's. The new primary has committed nothing here yet.
+    Heir,
     /// The arbiter is asked for SOLO.
     Claiming,
     /// The primary is lost and no arbiter can say who owns the VM: a person decides.
@@ -41,6 +55,19 @@ pub enum State {
     TakenOver,
     /// Ended by a person or by an error that leaves nothing to wait for.
     Stopped,
+}
+
+/// Whether an epoch is the last of a switch-over, and what is to become of the old host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Handover {
+    /// It is not.
+    #[default]
+    No,
+    /// The new host owns the VM alone.
+    Leave,
+    /// The old host is the new one's backup in the same swap: it keeps the machine as it is at this
+    /// epoch.
+    Reverse,
 }
 
 /// What happened.
@@ -53,7 +80,7 @@ pub enum Event {
     Verified {
         epoch: EpochId,
         generation: Generation,
-        handover: bool,
+        handover: Handover,
     },
     /// The connection ended or was silent too long.
     Lost(String),
@@ -88,10 +115,18 @@ pub enum Action {
     TellAbort(String),
     TellStopDone,
     TellResyncReady,
-    TellHandedOver(Generation),
+    TellHandedOver {
+        generation: Generation,
+        reversed: bool,
+    },
     Close,
     /// Ask the arbiter for SOLO in place of `expected`.
     Claim {
+        expected: Generation,
+    },
+    /// Ask the arbiter for the pair in which this side is the primary and its primary the backup, in
+    /// place of `expected`.
+    ClaimReversed {
         expected: Generation,
     },
     /// Destroy the replica, and what was kept of an earlier one.
@@ -104,6 +139,8 @@ pub enum Action {
     },
     /// Load the last acknowledged state and run.
     Start,
+    /// The same, with output held from the first instant.
+    StartHeld,
     /// Answer a person's request.
     Refuse(String),
     Report(Report),
@@ -131,7 +168,9 @@ pub struct Backup {
     generation: Option<Generation>,
     committed: Option<EpochId>,
     next: EpochId,
-    handover: bool,
+    handover: Handover,
+    /// Whether the pair of this session was told, and seen in the record.
+    paired: bool,
 }
 
 impl Backup {
@@ -143,7 +182,21 @@ impl Backup {
             generation: None,
             committed: None,
             next: EpochId(1),
-            handover: false,
+            handover: Handover::No,
+            paired: false,
+        }
+    }
+
+    /// The backup of a pair that a switch-over away from this host has reversed: the record says so
+    /// with `generation`, and what is here is the machine at `epoch`.
+    #[must_use]
+    pub fn heir(generation: Generation, epoch: EpochId) -> Self {
+        Self {
+            state: State::Heir,
+            generation: Some(generation),
+            committed: Some(epoch),
+            next: epoch.next(),
+            ..Self::new(true)
         }
     }
 
@@ -191,6 +244,11 @@ impl Backup {
     }
 
     fn accepted(&mut self) -> Vec<Action> {
+        if self.state == State::Heir {
+            // Its new primary: nothing is copied, what is here is what it began with.
+            self.paired = false;
+            return vec![];
+        }
         // The same VM's primary is back, alive: what is left here is older than what it runs.
         let actions = if self.state == State::Orphan { vec![self.keep()] } else { vec![] };
         self.forget();
@@ -207,6 +265,10 @@ impl Backup {
     }
 
     fn paired(&mut self, generation: Generation) -> Vec<Action> {
+        if self.state == State::Heir && self.generation == Some(generation) && !self.paired {
+            self.paired = true;
+            return vec![];
+        }
         if self.state != State::Syncing || self.generation.is_some_and(|old| old >= generation) {
             return self.bad("The primary paired out of turn".to_owned());
         }
@@ -218,9 +280,17 @@ impl Backup {
         vec![]
     }
 
-    fn verified(&mut self, epoch: EpochId, generation: Generation, handover: bool) -> Vec<Action> {
-        if !matches!(self.state, State::Syncing | State::Replica) {
+    fn verified(
+        &mut self,
+        epoch: EpochId,
+        generation: Generation,
+        handover: Handover,
+    ) -> Vec<Action> {
+        if !matches!(self.state, State::Syncing | State::Replica | State::Heir) {
             return vec![];
+        }
+        if self.state == State::Heir && !self.paired {
+            return self.bad(format!("Epoch {epoch} arrived before the pair was told"));
         }
         if epoch != self.next {
             return self.bad(format!("Epoch {epoch} arrived where {} was due", self.next));
@@ -228,14 +298,18 @@ impl Backup {
         if self.generation != Some(generation) {
             return self.bad(format!("Epoch {epoch} belongs to generation {generation}"));
         }
-        if self.state == State::Syncing {
+        if matches!(self.state, State::Syncing | State::Heir) {
             self.go(State::Replica);
         }
         self.committed = Some(epoch);
         self.next = epoch.next();
         let mut actions = vec![Action::Ack { epoch, generation }, Action::Apply(epoch)];
-        if handover {
-            self.handover = true;
+        // Without an arbiter there is no record to say who is the backup.
+        self.handover = match handover {
+            Handover::Reverse if !self.arbiter => Handover::Leave,
+            handover => handover,
+        };
+        if self.handover != Handover::No {
             actions.push(Action::Report(Report::FailoverStarted));
             actions.extend(self.take(generation));
         }
@@ -246,7 +320,10 @@ impl Backup {
     fn take(&mut self, generation: Generation) -> Vec<Action> {
         if self.arbiter {
             self.go(State::Claiming);
-            vec![Action::Claim { expected: generation }]
+            match self.handover {
+                Handover::Reverse => vec![Action::ClaimReversed { expected: generation }],
+                Handover::No | Handover::Leave => vec![Action::Claim { expected: generation }],
+            }
         } else {
             self.generation = Some(generation.next());
             self.go(State::Starting);
@@ -262,7 +339,7 @@ impl Backup {
                 let report = Action::Report(Report::SessionFailed(reason));
                 vec![Action::Close, Action::DropStaging, Action::Discard, report]
             }
-            State::Replica => {
+            State::Replica | State::Heir => {
                 let mut actions = vec![Action::Close, Action::DropStaging];
                 if self.arbiter {
                     actions.push(Action::Report(Report::FailoverStarted));
@@ -279,7 +356,9 @@ impl Backup {
 
     fn bad(&mut self, reason: String) -> Vec<Action> {
         let mut actions = match self.state {
-            State::Syncing | State::Replica => vec![Action::TellAbort(reason.clone())],
+            State::Syncing | State::Replica | State::Heir => {
+                vec![Action::TellAbort(reason.clone())]
+            }
             _ => vec![],
         };
         actions.extend(self.lost(reason));
@@ -289,7 +368,9 @@ impl Backup {
     fn image_failed(&mut self, reason: String) -> Vec<Action> {
         let tell = Action::TellAbort(reason.clone());
         let report = match self.state {
-            State::Syncing | State::Replica | State::Orphan => Report::SessionFailed(reason),
+            State::Syncing | State::Replica | State::Heir | State::Orphan => {
+                Report::SessionFailed(reason)
+            }
             State::Claiming => Report::FailoverFailed(reason),
             State::Starting => return self.start_failed(reason),
             State::Idle | State::TakenOver | State::Stopped => return vec![],
@@ -302,7 +383,7 @@ impl Backup {
 
     fn stop_told(&mut self) -> Vec<Action> {
         match self.state {
-            State::Syncing | State::Replica => {
+            State::Syncing | State::Replica | State::Heir => {
                 self.forget();
                 self.go(State::Idle);
                 let report = Action::Report(Report::Released);
@@ -315,8 +396,8 @@ impl Backup {
 
     fn resync_told(&mut self) -> Vec<Action> {
         match self.state {
-            State::Syncing | State::Replica => {
-                if self.state == State::Replica {
+            State::Syncing | State::Replica | State::Heir => {
+                if self.state != State::Syncing {
                     self.go(State::Syncing);
                 }
                 self.committed = None;
@@ -334,7 +415,11 @@ impl Backup {
             Verdict::Owned(generation) => {
                 self.generation = Some(generation);
                 self.go(State::Starting);
-                if self.handover { vec![Action::Start] } else { vec![Action::Close, Action::Start] }
+                match self.handover {
+                    Handover::No => vec![Action::Close, Action::Start],
+                    Handover::Leave => vec![Action::Start],
+                    Handover::Reverse => vec![Action::StartHeld],
+                }
             }
             Verdict::Lost(_) => {
                 let keep = self.keep();
@@ -348,7 +433,7 @@ impl Backup {
     fn failover_asked(&mut self, force: bool) -> Vec<Action> {
         let refuse = |reason: &str| vec![Action::Refuse(reason.to_owned())];
         match self.state {
-            State::Replica if self.arbiter => {
+            State::Replica | State::Heir if self.arbiter => {
                 // The session stays until the verdict: a primary that sees it close would ask the
                 // arbiter too, and might win against the person.
                 let started = Action::Report(Report::FailoverStarted);
@@ -356,7 +441,7 @@ impl Backup {
                 actions.extend(self.take(self.generation()));
                 actions
             }
-            State::Replica => refuse(
+            State::Replica | State::Heir => refuse(
                 "The primary is alive (Protected) and there is no arbiter: ask the primary to \
                      fail over",
             ),
@@ -385,8 +470,8 @@ impl Backup {
 
     fn stop_asked(&mut self) -> Vec<Action> {
         match self.state {
-            State::Idle | State::Syncing | State::Replica | State::Orphan => {
-                let told = matches!(self.state, State::Syncing | State::Replica);
+            State::Idle | State::Syncing | State::Replica | State::Heir | State::Orphan => {
+                let told = matches!(self.state, State::Syncing | State::Replica | State::Heir);
                 self.go(State::Stopped);
                 let mut actions = vec![];
                 if told {
@@ -405,8 +490,9 @@ impl Backup {
     fn started(&mut self) -> Vec<Action> {
         self.go(State::TakenOver);
         let mut actions = vec![];
-        if self.handover {
-            actions.push(Action::TellHandedOver(self.generation()));
+        if self.handover != Handover::No {
+            let reversed = self.handover == Handover::Reverse;
+            actions.push(Action::TellHandedOver { generation: self.generation(), reversed });
         }
         actions.extend([Action::Close, Action::Report(Report::FailoverFinished)]);
         actions
@@ -422,7 +508,8 @@ impl Backup {
         self.generation = None;
         self.committed = None;
         self.next = EpochId(1);
-        self.handover = false;
+        self.handover = Handover::No;
+        self.paired = false;
     }
 
     fn go(&mut self, next: State) {
@@ -434,11 +521,12 @@ impl Backup {
 /// The arrows of the diagram.
 #[must_use]
 pub fn is_transition_valid(from: State, to: State) -> bool {
-    use State::{Claiming, Idle, Orphan, Replica, Starting, Stopped, Syncing, TakenOver};
+    use State::{Claiming, Heir, Idle, Orphan, Replica, Starting, Stopped, Syncing, TakenOver};
     match from {
         Idle => matches!(to, Syncing | Stopped),
         Syncing => matches!(to, Replica | Idle | Stopped),
         Replica => matches!(to, Syncing | Idle | Claiming | Orphan | Starting | Stopped),
+        Heir => matches!(to, Replica | Syncing | Idle | Claiming | Stopped),
         Claiming => matches!(to, Starting | Idle),
         Orphan => matches!(to, Starting | Syncing | Idle | Stopped),
         Starting => matches!(to, TakenOver | Stopped),

@@ -6,7 +6,7 @@ use crate::ownership::{HostId, Record, Standing, VmId};
 const G1: Generation = Generation(1);
 
 fn verified(epoch: u64) -> Event {
-    Event::Verified { epoch: EpochId(epoch), generation: G1, handover: false }
+    Event::Verified { epoch: EpochId(epoch), generation: G1, handover: Handover::No }
 }
 
 fn replica(arbiter: bool) -> Backup {
@@ -74,7 +74,8 @@ fn without_an_arbiter_nothing_starts_by_itself() {
 
 #[test]
 fn an_epoch_out_of_turn_or_of_another_generation_is_bad() {
-    let foreign = Event::Verified { epoch: EpochId(2), generation: Generation(9), handover: false };
+    let foreign =
+        Event::Verified { epoch: EpochId(2), generation: Generation(9), handover: Handover::No };
     for event in [verified(1), verified(3), foreign] {
         let mut backup = replica(true);
         let actions = backup.step(event);
@@ -155,4 +156,86 @@ fn a_refusal_names_the_state() {
         let [Action::Refuse(reason)] = &refused[..] else { panic!("{name}: {refused:?}") };
         assert!(reason.contains(name), "{name}: {reason}");
     }
+}
+
+const G2: Generation = Generation(2);
+
+fn last(handover: Handover) -> Event {
+    Event::Verified { epoch: EpochId(2), generation: G1, handover }
+}
+
+#[test]
+fn a_pair_is_reversed_in_one_claim_and_its_output_is_held() {
+    let mut backup = replica(true);
+    let taken = backup.step(last(Handover::Reverse));
+    assert_eq!(taken.last(), Some(&Action::ClaimReversed { expected: G1 }));
+    assert_eq!(backup.step(verified(3)), []);
+    assert_eq!(backup.step(Event::Verdict(Verdict::Owned(G2))), [Action::StartHeld]);
+    let told = Action::TellHandedOver { generation: G2, reversed: true };
+    let finished = Action::Report(Report::FailoverFinished);
+    assert_eq!(backup.step(Event::Started), [told, Action::Close, finished]);
+    // Without an arbiter there is no record to reverse.
+    let mut backup = replica(false);
+    assert_eq!(backup.step(last(Handover::Reverse)).last(), Some(&Action::Start));
+    let told = Action::TellHandedOver { generation: G2, reversed: false };
+    assert_eq!(backup.step(Event::Started)[0], told);
+}
+
+fn heir() -> Backup {
+    Backup::heir(G2, EpochId(7))
+}
+
+fn next(epoch: u64) -> Event {
+    Event::Verified { epoch: EpochId(epoch), generation: G2, handover: Handover::No }
+}
+
+#[test]
+fn an_heir_that_is_lost_from_sight_claims_before_it_starts() {
+    // Nobody called; or somebody did, and committed nothing.
+    for called in [false, true] {
+        let mut heir = heir();
+        if called {
+            assert_eq!(heir.step(Event::Accepted), []);
+            assert_eq!(heir.step(Event::Paired(G2)), []);
+        }
+        assert_eq!(heir.committed(), Some(EpochId(7)));
+        let claims = heir.step(Event::Lost("silent".into()));
+        assert_eq!(claims.last(), Some(&Action::Claim { expected: G2 }));
+        assert!(!claims.contains(&Action::Start));
+        assert_eq!(heir.step(next(8)), []);
+        let owned = heir.step(Event::Verdict(Verdict::Owned(Generation(3))));
+        assert_eq!(owned, [Action::Close, Action::Start]);
+    }
+}
+
+#[test]
+fn an_heir_acknowledges_the_next_epoch_of_its_pair_and_only_once_that_was_seen() {
+    let mut early = heir();
+    early.step(Event::Accepted);
+    let bad = early.step(next(8));
+    assert!(matches!(bad[0], Action::TellAbort(_)), "{bad:?}");
+    let mut heir = heir();
+    heir.step(Event::Accepted);
+    heir.step(Event::Paired(G2));
+    let (epoch, generation) = (EpochId(8), G2);
+    assert_eq!(heir.step(next(8)), [Action::Ack { epoch, generation }, Action::Apply(epoch)]);
+    assert_eq!(heir.state(), State::Replica);
+    for wrong in [Event::Paired(Generation(3)), Event::Paired(G1)] {
+        let mut heir = self::heir();
+        heir.step(Event::Accepted);
+        assert!(matches!(heir.step(wrong)[0], Action::TellAbort(_)));
+        assert_eq!(heir.state(), State::Claiming);
+    }
+}
+
+#[test]
+fn an_heir_whose_claim_is_lost_keeps_its_memory_for_a_copy() {
+    let mut heir = heir();
+    heir.step(Event::Lost("silent".into()));
+    let vm = VmId(Uuid::from_u128(8));
+    let standing = Standing::Solo { owner: HostId(Uuid::from_u128(7)) };
+    let theirs = Verdict::Lost(Record { generation: Generation(3), vm, standing });
+    let keep = Action::Keep { generation: G2, committed: EpochId(7) };
+    assert_eq!(heir.step(Event::Verdict(theirs))[1], keep);
+    assert_eq!(heir.state(), State::Idle);
 }

@@ -20,6 +20,19 @@
 //! Undecided: the backup may run the VM, and only a person knows, unless the backup's word was
 //! only late.
 //!
+//! A switch-over may be one that reverses the roles ([`Event::FailoverAsked`] with the record that does so):
+//! then the backup's claim makes a pair of it and this side, and where it is won this side ends as its
+//! Heir instead of Gone. It keeps its memory and the last epoch's state, lets out nothing more, and goes on
+//! from there only by a claim of its own, as the backup that it is. The machine of the new primary begins in
+//! Calling ([`Primary::reversed`]):
+//!
+//! ```text
+//!   Calling --reached--> Protected             HandingOver, Claiming --the pair is reversed--> Heir
+//!      | peer lost, stop
+//!      v
+//!   Claiming
+//! ```
+//!
 //! A machine is a session's. A VM that was protected before and lost its backup is copied anew in a
 //! session of [`Primary::again`]: a peer that is lost in Syncing or Pairing leaves it Alone, as it
 //! was, and not Failed. Whoever runs the machine may begin another such session as long as
@@ -27,6 +40,7 @@
 //! leaves it Alone as well.
 
 use crate::ids::{EpochId, Generation};
+use crate::ownership::Record;
 use crate::protocol::ownership::Verdict;
 
 /// Most epochs that are sealed and not acknowledged. Both sides count on it.
@@ -35,6 +49,9 @@ pub const IN_FLIGHT_MAX: u64 = 2;
 /// Where the primary stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
+    /// The record says PAIR with a backup that has the last epoch of a switch-over as this side has it,
+    /// and is not connected yet. Output is held.
+    Calling,
     /// Pages go straight to the backup's image.
     Syncing,
     /// The arbiter is asked for PAIR.
@@ -51,6 +68,8 @@ pub enum State {
     Alone,
     /// The backup owns the VM.
     Gone,
+    /// The backup owns the VM, and this side is its backup, with the last epoch of the switch-over.
+    Heir,
     /// Ended by a person.
     Stopped,
     /// Ended by an error before the VM was protected.
@@ -91,9 +110,18 @@ pub enum Event {
     /// The guest cannot be captured, or never fits.
     GiveUp(String),
     StopAsked,
-    FailoverAsked,
-    /// The backup runs the VM.
-    HandedOver(Generation),
+    FailoverAsked {
+        /// The record with which the backup makes this side its backup in the same swap; `None` if it
+        /// is to own the VM alone.
+        reversal: Option<Record>,
+    },
+    /// The backup that was lost in Calling's time is connected, and still has that epoch.
+    Reached,
+    /// The backup runs the VM: alone, or with this side as its backup.
+    HandedOver {
+        generation: Generation,
+        reversed: bool,
+    },
     /// The backup is ready for a copy anew.
     ResyncReady,
 }
@@ -135,6 +163,9 @@ pub enum Action {
     /// End a pause that [`Action::Degrade`] began: there is a backup again.
     Regain,
     Destroy,
+    /// The guest is at its end here, as with [`Action::Destroy`]: nothing that is held leaves. Its memory
+    /// and the state of the last epoch are kept for the backup that this host is from now on.
+    Keep,
     /// End the session.
     Close,
     /// Answer a person's request.
@@ -147,6 +178,8 @@ pub enum Action {
 pub enum Report {
     Synced,
     Resynced,
+    /// The pair with reversed roles has its connection.
+    Reversed,
     Degraded(String),
     /// An attempt to be protected again ended: all is as it was before.
     StillAlone(String),
@@ -177,6 +210,8 @@ pub struct Primary {
     awaits_ready: bool,
     /// Whether the last epoch of a switch-over was sealed: the backup may have it and start.
     handed: bool,
+    /// With this record the backup makes this side its own, if it is asked for a switch-over that does so.
+    reversal: Option<Record>,
     /// Whether this side could not go on although the backup is well.
     gave_up: bool,
     reason: String,
@@ -197,6 +232,7 @@ impl Primary {
             resync: false,
             awaits_ready: false,
             handed: false,
+            reversal: None,
             gave_up: false,
             reason: String::new(),
         }
@@ -206,6 +242,19 @@ impl Primary {
     #[must_use]
     pub fn again(arbiter: bool, generation: Generation) -> Self {
         Self { resync: true, ..Self::new(arbiter, generation) }
+    }
+
+    /// The primary of a pair that a switch-over reversed: the record says so with `generation`, and
+    /// the backup has the machine as it was at `epoch`. Output is held already.
+    #[must_use]
+    pub fn reversed(generation: Generation, epoch: EpochId) -> Self {
+        Self {
+            state: State::Calling,
+            sealed: epoch,
+            committed: epoch,
+            protected: true,
+            ..Self::new(true, generation)
+        }
     }
 
     #[must_use]
@@ -255,8 +304,9 @@ impl Primary {
             Event::TooLarge(reason) => self.too_large(reason),
             Event::GiveUp(reason) => self.give_up(reason),
             Event::StopAsked => self.stop_asked(),
-            Event::FailoverAsked => self.failover_asked(),
-            Event::HandedOver(generation) => self.handed_over(generation),
+            Event::FailoverAsked { reversal } => self.failover_asked(reversal),
+            Event::Reached => self.reached(),
+            Event::HandedOver { generation, reversed } => self.handed_over(generation, reversed),
             Event::ResyncReady => self.resync_ready(),
         }
     }
@@ -288,6 +338,10 @@ impl Primary {
                 self.generation = generation;
                 self.in_flight = 0;
                 self.owned(purpose)
+            }
+            // The backup's claim was first, and made this side its backup.
+            (State::Claiming(_), Verdict::Lost(record)) if self.is_reversal(&record) => {
+                self.inherit(record.generation)
             }
             (State::Claiming(_), Verdict::Lost(_)) => {
                 self.go(State::Gone);
@@ -414,7 +468,7 @@ impl Primary {
                 self.go(State::Failed);
                 vec![Action::Close, Action::Report(Report::Failed(reason))]
             }
-            State::Protected => self.claim(Purpose::PeerLost, reason),
+            State::Protected | State::Calling => self.claim(Purpose::PeerLost, reason),
             State::HandingOver if self.handed && !self.arbiter => self.undecided(reason),
             State::HandingOver => {
                 let report = Action::Report(Report::FailoverFailed(reason.clone()));
@@ -465,7 +519,7 @@ impl Primary {
                 vec![Action::TellStop, Action::Release, Action::Report(Report::Failed(reason))]
             }
             State::HandingOver if self.handed && !self.arbiter => self.undecided(reason),
-            State::Protected | State::HandingOver => {
+            State::Protected | State::HandingOver | State::Calling => {
                 // Whatever becomes of the claim and of the peer: it may be that pages were taken for
                 // an epoch that is none.
                 self.gave_up = true;
@@ -481,7 +535,7 @@ impl Primary {
                 self.go(State::Stopped);
                 vec![Action::TellStop, Action::Report(Report::Stopped)]
             }
-            State::Protected => self.claim(Purpose::Stop, String::new()),
+            State::Protected | State::Calling => self.claim(Purpose::Stop, String::new()),
             State::Claiming(Purpose::PeerLost | Purpose::Resync | Purpose::GiveUp) => {
                 self.go(State::Claiming(Purpose::Stop));
                 vec![]
@@ -496,15 +550,17 @@ impl Primary {
                 self.go(State::Stopped);
                 vec![Action::Report(Report::Stopped)]
             }
-            State::HandingOver | State::Gone | State::Stopped | State::Failed => {
+            State::HandingOver | State::Gone | State::Heir | State::Stopped | State::Failed => {
                 vec![Action::Refuse(self.cannot("The protection cannot be ended"))]
             }
         }
     }
 
-    fn failover_asked(&mut self) -> Vec<Action> {
+    fn failover_asked(&mut self, reversal: Option<Record>) -> Vec<Action> {
         match self.state {
             State::Protected if self.protected => {
+                // Without an arbiter nobody can say whether the pair was reversed.
+                self.reversal = reversal.filter(|_| self.arbiter);
                 self.go(State::HandingOver);
                 vec![Action::Report(Report::FailoverStarted), Action::SealHandover]
             }
@@ -515,6 +571,10 @@ impl Primary {
     /// Why what was asked for cannot be done now: names the state, and what to wait for or to do.
     fn cannot(&self, what: &str) -> String {
         let why = match self.state {
+            State::Calling => {
+                "it was handed over to this host, whose backup, the old host, is called: wait until it \
+                 has answered"
+            }
             State::Syncing | State::Pairing | State::Protected => {
                 "the copy to the backup is under way (Syncing): wait until it is Protected"
             }
@@ -536,18 +596,20 @@ impl Primary {
                  (Suspended): if it is this one, stop the replication here"
             }
             State::Alone => "this host runs it without a backup (Degraded)",
-            State::Gone => "the backup owns the VM (Lost)",
+            State::Gone | State::Heir => "the backup owns the VM (Lost)",
             State::Stopped | State::Failed => "the protection has ended (Stopped)",
         };
         format!("{what}: {why}")
     }
 
-    fn handed_over(&mut self, generation: Generation) -> Vec<Action> {
+    fn handed_over(&mut self, generation: Generation, reversed: bool) -> Vec<Action> {
         // Only what was asked for is believed.
         let asked = self.handed
             && self.in_flight == 0
-            && generation.0.checked_sub(1) == Some(self.generation.0);
+            && generation.0.checked_sub(1) == Some(self.generation.0)
+            && (!reversed || self.reversal.is_some());
         match self.state {
+            State::HandingOver if asked && reversed => self.inherit(generation),
             State::HandingOver | State::Undecided if asked => {
                 self.generation = generation;
                 self.go(State::Gone);
@@ -558,6 +620,31 @@ impl Primary {
             State::Claiming(_) | State::Undecided => vec![],
             _ => self.peer_lost("The backup claims to run the VM, unasked".to_owned()),
         }
+    }
+
+    /// Whether `record` is what the backup was asked to make of the pair. It can be only once it has the
+    /// last epoch.
+    fn is_reversal(&self, record: &Record) -> bool {
+        self.handed && self.reversal.as_ref() == Some(record)
+    }
+
+    /// The backup owns the VM, and this side is its backup.
+    fn inherit(&mut self, generation: Generation) -> Vec<Action> {
+        self.generation = generation;
+        self.go(State::Heir);
+        vec![Action::Keep, Action::Close, Action::Report(Report::FailoverFinished)]
+    }
+
+    fn reached(&mut self) -> Vec<Action> {
+        if self.state != State::Calling {
+            return vec![];
+        }
+        self.go(State::Protected);
+        vec![
+            Action::TellPaired(self.generation),
+            Action::Report(Report::Reversed),
+            Action::BeginEpochs,
+        ]
     }
 
     fn resync_ready(&mut self) -> Vec<Action> {
@@ -577,26 +664,30 @@ impl Primary {
 #[must_use]
 pub fn is_transition_valid(from: State, to: State) -> bool {
     use State::{
-        Alone, Claiming, Failed, Gone, HandingOver, Pairing, Protected, Stopped, Syncing, Undecided,
+        Alone, Calling, Claiming, Failed, Gone, HandingOver, Heir, Pairing, Protected, Stopped,
+        Syncing, Undecided,
     };
     match from {
+        Calling => {
+            matches!(to, Protected | Claiming(Purpose::PeerLost | Purpose::Stop | Purpose::GiveUp))
+        }
         Syncing => matches!(to, Pairing | Failed | Alone | Stopped),
         Pairing => matches!(to, Protected | Failed | Alone | Stopped),
         Protected => matches!(to, Claiming(_) | HandingOver),
         HandingOver => {
-            matches!(to, Claiming(Purpose::PeerLost | Purpose::GiveUp) | Gone | Undecided)
+            matches!(to, Claiming(Purpose::PeerLost | Purpose::GiveUp) | Gone | Heir | Undecided)
         }
         Claiming(Purpose::Resync) => {
             matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Syncing | Gone)
         }
         Claiming(Purpose::GiveUp) => {
-            matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Alone | Gone)
+            matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Alone | Gone | Heir)
         }
-        Claiming(Purpose::PeerLost) => matches!(to, Claiming(Purpose::Stop) | Alone | Gone),
-        Claiming(Purpose::Stop) => matches!(to, Stopped | Gone),
+        Claiming(Purpose::PeerLost) => matches!(to, Claiming(Purpose::Stop) | Alone | Gone | Heir),
+        Claiming(Purpose::Stop) => matches!(to, Stopped | Gone | Heir),
         Undecided => matches!(to, Stopped | Gone),
         Alone => matches!(to, Stopped),
-        Gone | Stopped | Failed => false,
+        Gone | Heir | Stopped | Failed => false,
     }
 }
 

@@ -117,10 +117,13 @@ fn a_stop_passes_only_after_the_claim() {
 fn a_switch_over_destroys_only_on_the_backup_s_word() {
     let mut primary = protected();
     let started = Action::Report(Report::FailoverStarted);
-    assert_eq!(primary.step(Event::FailoverAsked), [started, Action::SealHandover]);
+    assert_eq!(
+        primary.step(Event::FailoverAsked { reversal: None }),
+        [started, Action::SealHandover]
+    );
     primary.step(Event::Sealed(EpochId(2)));
     assert_eq!(primary.step(ack(2)), [Action::Handed(EpochId(2))]);
-    let over = primary.step(Event::HandedOver(Generation(2)));
+    let over = primary.step(Event::HandedOver { generation: Generation(2), reversed: false });
     let report = Action::Report(Report::FailoverFinished);
     assert_eq!(over, [Action::Destroy, Action::Close, report]);
 }
@@ -137,7 +140,7 @@ fn a_late_ack_of_the_last_epoch_of_a_switch_over_lets_nothing_out_that_is_in_its
     // Of the epoch before it nothing is in that state: it leaves here.
     let mut primary = protected();
     primary.step(Event::Sealed(EpochId(2)));
-    primary.step(Event::FailoverAsked);
+    primary.step(Event::FailoverAsked { reversal: None });
     primary.step(Event::PeerLost("silent".into()));
     assert_eq!(primary.step(ack(2)), [Action::Commit(EpochId(2))]);
 }
@@ -148,7 +151,7 @@ fn handing_over(arbiter: bool) -> Primary {
     primary.step(Event::Verdict(Verdict::Owned(G1)));
     primary.step(Event::Sealed(E1));
     primary.step(ack(1));
-    primary.step(Event::FailoverAsked);
+    primary.step(Event::FailoverAsked { reversal: None });
     primary
 }
 
@@ -183,10 +186,18 @@ fn a_late_word_of_a_switch_over_decides() {
     let mut primary = handing_over(false);
     primary.step(Event::Sealed(EpochId(2)));
     primary.step(Event::PeerLost("silent".into()));
-    assert_eq!(primary.step(Event::HandedOver(Generation(2))), [], "not acknowledged");
+    assert_eq!(
+        primary.step(Event::HandedOver { generation: Generation(2), reversed: false }),
+        [],
+        "not acknowledged"
+    );
     primary.step(ack(2));
-    assert_eq!(primary.step(Event::HandedOver(Generation(3))), [], "not asked for");
-    let over = primary.step(Event::HandedOver(Generation(2)));
+    assert_eq!(
+        primary.step(Event::HandedOver { generation: Generation(3), reversed: false }),
+        [],
+        "not asked for"
+    );
+    let over = primary.step(Event::HandedOver { generation: Generation(2), reversed: false });
     let report = Action::Report(Report::FailoverFinished);
     assert_eq!(over, [Action::Destroy, Action::Close, report]);
     assert_eq!(primary.state(), State::Gone);
@@ -326,7 +337,7 @@ fn a_refusal_names_the_state_and_the_reason() {
         [Event::Synced, Event::Verdict(Verdict::Owned(G1)), Event::Sealed(E1), ack(1)];
     let after = |more: &[Event]| reached(&[&to_protected[..], more].concat());
     let lost = || Event::PeerLost("cut".into());
-    let handing = [Event::FailoverAsked, Event::Sealed(EpochId(2))];
+    let handing = [Event::FailoverAsked { reversal: None }, Event::Sealed(EpochId(2))];
     let states = [
         (reached(&[]), State::Syncing, "Syncing", true),
         (reached(&to_protected[..1]), State::Pairing, "Syncing", true),
@@ -349,7 +360,7 @@ fn a_refusal_names_the_state_and_the_reason() {
     ];
     for (primary, state, text, may_stop) in states {
         assert_eq!(primary.state(), state);
-        let refused = primary.clone().step(Event::FailoverAsked);
+        let refused = primary.clone().step(Event::FailoverAsked { reversal: None });
         let [Action::Refuse(reason)] = &refused[..] else { panic!("{state:?}: {refused:?}") };
         assert!(reason.contains(text), "{state:?}: {reason}");
         let stopped = primary.clone().step(Event::StopAsked);
@@ -382,4 +393,109 @@ fn data_that_does_not_come_leaves_a_vm_alone_that_may_be_copied_again() {
         assert!(primary.may_go_on() && primary.is_protected() == is_committed);
         assert_eq!(silent.step(Event::Verdict(Verdict::Owned(Generation(2)))), owned);
     }
+}
+
+/// What a backup makes of the pair that is asked to reverse it.
+fn reversal() -> Record {
+    let (primary, backup) = (HostId(Uuid::from_u128(7)), HostId(Uuid::from_u128(5)));
+    let standing = Standing::Pair { primary, backup };
+    Record { generation: Generation(2), vm: VmId(Uuid::from_u128(8)), standing }
+}
+
+fn reversing() -> Primary {
+    let mut primary = protected();
+    primary.step(Event::FailoverAsked { reversal: Some(reversal()) });
+    primary.step(Event::Sealed(EpochId(2)));
+    primary
+}
+
+const WORD: Event = Event::HandedOver { generation: Generation(2), reversed: true };
+
+#[test]
+fn an_old_primary_of_a_reversed_pair_keeps_what_it_has_and_lets_nothing_out() {
+    let inherits = [Action::Keep, Action::Close, Action::Report(Report::FailoverFinished)];
+    let mut told = reversing();
+    assert_eq!(told.step(ack(2)), [Action::Handed(EpochId(2))]);
+    assert_eq!(told.step(WORD), inherits);
+    assert_eq!((told.state(), told.generation()), (State::Heir, Generation(2)));
+    // The same by the record, whoever asked for the claim.
+    let causes = [Event::PeerLost("cut".into()), Event::GiveUp("no state".into())];
+    for (cause, stops) in causes.iter().flat_map(|cause| [(cause, false), (cause, true)]) {
+        let mut cut = reversing();
+        cut.step(cause.clone());
+        if stops {
+            cut.step(Event::StopAsked);
+        }
+        assert_eq!(cut.step(Event::Verdict(Verdict::Lost(reversal()))), inherits, "{cause:?}");
+        assert_eq!(cut.state(), State::Heir);
+        assert!(matches!(cut.step(Event::StopAsked)[..], [Action::Refuse(_)]));
+    }
+}
+
+#[test]
+fn only_the_pair_that_was_asked_for_is_inherited() {
+    // It was not asked for.
+    let mut primary = protected();
+    primary.step(Event::FailoverAsked { reversal: None });
+    primary.step(Event::Sealed(EpochId(2)));
+    primary.step(ack(2));
+    assert!(!primary.step(WORD).contains(&Action::Keep));
+    // It is another one, or of an epoch that was not sealed yet.
+    let other = Record { generation: Generation(3), ..reversal() };
+    for (sealed, record) in [(true, other), (false, reversal())] {
+        let mut primary = protected();
+        primary.step(Event::FailoverAsked { reversal: Some(reversal()) });
+        if sealed {
+            primary.step(Event::Sealed(EpochId(2)));
+        }
+        primary.step(Event::PeerLost("cut".into()));
+        let lost = primary.step(Event::Verdict(Verdict::Lost(record)));
+        assert_eq!(lost[0], Action::Destroy);
+    }
+    // The backup could not: it owns the VM alone.
+    let mut primary = reversing();
+    primary.step(ack(2));
+    let word = Event::HandedOver { generation: Generation(2), reversed: false };
+    assert_eq!(primary.step(word)[0], Action::Destroy);
+    // There is nobody to say so.
+    let mut primary = Primary::new(false, Generation(0));
+    let events = [
+        Event::Synced,
+        Event::Verdict(Verdict::Owned(G1)),
+        Event::Sealed(E1),
+        ack(1),
+        Event::FailoverAsked { reversal: Some(reversal()) },
+        Event::Sealed(EpochId(2)),
+        ack(2),
+    ];
+    events.into_iter().for_each(|event| drop(primary.step(event)));
+    assert!(!primary.step(WORD).contains(&Action::Keep));
+}
+
+#[test]
+fn a_new_primary_of_a_reversed_pair_holds_until_it_is_acknowledged_or_owns_the_vm() {
+    let reversed = || Primary::reversed(Generation(2), EpochId(9));
+    assert!(reversed().is_protected());
+    let mut called = reversed();
+    let report = Action::Report(Report::Reversed);
+    let reached = [Action::TellPaired(Generation(2)), report, Action::BeginEpochs];
+    assert_eq!(called.step(Event::Reached), reached);
+    called.step(Event::Sealed(EpochId(10)));
+    let acked = Event::Acked { epoch: EpochId(10), generation: Generation(2) };
+    assert_eq!(called.step(acked), [Action::Commit(EpochId(10))]);
+    for cause in [Event::PeerLost("silent".into()), Event::StopAsked] {
+        let mut alone = reversed();
+        let claims = alone.step(cause.clone());
+        assert!(claims.contains(&Action::Claim { expected: Generation(2) }), "{claims:?}");
+        assert!(!claims.contains(&Action::Pass), "{claims:?}");
+        assert_eq!(alone.step(Event::Reached), [], "it is too late");
+        let owned = alone.step(Event::Verdict(Verdict::Owned(Generation(3))));
+        assert!(owned.contains(&Action::Pass), "{owned:?}");
+    }
+    let mut replaced = reversed();
+    replaced.step(Event::PeerLost("silent".into()));
+    assert_eq!(replaced.step(Event::Verdict(theirs()))[0], Action::Destroy);
+    let refused = reversed().step(Event::FailoverAsked { reversal: None });
+    let [Action::Refuse(reason)] = &refused[..] else { panic!("{refused:?}") };
+    assert!(reason.contains("the old host"), "{reason}");
 }

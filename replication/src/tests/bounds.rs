@@ -13,6 +13,7 @@ use super::{cpu_ticks, receive_options, until};
 use crate::ids::{EpochId, Generation};
 use crate::observer::Event;
 use crate::ownership::{Arbiter, FileArbiter, HostId, Record, Standing, VmId};
+use crate::protocol::backup::Handover;
 use crate::testing::MemoryBuilder;
 use crate::wire::{Message, Offer, Seal, SessionId, WireError};
 
@@ -38,7 +39,7 @@ fn seals_cannot_pile_up_behind_a_busy_backup() {
     let seal = Message::Seal(Seal {
         epoch: EpochId(2),
         generation: G1,
-        handover: false,
+        handover: Handover::No,
         pages: vec![0],
         changes: 0,
         state: vec![7; 8 << 20],

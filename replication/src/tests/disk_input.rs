@@ -9,6 +9,7 @@ use super::receive_options;
 use super::scripted::{Script, connect, offer};
 use crate::disk::{CHANGE_BYTES_MAX, Operation};
 use crate::ids::{EpochId, Generation};
+use crate::protocol::backup::Handover;
 use crate::testing::{MemoryBuilder, MemoryImage};
 use crate::wire::{
     ChangeHead, ConnectionPart, End, FrameWriter, Hello, Kind, Message, Offer, Seal, SessionId,
@@ -58,7 +59,8 @@ impl DiskScript {
         self.script.end(epoch);
         let (epoch, generation) = (EpochId(epoch), Generation(1));
         let state = b"sum:\0\0\0\0".to_vec();
-        let seal = Seal { epoch, generation, handover: false, pages: vec![0], changes, state };
+        let seal =
+            Seal { epoch, generation, handover: Handover::No, pages: vec![0], changes, state };
         self.script.say(&Message::Seal(seal));
     }
 

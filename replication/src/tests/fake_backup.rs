@@ -16,6 +16,7 @@ use crate::error::Error;
 use crate::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
 use crate::observer::Event;
 use crate::ownership::{Arbiter, FileArbiter, HostId, HostIdentity, Record, Standing, VmId};
+use crate::protocol::backup::Handover;
 use crate::testing::{Machine, counters, memory};
 use crate::wire::{FrameReader, FrameWriter, Message, Seal, SessionId, Welcome, WireError};
 
@@ -487,7 +488,7 @@ fn one_that_is_ready_for_a_copy_unasked_is_lost() {
     primary.events.wait(|event| *event == Event::Synced).unwrap();
     let failed = std::thread::scope(|scope| {
         let asked = scope.spawn(|| primary.handle.failover(false));
-        while !session.seal().handover {}
+        while session.seal().handover == Handover::No {}
         session.say(&Message::ResyncReady);
         asked.join().unwrap()
     });
@@ -510,7 +511,7 @@ fn one_that_is_lost_before_the_last_epoch_of_a_switch_over_has_nothing_to_run() 
     primary.events.wait(|event| *event == Event::Synced).unwrap();
     machine.work(0, PageIndex(3), 1).unwrap();
     // This one is in flight, so the last one cannot be sealed.
-    assert!(!session.seal().handover);
+    assert_eq!(session.seal().handover, Handover::No);
     let failed = std::thread::scope(|scope| {
         let asked = scope.spawn(|| primary.handle.failover(false));
         primary.events.wait(|event| *event == Event::FailoverStarted).unwrap();

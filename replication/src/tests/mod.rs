@@ -15,6 +15,7 @@ mod pair;
 mod scripted;
 mod steady;
 mod straight;
+mod switch;
 mod tls;
 
 use std::path::Path;

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::pair::Backup;
 use crate::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
 use crate::observer::Event;
+use crate::protocol::backup::Handover;
 use crate::wire::{
     ConnectionPart, Encoding, End, FrameReader, FrameWriter, HEADER_BYTES, Hello, Kind, Message,
     Offer, Runs, Seal, SessionId, WireRegion, encode_pages_header,
@@ -42,6 +43,7 @@ pub(super) fn offer() -> Offer {
         arbiter: false,
         rdma: false,
         base: None,
+        reversed: false,
         regions,
         disks: vec![],
         way_back: String::new(),
@@ -165,7 +167,7 @@ impl Script {
         let seal = Seal {
             epoch: EpochId(epoch),
             generation: Generation(generation),
-            handover: false,
+            handover: Handover::No,
             pages: vec![pages],
             changes: 0,
             state: b"sum:\0\0\0\0".to_vec(),
@@ -334,7 +336,14 @@ fn data_connections_have_ended_before_a_machine_starts() {
     script.acked(1);
     script.end(2);
     let (epoch, state) = (EpochId(2), b"sum:\0\0\0\0".to_vec());
-    let last = Seal { epoch, generation: G1, handover: true, pages: vec![0], changes: 0, state };
+    let last = Seal {
+        epoch,
+        generation: G1,
+        handover: Handover::Leave,
+        pages: vec![0],
+        changes: 0,
+        state,
+    };
     let log = Arc::clone(&script.backup.log);
     let starting = log.starting.lock().unwrap();
     script.say(&Message::Seal(last));
@@ -345,7 +354,7 @@ fn data_connections_have_ended_before_a_machine_starts() {
     assert_eq!(data.read(&mut [0]).unwrap(), 0);
     drop(starting);
     let word = next(&mut script.reader);
-    assert!(matches!(word, Message::HandedOver(_)), "{word:?}");
+    assert!(matches!(word, Message::HandedOver { reversed: false, .. }), "{word:?}");
 }
 
 /// A backup that sets aside so much, and a primary whose memory has so many pages.

@@ -8,6 +8,7 @@ use super::{CONNECTIONS_MAX, FrameReader, FrameWriter, Kind, WireError};
 use crate::disk::{DISKS_MAX, SECTOR_BYTES};
 use crate::guest::{DESCRIPTION_BYTES_MAX, STATE_BYTES_MAX};
 use crate::ids::{EpochId, Generation};
+use crate::protocol::backup::Handover;
 
 /// Most bytes of the reason of an abort or a refusal; longer ones are cut.
 pub const ABORT_BYTES_MAX: usize = 4096;
@@ -83,6 +84,9 @@ pub struct Offer {
     pub disks: Vec<u64>,
     /// What the copy could go on from, instead of from nothing.
     pub base: Option<Base>,
+    /// The pair stands already, with the base as its last committed epoch: a switch-over made it of
+    /// this side and its old primary, which is the backup. Nothing is copied, epochs follow at once.
+    pub reversed: bool,
     /// How the backup is to protect the VM once it was handed over: the options of a primary, in JSON;
     /// empty if it is not to.
     pub way_back: String,
@@ -137,8 +141,8 @@ impl ConnectionPart {
 pub struct Seal {
     pub epoch: EpochId,
     pub generation: Generation,
-    /// The last epoch of a planned switch-over.
-    pub handover: bool,
+    /// Whether this is the last epoch of a planned switch-over, and of which kind.
+    pub handover: Handover,
     /// Pages of the epoch on each data connection.
     pub pages: Vec<u64>,
     /// Changes of disks in the epoch.
@@ -174,8 +178,12 @@ pub enum Message {
     /// Protection ends; the replica is to be discarded.
     Stop,
     StopDone,
-    /// The backup owns the VM since this generation and runs it.
-    HandedOver(Generation),
+    /// The backup owns the VM since this generation and runs it: alone, or (`reversed`) as the primary
+    /// of a pair whose backup the old primary is.
+    HandedOver {
+        generation: Generation,
+        reversed: bool,
+    },
     /// The primary wants to write a copy straight into the backup's memory; numbered from 1 on.
     WindowAsk(u64),
     /// The backup has opened its memory for the copy of this number: all of it, in the order of its pages.
@@ -213,7 +221,7 @@ impl Message {
             Self::Progress(_) => Kind::Progress,
             Self::Stop => Kind::Stop,
             Self::StopDone => Kind::StopDone,
-            Self::HandedOver(_) => Kind::HandedOver,
+            Self::HandedOver { .. } => Kind::HandedOver,
             Self::WindowAsk(_) => Kind::WindowAsk,
             Self::WindowOpen { .. } => Kind::WindowOpen,
             Self::WindowNone { .. } => Kind::WindowNone,
@@ -287,6 +295,7 @@ impl Message {
                     out.extend(base.committed.0.to_le_bytes());
                     out.extend(base.sealed.0.to_le_bytes());
                 }
+                out.push(u8::from(offer.reversed));
                 out.extend((offer.regions.len() as u64).to_le_bytes());
                 for region in &offer.regions {
                     out.extend(region.start.to_le_bytes());
@@ -308,8 +317,10 @@ impl Message {
                 out.push(u8::from(welcome.has_base));
             }
             Self::Abort(reason) | Self::Refuse(reason) => tail = cut(reason).as_bytes(),
-            Self::Paired(generation) | Self::HandedOver(generation) => {
+            Self::Paired(generation) => out.extend(generation.0.to_le_bytes()),
+            Self::HandedOver { generation, reversed } => {
                 out.extend(generation.0.to_le_bytes());
+                out.push(u8::from(*reversed));
             }
             Self::Progress(number)
             | Self::WindowAsk(number)
@@ -331,7 +342,7 @@ impl Message {
             Self::Seal(seal) => {
                 out.extend(seal.epoch.0.to_le_bytes());
                 out.extend(seal.generation.0.to_le_bytes());
-                out.push(u8::from(seal.handover));
+                out.push(handover_code(seal.handover));
                 out.extend((seal.pages.len() as u64).to_le_bytes());
                 seal.pages.iter().for_each(|pages| out.extend(pages.to_le_bytes()));
                 out.extend(seal.changes.to_le_bytes());
@@ -371,7 +382,9 @@ impl Message {
             Kind::Abort => Self::Abort(from.text()),
             Kind::Refuse => Self::Refuse(from.text()),
             Kind::Paired => Self::Paired(Generation(from.u64()?)),
-            Kind::HandedOver => Self::HandedOver(Generation(from.u64()?)),
+            Kind::HandedOver => {
+                Self::HandedOver { generation: Generation(from.u64()?), reversed: from.flag()? }
+            }
             Kind::Seal => Self::Seal(decode_seal(&mut from)?),
             Kind::Ack => {
                 Self::Ack { epoch: EpochId(from.u64()?), generation: Generation(from.u64()?) }
@@ -421,6 +434,10 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
     let arbiter = from.flag()?;
     let rdma = from.flag()?;
     let base = if from.flag()? { Some(decode_base(from)?) } else { None };
+    let reversed = from.flag()?;
+    if reversed && base.is_none() {
+        return from.malformed("reversed pair without its epoch");
+    }
     let count = from.count(REGIONS_MAX)?;
     let mut regions = Vec::with_capacity(count);
     for _ in 0..count {
@@ -449,6 +466,7 @@ fn decode_offer(from: &mut Fields<'_>) -> Result<Offer, WireError> {
         rdma,
         fallback,
         base,
+        reversed,
         regions,
         disks,
         way_back,
@@ -478,10 +496,23 @@ fn decode_base(from: &mut Fields<'_>) -> Result<Base, WireError> {
     Ok(base)
 }
 
+fn handover_code(handover: Handover) -> u8 {
+    match handover {
+        Handover::No => 0,
+        Handover::Leave => 1,
+        Handover::Reverse => 2,
+    }
+}
+
 fn decode_seal(from: &mut Fields<'_>) -> Result<Seal, WireError> {
     let epoch = EpochId(from.u64()?);
     let generation = Generation(from.u64()?);
-    let handover = from.flag()?;
+    let handover = match from.take::<1>()? {
+        [0] => Handover::No,
+        [1] => Handover::Leave,
+        [2] => Handover::Reverse,
+        _ => return from.malformed("kind of a switch-over"),
+    };
     let count = from.count(CONNECTIONS_MAX as usize)?;
     let mut pages = Vec::with_capacity(count);
     for _ in 0..count {

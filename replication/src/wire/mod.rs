@@ -16,8 +16,11 @@
 //! Version 1: first. Version 2: disks, on a connection of their own; the offer has their sizes and
 //! the seal the number of their changes. Version 3: a backup says how much it has done. Version 4:
 //! pages as deltas and as LZ4 blocks. Version 5: data connections by RDMA. Version
-//! 6: the offer says whether they are, and their ends how many chunks they have room for. Version 8: a copy
-//! straight into the backup's memory, and checksums of its pages; the offer says why data comes by TCP.
+//! 6: the offer says whether they are, and their ends how many chunks they have room for. Version 7: the
+//! base of a copy anew, and the way back of a switch-over. Version 8: a switch-over that reverses the
+//! pair; the last seal and the word after it say of which kind it is, and the offer of the way back that the
+//! pair stands. Also a copy straight into the backup's
+//! memory, and checksums of its pages; the offer says why data comes by TCP.
 
 mod changes;
 mod contents;

@@ -6,6 +6,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::*;
 use crate::ids::{EpochId, Generation, PAGE_SIZE, PageIndex};
+use crate::protocol::backup::Handover;
 use crate::ram::Slice;
 
 const SESSION: SessionId = SessionId(0x5E55_1013);
@@ -31,7 +32,8 @@ fn any_message() -> impl Strategy<Value = Message> {
     let flags = (any::<[bool; 2]>(), base, "\\PC{0,40}", "\\PC{0,40}");
     let offer = (any::<[u32; 3]>(), flags, regions, sizes, bytes());
     let pages = prop::collection::vec(any::<u64>(), 0..9);
-    let seal = (any::<[u64; 3]>(), any::<bool>(), pages, bytes());
+    let kinds = vec![Handover::No, Handover::Leave, Handover::Reverse];
+    let seal = (any::<[u64; 3]>(), prop::sample::select(kinds), pages, bytes());
     prop_oneof![
         (any_uuid(), any_uuid(), 1..=CONNECTIONS_MAX).prop_map(|(vm, host, connections)| {
             Message::Hello(Hello { vm, host, connection: connections, connections })
@@ -52,6 +54,7 @@ fn any_message() -> impl Strategy<Value = Message> {
                     rdma,
                     fallback,
                     base,
+                    reversed: rdma && base.is_some(),
                     regions,
                     disks,
                     way_back,
@@ -99,7 +102,10 @@ fn any_message() -> impl Strategy<Value = Message> {
         any::<u64>().prop_map(Message::WindowEnd),
         any::<u64>().prop_map(Message::WindowClosed),
         Just(Message::ResyncReady),
-        any::<u64>().prop_map(|generation| Message::HandedOver(Generation(generation))),
+        (any::<u64>(), any::<bool>()).prop_map(|(generation, reversed)| Message::HandedOver {
+            generation: Generation(generation),
+            reversed
+        }),
     ]
 }
 
@@ -294,7 +300,7 @@ fn a_promise_of_many_bytes_allocates_only_what_arrives() {
     let seal = Seal {
         epoch: EpochId(1),
         generation: Generation(1),
-        handover: false,
+        handover: Handover::No,
         pages: vec![],
         changes: 0,
         state,

@@ -343,7 +343,17 @@ fn plays(vmm: &mut Vmm, role: Role, generation: u64) -> Result<()> {
     })
 }
 
-/// There and back again, and then the failure that all of it is for.
+/// What the arbiter keeps, in its order: of a pair or of one host alone.
+fn standings(folder: &Path) -> Result<Vec<String>> {
+    let kinds = records(&folder.join("arbiter"))?.into_iter().map(|record| {
+        let standing = record["standing"].as_object().context("a standing")?;
+        standing.keys().next().cloned().context("a kind")
+    });
+    kinds.collect()
+}
+
+/// There and back again, without a moment in which the record says that one host is alone; and then
+/// the failure that all of it is for.
 #[test]
 fn a_planned_switch_over_reverses_the_roles() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -351,26 +361,82 @@ fn a_planned_switch_over_reverses_the_roles() -> Result<()> {
     std::fs::create_dir(folder.join("arbiter"))?;
     let (to_b, to_a) = (somewhere()?, somewhere()?);
     let mut setup = setup();
+    // Memory that either host keeps is compared whole with the other's at each epoch.
+    let equality = Equality::switch_on(folder, &mut setup)?;
     let mut b = start_backup(folder, "backup", &to_b, &setup)?;
     setup.replicate_options.push_str(&format!(",return_url={to_a}"));
     let mut a = start_primary(folder, "primary", Some(&to_b), &setup)?;
     let mut serials = vec![Serial::connect(&folder.join("primary.serial"), LIMIT)?];
     plays(&mut a, Role::Primary, 1)?;
     serials[0].wait_more("verify ok", 3, LIMIT)?;
-    for generation in [3, 5] {
+    for generation in [2, 3] {
+        let compared = equality.compared()?.epochs;
         serials.push(Serial::connect(&folder.join(format!("{}.serial", b.name())), LIMIT)?);
-        a.put_expect("vm.failover", Some("{}"), 204)?;
         let since = Instant::now();
-        plays(&mut b, Role::Primary, generation)?;
-        println!("unprotected for {} ms at most", since.elapsed().as_millis());
-        plays(&mut a, Role::Backup, generation)?;
-        std::mem::swap(&mut a, &mut b);
+        a.put_expect("vm.failover", Some("{}"), 204)?;
+        let moved = since.elapsed();
         let said = serials.last().context("there is one")?;
+        said.wait_more("", 1, LIMIT)?;
+        let silent = since.elapsed();
+        plays(&mut b, Role::Primary, generation)?;
+        plays(&mut a, Role::Backup, generation)?;
+        println!(
+            "moved after {} ms, heard again after {} ms at most; unprotected: never by the record",
+            moved.as_millis(),
+            silent.as_millis()
+        );
+        std::mem::swap(&mut a, &mut b);
         said.wait_more("verify ok", 3, LIMIT)?;
+        a.wait("epochs that are compared with what was kept", LIMIT, |_| {
+            equality.compared().ok().filter(|found| found.epochs > compared + 10)
+        })?;
     }
+    let found = equality.compared()?;
+    ensure!(found.different == 0, "{found:?}");
+    assert_eq!(standings(folder)?, ["pair"; 3]);
     let said: Vec<String> = serials.iter().map(Serial::text).collect();
     said.windows(2).try_for_each(|seam| check_ticks(&seam[0], &seam[1]))?;
-    assert_eq!(records(&folder.join("arbiter"))?.len(), 5);
     let before: Vec<&Serial> = serials.iter().collect();
     goes_on_at(folder, "backup", &mut b, a, &before)
+}
+
+/// The new host is lost while the old one is told of nothing yet, or of nothing but that it runs: the VM goes
+/// on at the old one, from the last epoch, and nobody has heard what was done in between.
+#[test]
+fn a_new_host_that_is_lost_at_once_is_followed_by_the_old_one() -> Result<()> {
+    for point in ["swapped", "start", "started"] {
+        let folder = tempfile::tempdir()?;
+        let folder = folder.path();
+        std::fs::create_dir(folder.join("arbiter"))?;
+        let (to_b, to_a) = (somewhere()?, somewhere()?);
+        let mut setup = setup();
+        setup.replicate_options = ",timeout_ms=2000".to_owned();
+        setup.receive_options = ",timeout_ms=2000".to_owned();
+        let mut b = {
+            let mut setup = setup.clone();
+            let file = folder.join("fault");
+            std::fs::write(&file, "")?;
+            let fault = format!("{point}:kill:{}", file.display());
+            setup.backup_environment.push(("UNDERSTUDY_TEST_FAULT".into(), fault));
+            start_backup(folder, "backup", &to_b, &setup)?
+        };
+        setup.replicate_options.push_str(&format!(",return_url={to_a}"));
+        let mut a = start_primary(folder, "primary", Some(&to_b), &setup)?;
+        let first = Serial::connect(&folder.join("primary.serial"), LIMIT)?;
+        plays(&mut a, Role::Primary, 1)?;
+        first.wait_more("verify ok", 3, LIMIT)?;
+        let nothing = Serial::connect(&folder.join("backup.serial"), LIMIT)?;
+        // Whoever asked is told of the loss, or of the end: A asks the arbiter in between.
+        a.put("vm.failover", Some("{}"))?;
+        b.wait_exit(LIMIT)?;
+        // With ports of its own, which the VM that was here has left.
+        plays(&mut a, Role::Backup, 2)?;
+        let second = Serial::connect(&folder.join("primary.serial"), LIMIT)?;
+        a.wait_state(ReplicationState::TakenOver, LIMIT)?;
+        second.wait_more("verify ok", 3, LIMIT)?;
+        ensure!(nothing.text().is_empty(), "B spoke before A had acknowledged: {}", nothing.text());
+        check_ticks(&first.text(), &second.text())?;
+        assert_eq!(standings(folder)?, ["pair", "pair", "solo"], "{point}");
+    }
+    Ok(())
 }

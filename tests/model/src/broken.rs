@@ -36,10 +36,15 @@ pub enum Broken {
     ResyncWithoutClaim,
     /// The backup claims, and forgets its replica when its call fails.
     FailedClaimDiscards,
+    /// The old host of a reversed pair that is not called goes on from the last epoch at once, whatever
+    /// the arbiter says.
+    HeirStartsWithoutSwap,
+    /// The new host of a reversed pair lets output out before its old one has acknowledged anything.
+    SpeaksBeforeReached,
 }
 
 impl Broken {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::ReleaseBeforeAck,
         Self::TakeOverWithoutSwap,
         Self::AckAfterSuspecting,
@@ -55,6 +60,8 @@ impl Broken {
         Self::OrphanStarts,
         Self::ResyncWithoutClaim,
         Self::FailedClaimDiscards,
+        Self::HeirStartsWithoutSwap,
+        Self::SpeaksBeforeReached,
     ];
 
     /// Its name on the command line.
@@ -76,6 +83,8 @@ impl Broken {
             Self::OrphanStarts => "orphan-starts",
             Self::ResyncWithoutClaim => "resync-without-claim",
             Self::FailedClaimDiscards => "failed-claim-discards",
+            Self::HeirStartsWithoutSwap => "heir-starts-without-swap",
+            Self::SpeaksBeforeReached => "speaks-before-reached",
         }
     }
 }

@@ -118,12 +118,14 @@ pub fn breaks(broken: Broken) -> &'static str {
         | Broken::AckBeforeWhole
         | Broken::StartOlder
         | Broken::ReleaseOnClaim
-        | Broken::ResyncWithoutClaim => p::NOTHING_LOST,
+        | Broken::ResyncWithoutClaim
+        | Broken::SpeaksBeforeReached => p::NOTHING_LOST,
         Broken::TakeOverWithoutSwap
         | Broken::UnknownIsWon
         | Broken::LoserGoesOn
         | Broken::ReadIsWon
-        | Broken::OrphanStarts => p::ONE_OWNER,
+        | Broken::OrphanStarts
+        | Broken::HeirStartsWithoutSwap => p::ONE_OWNER,
         Broken::StartUnacknowledged => p::ACKNOWLEDGED,
         Broken::UnknownIsLost | Broken::FailedClaimDiscards => p::PROGRESS,
         Broken::HandedIsSaid => p::SAID_ONCE,

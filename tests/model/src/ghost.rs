@@ -79,11 +79,12 @@ impl Ghost {
         self.acked[at] = self.acked[at].max(Some(epoch));
     }
 
-    /// A backup has started this machine.
-    pub fn starts(&mut self, at: usize, vm: &Guest, epoch: EpochId, handover: bool) {
+    /// A backup has started this machine, which is an incarnation of its own.
+    pub fn starts(&mut self, at: usize, vm: &mut Guest, epoch: EpochId, handover: bool) {
         let acknowledged = self.acked[at] == Some(epoch);
-        let from = Position { incarnation: vm.incarnation - 1, at: vm.open - 1, handover };
+        let from = Position { handover, ..vm.from };
         self.started.push(Started { from, acknowledged });
+        vm.incarnation = u16::try_from(self.started.len()).expect("starts are few");
     }
 
     fn left(&self, from: Position) -> Left {
@@ -108,21 +109,41 @@ impl Ghost {
         &self.promised
     }
 
-    /// No machine is continued by two others.
+    /// No machine is continued by two others that were ever heard of.
     #[must_use]
     pub fn is_continued_once(&self) -> bool {
         let twice = |(at, start): (usize, &Started)| {
-            let same = |other: &Started| other.from.incarnation == start.from.incarnation;
-            self.started[..at].iter().any(same)
+            let earlier = self.started[..at].iter().enumerate();
+            let same = |(before, other): (usize, &Started)| {
+                other.from.incarnation == start.from.incarnation && self.was_heard(before + 1)
+            };
+            earlier.into_iter().any(same)
         };
-        !self.started.iter().enumerate().any(twice)
+        let mut heard = self.started.iter().enumerate().filter(|(at, _)| self.was_heard(at + 1));
+        !heard.any(twice)
+    }
+
+    /// Whether anything of this incarnation ever left.
+    fn was_heard(&self, incarnation: usize) -> bool {
+        self.left.get(incarnation).is_some_and(|left| left.last() > 0)
     }
 
     /// All that an incarnation ever let out, before it was followed by another or after, is in the
-    /// state from which that one began.
+    /// state from which that one began; and of two machines of which neither is in the other's history, as
+    /// of a new host and its old one that went on from before, one was never heard of.
     #[must_use]
     pub fn is_nothing_lost(&self) -> bool {
-        self.started.iter().all(|start| self.left(start.from).last() <= start.from.at)
+        (0..self.started.len()).filter(|last| self.was_heard(last + 1)).all(|last| {
+            let mut history = vec![last + 1];
+            while let Some(start) = history.last().and_then(|of| of.checked_sub(1)) {
+                let from = self.started[start].from;
+                if self.left(from).last() > from.at {
+                    return false;
+                }
+                history.push(usize::from(from.incarnation));
+            }
+            (0..=last).all(|other| history.contains(&other) || !self.was_heard(other))
+        })
     }
 
     /// The weaker promise without an arbiter: what was let out because the backup had it.

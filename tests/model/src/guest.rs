@@ -20,6 +20,8 @@ pub struct Position {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Guest {
     pub incarnation: u16,
+    /// The state that it began with.
+    pub from: Position,
     /// The interval that it is in.
     pub open: u16,
     /// What each epoch in flight covers.
@@ -39,10 +41,11 @@ impl Guest {
         Self::from(Position::default())
     }
 
-    fn from(Position { incarnation, at, .. }: Position) -> Self {
-        let open = at + 1;
+    fn from(from: Position) -> Self {
+        let open = from.at + 1;
         let (said, frames) = (open, open);
-        Self { incarnation, open, tags: vec![], held: false, stands: false, said, frames }
+        let incarnation = from.incarnation;
+        Self { incarnation, from, open, tags: vec![], held: false, stands: false, said, frames }
     }
 
     fn release_all(&mut self) {
@@ -116,6 +119,16 @@ impl Vm for Guest {
     }
 
     fn start(image: &Position) -> Self {
-        Self::from(Position { incarnation: image.incarnation + 1, ..*image })
+        // Which incarnation it is the ghost says, who sees all of them.
+        Self::from(*image)
+    }
+
+    fn start_held(image: &Position) -> Self {
+        Self { held: true, said: 0, frames: 0, ..Self::from(*image) }
+    }
+
+    fn kept(&self) -> Position {
+        assert!(self.stands, "it stands for its last seal");
+        Position { incarnation: self.incarnation, at: self.open - 1, handover: true }
     }
 }

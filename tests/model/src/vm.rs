@@ -46,4 +46,10 @@ pub trait Vm: Clone + Debug + PartialEq + Eq + Hash {
 
     /// Runs what an image holds; its output is free.
     fn start(image: &Self::Image) -> Self;
+
+    /// The same, with output held from the first instant.
+    fn start_held(image: &Self::Image) -> Self;
+
+    /// What a machine is that stands for its last seal, as an image.
+    fn kept(&self) -> Self::Image;
 }

@@ -13,19 +13,19 @@ use std::sync::{Arc, Weak};
 
 use api::config::VmConfig;
 use api::replication::{
-    ConsoleOutput, DiskMode, ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData,
-    ReplicationInfo, ReplicationState, Role, STAGING_SIZE_DEFAULT,
+    ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData, ReplicationInfo, ReplicationState,
+    Role, STAGING_SIZE_DEFAULT,
 };
 use crossbeam_channel::{SendError, Sender};
 use replication::backup::{self, BackupHandle};
+use replication::handover::{Legacy, WayBack};
 use replication::primary::{self, PrimaryHandle};
 use replication::{Error as ReplicationError, ErrorKind, Event, Observer};
 use serde_json::{Value, json};
 
 use super::{Answer, Controller, Ending, Notice};
-use crate::device_manager::Holds;
 use crate::device_manager::taps::TapDescriptors;
-use crate::ha::{Overrides, ProtectedVm, ReplicaVms};
+use crate::ha::{Kept, Overrides, ProtectedVm, ReplicaVms, holds};
 use crate::machine::Machine;
 use crate::request::{Failure, FailureKind, Reply};
 
@@ -102,6 +102,23 @@ impl Protection {
             // Its engine may still be closing: whoever comes next waits for that, see `protect`.
             Self::Primary { handle, .. } => handle.is_over(),
             Self::Backup { handle, .. } => handle.is_finished(),
+        }
+    }
+}
+
+/// What begins a protection.
+enum Plan {
+    /// A client.
+    Asked(ReplicateData),
+    /// A VM that was handed over, whose old host is its backup or is about to listen as that.
+    Back(WayBack),
+}
+
+impl Plan {
+    fn options(&self) -> &ReplicateData {
+        match self {
+            Self::Asked(options) => options,
+            Self::Back(way_back) => way_back.options(),
         }
     }
 }
@@ -221,7 +238,7 @@ impl Controller {
     /// Connects to the backup beside the loop: an unreachable one may take its time-out.
     pub(super) fn replicate(&mut self, data: ReplicateData, reply: Sender<Answer>) {
         match self.protected_vm(&data) {
-            Ok(machine) => self.protect(machine, data, false, reply),
+            Ok(machine) => self.protect(machine, Plan::Asked(data), reply),
             Err(failure) => drop(reply.send(Err(failure))),
         }
     }
@@ -247,20 +264,10 @@ impl Controller {
         }
     }
 
-    /// Begins a protection beside the loop. `is_alone`: of a VM that was handed over, whose old host is
-    /// about to listen.
-    fn protect(
-        &mut self,
-        machine: Arc<Machine>,
-        data: ReplicateData,
-        is_alone: bool,
-        reply: Sender<Answer>,
-    ) {
-        let holds = Holds {
-            console: data.console_output == ConsoleOutput::Hold,
-            disks: data.disk_mode == DiskMode::Shared,
-        };
-        let way_back = way_back(&data, machine.config()).map(Box::new);
+    /// Begins a protection beside the loop.
+    fn protect(&mut self, machine: Arc<Machine>, plan: Plan, reply: Sender<Answer>) {
+        let holds = holds(plan.options());
+        let way_back = way_back(plan.options(), machine.config()).map(Box::new);
         let guest = ProtectedVm::new(Arc::clone(&machine), holds);
         let shares_disks = holds.disks && !machine.devices().writable_disks().is_empty();
         let called_for = Arc::clone(&machine);
@@ -271,8 +278,10 @@ impl Controller {
         let notices = self.notices.clone();
         let lost = reply.clone();
         let started = std::thread::Builder::new().name("repl-connect".into()).spawn(move || {
-            let begin = if is_alone { primary::protect_alone } else { primary::protect };
-            let result = end_before(before).and_then(|()| begin(guest, data, identity, observer));
+            let result = end_before(before).and_then(|()| match plan {
+                Plan::Asked(options) => primary::protect(guest, options, identity, observer),
+                Plan::Back(way_back) => primary::protect_back(guest, way_back, identity, observer),
+            });
             let handle = result.map(Arc::new).map_err(|error| failure(&error));
             // A closed channel means that the VMM is on its way out.
             let _ = notices.send(Notice::Protected { machine: called_for, handle, reply });
@@ -291,18 +300,22 @@ impl Controller {
         }
     }
 
-    /// The VM was handed over to this host, and its old one is about to be its backup.
-    fn protect_back(&mut self, data: ReplicateData) {
+    /// The VM was handed over to this host, and its old one is its backup, or is about to be.
+    fn protect_back(&mut self, way_back: WayBack) {
         let Ok(machine) = self.running().map(Arc::clone) else { return };
-        tracing::info!("the VM's old host is called as its backup: {}", data.destination_url);
+        let url = &way_back.options().destination_url;
+        match way_back.is_reversed() {
+            true => tracing::info!("the VM's old host is its backup, and is called: {url}"),
+            false => tracing::info!("the VM's old host is called as its backup: {url}"),
+        }
         let (reply, _nobody) = crossbeam_channel::bounded(1);
-        self.protect(machine, data, true, reply);
+        self.protect(machine, Plan::Back(way_back), reply);
     }
 
-    /// The VM was handed over, and this host is to be its backup.
-    fn receive_back(&mut self, data: ReceiveReplicaData) {
+    /// The VM was handed over, and this host is its backup, or is to be.
+    fn receive_back(&mut self, data: ReceiveReplicaData, left: Option<(Legacy, Kept)>) {
         let url = data.receiver_url.clone();
-        if let Err(failure) = self.receive_replica(data) {
+        if let Err(failure) = self.receive(data, left) {
             let error = failure.chain.join(": ");
             tracing::error!("this host cannot be the VM's backup at {url}: {error}");
             self.monitor.emit("vm", "replica-receive-failed", Some(json!({"error": error})));
@@ -361,6 +374,11 @@ impl Controller {
     }
 
     pub(super) fn receive_replica(&mut self, data: ReceiveReplicaData) -> Answer {
+        self.receive(data, None)
+    }
+
+    /// `left`: what this host has of a VM that was handed over from here.
+    fn receive(&mut self, data: ReceiveReplicaData, left: Option<(Legacy, Kept)>) -> Answer {
         Failure::from_complaints("The replication options are not usable", &data.validate())?;
         if self.config.is_some() || self.machine.is_some() {
             return Err(conflict("This VMM has a VM of its own: a backup must have none"));
@@ -369,10 +387,16 @@ impl Controller {
             return Err(conflict("This VMM is a backup already: vm.stop-replication ends that"));
         }
         let overrides = Overrides::from(&data);
+        let (legacy, kept) = left.unzip();
         let builder =
-            ReplicaVms::new(Arc::clone(&self.hypervisor), overrides, self.notices.clone());
+            ReplicaVms::new(Arc::clone(&self.hypervisor), overrides, self.notices.clone())
+                .around(kept);
         let observer = self.observer();
-        let handle = backup::receive(builder, data, observer).map_err(|error| failure(&error))?;
+        let handle = match legacy {
+            Some(legacy) => backup::receive_back(builder, data, legacy, observer),
+            None => backup::receive(builder, data, observer),
+        };
+        let handle = handle.map_err(|error| failure(&error))?;
         self.protection = Protection::Backup { handle: Arc::new(handle), replica: None };
         Ok(Reply::Empty)
     }
@@ -479,16 +503,22 @@ impl Controller {
     /// On either side: the roles are reversed where the options say so.
     fn failover_finished(&mut self) {
         match &mut self.protection {
-            Protection::Primary { way_back, .. } => {
-                let way_back = way_back.take();
+            Protection::Primary { handle, way_back, .. } => {
+                let (way_back, legacy) = (way_back.take(), handle.take_legacy());
+                let before = Arc::clone(handle);
+                let kept = self.machine.as_ref().map(|machine| Kept {
+                    memory: machine.memory().clone(),
+                    config: machine.config().memory.clone(),
+                    before,
+                });
                 self.ownership_lost("the backup", way_back.is_none());
                 if let Some(data) = way_back {
-                    self.receive_back(*data);
+                    self.receive_back(*data, legacy.zip(kept));
                 }
             }
             Protection::Backup { handle, .. } => {
-                if let Some(data) = handle.take_way_back() {
-                    self.protect_back(data);
+                if let Some(way_back) = handle.take_way_back() {
+                    self.protect_back(way_back);
                 }
             }
             Protection::None | Protection::Connecting { .. } => {}
@@ -530,6 +560,7 @@ fn describe(event: &Event) -> (&'static str, Option<Value>) {
         Event::ReplicationStarted { peer } => ("replication-started", Some(json!({"peer": peer}))),
         Event::Synced => ("replication-synced", None),
         Event::Resynced => ("replication-resynced", None),
+        Event::Reversed => ("replication-reversed", None),
         Event::Degraded { reason } => ("replication-degraded", Some(json!({"reason": reason}))),
         Event::Stopped => ("replication-stopped", None),
         Event::Failed { error } => ("replication-failed", Some(json!({"error": error}))),

@@ -13,5 +13,5 @@ mod protected;
 mod replica;
 
 pub use overrides::Overrides;
-pub use protected::ProtectedVm;
-pub use replica::ReplicaVms;
+pub use protected::{ProtectedVm, holds};
+pub use replica::{Kept, ReplicaVms};

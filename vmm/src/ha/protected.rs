@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use api::replication::{ConsoleOutput, DiskMode, ReplicateData};
 use replication::disk::Disks;
 use replication::guest::{Guest, GuestError, Waker};
 use replication::ids::EpochId;
@@ -11,6 +12,15 @@ use super::codec::Captured;
 use super::disks::ReplicatedDisks;
 use crate::device_manager::Holds;
 use crate::machine::Machine;
+
+/// What waits for its epoch under these options.
+#[must_use]
+pub fn holds(data: &ReplicateData) -> Holds {
+    Holds {
+        console: data.console_output == ConsoleOutput::Hold,
+        disks: data.disk_mode == DiskMode::Shared,
+    }
+}
 
 /// The running machine of the control loop, handed to the engine.
 pub struct ProtectedVm {

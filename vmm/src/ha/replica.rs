@@ -3,19 +3,22 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::config::VmConfig;
+use api::config::{MemoryConfig, VmConfig};
+use api::replication::ReplicateData;
 use crossbeam_channel::Sender;
 use devices::pci::virtio::VirtioPciState;
 use devices::virtio::state::DeviceState;
 use hypervisor::Hypervisor;
 use replication::disk::ReplicaDisk;
 use replication::guest::{GuestError, Replica, ReplicaBuilder};
-use replication::ram::Ram;
+use replication::primary::PrimaryHandle;
+use replication::ram::{PageSet, Ram};
 use thiserror::Error;
 
 use super::codec::{self, Captured};
 use super::disks::Receiving;
 use super::overrides::{OverrideError, Overrides, article, is_there};
+use super::protected::holds;
 use crate::boot::Payload;
 use crate::control::Notice;
 use crate::device_manager::taps::TapDescriptors;
@@ -34,8 +37,22 @@ pub enum ReplicaError {
     Vcpus { found: usize, expected: u32 },
     #[error("The machine state has {found} {kind}, this VM {expected}")]
     Port { kind: &'static str, found: &'static str, expected: &'static str },
+    #[error(
+        "The memory that is left of the VM here is another one than its configuration asks for"
+    )]
+    Memory,
     #[error("The options of this backup do not fit the primary's VM")]
     Override(#[from] OverrideError),
+}
+
+/// What is left here of a VM that was handed over.
+pub struct Kept {
+    /// Its memory, for the first machine that is built, and what that was asked for.
+    pub memory: Memory,
+    pub config: MemoryConfig,
+    /// Its protection, which has the old machine until it has ended: sockets, taps and locks are free only
+    /// then.
+    pub before: Arc<PrimaryHandle>,
 }
 
 /// Builds machines after primaries' descriptions.
@@ -43,12 +60,26 @@ pub struct ReplicaVms {
     hypervisor: Arc<Hypervisor>,
     overrides: Overrides,
     notices: Sender<Notice>,
+    kept: Option<Kept>,
 }
 
 impl ReplicaVms {
     #[must_use]
     pub fn new(hypervisor: Arc<Hypervisor>, overrides: Overrides, notices: Sender<Notice>) -> Self {
-        Self { hypervisor, overrides, notices }
+        Self { hypervisor, overrides, notices, kept: None }
+    }
+
+    /// The first machine that is built is what a VM is here that was handed over.
+    #[must_use]
+    pub fn around(self, kept: Option<Kept>) -> Self {
+        Self { kept, ..self }
+    }
+
+    /// The primary's configuration as it is here.
+    fn configure(&self, description: &[u8]) -> Result<VmConfig, ReplicaError> {
+        let mut config = serde_json::from_slice(description).map_err(ReplicaError::Description)?;
+        self.overrides.apply(&mut config)?;
+        Ok(config)
     }
 }
 
@@ -77,21 +108,38 @@ impl ReplicaBuilder for ReplicaVms {
     type Replica = ReplicaVm;
 
     fn build(&mut self, description: &[u8]) -> Result<ReplicaVm, GuestError> {
-        let mut config: VmConfig =
-            serde_json::from_slice(description).map_err(ReplicaError::Description)?;
-        self.overrides.apply(&mut config).map_err(ReplicaError::from)?;
+        let config = self.configure(description)?;
         crate::control::check_config(&config)
             .map_err(|failure| ReplicaError::Unusable(failure.chain.join(": ")))?;
-        Memory::check_fits(&config.memory)?;
+        let memory = match self.kept.take() {
+            Some(Kept { memory, config: of, before }) => {
+                before.join();
+                if of != config.memory {
+                    return Err(ReplicaError::Memory.into());
+                }
+                memory
+            }
+            None => {
+                Memory::check_fits(&config.memory)?;
+                Memory::new(&config.memory)?
+            }
+        };
         // A guest that resets itself after a take-over boots from here.
         Payload::open(&config.payload)?;
-        let machine =
-            Arc::new(Machine::build(&self.hypervisor, config, TapDescriptors::default())?);
+        let taps = TapDescriptors::default();
+        let machine = Arc::new(Machine::build_around(memory, &self.hypervisor, config, taps)?);
         // Only looked at from there: the engine alone decides how long a replica lives, and its
         // memory and sockets must be free before another is built. A closed channel means that
         // the VMM is on its way out.
         let _ = self.notices.send(Notice::ReplicaBuilt(Arc::downgrade(&machine)));
-        Ok(ReplicaVm { machine, notices: self.notices.clone() })
+        Ok(ReplicaVm { machine, notices: self.notices.clone(), is_tracked: false })
+    }
+
+    fn is_same(&self, one: &[u8], other: &[u8]) -> bool {
+        match (self.configure(one), self.configure(other)) {
+            (Ok(one), Ok(other)) => one == other,
+            _ => false,
+        }
     }
 
     fn reuse(&mut self, replica: &mut ReplicaVm) {
@@ -108,6 +156,16 @@ const ATTACH_REMINDER: Duration = Duration::from_secs(10);
 pub struct ReplicaVm {
     machine: Arc<Machine>,
     notices: Sender<Notice>,
+    /// Whether what is written is noted.
+    is_tracked: bool,
+}
+
+impl ReplicaVm {
+    /// What was written up to now is of no interest.
+    fn forget_written(&self) -> Result<(), GuestError> {
+        let mut written = PageSet::new(self.machine.memory().ram().pages());
+        Ok(self.machine.harvest(&mut written)?)
+    }
 }
 
 impl Replica for ReplicaVm {
@@ -134,8 +192,25 @@ impl Replica for ReplicaVm {
         Ok(captured)
     }
 
-    fn start(self, state: Captured) -> Result<(), GuestError> {
+    fn track(&mut self) -> Result<(), GuestError> {
+        self.machine.set_tracking(true)?;
+        self.forget_written()?;
+        self.is_tracked = true;
+        Ok(())
+    }
+
+    fn start(self, state: Captured, held: Option<&ReplicateData>) -> Result<(), GuestError> {
         attach(&self.machine);
+        if self.is_tracked
+            && let Err(error) = self.forget_written()
+        {
+            // They are copied once more.
+            tracing::warn!("pages that were received count as written here: {error}");
+        }
+        if let Some(options) = held {
+            // The state has output: that is held as well.
+            self.machine.devices().hold_output(holds(options));
+        }
         self.machine.restore(state.machine)?;
         if !state.paused {
             self.machine.resume()?;

@@ -1,6 +1,5 @@
 //! What the engine does when its machine says so.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use api::replication::ReplicationState;
@@ -62,11 +61,10 @@ impl<B: ReplicaBuilder> Engine<B> {
             Action::DropStaging => self.drop_staging(),
             Action::TellAbort(reason) => self.tell_last(Message::Abort(reason)),
             Action::TellStopDone => self.tell_last(Message::StopDone),
-            Action::TellHandedOver(generation) => {
+            Action::TellHandedOver { generation, reversed } => {
                 // Before anybody is told that it is over.
-                *self.handed_back.lock().unwrap_or_else(PoisonError::into_inner) =
-                    self.way_back.take();
-                self.tell_last(Message::HandedOver(generation));
+                self.leave_way_back(generation, reversed);
+                self.tell_last(Message::HandedOver { generation, reversed });
             }
             Action::TellResyncReady => {
                 // What was committed is in the images before a copy goes over it.
@@ -86,13 +84,13 @@ impl<B: ReplicaBuilder> Engine<B> {
                 if let Err(error) = self.settle_images() {
                     return self.image_failed(error);
                 }
-                let identity = self.identity();
-                let generation = expected.next();
-                let standing = Standing::Solo { owner: identity.host };
-                let next = Record { generation, vm: identity.vm, standing };
-                let (claim, first) = Claim::new(expected, next);
-                let next = self.asker.begin(claim, first);
-                self.claim_went(next);
+                self.claim(expected, Standing::Solo { owner: self.identity().host });
+            }
+            Action::ClaimReversed { expected } => {
+                reach("claim");
+                let Some(session) = &self.session else { return };
+                let (primary, backup) = (self.identity().host, session.primary);
+                self.claim(expected, Standing::Pair { primary, backup });
             }
             Action::Discard => {
                 // The images first: they are the replica's, and free once it is gone.
@@ -103,7 +101,8 @@ impl<B: ReplicaBuilder> Engine<B> {
                 self.base = None;
             }
             Action::Keep { generation, committed } => self.keep(generation, committed),
-            Action::Start => self.start(),
+            Action::Start => self.start(false),
+            Action::StartHeld => self.start(true),
             Action::Refuse(reason) => {
                 if let Some(answer) = self.failover_answer.pop() {
                     // A caller that stopped waiting needs no answer.
@@ -112,6 +111,13 @@ impl<B: ReplicaBuilder> Engine<B> {
             }
             Action::Report(report) => self.report(report),
         }
+    }
+
+    fn claim(&mut self, expected: Generation, standing: Standing) {
+        let next = Record { generation: expected.next(), vm: self.identity().vm, standing };
+        let (claim, first) = Claim::new(expected, next);
+        let next = self.asker.begin(claim, first);
+        self.claim_went(next);
     }
 
     /// What was committed stays in memory, with nothing to start it from.
@@ -179,7 +185,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         self.images.as_ref().map_or(Ok(()), |(_, images)| images.settle())
     }
 
-    fn start(&mut self) {
+    fn start(&mut self, is_held: bool) {
         self.times.owned_us = now_us();
         let (Some(replica), Some(state)) = (self.replica.take(), self.state.take()) else {
             unreachable!("the machine starts only what was committed");
@@ -197,7 +203,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         }
         self.images = None;
         reach("start");
-        match replica.start(state) {
+        match replica.start(state, self.way_back.as_ref().filter(|_| is_held)) {
             Ok(()) => {
                 reach("started");
                 self.times.resumed_us = now_us();
@@ -273,13 +279,13 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 
     /// Shows the machine's state to clients.
-    fn show(&self) {
+    pub(super) fn show(&self) {
         let mut gathered = self.status.lock();
         gathered.info.generation = self.machine.generation().0;
         gathered.info.state = match self.machine.state() {
             State::Idle => ReplicationState::Disconnected,
             State::Syncing => ReplicationState::Syncing,
-            State::Replica => ReplicationState::Protected,
+            State::Replica | State::Heir => ReplicationState::Protected,
             State::Claiming | State::Starting => ReplicationState::TakingOver,
             State::Orphan => ReplicationState::Suspended,
             State::TakenOver => ReplicationState::TakenOver,

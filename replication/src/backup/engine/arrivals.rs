@@ -58,6 +58,11 @@ impl<B: ReplicaBuilder> Engine<B> {
         let is_ours = VmId(hello.vm) == vm;
         let state = self.machine.state();
         match state {
+            State::Heir => return self.refusal_by_heir(hello, offer),
+            _ if offer.reversed => {
+                let what = "This host is not the backup of such a pair: it is copied to anew";
+                return Some(Refusal::Passing(what.to_owned()));
+            }
             State::Idle => {}
             State::Orphan if is_ours => {}
             State::Orphan => {
@@ -81,10 +86,15 @@ impl<B: ReplicaBuilder> Engine<B> {
                 });
             }
         }
+        self.misfit(offer).map(Refusal::Lasting)
+    }
+
+    /// Why an offer cannot be taken, whoever makes it.
+    pub(super) fn misfit(&self, offer: &Offer) -> Option<String> {
         if let Err(reason) = self.way_back(offer) {
-            return Some(Refusal::Lasting(reason));
+            return Some(reason);
         }
-        let lasting = if offer.page_bytes as usize != PAGE_SIZE {
+        if offer.page_bytes as usize != PAGE_SIZE {
             Some(format!("Pages of {} bytes are not supported", offer.page_bytes))
         } else if let Err(error) =
             validate_paces(offer.heartbeat_ms.into(), offer.timeout_ms.into())
@@ -95,8 +105,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             Some(format!("This side has {here} arbiter, the primary has {there} arbiter"))
         } else {
             mismatch(self.rdma.is_some(), offer.rdma, &offer.fallback, self.options.fallback)
-        };
-        lasting.map(Refusal::Lasting)
+        }
     }
 
     /// The primary's options for the way back, with what is this host's own: how it gets at the arbiter
@@ -133,7 +142,8 @@ impl<B: ReplicaBuilder> Engine<B> {
         if let Some(refusal) = self.refusal(&hello, &offer) {
             let reason = refusal.tell(writer);
             let error = format!("A primary at {peer} was refused: {reason}");
-            return self.session_failed(&error);
+            self.session_failed(&error);
+            return self.was_left(&hello, &offer);
         }
         self.step(Event::Accepted);
         self.way_back = self.way_back(&offer).unwrap_or_default();
@@ -161,7 +171,10 @@ impl<B: ReplicaBuilder> Engine<B> {
             session: id,
             description: vec![],
         };
-        let (ram, has_base) = match self.prepare(built, &mut offer) {
+        let is_heir = self.machine.state() == State::Heir;
+        let prepared =
+            if is_heir { self.prepare_heir(built) } else { self.prepare(built, &mut offer) };
+        let (ram, has_base) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
                 control.send(Message::Abort(error.chain()));
@@ -188,7 +201,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             data: (0..connections).map(|_| None).collect(),
             disks: None,
             bell: None,
-            shared: self.share(ram, heard, timeout, offer.rdma),
+            shared: self.share(ram, heard, timeout, offer.rdma, is_heir),
             opening: Opening::default(),
             gather: Gather::new(connections, !offer.disks.is_empty()),
             timeout,
@@ -221,13 +234,21 @@ impl<B: ReplicaBuilder> Engine<B> {
         })
     }
 
-    fn share(&self, ram: Ram, heard: Heard, timeout: Duration, by_rdma: bool) -> Shared {
+    fn share(
+        &self,
+        ram: Ram,
+        heard: Heard,
+        timeout: Duration,
+        by_rdma: bool,
+        is_whole: bool,
+    ) -> Shared {
         let adapter = self.rdma.clone().filter(|_| by_rdma).map(|asked| {
             let status = self.status.clone();
             rdma::Adapter::new(asked, timeout, move |path| status.lock().info.rdma = Some(path))
         });
         Shared {
             ram,
+            is_whole,
             budget: Budget::new(self.options.staging_size),
             round: Arc::new(AtomicU64::new(0)),
             heard,
@@ -240,8 +261,9 @@ impl<B: ReplicaBuilder> Engine<B> {
     /// primary would go on from, or a new one. Its memory, and whether it was kept.
     fn prepare(&mut self, built: Built, offer: &mut Offer) -> Result<(Ram, bool), Error> {
         // Whatever does not fit makes room first: its memory and sockets.
-        let kept =
-            self.base.take().filter(|base| base.fits(&built, offer)).map(|base| base.replica);
+        let is_same = |base: &Base<_>| self.builder.is_same(&base.description, &offer.description);
+        let kept = self.base.take().filter(|base| base.fits(&built, offer) && is_same(base));
+        let kept = kept.map(|base| base.replica);
         let has_base = kept.is_some();
         let ram = self.build(kept, offer)?;
         let description = std::mem::take(&mut offer.description);
@@ -391,10 +413,7 @@ impl<R> Base<R> {
         let knows = offer
             .base
             .is_some_and(|base| base.fits(self.session.0, self.generation, self.committed));
-        knows
-            && self.primary == built.primary
-            && self.vm == built.vm
-            && self.description == offer.description
+        knows && self.primary == built.primary && self.vm == built.vm
     }
 }
 
@@ -427,7 +446,7 @@ fn mismatch(ours: bool, theirs: bool, fell_back: &str, may_fall_back: bool) -> O
 }
 
 /// Why a primary is not served.
-enum Refusal {
+pub(super) enum Refusal {
     /// It may be later, without anybody's doing.
     Passing(String),
     /// Only if somebody changes something.

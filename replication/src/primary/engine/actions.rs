@@ -4,6 +4,7 @@ use super::{
     Action, Degrade, Engine, Error, Event, Guest, Message, Report, Standing, State, Told, Work,
 };
 use crate::checking::reach;
+use crate::handover::Legacy;
 use crate::ids::EpochId;
 use crate::primary::rest::Rest;
 use crate::protocol::ownership::Verdict;
@@ -82,6 +83,10 @@ impl<G: Guest> Engine<'_, G> {
             Action::Regain => self.regain(),
             Action::Refuse(reason) => self.refuse(reason),
             Action::Destroy => self.guest.destroy(),
+            Action::Keep => {
+                // What runs here is at its end in either case: what is kept is its memory.
+                self.guest.destroy();
+            }
             Action::Close => self.close(),
             Action::Report(report) => self.report(report),
         }
@@ -104,8 +109,36 @@ impl<G: Guest> Engine<'_, G> {
         }
     }
 
+    /// What stays here of a VM that was handed over, for whoever wants it back.
+    fn leave_legacy(&mut self) {
+        if self.options.return_url.is_none() {
+            return;
+        }
+        let is_heir = self.machine.state() == State::Heir;
+        let state = self.last_state.take().filter(|_| is_heir);
+        let description = match self.guest.describe() {
+            Ok(description) => description,
+            Err(source) => {
+                let error = Error::Guest { what: "describe the VM", source };
+                return tracing::warn!("nothing is kept of the VM: {}", error.chain());
+            }
+        };
+        // Pages that are still protected would keep the memory from its next reader.
+        self.sealer.let_go();
+        self.status.lock().legacy = Some(Legacy {
+            identity: self.identity,
+            primary: self.backup,
+            session: self.id,
+            epoch: self.sealed,
+            generation: if is_heir { self.machine.generation() } else { self.paired },
+            description,
+            state,
+        });
+    }
+
     fn degrade(&mut self) {
         self.handover = false;
+        self.last_state = None;
         self.forget_in_flight();
         if self.options.degrade == Degrade::Pause
             && let Err(source) = self.guest.suspend()
@@ -175,6 +208,7 @@ impl<G: Guest> Engine<'_, G> {
         let event = match report {
             Report::Synced => Told::Synced,
             Report::Resynced => Told::Resynced,
+            Report::Reversed => Told::Reversed,
             Report::StillAlone(reason) => return self.status.failed(&reason),
             Report::Degraded(reason) => {
                 // Also where a copy anew begins at once.
@@ -198,6 +232,7 @@ impl<G: Guest> Engine<'_, G> {
             }
             Report::FailoverStarted => Told::FailoverStarted,
             Report::FailoverFinished => {
+                self.leave_legacy();
                 self.answer_failover(Ok(()));
                 Told::FailoverFinished
             }
@@ -229,11 +264,11 @@ impl<G: Guest> Engine<'_, G> {
         let state = match self.machine.state() {
             State::Syncing | State::Pairing => ReplicationState::Syncing,
             State::Protected if !self.machine.is_protected() => ReplicationState::Syncing,
-            State::Protected | State::HandingOver => ReplicationState::Protected,
+            State::Calling | State::Protected | State::HandingOver => ReplicationState::Protected,
             State::Claiming(Purpose::Stop) => ReplicationState::Suspended,
             State::Claiming(_) | State::Undecided => ReplicationState::Suspended,
             State::Alone => ReplicationState::Degraded,
-            State::Gone => ReplicationState::Lost,
+            State::Gone | State::Heir => ReplicationState::Lost,
             State::Stopped | State::Failed => ReplicationState::Stopped,
         };
         let held = self.guest.output_held_bytes();
@@ -260,7 +295,7 @@ impl<G: Guest> Engine<'_, G> {
         if let Some(disks) = &self.disks {
             disks.detach();
         }
-        if state != State::Gone
+        if !matches!(state, State::Gone | State::Heir)
             && rest.is_none()
             && let Err(source) = self.guest.stop_tracking()
         {
@@ -285,7 +320,9 @@ impl<G: Guest> Engine<'_, G> {
         }
         for answer in self.stop_answer.drain(..) {
             let result = match state {
-                State::Gone => Err(Error::Conflict("The backup owns the VM".to_owned())),
+                State::Gone | State::Heir => {
+                    Err(Error::Conflict("The backup owns the VM".to_owned()))
+                }
                 _ => Ok(()),
             };
             // A caller that stopped waiting needs no answer.

@@ -17,6 +17,7 @@ use crate::guest::{MachineState, STATE_BYTES_MAX};
 use crate::ids::{EpochId, PAGE_SIZE};
 use crate::primary::disk::Job as DiskJob;
 use crate::primary::seal::{Room, Sealed};
+use crate::protocol::backup::Handover;
 use crate::wire::Seal;
 
 impl<G: Guest> Engine<'_, G> {
@@ -182,7 +183,15 @@ impl<G: Guest> Engine<'_, G> {
         self.status.counters.raw_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.status.counters.wire_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let generation = self.machine.generation();
-        let seal = Seal { epoch, generation, handover, pages: counts, changes, state: bytes };
+        let kind = match (handover, self.reverses) {
+            (false, _) => Handover::No,
+            (true, false) => Handover::Leave,
+            (true, true) => Handover::Reverse,
+        };
+        if kind == Handover::Reverse {
+            self.last_state = Some(bytes.clone());
+        }
+        let seal = Seal { epoch, generation, handover: kind, pages: counts, changes, state: bytes };
         self.tell(Message::Seal(seal));
         reach("given");
         self.in_flight.push_back(InFlight { sealed_at, set, pages, log_bytes, touched_bytes });
@@ -251,11 +260,7 @@ impl<G: Guest> Engine<'_, G> {
             }
             // The memory of a guest that stands has been read.
             Work::Nothing => self.go_on_in_doubt(),
-            Work::Opening
-            | Work::AwaitingRest
-            | Work::Shutting
-            | Work::Settling
-            | Work::Rest => {}
+            Work::Opening | Work::AwaitingRest | Work::Shutting | Work::Settling | Work::Rest => {}
         }
     }
 

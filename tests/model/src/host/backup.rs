@@ -6,7 +6,7 @@ use replication::VmId;
 use replication::ids::{EpochId, Generation};
 use replication::ownership::{HostId, HostIdentity, Record, Standing};
 use replication::protocol::asking::{Asking, Next};
-use replication::protocol::backup::{Action, Backup, Event, State, is_transition_valid};
+use replication::protocol::backup::{Action, Backup, Event, Handover, State, is_transition_valid};
 use replication::protocol::ownership::{self as claim, Claim, Verdict};
 use replication::protocol::primary::IN_FLIGHT_MAX;
 
@@ -62,6 +62,10 @@ pub struct Engine<V: Vm> {
     pairing: Option<Generation>,
     spoiled: bool,
     doomed: bool,
+    /// The new primary of a pair that was reversed, whose backup this is.
+    heir_of: Option<HostId>,
+    /// What was started is the primary of such a pair, with this backup.
+    reversed: Option<(HostId, Generation, EpochId)>,
     pub waits: bool,
 }
 
@@ -82,8 +86,39 @@ impl<V: Vm> Engine<V> {
             pairing: None,
             spoiled: false,
             doomed: false,
+            heir_of: None,
+            reversed: None,
             waits: false,
         }
+    }
+
+    /// What an old primary is from the moment that the pair is reversed.
+    #[must_use]
+    pub fn heir(before: &super::primary::Engine, image: V::Image) -> Self {
+        let identity = before.identity();
+        let (generation, epoch) = (before.machine.generation(), before.sealed());
+        Self {
+            machine: Backup::heir(generation, epoch),
+            vm: Some(identity.vm),
+            image: Some(image),
+            state: Some((epoch, true)),
+            heir_of: Some(before.backup()),
+            ..Self::new(identity.host, true)
+        }
+    }
+
+    /// Whose call it awaits, as the backup of a reversed pair.
+    #[must_use]
+    pub fn awaits(&self) -> Option<HostId> {
+        let awaits = self.machine.state() == State::Heir && self.session.is_none();
+        self.heir_of.filter(|_| awaits)
+    }
+
+    /// The backup of the pair that this side has become the primary of, its generation, and the epoch
+    /// that it began from.
+    #[must_use]
+    pub fn reversed(&self) -> Option<(HostId, Generation, EpochId)> {
+        self.reversed.filter(|_| self.machine.state() == State::TakenOver)
     }
 
     #[must_use]
@@ -93,7 +128,7 @@ impl<V: Vm> Engine<V> {
 
     #[must_use]
     pub fn is_receiving(&self) -> bool {
-        matches!(self.machine.state(), State::Syncing | State::Replica)
+        matches!(self.machine.state(), State::Syncing | State::Replica | State::Heir)
     }
 
     /// Whose session this is.
@@ -146,6 +181,10 @@ impl<V: Vm> Engine<V> {
                 self.image = Some(V::Image::default());
                 self.session = Some(Session { primary: primary.host, seals: VecDeque::default() });
             }
+            Input::Arrival(primary) if self.awaits() == Some(primary.host) => {
+                self.step(Event::Accepted, around);
+                self.session = Some(Session { primary: primary.host, seals: VecDeque::default() });
+            }
             Input::Message(message) if self.session.is_some() => self.message(message, around),
             Input::Whole if self.awaits_pages() => self.verify(around),
             Input::Whole if around.broken == Some(Broken::AckAfterSuspecting) => {
@@ -156,7 +195,9 @@ impl<V: Vm> Engine<V> {
                     around.send(Message::Ack { epoch, generation });
                 }
             }
-            Input::Lost if self.session.is_some() => self.step(Event::Lost("lost".into()), around),
+            Input::Lost if self.session.is_some() || self.awaits().is_some() => {
+                self.step(Event::Lost("lost".into()), around)
+            }
             Input::ImageFailed => self.image_failed(around),
             Input::Spoiled => self.spoiled = true,
             Input::Doomed => self.doomed = true,
@@ -192,7 +233,8 @@ impl<V: Vm> Engine<V> {
     }
 
     fn paired(&mut self, generation: Generation, around: &mut Around<'_, V>) {
-        if self.machine.state() != State::Syncing || self.pairing.is_some() {
+        let may_pair = matches!(self.machine.state(), State::Syncing | State::Heir);
+        if !may_pair || self.pairing.is_some() {
             self.step(Event::Bad("out of turn".into()), around);
         } else if self.arbiter {
             self.pairing = Some(generation);
@@ -240,7 +282,7 @@ impl<V: Vm> Engine<V> {
             self.before = self.image.clone().zip(self.state);
         }
         self.verified = Some(seal);
-        let parsed = self.state.replace((epoch, handover));
+        let parsed = self.state.replace((epoch, handover != Handover::No));
         self.step(Event::Verified { epoch, generation, handover }, around);
         if self.machine.committed() == before {
             self.state = parsed;
@@ -317,8 +359,8 @@ impl<V: Vm> Engine<V> {
             Action::TellStopDone => self.tell(Message::StopDone, around),
             Action::TellResyncReady if self.spoiled => self.image_failed(around),
             Action::TellResyncReady => self.tell(Message::ResyncReady, around),
-            Action::TellHandedOver(generation) => {
-                self.tell(Message::HandedOver(generation), around);
+            Action::TellHandedOver { generation, reversed } => {
+                self.tell(Message::HandedOver { generation, reversed }, around);
             }
             Action::Close
                 if around.broken == Some(Broken::AckAfterSuspecting)
@@ -332,14 +374,30 @@ impl<V: Vm> Engine<V> {
                 }
             }
             Action::Claim { .. } if self.spoiled => self.image_failed(around),
-            Action::Claim { expected } => self.claim(expected, around),
+            Action::Claim { .. }
+                if around.broken == Some(Broken::HeirStartsWithoutSwap)
+                    && self.heir_of.is_some() =>
+            {
+                let generation = self.machine.generation().next();
+                self.step(Event::Verdict(Verdict::Owned(generation)), around);
+            }
+            Action::ClaimReversed { .. } if self.spoiled => self.image_failed(around),
+            Action::Claim { expected } => {
+                self.claim(expected, Standing::Solo { owner: self.me }, around);
+            }
+            Action::ClaimReversed { expected } => {
+                let Some(session) = &self.session else { return };
+                let standing = Standing::Pair { primary: self.me, backup: session.primary };
+                self.claim(expected, standing, around);
+            }
             // What is kept for a primary that calls again is nothing that runs; no primary here does.
             Action::Discard | Action::Keep { .. } => {
                 self.image = None;
                 self.state = None;
                 self.spoiled = false;
             }
-            Action::Start => self.start(around),
+            Action::Start => self.start(false, around),
+            Action::StartHeld => self.start(true, around),
             Action::Refuse(_) => {}
             Action::Report(_) => {
                 if around.broken == Some(Broken::OrphanStarts)
@@ -391,24 +449,24 @@ impl<V: Vm> Engine<V> {
         for seal in session.seals.drain(..) {
             if let Some(image) = self.image.as_mut().filter(|_| self.state.is_some()) {
                 V::receive(image, &seal.content);
-                self.state = Some((seal.epoch, seal.handover));
+                self.state = Some((seal.epoch, seal.handover != Handover::No));
             }
         }
     }
 
-    fn claim(&mut self, expected: Generation, around: &mut Around<'_, V>) {
+    fn claim(&mut self, expected: Generation, standing: Standing, around: &mut Around<'_, V>) {
         let generation = expected.next();
         if around.broken == Some(Broken::TakeOverWithoutSwap) {
             return self.step(Event::Verdict(Verdict::Owned(generation)), around);
         }
         let Some(vm) = self.vm else { return };
-        let next = Record { generation, vm, standing: Standing::Solo { owner: self.me } };
+        let next = Record { generation, vm, standing };
         let (claim, first) = Claim::new(expected, next);
         let next = asked(&mut self.asking, around.effects, |asking| asking.begin(claim, first));
         self.claim_went(next, around);
     }
 
-    fn start(&mut self, around: &mut Around<'_, V>) {
+    fn start(&mut self, is_held: bool, around: &mut Around<'_, V>) {
         if let Some((image, state)) = self.before.take() {
             (self.image, self.state) = (Some(image), Some(state));
         }
@@ -419,7 +477,11 @@ impl<V: Vm> Engine<V> {
             around.effects.push(Effect::StartFailed);
             return self.step(Event::StartFailed("start".into()), around);
         }
-        *around.vm = Some(V::start(&image));
+        if is_held && let Some(session) = &self.session {
+            self.reversed = Some((session.primary, self.machine.generation(), epoch));
+        }
+        let is_held = is_held && around.broken != Some(Broken::SpeaksBeforeReached);
+        *around.vm = Some(if is_held { V::start_held(&image) } else { V::start(&image) });
         around.effects.push(Effect::Started { epoch, handover });
         self.step(Event::Started, around);
     }

@@ -10,6 +10,7 @@ pub mod primary;
 use replication::ids::{EpochId, Generation};
 use replication::ownership::{HostId, HostIdentity};
 use replication::protocol::asking::{Asking, Next};
+use replication::protocol::backup::Handover;
 use replication::protocol::ownership::{self as claim, Verdict};
 
 use crate::broken::Broken;
@@ -20,7 +21,7 @@ use crate::vm::Vm;
 pub struct Seal<C> {
     pub epoch: EpochId,
     pub generation: Generation,
-    pub handover: bool,
+    pub handover: Handover,
     pub content: C,
 }
 
@@ -36,7 +37,7 @@ pub enum Message<C> {
     Ack { epoch: EpochId, generation: Generation },
     ResyncReady,
     StopDone,
-    HandedOver(Generation),
+    HandedOver { generation: Generation, reversed: bool },
 }
 
 /// What a host does to the world.
@@ -132,15 +133,39 @@ impl<V: Vm> Host<V> {
         self.vm.as_ref().is_some_and(Vm::is_free)
     }
 
-    /// An engine that is over is gone; its machine stays, if it has not destroyed it.
-    pub fn settle(&mut self) {
-        let over = match &self.role {
-            Role::Primary(engine) => engine.is_over(),
-            Role::Backup(engine) => engine.is_over(),
-            Role::None => false,
+    /// An engine that is over is gone; its machine stays, if it has not destroyed it. Where a switch-over
+    /// reversed the pair, another role follows at once. Whether an engine has ended.
+    pub fn settle(&mut self) -> bool {
+        let (next, over) = match &self.role {
+            Role::Primary(engine) => {
+                let vm = self.vm.as_ref().filter(|_| engine.is_heir());
+                let heir = vm.map(|vm| Role::Backup(backup::Engine::heir(engine, vm.kept())));
+                (heir, engine.is_over())
+            }
+            Role::Backup(engine) => {
+                let reversed = engine.reversed().map(|(backup, generation, epoch)| {
+                    primary::Engine::reversed(self.identity, backup, generation, epoch)
+                });
+                (reversed.map(Role::Primary).filter(|_| self.vm.is_some()), engine.is_over())
+            }
+            Role::None => (None, false),
         };
         if over {
-            self.role = Role::None;
+            if matches!(next, Some(Role::Backup(_))) {
+                self.vm = None;
+            }
+            self.role = next.unwrap_or(Role::None);
+        }
+        over
+    }
+
+    /// Whether this host has a role in a reversed pair, and is not connected to the other one yet.
+    #[must_use]
+    pub fn awaits(&self) -> bool {
+        match &self.role {
+            Role::Primary(engine) => engine.is_calling(),
+            Role::Backup(engine) => engine.awaits().is_some(),
+            Role::None => false,
         }
     }
 

@@ -3,6 +3,7 @@
 use replication::ids::{EpochId, Generation};
 use replication::ownership::{HostId, HostIdentity, Record, Standing};
 use replication::protocol::asking::{Asking, Next};
+use replication::protocol::backup::Handover;
 use replication::protocol::ownership::{self as claim, Claim, Verdict};
 use replication::protocol::primary::{
     Action, Event, IN_FLIGHT_MAX, Primary, State, is_transition_valid,
@@ -27,6 +28,8 @@ pub enum Input<C> {
     GiveUp,
     Stop,
     Failover,
+    /// The old host of a switch-over has answered.
+    Reached,
     Answer(u64, claim::Event),
     Timer,
 }
@@ -48,11 +51,15 @@ pub struct Engine {
     connected: bool,
     work: Work,
     sealed: EpochId,
+    /// Of an earlier session, from which this one goes on.
+    base: EpochId,
     /// Epochs that wait for their acknowledgement, as the engine counts them.
     in_flight: u64,
     /// No epoch of the present copy was sealed yet.
     first: bool,
     handover: bool,
+    /// Whether a switch-over is to reverse the pair, where there is an arbiter.
+    reverses: bool,
     /// The next epoch does not fit.
     large: bool,
     /// A claim waits for its timer.
@@ -66,6 +73,7 @@ impl Engine {
         identity: HostIdentity,
         backup: HostId,
         arbiter: bool,
+        reverses: bool,
         record: Option<Record>,
     ) -> Option<Self> {
         let generation = match record {
@@ -75,26 +83,86 @@ impl Engine {
             }
             Some(_) => return None,
         };
-        Some(Self {
-            machine: Primary::new(arbiter, generation),
+        Some(Self::around(Primary::new(arbiter, generation), identity, backup, arbiter, reverses))
+    }
+
+    fn around(
+        machine: Primary,
+        identity: HostIdentity,
+        backup: HostId,
+        arbiter: bool,
+        reverses: bool,
+    ) -> Self {
+        Self {
+            sealed: machine.committed(),
+            base: machine.committed(),
+            machine,
             identity,
             backup,
             arbiter,
             asking: Asking::default(),
             connected: true,
             work: Work::Nothing,
-            sealed: EpochId(0),
             in_flight: 0,
             first: true,
             handover: false,
+            reverses,
             large: false,
             waits: false,
-        })
+        }
+    }
+
+    /// Of a machine that was handed over by what is its backup since; not connected yet.
+    #[must_use]
+    pub fn reversed(
+        identity: HostIdentity,
+        backup: HostId,
+        generation: Generation,
+        epoch: EpochId,
+    ) -> Self {
+        let machine = Primary::reversed(generation, epoch);
+        let engine = Self::around(machine, identity, backup, true, true);
+        Self { connected: false, first: false, ..engine }
+    }
+
+    /// Whether the old host of a switch-over has not answered yet.
+    #[must_use]
+    pub fn is_calling(&self) -> bool {
+        self.machine.state() == State::Calling
+    }
+
+    /// Whether this side is the backup of the pair that it was the primary of.
+    #[must_use]
+    pub fn is_heir(&self) -> bool {
+        self.machine.state() == State::Heir
+    }
+
+    #[must_use]
+    pub fn identity(&self) -> HostIdentity {
+        self.identity
+    }
+
+    #[must_use]
+    pub fn backup(&self) -> HostId {
+        self.backup
+    }
+
+    /// The epoch that this session goes on from.
+    #[must_use]
+    pub fn first(&self) -> EpochId {
+        self.base
+    }
+
+    /// The last epoch that was sealed.
+    #[must_use]
+    pub fn sealed(&self) -> EpochId {
+        self.sealed
     }
 
     #[must_use]
     pub fn is_over(&self) -> bool {
-        matches!(self.machine.state(), State::Alone | State::Gone | State::Stopped | State::Failed)
+        use State::{Alone, Failed, Gone, Heir, Stopped};
+        matches!(self.machine.state(), Alone | Gone | Heir | Stopped | Failed)
     }
 
     #[must_use]
@@ -133,7 +201,9 @@ impl Engine {
     pub fn input<V: Vm>(&mut self, input: Input<V::Content>, around: &mut Around<'_, V>) {
         match input {
             Input::Message(message) => self.message(message, around),
-            Input::Lost if self.connected => self.step(Event::PeerLost("lost".into()), around),
+            Input::Lost if self.connected || self.is_calling() => {
+                self.step(Event::PeerLost("lost".into()), around)
+            }
             Input::Copied if self.is_copying() => {
                 self.work = Work::Nothing;
                 self.step(Event::Synced, around);
@@ -147,7 +217,14 @@ impl Engine {
             }
             Input::GiveUp => self.step(Event::GiveUp("given up".into()), around),
             Input::Stop => self.step(Event::StopAsked, around),
-            Input::Failover => self.step(Event::FailoverAsked, around),
+            Input::Failover => {
+                let reversal = self.reversal();
+                self.step(Event::FailoverAsked { reversal }, around);
+            }
+            Input::Reached if self.is_calling() => {
+                self.connected = true;
+                self.step(Event::Reached, around);
+            }
             Input::Answer(number, event) => {
                 let ours = self.machine.generation().next();
                 let me = self.identity.host;
@@ -162,7 +239,7 @@ impl Engine {
                 let next = asked(&mut self.asking, around.effects, Asking::timer);
                 self.claim_went(next, around);
             }
-            Input::Lost | Input::Copied | Input::Due | Input::Timer => {}
+            Input::Lost | Input::Copied | Input::Due | Input::Timer | Input::Reached => {}
         }
     }
 
@@ -171,11 +248,20 @@ impl Engine {
             Message::Ack { epoch, generation } => self.acked(epoch, generation, around),
             Message::ResyncReady => self.step(Event::ResyncReady, around),
             Message::StopDone => {}
-            Message::HandedOver(generation) => self.step(Event::HandedOver(generation), around),
+            Message::HandedOver { generation, reversed } => {
+                self.step(Event::HandedOver { generation, reversed }, around);
+            }
             Message::Abort => self.step(Event::PeerLost("aborted".into()), around),
             _ if self.connected => self.step(Event::PeerLost("unexpected".into()), around),
             _ => {}
         }
+    }
+
+    fn reversal(&self) -> Option<Record> {
+        let generation = self.machine.generation().next();
+        let standing = Standing::Pair { primary: self.backup, backup: self.identity.host };
+        let record = Record { generation, vm: self.identity.vm, standing };
+        (self.reverses && self.arbiter).then_some(record)
     }
 
     fn acked<V: Vm>(&mut self, epoch: EpochId, generation: Generation, around: &mut Around<'_, V>) {
@@ -207,7 +293,12 @@ impl Engine {
         self.sealed = epoch;
         self.first = false;
         let generation = self.machine.generation();
-        around.send(Message::Seal(Seal { epoch, generation, handover, content }));
+        let kind = match (handover, self.reversal()) {
+            (false, _) => Handover::No,
+            (true, None) => Handover::Leave,
+            (true, Some(_)) => Handover::Reverse,
+        };
+        around.send(Message::Seal(Seal { epoch, generation, handover: kind, content }));
         self.in_flight += 1;
         if handover {
             self.work = Work::Nothing;
@@ -286,6 +377,8 @@ impl Engine {
                 around.vm(Vm::release);
             }
             Action::Destroy => *around.vm = None,
+            // It stands, and nothing of it leaves: what follows this engine has it, see `Host::settle`.
+            Action::Keep => {}
             Action::Close => {
                 if self.connected {
                     around.effects.push(Effect::Close);

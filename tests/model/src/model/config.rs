@@ -24,6 +24,8 @@ pub struct Config {
     pub give_ups: u8,
     /// Images that cannot be written.
     pub image_failures: u8,
+    /// Switch-overs reverse the pair.
+    pub reverses: bool,
     pub broken: Option<Broken>,
 }
 
@@ -40,6 +42,7 @@ impl Config {
         too_large: 0,
         give_ups: 0,
         image_failures: 0,
+        reverses: false,
         broken: None,
     };
 
@@ -66,6 +69,16 @@ impl Config {
                 about: "stops, switch-overs, take-overs by command",
                 crashes: 1,
                 asks: 2,
+                ..Self::BASE
+            },
+            Self {
+                name: "reversed",
+                about: "switch-overs that reverse the pair, there and back; either host killed",
+                epochs: 4,
+                crashes: 1,
+                arbiter_faults: 1,
+                asks: 2,
+                reverses: true,
                 ..Self::BASE
             },
             Self {
@@ -125,6 +138,7 @@ impl Config {
                     config.crashes = 2;
                     config.arbiter_faults = 1;
                 }
+                "reversed" => config.crashes = 2,
                 "copy-anew" => {
                     config.too_large = 2;
                     config.arbiter_faults = 1;
@@ -172,6 +186,7 @@ impl Config {
                 "too_large" => config.too_large = number,
                 "give_ups" => config.give_ups = number,
                 "image_failures" => config.image_failures = number,
+                "reverses" => config.reverses = number > 0,
                 _ => return Err(format!("there is no bound '{name}'")),
             }
         }
@@ -198,6 +213,9 @@ impl Config {
             Broken::HandedIsSaid => Self { asks: 1, ..base },
             Broken::OrphanStarts => Self { arbiter: false, ..base },
             Broken::ResyncWithoutClaim => Self { too_large: 1, ..base },
+            Broken::HeirStartsWithoutSwap | Broken::SpeaksBeforeReached => {
+                Self { asks: 1, crashes: 1, reverses: true, ..base }
+            }
         }
     }
 }

@@ -80,7 +80,7 @@ fn next(world: &World, config: &Config) -> Option<Act> {
     let mut acts = vec![];
     for at in [0, 1] {
         world.ordinary(at, config, &mut acts);
-        if is_alone(world, at) {
+        if is_alone(world, at) || is_forsaken(world, at) {
             acts.push(Act::Suspect(at));
         }
     }
@@ -97,6 +97,11 @@ fn is_alone(world: &World, at: At) -> bool {
         && !world.link.open[1 - at]
         && world.link.queues[at].is_empty()
         && !world.hosts[at].backup().is_some_and(|backup| backup.awaits_pages())
+}
+
+/// One of a reversed pair, and the other will not be reached.
+fn is_forsaken(world: &World, at: At) -> bool {
+    world.hosts[at].awaits() && !world.reaches(at) && !world.reaches(1 - at)
 }
 
 fn is_alive(world: &World, process: HostId) -> bool {

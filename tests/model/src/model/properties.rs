@@ -88,6 +88,25 @@ fn examples(config: &Config) -> Vec<Property<Protocol>> {
                 && world.hosts.iter().all(|host| host.alive && host.primary().is_none())
         }));
     }
+    if config.reverses {
+        all.push(Property::sometimes("a reversed pair is protected", |_, world: &World| {
+            let back = world.hosts[1].primary();
+            back.is_some_and(|p| p.machine.committed() > p.first() && p.is_connected())
+                && world.arbiter.generation().0 == 2
+        }));
+        all.push(Property::sometimes("a pair is reversed and back", |_, world: &World| {
+            let first = world.hosts[0].primary();
+            first.is_some_and(|p| p.is_connected() && p.machine.generation().0 == 3)
+                && world.arbiter.generation().0 == 3
+        }));
+        all.push(Property::sometimes("the old host goes on from the last epoch", |_, world| {
+            let world: &World = world;
+            world.ghost.started.len() == 2 && world.hosts[0].is_free()
+        }));
+        all.push(Property::sometimes("a new host loses what nobody heard", |_, world: &World| {
+            world.ghost.started.len() == 2 && world.hosts[1].alive && world.hosts[1].vm.is_none()
+        }));
+    }
     if config.too_large > 0 {
         all.push(Property::sometimes("a copy anew is protected", |_, world: &World| {
             let anew = |p: &Primary| p.machine.is_protected() && p.machine.generation().0 >= 3;

@@ -51,6 +51,7 @@ pub fn act(world: &World, act: Act) -> String {
         Act::Timer(at) => format!("{}'s wait is over", host(at)),
         Act::Stray(index) => format!("a late call arrives: {:?}", world.strays[index]),
         Act::Crash(at) => format!("{} is killed", host(at)),
+        Act::Reach(at) => format!("{} reaches its old host", host(at)),
         Act::Listen(at) => format!("{} listens for a primary", host(at)),
     }
 }

@@ -96,6 +96,8 @@ pub enum Act {
     /// A call from before arrives.
     Stray(usize),
     Crash(At),
+    /// The new primary of a reversed pair reaches its old host.
+    Reach(At),
     /// A process that has nothing listens for a primary.
     Listen(At),
 }
@@ -187,6 +189,9 @@ impl World {
         if host.waits() {
             acts.push(Act::Timer(at));
         }
+        if self.reaches(at) {
+            acts.push(Act::Reach(at));
+        }
         if let Some(backup) = host.backup()
             && (backup.awaits_pages() || config.broken.is_some())
         {
@@ -209,7 +214,7 @@ impl World {
         if !host.alive {
             return;
         }
-        if host.is_connected() {
+        if host.is_connected() || host.awaits() {
             acts.push(Act::Suspect(at));
         }
         if budget.crashes > 0 {
@@ -353,6 +358,7 @@ impl World {
                 self.arbiter.call(&action, Fate::Well);
             }
             Act::Crash(at) => self.crash(at),
+            Act::Reach(at) => self.reach(at, config),
             Act::Listen(at) => self.listen(at, config),
         }
         let standing = self.arbiter.generation();
@@ -404,7 +410,8 @@ impl World {
     fn connect(&mut self, at: At, config: &Config) {
         let record = self.arbiter.standing();
         let (me, backup) = (self.hosts[at].identity, self.hosts[1 - at].identity.host);
-        let Some(engine) = primary::Engine::open(me, backup, config.arbiter, record) else {
+        let (arbiter, reverses) = (config.arbiter, config.reverses);
+        let Some(engine) = primary::Engine::open(me, backup, arbiter, reverses, record) else {
             return;
         };
         self.link = Link { open: [true; 2], ..Link::default() };
@@ -418,6 +425,23 @@ impl World {
             engine.begin(&mut around);
         }
         self.carry_out(at, effects);
+    }
+
+    /// Whether this host is the new primary of a reversed pair, and its old one would take its call.
+    pub fn reaches(&self, at: At) -> bool {
+        let (host, other) = (&self.hosts[at], &self.hosts[1 - at]);
+        let calls = host.primary().filter(|primary| primary.is_calling());
+        let stands =
+            calls.is_some_and(|primary| self.arbiter.generation() == primary.machine.generation());
+        let awaited = other.backup().and_then(backup::Engine::awaits);
+        host.alive && other.alive && stands && awaited == Some(host.identity.host)
+    }
+
+    fn reach(&mut self, at: At, config: &Config) {
+        self.link = Link { open: [true; 2], ..Link::default() };
+        let me = self.hosts[at].identity;
+        self.tell_backup(1 - at, config, backup::Input::Arrival(me));
+        self.tell_primary(at, config, primary::Input::Reached);
     }
 
     fn carry_out(&mut self, at: At, effects: Vec<Effect<Position>>) {
@@ -434,7 +458,7 @@ impl World {
                 Effect::Call(number, action) => self.calls[at].queue.push_back((number, action)),
                 Effect::Close => self.link.open[at] = false,
                 Effect::Started { epoch, handover } => {
-                    if let Some(vm) = &self.hosts[at].vm {
+                    if let Some(vm) = &mut self.hosts[at].vm {
                         self.ghost.starts(at, vm, epoch, handover);
                     }
                 }
@@ -455,13 +479,28 @@ impl World {
 
     /// An engine that has ended leaves its connection and its calls behind.
     fn settle(&mut self, at: At) {
-        self.hosts[at].settle();
-        if matches!(self.hosts[at].role, Role::None) {
+        if self.hosts[at].settle() || matches!(self.hosts[at].role, Role::None) {
             self.abandon(at);
+            self.inherits(at);
         }
         if !self.hosts[at].is_connected() && matches!(self.hosts[at].role, Role::Backup(_)) {
             // A backup takes nothing of a session that it has left.
             self.link.queues[at].clear();
+        }
+    }
+
+    /// What has become the backup of a reversed pair has its last epoch, and has to go on from there if
+    /// its new primary is dead.
+    fn inherits(&mut self, at: At) {
+        let Some(backup) = self.hosts[at].backup() else { return };
+        let (Some(primary), Some(epoch)) = (backup.awaits(), backup.machine.committed()) else {
+            return;
+        };
+        self.ghost.accepts(at);
+        self.ghost.acknowledges(at, epoch);
+        let other = &self.hosts[1 - at];
+        if !(other.alive && other.identity.host == primary) {
+            self.ghost.owes = Some(at);
         }
     }
 
@@ -513,8 +552,23 @@ impl World {
             matches!(record.standing, replication::ownership::Standing::Pair { .. })
         });
         let state = self.hosts[at].backup().map(|backup| backup.machine.state());
+        // It has handed the machine over, and the record says that it is the backup.
+        let inherits = self.hosts[at].primary().is_some_and(|primary| {
+            let me = self.hosts[at].identity.host;
+            self.arbiter.standing().is_some_and(|record| {
+                let standing = replication::ownership::Standing::Pair {
+                    primary: primary.backup(),
+                    backup: me,
+                };
+                record.standing == standing
+            })
+        });
+        if inherits {
+            return true;
+        }
         let sound = self.hosts[at].backup().is_some_and(backup::Engine::is_sound);
-        pair && sound && matches!(state, Some(BackupState::Replica | BackupState::Claiming))
+        use BackupState::{Claiming, Heir, Replica};
+        pair && sound && matches!(state, Some(Replica | Heir | Claiming))
     }
 
     fn listen(&mut self, at: At, config: &Config) {

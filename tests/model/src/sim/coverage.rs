@@ -23,13 +23,15 @@ fn name(step: Step) -> String {
 #[must_use]
 pub fn all() -> Vec<String> {
     let claiming = [Purpose::PeerLost, Purpose::Stop, Purpose::Resync, Purpose::GiveUp];
-    let mut primaries = vec![P::Syncing, P::Pairing, P::Protected, P::HandingOver, P::Undecided];
+    let mut primaries = vec![P::Calling, P::Syncing, P::Pairing, P::Protected, P::HandingOver];
+    primaries.push(P::Undecided);
     primaries.extend(claiming.map(P::Claiming));
-    primaries.extend([P::Alone, P::Gone, P::Stopped, P::Failed]);
+    primaries.extend([P::Alone, P::Gone, P::Heir, P::Stopped, P::Failed]);
     let backups = [
         B::Idle,
         B::Syncing,
         B::Replica,
+        B::Heir,
         B::Claiming,
         B::Orphan,
         B::Starting,

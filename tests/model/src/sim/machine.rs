@@ -191,6 +191,20 @@ impl Vm for Machine {
         image.lines.clone_from(&content.lines);
     }
 
+    fn start_held(image: &Image) -> Self {
+        let mut machine = Self::with(Guest::start_held(&image.position), image.pages);
+        machine.held = image.lines.iter().map(|line| (None, Output::Line(*line))).collect();
+        machine
+    }
+
+    fn kept(&self) -> Image {
+        let lines = self.held.iter().filter_map(|(_, output)| match output {
+            Output::Line(line) => Some(*line),
+            Output::Response { .. } => None,
+        });
+        Image { position: self.history.kept(), pages: self.pages, lines: lines.collect() }
+    }
+
     fn start(image: &Image) -> Self {
         let mut machine = Self::with(Guest::start(&image.position), image.pages);
         machine.out = image.lines.iter().map(|line| Output::Line(*line)).collect();

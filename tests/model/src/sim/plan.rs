@@ -7,6 +7,8 @@ use rand::rngs::StdRng;
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub arbiter: bool,
+    /// Whether switch-overs reverse the pair, where there is an arbiter.
+    pub reverses: bool,
     /// When faults stop, and when the run ends.
     pub faults_end_us: u64,
     pub end_us: u64,
@@ -31,6 +33,7 @@ impl Plan {
         let faults_end_us = rng.random_range(2 * S..12 * S);
         Self {
             arbiter: rng.random_ratio(2, 3),
+            reverses: rng.random_ratio(1, 2),
             faults_end_us,
             // A claim waits for 5 s at most between its tries, a host sleeps for 1.5 s at most, and a
             // backup that does nothing is given up after 2 s.

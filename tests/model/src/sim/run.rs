@@ -68,8 +68,15 @@ enum Event {
     LostSoon(usize),
     CrashSoon(usize),
     FailoverSoon(usize),
+    LargeSoon(usize),
+    GiveUpSoon(usize),
+    ImageSoon(usize),
     Repair,
     Connect(usize),
+    /// The new primary of a reversed pair calls its old host.
+    Reach(usize, u64),
+    /// One of such a pair has waited for the other long enough.
+    Forsaken(usize, u64),
 }
 
 /// For the queue: the time, and the order in which events were made.
@@ -168,6 +175,8 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
     let mut plan = Plan::draw(&mut rng);
     if let Some(broken) = broken {
         plan.arbiter = broken != Broken::OrphanStarts;
+        plan.reverses |=
+            matches!(broken, Broken::HeirStartsWithoutSwap | Broken::SpeaksBeforeReached);
     }
     let mut run = Run {
         hosts: [
@@ -323,6 +332,9 @@ impl Run {
             Event::StopSoon(at) => self.stop(at),
             Event::LostSoon(at) => self.input(at, || primary::Input::Lost, || backup::Input::Lost),
             Event::FailoverSoon(at) => self.fail_over(at),
+            Event::LargeSoon(at) => self.tell_primary(at, primary::Input::TooLarge),
+            Event::ImageSoon(at) => self.image_fails(at),
+            Event::GiveUpSoon(at) => self.tell_primary(at, primary::Input::GiveUp),
             Event::CrashSoon(at) => {
                 self.crash(at);
                 Ok(())
@@ -338,6 +350,11 @@ impl Run {
             Event::Ask => self.ask(),
             Event::Repair => self.repair(),
             Event::Connect(at) => self.connect(at),
+            Event::Reach(at, life) if self.is_current(at, life) => self.reach(at),
+            Event::Forsaken(at, life) if self.is_current(at, life) && self.hosts[at].awaits() => {
+                self.input(at, || primary::Input::Lost, || backup::Input::Lost)
+            }
+            Event::Reach(..) | Event::Forsaken(..) => Ok(()),
         }
     }
 
@@ -384,6 +401,8 @@ fn of(event: &Event) -> Option<usize> {
         | Event::Copied(at, _)
         | Event::Timer(at, _)
         | Event::Answer(at, ..)
+        | Event::Reach(at, _)
+        | Event::Forsaken(at, _)
         | Event::Connect(at) => Some(*at),
         Event::Call(..)
         | Event::Stray(_)
@@ -395,6 +414,9 @@ fn of(event: &Event) -> Option<usize> {
         | Event::LostSoon(_)
         | Event::CrashSoon(_)
         | Event::FailoverSoon(_)
+        | Event::LargeSoon(_)
+        | Event::GiveUpSoon(_)
+        | Event::ImageSoon(_)
         | Event::Heal(_)
         | Event::ArbiterHeals(_)
         | Event::Ask

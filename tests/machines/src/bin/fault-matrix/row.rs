@@ -19,6 +19,10 @@ pub enum End {
     B,
     /// A, and it is protected by B.
     Pair,
+    /// B, and it is protected by A, which handed the VM over.
+    Reversed,
+    /// A, which had handed the VM over and took it over again.
+    Back,
     /// The VM is gone on both sides.
     Nobody,
 }
@@ -90,6 +94,8 @@ pub struct Prepared {
     pub receive: &'static str,
     /// Puts the images where the row wants them.
     pub images: Option<fn(&Path) -> Result<Kept>>,
+    /// The VM has no disk, and A is to be its backup after a switch-over.
+    pub reverses: bool,
     /// How long a client waits for an answer.
     pub silence_limit: Duration,
     /// Each side has a wall clock of its own, see [`Scene::turn_clock`].
@@ -106,6 +112,7 @@ impl Default for Prepared {
             options: "",
             receive: "",
             images: None,
+            reverses: false,
             silence_limit: Duration::from_secs(30),
             has_clocks: false,
             has_failures: false,
@@ -172,6 +179,13 @@ impl Row {
     #[must_use]
     pub fn fault(mut self, place: Place, point: &'static str, action: Does) -> Self {
         self.prepared.faults.push(Fault { place, point, action });
+        self
+    }
+
+    /// A switch-over reverses the pair.
+    #[must_use]
+    pub fn reverses(mut self) -> Self {
+        self.prepared.reverses = true;
         self
     }
 

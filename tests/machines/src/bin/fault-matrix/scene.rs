@@ -37,8 +37,9 @@ const HELD: Duration = Duration::from_millis(1500);
 const SETTLED: Duration = Duration::from_millis(150);
 /// A VM of a vCPU is enough to be lost, and quickly copied.
 const MEMORY: &str = "64M";
-/// Where the backup listens.
+/// Where the backup listens, and where the old primary does after a switch-over.
 const PORT: u16 = 4400;
+const RETURN_PORT: u16 = 4401;
 
 /// A pair and its surroundings. A begins as the primary, B as the backup.
 pub struct Scene {
@@ -65,9 +66,14 @@ pub struct Scene {
 impl Scene {
     /// Starts all of them; with `prepared.is_protected` the pair is one, and the clients at work.
     pub fn start(folder: &Path, kind: Kind, prepared: &Prepared, clients: u32) -> Result<Self> {
-        let setup = round::setup(folder, 1, MEMORY, Disk::Replicated)?;
+        let disk = if prepared.reverses { Disk::None } else { Disk::Replicated };
+        let mut setup = round::setup(folder, 1, MEMORY, disk)?;
         let kept = prepared.images.map_or(Ok(vec![]), |prepare| prepare(folder))?;
         let world = World::new()?;
+        if prepared.reverses {
+            let back = format!(",return_url=tcp:{}:{RETURN_PORT}", world.a.address);
+            setup.replicate_options.push_str(&back);
+        }
         let arbiter = Arbiter::new(kind, folder, &world)?;
         let setup = complete(setup, folder, &arbiter, prepared)?;
         if prepared.has_clocks {
@@ -341,6 +347,21 @@ impl Scene {
 
     pub fn wait_b_took_over(&mut self) -> Result<()> {
         self.b.wait_state(ReplicationState::TakenOver, LIMIT).map(|_| ())
+    }
+
+    /// A side runs the VM, and the other one protects it.
+    pub fn wait_reversed(&mut self) -> Result<()> {
+        self.b.wait("B to be protected by A", LIMIT, |vmm| {
+            let info = vmm.replication().ok()?;
+            let is_primary = info.role == api::replication::Role::Primary;
+            (is_primary && info.state == ReplicationState::Protected).then_some(())
+        })?;
+        self.a.wait_state(ReplicationState::Protected, LIMIT).map(|_| ())
+    }
+
+    /// B, as the primary of a VM that was handed over, goes on without its backup.
+    pub fn wait_b_alone(&mut self) -> Result<()> {
+        self.b.wait_state(ReplicationState::Degraded, LIMIT).map(|_| ())
     }
 
     /// Who of two that live has won.

@@ -68,6 +68,8 @@ pub fn who(end: End) -> &'static str {
         End::A => "A alone",
         End::B => "B",
         End::Pair => "the pair",
+        End::Reversed => "B, with A as its backup",
+        End::Back => "A, from the hand-over",
         End::Nobody => "nobody",
     }
 }

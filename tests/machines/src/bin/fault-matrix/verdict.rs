@@ -9,7 +9,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use api::replication::ReplicationState;
+use api::replication::{ReplicationState, Role};
 use understudy_tests::kv::client::Client;
 use understudy_tests::kv::crowd::Seen;
 use understudy_tests::kv::history::Operation;
@@ -36,14 +36,16 @@ pub fn settle(mut scene: Scene, end: End, row: &Row) -> Result<Outcome> {
         End::A => alone(&mut scene, Place::A, Place::B)?,
         End::B => alone(&mut scene, Place::B, Place::A)?,
         End::Pair => pair(&mut scene)?,
+        End::Reversed => reversed(&mut scene)?,
+        End::Back => back(&mut scene)?,
         End::Nobody => nobody(&mut scene)?,
     }
     let records = scene.arbiter.records(&scene.world)?;
     let blow = scene.blow_at().context("the row has not said when it strikes")?;
     let mut seen = scene.take_crowd()?.finish();
     let survivor = match end {
-        End::A | End::Pair => Some(Place::A),
-        End::B => Some(Place::B),
+        End::A | End::Pair | End::Back => Some(Place::A),
+        End::B | End::Reversed => Some(Place::B),
         End::Nobody => None,
     };
     if let Some(survivor) = survivor {
@@ -55,7 +57,8 @@ pub fn settle(mut scene: Scene, end: End, row: &Row) -> Result<Outcome> {
     let Seen { mut operations, mut violations, .. } = seen;
     operations.extend(scene.take_before());
     violations.retain(|violation| !is_allowed(violation, row, end));
-    let image = survivor.map(|place| scene.image(place));
+    let has_disk = !row.prepared.reverses;
+    let image = survivor.filter(|_| has_disk).map(|place| scene.image(place));
     violations.extend(judge::judge(&operations, image.as_deref())?.violations);
     if !violations.is_empty() {
         let found: Vec<String> = violations.iter().take(4).map(Violation::chain).collect();
@@ -74,6 +77,10 @@ fn alone(scene: &mut Scene, survivor: Place, other: Place) -> Result<()> {
     scene.wait_served()?;
     let (wanted, event) = match survivor {
         Place::A => (ReplicationState::Degraded, "replication-degraded"),
+        // It has it by a switch-over, and was told of a backup.
+        _ if scene.b.replication()?.role == Role::Primary => {
+            (ReplicationState::Degraded, "replication-degraded")
+        }
         _ => (ReplicationState::TakenOver, "failover-finished"),
     };
     let found = scene.vmm(survivor).replication()?.state;
@@ -84,7 +91,9 @@ fn alone(scene: &mut Scene, survivor: Place, other: Place) -> Result<()> {
     let is_told = is_early || scene.has_event(survivor, event);
     ensure!(is_told, "{survivor:?} has not shown {event}");
     scene.wait_without_vm(other)?;
-    if other == Place::A && scene.a.is_alive() {
+    let is_backup =
+        other == Place::A && scene.a.is_alive() && scene.a.replication()?.role == Role::Backup;
+    if other == Place::A && scene.a.is_alive() && !is_backup {
         scene.a.wait_state(ReplicationState::Lost, LIMIT)?;
         let mut told = ["replication-lost", "failover-finished"].iter();
         ensure!(told.any(|name| scene.has_event(other, name)), "A does not say that it lost");
@@ -107,6 +116,35 @@ fn pair(scene: &mut Scene) -> Result<()> {
     ensure!(info.state == ReplicationState::Protected, "A is {:?}", info.state);
     ensure!(info.epoch_committed > committed, "no epoch was committed after {committed}");
     ensure!(scene.world.b.frames()? == before, "B speaks beside its primary");
+    Ok(())
+}
+
+/// B goes on, and A has an epoch of it, and then the next.
+fn reversed(scene: &mut Scene) -> Result<()> {
+    scene.wait_served()?;
+    scene.wait_reversed()?;
+    ensure!(scene.has_event(Place::B, "replication-reversed"), "B was not told of its backup");
+    ensure!(!scene.has_event(Place::B, "replication-degraded"), "B was without a backup");
+    scene.wait_without_vm(Place::A)?;
+    let before = scene.world.a.frames()?;
+    let committed = scene.b.replication()?.epoch_committed;
+    scene.wait_served()?;
+    let found = scene.b.replication()?.epoch_committed;
+    ensure!(found > committed, "no epoch was committed after {committed}");
+    ensure!(scene.world.a.frames()? == before, "A speaks beside its primary");
+    Ok(())
+}
+
+/// A goes on, which was the VM's backup by then; B is dead, or lost it.
+fn back(scene: &mut Scene) -> Result<()> {
+    scene.wait_served()?;
+    let found = scene.a.replication()?.state;
+    ensure!(found == ReplicationState::TakenOver, "A goes on and is {found:?}");
+    scene.wait_without_vm(Place::B)?;
+    let before = scene.world.b.frames()?;
+    scene.wait_served()?;
+    let after = scene.world.b.frames()?;
+    ensure!(before == after, "B lost the VM and sent {} frames", after - before);
     Ok(())
 }
 

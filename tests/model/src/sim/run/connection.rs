@@ -1,7 +1,8 @@
 //! The connection between the hosts.
 
 use super::{
-    Around, Event, Item, Message, Role, Run, SEALS_MAX, STALL_TIMEOUTS, VM, Way, backup, primary,
+    Around, Event, Item, MS, Message, Role, Run, SEALS_MAX, STALL_TIMEOUTS, VM, Way, backup,
+    primary,
 };
 use crate::broken::Broken;
 
@@ -130,17 +131,11 @@ impl Run {
         }
         let backup = self.hosts[other].identity.host;
         let record = self.arbiter.standing();
-        let Some(engine) = primary::Engine::open(me, backup, self.plan.arbiter, record) else {
+        let (arbiter, reverses) = (self.plan.arbiter, self.plan.reverses);
+        let Some(engine) = primary::Engine::open(me, backup, arbiter, reverses, record) else {
             return Ok(());
         };
-        self.session += 1;
-        for host in [at, other] {
-            let cut = self.ways[host].cut;
-            self.ways[host] = Way { open: true, cut, ..Way::default() };
-            let beside = &mut self.beside[host];
-            (beside.heard_us, beside.progress_us) = (self.now_us, self.now_us);
-            beside.pages = 0;
-        }
+        self.link();
         self.hosts[at].role = Role::Primary(engine);
         self.ghost.accepts(other);
         self.tell_backup(other, backup::Input::Arrival(me))?;
@@ -151,12 +146,52 @@ impl Run {
             engine.begin(&mut around);
         }
         self.carry_out(at, effects)?;
-        for host in [at, other] {
+        self.beats(at);
+        Ok(())
+    }
+
+    /// A new session's connection.
+    fn link(&mut self) {
+        self.session += 1;
+        for host in [0, 1] {
+            let cut = self.ways[host].cut;
+            self.ways[host] = Way { open: true, cut, ..Way::default() };
+            let beside = &mut self.beside[host];
+            (beside.heard_us, beside.progress_us) = (self.now_us, self.now_us);
+            beside.pages = 0;
+        }
+    }
+
+    /// What goes on by itself in a session of this primary.
+    fn beats(&mut self, primary: usize) {
+        for host in [0, 1] {
             let life = self.beside[host].life;
             self.after(self.plan.heartbeat_us, Event::Beat(host, life));
             self.after(self.plan.timeout_us, Event::Check(host, life));
         }
-        self.after(self.plan.epoch_us, Event::Due(at, self.beside[at].life));
+        self.after(self.plan.epoch_us, Event::Due(primary, self.beside[primary].life));
+    }
+
+    /// The new primary of a reversed pair calls its old host, until that answers or the time is over.
+    pub(super) fn reach(&mut self, at: usize) -> Result<(), String> {
+        let (host, other) = (&self.hosts[at], &self.hosts[1 - at]);
+        let Some(primary) = host.primary().filter(|primary| primary.is_calling()) else {
+            return Ok(());
+        };
+        let stands = self.arbiter.generation() == primary.machine.generation();
+        let awaited = other.backup().and_then(backup::Engine::awaits) == Some(host.identity.host);
+        let is_cut = self.ways.iter().any(|way| way.cut);
+        let sleeps = self.beside[1 - at].asleep_us > self.now_us;
+        if !(stands && awaited && other.alive) || is_cut || sleeps {
+            let again_us = self.about(20 * MS);
+            self.after(again_us, Event::Reach(at, self.beside[at].life));
+            return Ok(());
+        }
+        let me = host.identity;
+        self.link();
+        self.tell_backup(1 - at, backup::Input::Arrival(me))?;
+        self.tell_primary(at, primary::Input::Reached)?;
+        self.beats(at);
         Ok(())
     }
 }

@@ -70,8 +70,8 @@ impl Run {
                     self.ways[at].grace_us = self.now_us + self.up_to(busy_us);
                 }
                 Effect::Started { epoch, handover } => {
-                    if let Some(vm) = &self.hosts[at].vm {
-                        self.ghost.starts(at, &vm.history, epoch, handover);
+                    if let Some(vm) = &mut self.hosts[at].vm {
+                        self.ghost.starts(at, &mut vm.history, epoch, handover);
                     }
                 }
                 Effect::StartFailed => self.ghost.is_start_lost = true,
@@ -139,10 +139,49 @@ impl Run {
 
     /// An engine that has ended leaves its connection and its calls behind.
     pub(super) fn settle(&mut self, at: usize) {
-        let had = !matches!(self.hosts[at].role, Role::None);
-        self.hosts[at].settle();
-        if had && matches!(self.hosts[at].role, Role::None) {
+        if self.hosts[at].settle() {
             self.abandon(at, true);
+            self.inherits(at);
+        }
+    }
+
+    /// Where a pair was reversed the new primary calls its old host, which waits for that.
+    fn inherits(&mut self, at: usize) {
+        let life = self.beside[at].life;
+        if self.hosts[at].primary().is_some_and(primary::Engine::is_calling) {
+            let soon_us = self.up_to(20 * MS);
+            self.after(soon_us, Event::Reach(at, life));
+            self.after(self.plan.timeout_us, Event::Forsaken(at, life));
+            self.disturbs(at);
+        }
+        let Some(backup) = self.hosts[at].backup() else { return };
+        let (Some(primary), Some(epoch)) = (backup.awaits(), backup.machine.committed()) else {
+            return;
+        };
+        self.ghost.accepts(at);
+        self.ghost.acknowledges(at, epoch);
+        let other = &self.hosts[1 - at];
+        if !(other.alive && other.identity.host == primary) {
+            self.ghost.owes = Some(at);
+        }
+        self.after(2 * self.plan.timeout_us, Event::Forsaken(at, life));
+    }
+
+    /// What befalls a pair that was reversed before it is connected.
+    fn disturbs(&mut self, at: usize) {
+        if self.are_faults_over() {
+            return;
+        }
+        let soon_us = self.up_to(10 * MS);
+        match self.rng.random_range(0..16) {
+            0 | 1 => self.after(0, Event::LargeSoon(at)),
+            2 => self.after(soon_us, Event::StopSoon(at)),
+            3 => self.after(soon_us, Event::GiveUpSoon(at)),
+            4 => self.after(soon_us, Event::CrashSoon(at)),
+            5 => self.after(soon_us, Event::CrashSoon(1 - at)),
+            6 => self.after(soon_us, Event::StopSoon(1 - at)),
+            7 => self.after(soon_us, Event::ImageSoon(1 - at)),
+            _ => {}
         }
     }
 

@@ -146,7 +146,8 @@ impl Run {
             return;
         }
         let protected = self.hosts[at].primary().is_some_and(|primary| {
-            matches!(primary.machine.state(), PrimaryState::Protected | PrimaryState::HandingOver)
+            use PrimaryState::{Calling, HandingOver, Protected};
+            matches!(primary.machine.state(), Calling | Protected | HandingOver)
         });
         let pair = !self.plan.arbiter
             || self.arbiter.standing().is_some_and(|record| {
@@ -159,9 +160,19 @@ impl Run {
             sound
                 && matches!(
                     state,
-                    BackupState::Replica | BackupState::Claiming | BackupState::Orphan
+                    BackupState::Replica
+                        | BackupState::Heir
+                        | BackupState::Claiming
+                        | BackupState::Orphan
                 )
         });
+        // It has handed the machine over, and the record says that it is the backup.
+        let inherits = self.hosts[1 - at].primary().is_some_and(|primary| {
+            let backup = self.hosts[1 - at].identity.host;
+            let standing = Standing::Pair { primary: primary.backup(), backup };
+            self.arbiter.standing().is_some_and(|record| record.standing == standing)
+        });
+        let replica = replica || inherits;
         self.ghost.gives_up(at);
         let runs = self.arbiter.standing();
         if runs.is_none_or(|record| record.runs_on() == self.hosts[at].identity.host) {
@@ -190,6 +201,17 @@ impl Run {
                 self.fail_over(at)?;
                 if self.hosts[at].primary().is_some() {
                     self.and_more(at);
+                }
+                if self.rng.random_ratio(1, 3) {
+                    // It is cut while the other asks the arbiter, and then a person ends it.
+                    let cut_us = self.up_to(6 * self.plan.delay_us_max);
+                    let stop_us = cut_us + self.up_to(self.plan.arbiter_us_max);
+                    if self.rng.random_ratio(1, 2) {
+                        self.after(cut_us, Event::GiveUpSoon(at));
+                    } else {
+                        self.after(cut_us, Event::LostSoon(at));
+                        self.after(stop_us, Event::StopSoon(at));
+                    }
                 }
             }
             _ => self.force(at)?,

@@ -203,7 +203,7 @@ fn resync(scene: &mut Scene, victim: Option<Place>, end: End) -> Result<End> {
     match end {
         End::Nobody => scene.b.wait_state(ReplicationState::Disconnected, LIMIT).map(drop)?,
         End::A => scene.wait_a_alone().map(drop)?,
-        End::Pair | End::B => scene.wait_protected()?,
+        End::Pair | End::Reversed | End::Back | End::B => scene.wait_protected()?,
     }
     if end != End::Nobody {
         scene.gather_anew()?;

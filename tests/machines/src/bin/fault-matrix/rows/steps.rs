@@ -286,7 +286,7 @@ fn switch_over() -> Vec<Row> {
             match end {
                 End::A => drop(scene.wait_a_alone()?),
                 End::B => scene.wait_b_took_over()?,
-                End::Pair | End::Nobody => {}
+                End::Pair | End::Reversed | End::Back | End::Nobody => {}
             }
             // Its answer is of a VM that may be elsewhere by now.
             let _ = waits.join();
@@ -331,7 +331,71 @@ fn switch_over() -> Vec<Row> {
     }
     rows.push(switch_over_cut());
     rows.push(switch_over_without_arbiter());
+    rows.extend(reversals());
     rows
+}
+
+/// A switch-over that reverses the pair, and one of the two is lost before they are connected.
+fn reversals() -> Vec<Row> {
+    let act = |scene: &mut Scene| {
+        scene.blow();
+        scene.a.put_ok("vm.failover", Some(r#"{"force":false}"#))?;
+        scene.wait_reversed()?;
+        Ok(End::Reversed)
+    };
+    let what = "The VM is handed over to B, and A is its backup from then on (return_url)";
+    let mut rows = vec![Row::new("reverse", what, Expect::Only(End::Reversed), act).reverses()];
+    for (point, when) in [
+        ("swapped", "once the record says that it runs the VM, which it does not know"),
+        ("start", "before that runs"),
+        ("started", "once that runs, and nobody was told"),
+    ] {
+        let act = move |scene: &mut Scene| {
+            scene.blow();
+            scene.arm(Place::B)?;
+            let waits = scene.ask_failover();
+            scene.wait_killed(Place::B)?;
+            scene
+                .a
+                .wait_state(api::replication::ReplicationState::TakenOver, crate::scene::LIMIT)?;
+            let _ = waits.join();
+            Ok(End::Back)
+        };
+        let what = format!("The pair is reversed, and B is killed {when}");
+        let row = Row::new(format!("reverse-kill-b-{point}"), what, Expect::Only(End::Back), act);
+        rows.push(row.reverses().fault(Place::B, point, Does::Kill));
+    }
+    let act = |scene: &mut Scene| {
+        scene.blow();
+        scene.arm(Place::A)?;
+        let waits = scene.ask_failover();
+        scene.wait_killed(Place::A)?;
+        scene.wait_b_alone()?;
+        let _ = waits.join();
+        Ok(End::B)
+    };
+    let what = "The pair is reversed, and A is killed once B has the last epoch";
+    let row = Row::new("reverse-kill-a-handed", what, Expect::Only(End::B), act);
+    rows.push(row.reverses().fault(Place::A, "handed", Does::Kill));
+    rows.push(reversal_cut());
+    rows
+}
+
+fn reversal_cut() -> Row {
+    let act = |scene: &mut Scene| {
+        scene.blow();
+        scene.arm(Place::B)?;
+        let waits = scene.ask_failover();
+        scene.wait_reached(Place::B)?;
+        scene.world.cut(Place::A, Place::B)?;
+        scene.go_on(Place::B)?;
+        scene.wait_b_alone()?;
+        let _ = waits.join();
+        Ok(End::B)
+    };
+    let what = "The pair is reversed, and A and B are cut apart as B starts the VM";
+    let row = Row::new("reverse-cut", what, Expect::Only(End::B), act).reverses();
+    row.fault(Place::B, "started", Does::Wait)
 }
 
 fn switch_over_cut() -> Row {

@@ -1,0 +1,330 @@
+//! Planned switch-overs whose old host is wanted as the new one's backup.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use api::replication::{Compression, ReplicateData, ReplicationState};
+
+use super::pair::{Backup, Primary};
+use super::{Workers, receive_options, replicate, small_machine, until};
+use crate::backup::{receive_at, receive_back};
+use crate::handover::{Legacy, WayBack};
+use crate::ids::{PAGE_SIZE, PageIndex};
+use crate::observer::Event;
+use crate::ownership::{Arbiter, FileArbiter, HostIdentity, Record, Standing};
+use crate::primary::{PrimaryHandle, protect_back};
+use crate::ram::Ram;
+use crate::testing::{Machine, MemoryBuilder, MemoryGuest, Recorder, counters, memory};
+use crate::transport::Address;
+
+/// A port that is free at the moment.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn record(dir: &Path) -> Record {
+    FileArbiter::new(dir.to_owned()).read().unwrap().unwrap()
+}
+
+/// A VM that B has been handed, with what either host is left with.
+struct Handed {
+    dir: tempfile::TempDir,
+    arbiter: bool,
+    return_port: u16,
+    /// What was A's.
+    machine: Arc<Machine>,
+    legacy: Legacy,
+    b: Backup,
+    way_back: WayBack,
+    /// What is B's.
+    moved: Arc<Machine>,
+}
+
+fn options(url: &str, dir: Option<&Path>, return_port: u16) -> ReplicateData {
+    ReplicateData {
+        return_url: Some(format!("tcp:127.0.0.1:{return_port}")),
+        compression: Compression::None,
+        reconnect: true,
+        epoch_min_ms: 1,
+        timeout_ms: 1500,
+        ..replicate(url, dir)
+    }
+}
+
+impl Handed {
+    fn over(machine: Arc<Machine>, workers: Option<Workers>, arbiter: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let records = arbiter.then(|| dir.path());
+        let b = Backup::start(records);
+        let return_port = free_port();
+        let options = options(&b.url(), records, return_port);
+        let a = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+        a.events.wait(|event| *event == Event::Synced).unwrap();
+        let more = a.handle.info().epoch_committed + 3;
+        machine.work(0, PageIndex(1), 1).unwrap();
+        if workers.is_some() {
+            until(|| a.handle.info(), |info| info.epoch_committed >= more);
+        }
+        a.handle.failover(false).unwrap();
+        let way_back = b.handle.take_way_back().expect("somebody wants it back");
+        let legacy = a.handle.take_legacy().expect("this host has its memory");
+        a.handle.join();
+        b.handle.join();
+        if let Some(workers) = workers {
+            workers.join();
+        }
+        assert_eq!(b.wrong(), Vec::<String>::new());
+        let image = b.log.started.lock().unwrap().clone().expect("the replica runs");
+        let moved = Machine::going_on(image, &b.log);
+        Self { dir, arbiter, return_port, machine, legacy, b, way_back, moved }
+    }
+
+    fn records(&self) -> Option<&Path> {
+        self.arbiter.then(|| self.dir.path())
+    }
+
+    /// A listens at the return address, around what it has.
+    fn listen(&self) -> Backup {
+        let builder =
+            MemoryBuilder { kept: Some(self.machine.ram().clone()), ..MemoryBuilder::default() };
+        let (log, events) = (Arc::clone(&builder.log), Arc::new(Recorder::default()));
+        let mut options = receive_options(self.records());
+        options.receiver_url = format!("tcp:127.0.0.1:{}", self.return_port);
+        options.timeout_ms = 1500;
+        let handle = receive_back(builder, options, self.legacy.clone(), events.clone()).unwrap();
+        Backup { handle, events, log }
+    }
+
+    /// B protects what it was handed.
+    fn protect(&self) -> (PrimaryHandle, Arc<Recorder>) {
+        let events = Arc::new(Recorder::default());
+        let guest = MemoryGuest(Arc::clone(&self.moved));
+        let identity = self.b.handle.identity();
+        let handle = protect_back(guest, self.way_back.clone(), identity, events.clone()).unwrap();
+        (handle, events)
+    }
+}
+
+/// What the world heard of these machines, in whose order each goes on from the one before, is in the
+/// image.
+fn nothing_is_lost(image: &Ram, machines: &[&Machine]) {
+    for machine in machines {
+        for (worker, (has, heard)) in counters(image).iter().zip(machine.released()).enumerate() {
+            assert!(*has >= heard, "worker {worker}: told {heard}, the image has {has}");
+        }
+    }
+}
+
+fn with_workers(seed: u64) -> Handed {
+    let machine = small_machine();
+    let workers = Workers::start(&machine, 3, seed);
+    Handed::over(machine, Some(workers), true)
+}
+
+#[test]
+fn the_pair_is_reversed_in_one_swap_and_output_waits_for_the_old_host() {
+    let handed = with_workers(3);
+    assert!(handed.way_back.is_reversed() && handed.legacy.is_heir());
+    let (a, b) = (handed.legacy.identity.host, handed.b.handle.identity().host);
+    let standing = record(handed.dir.path());
+    assert_eq!(standing.generation.0, 2);
+    assert_eq!(standing.standing, Standing::Pair { primary: b, backup: a });
+    // The guest runs, and nothing leaves.
+    assert!(handed.moved.is_holding() && handed.moved.is_tracking());
+    let workers = Workers::start(&handed.moved, 3, 4);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert_eq!(handed.moved.released_count(), 0);
+    let heir = handed.listen();
+    let (primary, events) = handed.protect();
+    events.wait(|event| *event == Event::Reversed).unwrap();
+    let first = primary.info().epoch_committed;
+    until(|| primary.info(), |info| info.epoch_committed > first + 10);
+    assert!(handed.moved.released_count() > 0 && handed.moved.is_holding());
+    let info = primary.info();
+    assert_eq!((info.state, info.generation), (ReplicationState::Protected, 2));
+    let standing = record(handed.dir.path());
+    assert_eq!(standing.generation.0, 2, "there was no other record in between: {standing}");
+    assert_eq!(heir.handle.info().state, ReplicationState::Protected);
+    // And back, in the same way.
+    primary.failover(false).unwrap();
+    heir.handle.join();
+    primary.join();
+    workers.join();
+    assert_eq!(heir.wrong(), Vec::<String>::new());
+    let image = heir.log.started.lock().unwrap().clone().unwrap();
+    nothing_is_lost(&image, &[&handed.machine, &handed.moved]);
+    let standing = record(handed.dir.path());
+    assert_eq!(standing.standing, Standing::Pair { primary: a, backup: b });
+    assert_eq!(standing.generation.0, 3);
+}
+
+#[test]
+fn an_old_host_that_nobody_calls_goes_on_from_the_last_epoch() {
+    let handed = with_workers(5);
+    // B's guest runs for a while, and B is lost before anybody heard of that.
+    for step in 0..20 {
+        handed.moved.work(1, PageIndex(5), step).unwrap();
+    }
+    assert_eq!(handed.moved.released_count(), 0);
+    let heir = handed.listen();
+    heir.handle.join();
+    assert_eq!(heir.handle.info().state, ReplicationState::TakenOver);
+    assert_eq!(heir.wrong(), Vec::<String>::new());
+    let standing = record(handed.dir.path());
+    assert_eq!(standing.generation.0, 3);
+    assert_eq!(standing.standing, Standing::Solo { owner: handed.legacy.identity.host });
+    let image = heir.log.started.lock().unwrap().clone().unwrap();
+    nothing_is_lost(&image, &[&handed.machine, &handed.moved]);
+    // B wakes up: it lost the VM, and says nothing.
+    let (primary, events) = handed.protect();
+    events.wait(|event| matches!(event, Event::OwnershipLost { .. })).unwrap();
+    primary.join();
+    assert!(handed.moved.is_destroyed());
+    assert_eq!(handed.moved.released_count(), 0);
+    assert_eq!(primary.info().state, ReplicationState::Lost);
+}
+
+#[test]
+fn a_new_host_that_does_not_reach_the_old_one_goes_on_alone_and_calls_it() {
+    let handed = with_workers(6);
+    let workers = Workers::start(&handed.moved, 2, 7);
+    let (primary, events) = handed.protect();
+    events.wait(|event| matches!(event, Event::Degraded { .. })).unwrap();
+    let standing = record(handed.dir.path());
+    assert_eq!(standing.generation.0, 3);
+    assert_eq!(standing.standing, Standing::Solo { owner: handed.b.handle.identity().host });
+    until(|| primary.info(), |_| handed.moved.released_count() > 0);
+    // The old host listens late: its claim is lost, and what it has is good to go on from.
+    let late = handed.listen();
+    events.wait(|event| *event == Event::Resynced).unwrap();
+    assert_eq!(record(handed.dir.path()).generation.0, 4);
+    assert_eq!(late.log.reused.load(Ordering::Acquire), 1, "its memory was gone on from");
+    primary.failover(false).unwrap();
+    late.handle.join();
+    primary.join();
+    workers.join();
+    assert_eq!(late.wrong(), Vec::<String>::new());
+}
+
+#[test]
+fn a_person_ends_the_wait_for_the_old_host() {
+    let handed = with_workers(8);
+    let (primary, events) = handed.protect();
+    assert_eq!(handed.moved.released_count(), 0);
+    primary.stop().unwrap();
+    primary.join();
+    assert_eq!(events.events().last(), Some(&Event::Stopped));
+    assert!(!handed.moved.is_holding() && !handed.moved.is_tracking());
+    assert!(handed.moved.is_running());
+    assert_eq!(record(handed.dir.path()).generation.0, 3);
+}
+
+/// Whoever listens at the return address, but the old host with what it has.
+#[test]
+fn another_process_at_the_return_address_is_no_heir() {
+    let handed = with_workers(9);
+    let builder = MemoryBuilder::default();
+    let address = Address::Tcp { host: "127.0.0.1".to_owned(), port: handed.return_port };
+    let (events, identity) = (Arc::new(Recorder::default()), HostIdentity::random());
+    let log = Arc::clone(&builder.log);
+    let options = receive_options(Some(handed.dir.path()));
+    let handle = receive_at(builder, &address, options, identity, events.clone()).unwrap();
+    let other = Backup { handle, events, log };
+    let (primary, events) = handed.protect();
+    events.wait(|event| matches!(event, Event::Degraded { .. })).unwrap();
+    // It is a backup as any other, from then on.
+    events.wait(|event| *event == Event::Resynced).unwrap();
+    assert_eq!(record(handed.dir.path()).generation.0, 4);
+    primary.failover(false).unwrap();
+    other.handle.join();
+    primary.join();
+    assert_eq!(other.wrong(), Vec::<String>::new());
+}
+
+const PAGES: u64 = 4096;
+
+/// 16 MiB of which no page is zero.
+fn full_machine() -> Arc<Machine> {
+    let machine = Machine::new(memory(&[(0, PAGES)]));
+    for page in 0..PAGES {
+        let bytes = [u8::try_from(page % 251).unwrap() + 1; PAGE_SIZE];
+        assert!(machine.ram().write_page(PageIndex(page), &bytes));
+    }
+    machine
+}
+
+/// Without an arbiter there is no pair to reverse: the VM is copied back, and only what was written.
+#[test]
+fn without_an_arbiter_only_what_was_written_is_copied_back() {
+    let handed = Handed::over(full_machine(), None, false);
+    assert!(!handed.way_back.is_reversed() && !handed.legacy.is_heir());
+    assert!(!handed.moved.is_holding() && handed.moved.is_tracking());
+    for page in 0..20 {
+        handed.moved.work(0, PageIndex(7 + page * 200), page).unwrap();
+    }
+    let back = handed.listen();
+    let (primary, events) = handed.protect();
+    events.wait(|event| *event == Event::Resynced).unwrap();
+    let sent = primary.info().bytes_sent;
+    assert!(sent < 100 * PAGE_SIZE as u64, "{sent} bytes for 20 pages");
+    handed.moved.work(0, PageIndex(1), 99).unwrap();
+    let more = primary.info().epoch_committed + 1;
+    until(|| primary.info(), |info| info.epoch_committed >= more);
+    primary.failover(false).unwrap();
+    back.handle.join();
+    primary.join();
+    assert_eq!(back.wrong(), Vec::<String>::new());
+    let image = back.log.started.lock().unwrap().clone().unwrap();
+    assert_eq!(crate::testing::checksum(&image), crate::testing::checksum(handed.moved.ram()));
+}
+
+/// The same where what is written is not noted from the start: it is found.
+#[test]
+fn a_page_that_was_written_unnoted_is_found() {
+    let handed = Handed::over(full_machine(), None, true);
+    handed.moved.forget(PageIndex(207));
+    for page in [7, 207, 407] {
+        handed.moved.work(0, PageIndex(page), page).unwrap();
+    }
+    let heir = handed.listen();
+    let (primary, events) = handed.protect();
+    events.wait(|event| *event == Event::Reversed).unwrap();
+    handed.moved.work(0, PageIndex(1), 99).unwrap();
+    primary.failover(false).unwrap();
+    heir.handle.join();
+    primary.join();
+    assert!(!heir.wrong().is_empty(), "a page that differs was not seen");
+}
+
+#[test]
+fn a_replica_that_does_not_start_leaves_the_vm_to_its_old_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let b = Backup::start(Some(dir.path()));
+    b.log.doomed.store(true, Ordering::Release);
+    let return_port = free_port();
+    let machine = small_machine();
+    let options = options(&b.url(), Some(dir.path()), return_port);
+    let a = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    a.events.wait(|event| *event == Event::Synced).unwrap();
+    machine.work(0, PageIndex(3), 5).unwrap();
+    // The claim is B's, and B does not run: A asks the arbiter and finds itself the backup. Whoever asked
+    // for the switch-over is told of B's failure before.
+    assert!(a.handle.failover(false).is_err());
+    a.events.wait(|event| *event == Event::FailoverFinished).unwrap();
+    let legacy = a.handle.take_legacy().expect("this host has its memory");
+    a.handle.join();
+    assert!(legacy.is_heir());
+    let builder = MemoryBuilder { kept: Some(machine.ram().clone()), ..MemoryBuilder::default() };
+    let log = Arc::clone(&builder.log);
+    let mut options = receive_options(Some(dir.path()));
+    options.receiver_url = format!("tcp:127.0.0.1:{return_port}");
+    options.timeout_ms = 400;
+    let events = Arc::new(Recorder::default());
+    let heir = receive_back(builder, options, legacy, events).unwrap();
+    heir.join();
+    assert_eq!(heir.info().state, ReplicationState::TakenOver);
+    let image = log.started.lock().unwrap().clone().unwrap();
+    nothing_is_lost(&image, &[&machine]);
+    assert_eq!(record(dir.path()).generation.0, 3);
+}
