@@ -88,11 +88,11 @@ impl Floor {
             std::thread::sleep(self.epoch);
             if number % 3 < 2 {
                 let protects = number % 3 == 1;
-                let took = self.bare.pause(&mut self.keeper, protects)?;
+                let Some(took) = self.bare.pause(&mut self.keeper, protects)? else { continue };
                 ways[usize::from(protects)].push(micros(took));
                 pages.push(float(self.keeper.dirty.len()));
             } else {
-                let times = self.bare.pause_in_steps(&mut self.keeper)?;
+                let Some(times) = self.bare.pause_in_steps(&mut self.keeper)? else { continue };
                 steps.iter_mut().zip(times).for_each(|(step, time)| step.push(micros(time)));
             }
         }
@@ -129,6 +129,10 @@ struct Keeper {
 }
 
 impl Keeper {
+    fn has_room(&self) -> bool {
+        usize::try_from(self.dirty.len()).is_ok_and(|pages| pages <= self.room)
+    }
+
     fn new(ram: &Ram, set: u64) -> Result<Self> {
         // Beside its set, the guest writes stacks and counters.
         let room = usize::try_from(2 * set + set / 4 + 2048).unwrap_or(0);
@@ -180,7 +184,7 @@ impl Keeper {
                 pages.next();
             }
             let end = at + usize::try_from(run)?;
-            ensure!(end <= self.room, "{} pages are dirty", self.dirty.len());
+            ensure!(end <= self.room, "{} pages are to be kept", self.dirty.len());
             self.ram.mapping().read_slice(self.kept.pages_mut(at, end - at), start)?;
             at = end;
         }
@@ -228,12 +232,17 @@ impl Bare {
         Ok(Self { machine, _serial: serial, _folder: folder })
     }
 
-    /// Stops the guest as the engine does.
-    fn pause(&self, keeper: &mut Keeper, protects: bool) -> Result<Duration> {
+    /// Stops the guest as the engine does. `None`: it had written more than there is room for, as it does
+    /// where it makes up for a time in which it stood, or was not waited for in time.
+    fn pause(&self, keeper: &mut Keeper, protects: bool) -> Result<Option<Duration>> {
         keeper.dirty.clear();
         let start = Instant::now();
         self.machine.quiesce()?;
         self.machine.harvest(&mut keeper.dirty)?;
+        if !keeper.has_room() {
+            self.machine.release()?;
+            return Ok(None);
+        }
         if protects {
             keeper.protect()?;
         } else {
@@ -244,11 +253,11 @@ impl Bare {
         let took = start.elapsed();
         keeper.unprotect()?;
         drop(state);
-        Ok(took)
+        Ok(Some(took))
     }
 
     /// The same with kicking and saving one after the other.
-    fn pause_in_steps(&self, keeper: &mut Keeper) -> Result<[Duration; STEPS.len()]> {
+    fn pause_in_steps(&self, keeper: &mut Keeper) -> Result<Option<[Duration; STEPS.len()]>> {
         keeper.dirty.clear();
         let mut last = Instant::now();
         let mut lap = || std::mem::replace(&mut last, Instant::now()).elapsed();
@@ -258,6 +267,11 @@ impl Bare {
         let save = lap();
         self.machine.harvest(&mut keeper.dirty)?;
         let harvest = lap();
+        if !keeper.has_room() {
+            self.machine.resume()?;
+            self.machine.release()?;
+            return Ok(None);
+        }
         keeper.keep()?;
         let keep = lap();
         let state = self.machine.capture()?;
@@ -267,6 +281,6 @@ impl Bare {
         self.machine.release()?;
         let release = lap();
         drop(state);
-        Ok([kick, save, harvest, keep, capture, release])
+        Ok(Some([kick, save, harvest, keep, capture, release]))
     }
 }
