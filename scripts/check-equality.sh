@@ -19,17 +19,48 @@ ship do it themselves (replication/src/checking.rs). Exits 0 only if no page eve
                     hybrid); several are compared one after the other, `all` is each of the four
   --epoch-ms N      longest epoch (default 10)
   --workload W      hot (default): all vCPUs rewrite a small set of pages, and verify the rest;
-                    random: they write anywhere; kv: clients, a card and a disk write memory, too
-                    (needs root and /dev/net/tun)
+                    random: they write anywhere; runs: runs of 700 pages, each over a border of
+                    huge pages; kv: clients, a card and a disk write memory, too; all: kv and hot at
+                    once (both need root and /dev/net/tun)
+  --huge-pages      keeps guest memory in huge pages, whose protection splits them: the host's
+                    shmem_enabled is `advise` during the run (needs root)
   --without-cow     tests the check: pages are sent as they are when they are sent, not as they
                     were at the seal. Exits 0 as soon as a page differs, 1 if none does
   --without-protection
                     the same, with cow=protect or hybrid: pages that count as write-protected are not
   --delays LIST     POINT:MICROSECONDS[,...]: threads of the primary sleep at random, up to so long, at
-                    these points of an epoch: seal, arm, fault, take, unprotect, ack
+                    these points of an epoch: seal, arm, fault, take, send, unprotect, ack
+  --matrix          each mode with 1, 2, 4 and 16 vCPUs, each workload, delays, huge pages, and the
+                    two broken builds; --epochs counts for each (half an hour with 300)
   --transport T     tcp (default), unix, or rdma:ADDRESS, this host's address on an RDMA device
   --help            this text
 TXT
 }
 
-run_release check-equality "$@"
+one() {
+    log "check-equality $*"
+    (run_release check-equality "$@")
+}
+
+# Each combination in turn; the first that fails ends it.
+matrix() {
+    local vcpus
+    for vcpus in 1 2 4 16; do
+        one --cow all --vcpus "$vcpus" "$@"
+        one --cow all --vcpus "$vcpus" --workload random "$@"
+    done
+    one --cow all --workload runs "$@"
+    one --cow all --workload runs --huge-pages "$@"
+    one --cow all --workload all "$@"
+    one --cow all --delays \
+        seal:2000,arm:500,fault:500,take:2000,send:2000,unprotect:500,ack:5000 "$@"
+    one --cow copy,protect,hybrid --without-cow "$@"
+    one --cow protect,hybrid --without-protection "$@"
+}
+
+if [ "${1-}" = --matrix ]; then
+    shift
+    matrix "$@"
+else
+    run_release check-equality "$@"
+fi

@@ -83,6 +83,21 @@ impl std::fmt::Debug for dyn Memory {
     }
 }
 
+/// A descriptor for what is needed. Pages of shared memory that are not there yet can be protected since
+/// Linux 5.19; those of private memory since 6.4, and where that is missing nobody who has such memory
+/// here misses it: guest memory is shared.
+fn open() -> Result<OwnedFd, UserfaultError> {
+    let shared = sys::FEATURE_PAGEFAULT_FLAG_WP | sys::FEATURE_WP_HUGETLBFS_SHMEM;
+    let fd = sys::open().map_err(UserfaultError::Open)?;
+    if sys::api(&fd, shared | sys::FEATURE_WP_UNPOPULATED).is_ok() {
+        return Ok(fd);
+    }
+    // A descriptor that was refused its features takes no second wish.
+    let fd = sys::open().map_err(UserfaultError::Open)?;
+    sys::api(&fd, shared).map_err(UserfaultError::Api)?;
+    Ok(fd)
+}
+
 impl Userfault {
     /// Registers all of `memory`.
     ///
@@ -93,11 +108,7 @@ impl Userfault {
     where
         M: GuestMemoryBackend + Send + Sync + 'static,
     {
-        let fd = sys::open().map_err(UserfaultError::Open)?;
-        let wanted = sys::FEATURE_PAGEFAULT_FLAG_WP
-            | sys::FEATURE_WP_HUGETLBFS_SHMEM
-            | sys::FEATURE_WP_UNPOPULATED;
-        sys::api(&fd, wanted).map_err(UserfaultError::Api)?;
+        let fd = open()?;
         let mut places = Vec::new();
         let mut first = 0;
         for region in memory.iter() {

@@ -86,15 +86,20 @@ impl Status {
     }
 
     pub(crate) fn info(&self) -> ReplicationInfo {
+        // Sorted outside of the lock: the engine takes it before it lets output go.
         let gathered = self.lock();
         let mut info = gathered.info.clone();
+        let [pause_us, commit_us, dirty_pages] =
+            [&gathered.pause_us, &gathered.commit_us, &gathered.dirty_pages].map(Clone::clone);
+        let steps_us = gathered.steps_us.clone();
+        drop(gathered);
         info.sync_progress = info.sync_progress.max(self.counters.progress());
-        info.pause_us = gathered.pause_us.percentiles();
+        info.pause_us = pause_us.percentiles();
         let [stop, harvest, keep, capture, release] =
-            gathered.steps_us.each_ref().map(|step| step.percentiles().p50);
+            steps_us.each_ref().map(|step| step.percentiles().p50);
         info.pause_steps_us = PauseSteps { stop, harvest, keep, capture, release };
-        info.commit_latency_us = gathered.commit_us.percentiles();
-        info.dirty_pages = gathered.dirty_pages.page_counts();
+        info.commit_latency_us = commit_us.percentiles();
+        info.dirty_pages = dirty_pages.page_counts();
         info.bytes_sent = self.counters.wire_bytes.load(Ordering::Relaxed);
         if let Some(path) = &mut info.rdma {
             path.from_memory_bytes = self.counters.from_memory_bytes.load(Ordering::Relaxed);

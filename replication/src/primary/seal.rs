@@ -98,15 +98,18 @@ fn freezer(
     pages_max: u64,
     patience: Duration,
 ) -> Result<Option<Box<dyn Freezer>>, Error> {
-    let copies = || Some(Box::new(CopyFreezer::new(pages_max)) as _);
+    let copies = || -> Result<Option<Box<dyn Freezer>>, Error> {
+        let freezer = CopyFreezer::new(pages_max);
+        Ok(Some(Box::new(freezer.map_err(|error| Error::Failed(chain(&error)))?)))
+    };
     Ok(match cow {
         Cow::Off => None,
-        Cow::Copy => copies(),
+        Cow::Copy => copies()?,
         Cow::Protect | Cow::Hybrid => match ProtectFreezer::new(ram, cow, patience) {
             Ok(freezer) => Some(Box::new(freezer) as _),
             Err(error) if cow == Cow::Hybrid => {
                 tracing::warn!("no copy-on-write, dirty pages are copied: {}", chain(&error));
-                copies()
+                copies()?
             }
             Err(error) => {
                 return Err(Error::Option { option: "cow", reason: chain(&error) });

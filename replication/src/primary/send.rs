@@ -18,6 +18,7 @@ use api::replication::Compression;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Loan, Page, Piece, Share};
+use crate::checking::Delays;
 use crate::encode::Encoder;
 use crate::engine::spawn;
 use crate::engine::status::Counters;
@@ -85,6 +86,7 @@ impl Senders {
                 runs: Runs::default(),
                 head: Vec::new(),
                 counted: 0,
+                delays: Delays::from_environment(),
             };
             let deliver = deliver.clone();
             let body = move || sender.run(&queue, deliver);
@@ -123,6 +125,7 @@ struct OneSender {
     head: Vec<u8>,
     /// Bytes of the writer that the counters know.
     counted: u64,
+    delays: Delays,
 }
 
 impl OneSender {
@@ -199,6 +202,7 @@ impl OneSender {
             if batch.is_empty() {
                 break;
             }
+            self.delays.at("send");
             let mut kept: Vec<Part<'_>> = Vec::with_capacity(batch.len());
             for (page, bytes) in &batch {
                 if self.runs.is_full() {
@@ -237,6 +241,7 @@ impl OneSender {
             if batch.is_empty() {
                 break;
             }
+            self.delays.at("send");
             // A batch goes in one frame, as its loans do.
             if !self.runs.has_room(batch.len()) {
                 self.flush(epoch, &[], vec![], &mut part)?;

@@ -54,6 +54,44 @@ fn cut(proxy: &Proxy, primary: &Primary) {
     until(|| primary.handle.info(), |info| info.state == ReplicationState::Degraded);
 }
 
+/// Clients see a state with what belongs to it, at whatever moment they ask.
+#[test]
+fn who_sees_it_protected_sees_no_attempts_to_get_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = Backup::start(Some(dir.path()));
+    let proxy = Proxy::plain(backup.port());
+    let machine = small_machine();
+    let workers = Workers::start(&machine, 1, 1);
+    let primary = primary(&machine, &proxy.url(), Some(dir.path()));
+    let over = AtomicBool::new(false);
+    let torn = std::thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            let torn = |info: &ReplicationInfo| {
+                let whole = info.reconnect_attempts == 0
+                    && (info.sync_progress - 1.0).abs() < f64::EPSILON
+                    && info.epoch_committed <= info.epoch_sealed;
+                is_protected(info) && !whole
+            };
+            let mut asked = std::iter::from_fn(|| {
+                (!over.load(Ordering::Relaxed)).then(|| primary.handle.info())
+            });
+            asked.find(torn)
+        });
+        for times in 1..=6 {
+            cut(&proxy, &primary);
+            until(|| primary.handle.info(), |info| info.reconnect_attempts > 0);
+            proxy.heal();
+            resynced(&primary, times);
+        }
+        over.store(true, Ordering::Relaxed);
+        client.join().unwrap()
+    });
+    assert_eq!(torn, None);
+    takes_over(&backup, &primary, &machine);
+    primary.handle.join();
+    workers.join();
+}
+
 #[test]
 fn a_cut_link_is_called_over_again_and_again() {
     let dir = tempfile::tempdir().unwrap();

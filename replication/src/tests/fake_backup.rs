@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use api::replication::{Compression, Cow, ReplicateData, ReplicationState};
+use api::replication::{Compression, Cow, ReplicateData, ReplicationInfo, ReplicationState};
 use uuid::Uuid;
 
 use super::pair::Primary;
@@ -68,9 +68,13 @@ impl Fake {
     }
 
     fn welcome() -> Message {
+        Self::welcome_with(STAGING_BYTES)
+    }
+
+    fn welcome_with(staging_bytes: u64) -> Message {
         Message::Welcome(Welcome {
             host: Uuid::new_v4(),
-            staging_bytes: STAGING_BYTES,
+            staging_bytes,
             heartbeat_ms: 200,
             timeout_ms: 5000,
             has_base: false,
@@ -79,11 +83,15 @@ impl Fake {
 
     /// Welcomes a primary and takes its one data connection.
     fn session(&self) -> Session {
+        self.session_with(STAGING_BYTES)
+    }
+
+    fn session_with(&self, staging_bytes: u64) -> Session {
         let (mut reader, session) = self.greeted();
         let offer = Message::receive(&mut reader, &mut Vec::new()).unwrap();
         assert!(matches!(offer, Message::Offer(_)), "{offer:?}");
         let mut writer = FrameWriter::new(reader.get_ref().try_clone().unwrap(), session);
-        Self::welcome().send(&mut writer).unwrap();
+        Self::welcome_with(staging_bytes).send(&mut writer).unwrap();
         let (data, _) = self.greeted();
         let data = vec![data.get_ref().try_clone().unwrap()];
         Session { reader, writer, data }
@@ -548,6 +556,46 @@ fn an_acknowledgement_before_all_is_sent_seals_no_empty_epoch() {
     // One pause for each epoch; the last may have ended with the protection.
     let (pauses, sealed) = (primary.handle.pauses(), primary.handle.info().epoch_sealed);
     assert!((sealed - 1..=sealed).contains(&pauses), "{pauses} pauses in {sealed} epochs");
+}
+
+/// Waits for what comes by itself.
+fn soon(is_so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(60), "it does not come about");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_guest_that_waits_for_room_does_not_wait_for_the_arbiter() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = dir.path().join("records");
+    std::fs::create_dir(&records).unwrap();
+    let fake = Fake::start();
+    let machine = large_machine();
+    let url = format!("file:{}", records.display());
+    let primary = fake.protect(&machine, |options| options.arbiter = Some(url));
+    // Room for all of memory once, and not twice.
+    let mut session = fake.session_with(10_000 * PAGE_SIZE as u64);
+    session.drain();
+    session.protects();
+    let primary = primary.join().unwrap().unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    write_all(&machine, 1);
+    while session.seal().pages[0] < 8000 {}
+    write_all(&machine, 2);
+    soon(|| !machine.is_running());
+    let away = dir.path().join("away");
+    std::fs::rename(&records, &away).unwrap();
+    drop(session);
+    let is_suspended = |info: &ReplicationInfo| info.state == ReplicationState::Suspended;
+    super::until(|| primary.handle.info(), is_suspended);
+    soon(|| machine.is_running());
+    assert!(machine.is_holding());
+    std::fs::rename(&away, &records).unwrap();
+    primary.handle.join();
+    assert!(machine.is_running() && !machine.is_holding());
 }
 
 #[test]

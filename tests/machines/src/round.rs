@@ -38,8 +38,29 @@ pub trait Watcher {
 
 impl Watcher for () {}
 
-/// Runs a round with the test guest's `verify` workload, or with any payload whose output goes on.
+/// What is done to the primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blow {
+    /// SIGKILL.
+    Kill,
+    /// SIGSTOP, until the backup has taken over.
+    Stop,
+}
+
+/// Runs a round in which the primary is killed, with the test guest's `verify` workload, or with any
+/// payload whose output goes on.
 pub fn run(
+    folder: &Path,
+    setup: &Setup,
+    protected_for: Duration,
+    watcher: &mut dyn Watcher,
+) -> Result<Outcome> {
+    run_by(Blow::Kill, folder, setup, protected_for, watcher)
+}
+
+/// As [`run`], with another blow.
+pub fn run_by(
+    blow: Blow,
     folder: &Path,
     setup: &Setup,
     protected_for: Duration,
@@ -72,16 +93,24 @@ pub fn run(
     }
     ensure!(primary.role == Role::Primary, "the primary says it is {:?}", primary.role);
     let killed_us = now_us();
-    pair.primary.kill()?;
+    match blow {
+        Blow::Kill => pair.primary.kill()?,
+        Blow::Stop => pair.primary.signal(libc::SIGSTOP)?,
+    }
     watcher.killed();
     let protected_us = micros(start.elapsed()) - sync_us;
-    let spoken = pair.primary_serial.whole(LIMIT)?;
     let backup = pair
         .backup
         .wait_state(ReplicationState::TakenOver, LIMIT)
         .context("The backup did not take over")?;
     pair.backup_serial.wait_line("any output", 0, LIMIT, |_| true)?;
     let first_output = pair.backup_serial.first_byte_us().context("no output")?;
+    if blow == Blow::Stop {
+        pair.primary.signal(libc::SIGCONT)?;
+        pair.primary.wait_state(ReplicationState::Lost, LIMIT)?;
+    }
+    // All of it: no client reads what comes after the end.
+    let spoken = pair.primary_serial.whole(LIMIT)?;
     let times = backup.takeover.context("The backup does not say when it took over")?;
     let since = |time_us: u64| time_us.saturating_sub(killed_us);
     check_arbiter(&pair.arbiter)?;

@@ -1,4 +1,5 @@
-//! Room for pages that are copied during a pause: made and touched before, in pieces that never move.
+//! Room for pages that are copied during a pause, in pieces that never move; who makes them before is in
+//! [`super::rooms`].
 
 use vm_memory::Bytes;
 
@@ -7,13 +8,18 @@ use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::ram::{PageBuffer, Ram};
 
 /// Pages of a piece.
-const CHUNK_PAGES: usize = 256;
+pub(super) const CHUNK_PAGES: usize = 256;
+
+/// A piece. Memory of zeros is not there before it is written, and the first touch of a page takes the
+/// host longer than all of its copying: it is made by `touched`.
+pub(super) type Chunk = PageBuffer;
 
 /// Pages in the order in which they were copied.
 #[derive(Debug, Default)]
 pub(super) struct Buffer {
-    chunks: Vec<PageBuffer>,
+    chunks: Vec<Chunk>,
     len: usize,
+    grown: usize,
 }
 
 impl Buffer {
@@ -22,17 +28,20 @@ impl Buffer {
         self.chunks.len() * CHUNK_PAGES
     }
 
-    /// Makes room for so many pages, with memory behind it.
-    pub(super) fn reserve(&mut self, pages: usize) {
-        while self.room() < pages {
-            self.grow();
-        }
+    /// Makes room for the pages of one piece more.
+    pub(super) fn add(&mut self, chunk: Chunk) {
+        self.chunks.push(chunk);
     }
 
-    fn grow(&mut self) {
-        // Memory of zeros is not there before it is written, and the first touch of a page takes the
-        // host longer than all of its copying.
-        self.chunks.push(PageBuffer::touched(CHUNK_PAGES));
+    /// Takes what is beyond so many pages out of an empty buffer.
+    pub(super) fn shrink(&mut self, pages: usize) -> Vec<Chunk> {
+        self.clear();
+        self.chunks.split_off(pages.div_ceil(CHUNK_PAGES).min(self.chunks.len()))
+    }
+
+    /// Pieces that had to be made while pages were copied, since this was asked last.
+    pub(super) fn take_grown(&mut self) -> usize {
+        std::mem::take(&mut self.grown)
     }
 
     pub(super) fn clear(&mut self) {
@@ -51,7 +60,8 @@ impl Buffer {
         while left > 0 {
             let (chunk, at) = (self.len / CHUNK_PAGES, self.len % CHUNK_PAGES);
             if chunk == self.chunks.len() {
-                self.grow();
+                self.chunks.push(Chunk::touched(CHUNK_PAGES));
+                self.grown += 1;
             }
             let part = left.min(CHUNK_PAGES - at);
             let bytes = self.chunks[chunk].pages_mut(at, part);

@@ -1,8 +1,9 @@
 //! Copies every page aside during the pause, as Remus does.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::buffer::Buffer;
+use super::rooms::{Rooms, Use};
 use super::{CowError, Cursor, Freezer, Frozen, Kept, Page, PageIndex, Piece, Share, bits};
 use crate::ram::{PageSet, Ram};
 
@@ -13,10 +14,15 @@ const START_PAGES: usize = 8192;
 #[derive(Debug)]
 pub struct CopyFreezer {
     capacity: u64,
-    /// Pages for which there shall be room.
-    wanted: usize,
     kept: Kept,
-    spare: Vec<Arc<Copies>>,
+    idle: Arc<Idle>,
+}
+
+/// What no epoch uses at the moment.
+#[derive(Debug)]
+struct Idle {
+    rooms: Rooms,
+    entries: Mutex<Vec<Vec<Entry>>>,
 }
 
 /// A group of 64 pages of which some are kept.
@@ -28,27 +34,42 @@ struct Entry {
     at: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Copies {
     entries: Vec<Entry>,
     buffer: Buffer,
+    idle: Arc<Idle>,
 }
 
 impl CopyFreezer {
     /// Keeps up to `capacity` pages an epoch.
-    #[must_use]
-    pub fn new(capacity: u64) -> Self {
-        let wanted = usize::try_from(capacity).unwrap_or(usize::MAX).min(START_PAGES);
-        Self { capacity, wanted, kept: Kept::default(), spare: Vec::new() }
+    ///
+    /// # Errors
+    /// [`CowError::Thread`].
+    pub fn new(capacity: u64) -> Result<Self, CowError> {
+        let start = usize::try_from(capacity).unwrap_or(usize::MAX).min(START_PAGES);
+        let idle = Idle { rooms: Rooms::start(start, 0)?, entries: Mutex::default() };
+        Ok(Self { capacity, kept: Kept::default(), idle: Arc::new(idle) })
+    }
+}
+
+impl Idle {
+    fn copies(self: &Arc<Self>) -> Copies {
+        let mut entries = self.entries().pop().unwrap_or_default();
+        entries.clear();
+        Copies { entries, buffer: self.rooms.take(Use::Pause), idle: Arc::clone(self) }
     }
 
-    /// A buffer that no sender holds any more.
-    fn idle(&mut self) -> Arc<Copies> {
-        // The one that was used last: it is nearest to the processor.
-        match self.spare.iter().rposition(|copies| Arc::strong_count(copies) == 1) {
-            Some(at) => self.spare.remove(at),
-            None => Arc::default(),
-        }
+    fn entries(&self) -> std::sync::MutexGuard<'_, Vec<Vec<Entry>>> {
+        // Nothing is half done under this lock.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        self.idle.rooms.give(Use::Pause, std::mem::take(&mut self.buffer));
+        self.idle.entries().push(std::mem::take(&mut self.entries));
     }
 }
 
@@ -59,10 +80,7 @@ impl Freezer for CopyFreezer {
         pages: &Arc<PageSet>,
         _late: &PageSet,
     ) -> Result<Arc<dyn Frozen>, CowError> {
-        let mut copies = self.idle();
-        let kept = Arc::get_mut(&mut copies).expect("nobody else holds an idle buffer");
-        kept.entries.clear();
-        kept.buffer.clear();
+        let mut kept = self.idle.copies();
         for (group, word) in pages.groups() {
             kept.entries.push(Entry { group, word, at: kept.buffer.len() });
             let before = kept.buffer.len() as u64;
@@ -71,10 +89,9 @@ impl Freezer for CopyFreezer {
             }
             copy_group(ram, group, word, &mut kept.buffer)?;
         }
-        self.wanted = self.wanted.max(kept.buffer.len());
+        self.idle.rooms.copied(Use::Pause, kept.buffer.len());
         self.kept.copied += kept.buffer.len() as u64;
-        self.spare.push(Arc::clone(&copies));
-        Ok(copies)
+        Ok(Arc::new(kept))
     }
 
     fn kept(&self) -> Kept {
@@ -82,12 +99,7 @@ impl Freezer for CopyFreezer {
     }
 
     fn prepare(&mut self) {
-        let mut copies = self.idle();
-        if let Some(kept) = Arc::get_mut(&mut copies) {
-            kept.buffer.reserve(self.wanted);
-        }
-        // Not before the one that was used last.
-        self.spare.insert(0, copies);
+        self.idle.rooms.prepare();
     }
 }
 

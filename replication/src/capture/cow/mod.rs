@@ -13,7 +13,7 @@
 //! the sender threads, each page once. Always holds: the bytes handed out for a page are its bytes
 //! at the seal.
 //!
-//! - [`buffer`]: pages copied aside during a pause;
+//! - [`buffer`]: pages copied aside during a pause, and [`rooms`], where such are between epochs;
 //! - [`copy`]: copies all;
 //! - [`table`]: which pages are protected, and what becomes of each;
 //! - [`protect`]: protects all (the fine-grained copy-on-write of Gerofi & Ishikawa, CLUSTER 2011),
@@ -28,6 +28,7 @@ mod cost;
 mod handler;
 mod loan;
 pub mod protect;
+mod rooms;
 mod table;
 #[cfg(test)]
 mod tests;

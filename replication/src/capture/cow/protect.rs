@@ -10,6 +10,7 @@ use super::buffer::Buffer;
 use super::copy::copy_group;
 use super::cost::{self, Costs};
 use super::handler::Handler;
+use super::rooms::{Rooms, Use};
 use super::table::{SLOTS, Table};
 use super::{
     CowError, Cursor, Freezer, Frozen, GROUP_PAGES, Kept, Loan, Page, Piece, Share, bits, page,
@@ -18,7 +19,7 @@ use super::{
 use crate::checking;
 use crate::ram::{PageSet, Preserve, Ram};
 
-/// Pages that there is room to copy from the start.
+/// Pages that there is room to copy from the start, ahead and in the pause.
 const START_PAGES: usize = 4096;
 /// Fewer pages are not worth reading the dirty log once more.
 const AHEAD_PAGES_MIN: u64 = 128;
@@ -33,8 +34,6 @@ pub struct ProtectFreezer {
     shared: Arc<Shared>,
     /// `None`: all that can be is protected.
     costs: Option<Costs>,
-    /// Pages that there shall be room to copy.
-    wanted: usize,
     /// Pages of the last epoch; more than any before the first.
     last_pages: u64,
     ahead: Ahead,
@@ -45,6 +44,7 @@ pub struct ProtectFreezer {
 /// What the epochs under way have in common. The handler outlives all of them.
 struct Shared {
     table: Arc<Table>,
+    rooms: Rooms,
     idle: Mutex<Idle>,
     _handler: Handler,
 }
@@ -53,7 +53,7 @@ struct Shared {
 #[derive(Default)]
 struct Idle {
     slots: Vec<usize>,
-    parts: Vec<Parts>,
+    entries: Vec<Vec<Entry>>,
 }
 
 /// The room of an epoch, used again and again.
@@ -129,6 +129,18 @@ impl Shared {
         // Nothing is half done under this lock.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Room for an epoch, empty.
+    fn parts(&self, of: Use) -> Parts {
+        let mut entries = self.idle().entries.pop().unwrap_or_default();
+        entries.clear();
+        Parts { entries, buffer: self.rooms.take(of) }
+    }
+
+    fn give_back(&self, of: Use, parts: Parts) {
+        self.rooms.give(of, parts.buffer);
+        self.idle().entries.push(parts.entries);
+    }
 }
 
 impl Preserve for Shared {
@@ -151,15 +163,15 @@ impl ProtectFreezer {
         let userfault = Userfault::new(Arc::clone(ram.mapping())).map_err(CowError::Protect)?;
         let table = Arc::new(Table::new(ram.clone(), userfault, patience));
         let handler = Handler::start(&table)?;
-        let idle = Idle { slots: (0..SLOTS).collect(), parts: vec![] };
-        let shared = Arc::new(Shared { table, idle: Mutex::new(idle), _handler: handler });
+        let rooms = Rooms::start(START_PAGES, if costs.is_some() { START_PAGES } else { 0 })?;
+        let idle = Mutex::new(Idle { slots: (0..SLOTS).collect(), entries: vec![] });
+        let shared = Arc::new(Shared { table, rooms, idle, _handler: handler });
         let weak: Weak<Shared> = Arc::downgrade(&shared);
         ram.preserve_by(weak);
         let is_broken = checking::is_broken("protect");
         Ok(Self {
             shared,
             costs,
-            wanted: START_PAGES,
             last_pages: u64::MAX,
             ahead: Ahead::default(),
             kept: Kept::default(),
@@ -177,8 +189,9 @@ impl ProtectFreezer {
 impl Freezer for ProtectFreezer {
     fn wants_ahead(&mut self) -> bool {
         // Copies that no seal took are older than what `late` knows from here on.
-        let old = self.ahead.parts.take();
-        self.shared.idle().parts.extend(old);
+        if let Some(old) = self.ahead.parts.take() {
+            self.shared.give_back(Use::Ahead, old);
+        }
         if self.costs.is_none() || self.last_pages < AHEAD_PAGES_MIN {
             return false;
         }
@@ -188,8 +201,7 @@ impl Freezer for ProtectFreezer {
     }
 
     fn ahead(&mut self, ram: &Ram, pages: &PageSet) -> Result<(), CowError> {
-        let mut parts = self.shared.idle().parts.pop().unwrap_or_default();
-        parts.clear();
+        let mut parts = self.shared.parts(Use::Ahead);
         for (group, word) in pages.groups() {
             let at = parts.buffer.len();
             if at + word.count_ones() as usize > AHEAD_PAGES_MAX {
@@ -198,6 +210,7 @@ impl Freezer for ProtectFreezer {
             parts.entries.push(Entry { group, word, at, ..Entry::default() });
             copy_group(ram, group, word, &mut parts.buffer)?;
         }
+        self.shared.rooms.copied(Use::Ahead, parts.buffer.len());
         self.ahead.parts = Some(parts);
         Ok(())
     }
@@ -208,11 +221,8 @@ impl Freezer for ProtectFreezer {
         pages: &Arc<PageSet>,
         late: &PageSet,
     ) -> Result<Arc<dyn Frozen>, CowError> {
-        let mut idle = self.shared.idle();
-        let slot = idle.slots.pop();
-        let mut parts = idle.parts.pop().unwrap_or_default();
-        drop(idle);
-        parts.clear();
+        let slot = self.shared.idle().slots.pop();
+        let parts = self.shared.parts(Use::Pause);
         // From here on an error lets go of what was armed.
         let ahead = self.ahead.parts.take();
         let mut held = Held { shared: Arc::clone(&self.shared), slot, parts, ahead };
@@ -227,7 +237,9 @@ impl Freezer for ProtectFreezer {
             let armed = match slot {
                 // Most groups have nothing left to keep, and their state is in no cache.
                 Some(slot) if rest != 0 => {
-                    arming.group(slot, group, rest, self.costs.as_ref(), room)?
+                    let armed = arming.group(slot, group, rest, self.costs.as_ref(), room);
+                    // `held` does not know of this group yet.
+                    armed.inspect_err(|_| self.shared.table.let_go(slot, group))?
                 }
                 _ => 0,
             };
@@ -246,7 +258,7 @@ impl Freezer for ProtectFreezer {
         self.ahead.learn(good, tried as u64);
         let copies = held.parts.buffer.len();
         self.last_pages = pages.len();
-        self.wanted = self.wanted.max(copies).max(tried);
+        self.shared.rooms.copied(Use::Pause, copies);
         self.kept.ahead += good;
         self.kept.copied += copies as u64;
         self.kept.protected += pages.len() - copies as u64 - good;
@@ -259,20 +271,11 @@ impl Freezer for ProtectFreezer {
     }
 
     fn prepare(&mut self) {
-        let mut parts = self.shared.idle().parts.pop().unwrap_or_default();
-        parts.buffer.reserve(self.wanted);
-        self.shared.idle().parts.push(parts);
+        self.shared.rooms.prepare();
     }
 
     fn kept(&self) -> Kept {
         Kept { faults: self.shared.table.faults(), ..self.kept }
-    }
-}
-
-impl Parts {
-    fn clear(&mut self) {
-        self.entries.clear();
-        self.buffer.clear();
     }
 }
 
@@ -470,9 +473,10 @@ impl Drop for Held {
             }
             self.shared.table.forget(slot);
         }
-        let mut idle = self.shared.idle();
-        idle.slots.extend(self.slot);
-        idle.parts.extend(self.ahead.take());
-        idle.parts.push(std::mem::take(&mut self.parts));
+        self.shared.give_back(Use::Pause, std::mem::take(&mut self.parts));
+        if let Some(ahead) = self.ahead.take() {
+            self.shared.give_back(Use::Ahead, ahead);
+        }
+        self.shared.idle().slots.extend(self.slot);
     }
 }

@@ -204,6 +204,9 @@ impl Table {
             self.set_aside(&mut state, slot, group, bit);
             self.faults.fetch_add(1, Ordering::Relaxed);
             cost::heat_up(&self.heat(group)[bit]);
+        } else if state.gap & word != 0 {
+            // Protected to save a call, and that was dearer.
+            cost::heat_up(&self.heat(group)[bit]);
         }
         state.gap &= !word;
         // Under the lock: an epoch that arms the page does so before or after, not in between.

@@ -198,7 +198,7 @@ fn seal_by(
 #[test]
 fn what_is_copied_is_what_was_sealed() {
     let guest = Guest::new();
-    let mut freezer = CopyFreezer::new(guest.ram.pages());
+    let mut freezer = CopyFreezer::new(guest.ram.pages()).unwrap();
     let (sent, bad) = seal(&mut freezer, &guest, 200, 3);
     assert!(sent > 1000);
     assert_eq!(bad, 0);
@@ -278,6 +278,21 @@ fn without_protection_other_bytes_are_sent() {
     freezer.break_for_test();
     let (_, bad) = seal(&mut freezer, &guest, 400, 3);
     assert!(bad > 0);
+}
+
+/// A page that was protected to save a call, and was written: the next time the call is worth it.
+#[test]
+fn a_gap_that_is_written_is_hot() {
+    let guest = Guest::new();
+    let userfault = Userfault::new(Arc::clone(guest.ram.mapping())).unwrap();
+    let table = Table::new(guest.ram.clone(), userfault, PATIENCE);
+    let (armed, plan) = table.arm(0, 0, 0b101, |_| 0b111);
+    assert_eq!((armed, plan), (0b101, 0b111));
+    table.protect(0, 3).unwrap();
+    table.fault(1);
+    let heat = |bit: usize| table.heat(0)[bit].load(Ordering::Relaxed);
+    assert!(heat(1) > 0 && heat(0) == 0 && heat(2) == 0);
+    assert_eq!(table.faults(), 0, "nothing was copied");
 }
 
 #[test]

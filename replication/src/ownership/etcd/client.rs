@@ -1,30 +1,24 @@
-//! Calls to the servers of a cluster: which is asked, for how long, and as whom.
+//! Calls to the servers of a cluster: which is asked, when the next is asked beside it, and what one
+//! answer says about another.
 
 use std::cell::{Cell, RefCell};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use api::endpoint::EtcdServer;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
-use ureq::Agent;
 
 use super::Access;
-use super::answer::{self, ANSWER_BYTES_MAX, Entry, Place, SwapOutcome};
-use super::error::{CallError, EtcdError, FileError, Malformed};
+use super::answer::{self, Entry, Found, Place, SwapOutcome};
+use super::error::{CallError, EtcdError, FileError};
 use super::files;
+use super::http::{Called, Caller};
 
-/// Limit for a connection and its handshake: one lost SYN, which is repeated after a second, is
-/// within it.
-const CONNECT_LIMIT: Duration = Duration::from_millis(1500);
-/// Limit for a call, from the name's look-up to the last byte. An election takes etcd some seconds
-/// at most; whoever waits for it longer had better ask the next server.
-const CALL_LIMIT: Duration = Duration::from_secs(4);
-/// Bytes of the head of an answer.
-const HEAD_BYTES_MAX: usize = 16 << 10;
-/// Statuses of a token that expired, was forgotten, or is not accepted: etcd's gateway maps
-/// InvalidArgument, Unauthenticated and PermissionDenied to them.
-const TOKEN_STATUSES: [u16; 3] = [400, 401, 403];
+/// After this a server that is silent has the next one asked beside it. Some times of what a server
+/// that lives takes for a read, and little beside the time-out that a take-over begins with.
+const NEXT_AFTER: Duration = Duration::from_millis(50);
 
 /// The servers, and what was learnt about them.
 #[derive(Debug)]
@@ -41,8 +35,11 @@ pub(super) struct Client {
 /// One operation: certificates as they are now.
 pub(super) struct Calls<'a> {
     client: &'a Client,
-    agent: Agent,
+    caller: Caller,
 }
+
+/// A server's place, and what it says.
+type Answer = (usize, Called<Found>);
 
 impl Client {
     /// As [`super::EtcdArbiter::new`].
@@ -57,7 +54,7 @@ impl Client {
             place: Cell::new(None),
             token: RefCell::new(None),
         };
-        client.agent().map_err(|error| ("arbiter_tls_dir", error))?;
+        client.caller().map_err(|error| ("arbiter_tls_dir", error))?;
         if let Some(path) = &client.access.credentials {
             files::credentials(path).map_err(|error| ("arbiter_credentials", error))?;
             if client.servers.iter().any(|server| !server.tls) {
@@ -67,25 +64,8 @@ impl Client {
         Ok(client)
     }
 
-    fn agent(&self) -> Result<Agent, FileError> {
-        let mut config = Agent::config_builder()
-            .timeout_global(Some(CALL_LIMIT))
-            .timeout_connect(Some(CONNECT_LIMIT))
-            .http_status_as_error(false)
-            // A redirect is an answer of somebody else.
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            // What the environment says is meant for browsers, and a proxy may repeat requests.
-            .proxy(None)
-            .user_agent("understudy")
-            .max_response_header_size(HEAD_BYTES_MAX)
-            // A connection that died while it lay idle would leave a swap with unknown outcome.
-            .max_idle_connections(0)
-            .max_idle_connections_per_host(0);
-        if self.servers.iter().any(|server| server.tls) {
-            config = config.tls_config(files::tls(self.access.tls_dir.as_deref())?);
-        }
-        Ok(config.build().new_agent())
+    fn caller(&self) -> Result<Caller, FileError> {
+        Caller::new(&self.servers, &self.access)
     }
 
     /// Asks this server first.
@@ -110,23 +90,23 @@ impl Client {
             let failure = |server: &EtcdServer| (server.clone(), CallError::File(error));
             EtcdError::NoAnswer(self.servers.first().map(failure).into_iter().collect())
         };
-        Ok(Calls { client: self, agent: self.agent().map_err(failed)? })
+        Ok(Calls { client: self, caller: self.caller().map_err(failed)? })
     }
 }
 
 impl Calls<'_> {
-    /// What stands under `key`, and the place of the server that said so. Each server is tried once.
+    /// What stands under `key`, and the place of the server that said so. Each server is asked once,
+    /// the one that answered last first; the next beside it as soon as it fails or is silent for
+    /// [`NEXT_AFTER`]. The first usable answer counts.
     pub(super) fn range(&self, key: &[u8]) -> Result<(usize, Option<Entry>), EtcdError> {
-        let body = json!({"key": STANDARD.encode(key)});
         let (count, first) = (self.client.servers.len(), self.client.last.get());
+        let mut turns = (0..count).map(|turn| (first + turn) % count);
+        let (sender, answers) = channel();
+        let mut sender = Some(sender);
         let mut failures = Vec::new();
-        for server in (0..count).map(|turn| (first + turn) % count) {
-            let found = self.call(server, "/v3/kv/range", &body, |text| answer::range(text, key));
-            let found = found.and_then(|found| {
-                self.goes_on(found.place)?;
-                Ok(found.entry)
-            });
-            match found {
+        while let Some((server, called)) = self.next_answer(key, &mut turns, &mut sender, &answers)
+        {
+            match self.heard(called) {
                 Ok(entry) => {
                     self.client.last.set(server);
                     return Ok((server, entry));
@@ -141,6 +121,64 @@ impl Calls<'_> {
         Err(EtcdError::NoAnswer(failures))
     }
 
+    /// Asks one server more, and others until somebody answers; `None` once all have.
+    fn next_answer(
+        &self,
+        key: &[u8],
+        turns: &mut impl Iterator<Item = usize>,
+        sender: &mut Option<Sender<Answer>>,
+        answers: &Receiver<Answer>,
+    ) -> Option<Answer> {
+        loop {
+            if let Some(answered) = sender {
+                match turns.next() {
+                    Some(server) => self.ask(server, key, answered.clone()),
+                    // From now on the channel ends with the last of the threads.
+                    None => *sender = None,
+                }
+            }
+            if sender.is_none() {
+                return answers.recv().ok();
+            }
+            match answers.recv_timeout(NEXT_AFTER) {
+                Ok(answer) => return Some(answer),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+    }
+
+    /// Asks a server from a thread of its own, which ends with the call's limits, whoever still
+    /// waits for it.
+    fn ask(&self, server: usize, key: &[u8], answered: Sender<Answer>) {
+        let (caller, token) = (self.caller.clone(), self.client.token.borrow().clone());
+        let (url, key) = (self.client.servers[server].clone(), key.to_owned());
+        let call = move || {
+            let body = json!({"key": STANDARD.encode(&key)});
+            let parse = |text: &[u8]| answer::range(text, &key);
+            let called = caller.call(&url, "/v3/kv/range", &body, token, parse);
+            // Nobody waits any more where another server was faster.
+            let _ = answered.send((server, called));
+        };
+        let thread = std::thread::Builder::new().name("repl-etcd".to_owned());
+        if let Err(error) = thread.spawn(call) {
+            tracing::warn!(
+                "{} was not asked who owns the VM: {error}",
+                self.client.servers[server]
+            );
+        }
+    }
+
+    /// What a read's answer is worth.
+    fn heard(&self, called: Called<Found>) -> Result<Option<Entry>, CallError> {
+        if self.client.access.credentials.is_some() {
+            self.client.token.replace(called.token);
+        }
+        let found = called.result?;
+        self.goes_on(found.place)?;
+        Ok(found.entry)
+    }
+
     /// Puts `value` if the key's last change has `revision`, at this server and once.
     pub(super) fn swap(
         &self,
@@ -149,18 +187,11 @@ impl Calls<'_> {
         revision: i64,
         value: &[u8],
     ) -> Result<SwapOutcome, EtcdError> {
-        let (encoded, value) = (STANDARD.encode(key), STANDARD.encode(value));
-        let body = json!({
-            "compare": [{
-                "key": encoded, "target": "MOD", "result": "EQUAL",
-                "mod_revision": revision.to_string(),
-            }],
-            "success": [{"request_put": {"key": encoded, "value": value}}],
-            "failure": [{"request_range": {"key": encoded}}],
-        });
+        let body = transaction(key, revision, value);
         let parse = |text: &[u8]| answer::swap(text, key);
         let token = self.client.token.borrow().clone();
-        let swapped = self.post(server, "/v3/kv/txn", &body, token.as_deref(), parse);
+        let url = &self.client.servers[server];
+        let swapped = self.caller.post(url, "/v3/kv/txn", &body, token.as_deref(), parse);
         let swapped = swapped.and_then(|swapped| {
             self.goes_on(swapped.place)?;
             Ok(swapped.outcome)
@@ -170,7 +201,7 @@ impl Calls<'_> {
             self.client.token.replace(None);
             // It may be the one that hangs: the read that follows begins with the next.
             self.client.last.set((server + 1) % self.client.servers.len());
-            EtcdError::Unknown(self.client.servers[server].clone(), error)
+            EtcdError::Unknown(url.clone(), error)
         })
     }
 
@@ -190,64 +221,16 @@ impl Calls<'_> {
             }
         }
     }
+}
 
-    /// A call that may be repeated: with a new token where the old one is not accepted.
-    fn call<T>(
-        &self,
-        server: usize,
-        path: &str,
-        body: &Value,
-        parse: impl Fn(&[u8]) -> Result<T, Malformed>,
-    ) -> Result<T, CallError> {
-        if self.client.access.credentials.is_none() {
-            return self.post(server, path, body, None, parse);
-        }
-        let token = self.client.token.borrow().clone();
-        if let Some(token) = token {
-            match self.post(server, path, body, Some(&token), &parse) {
-                Err(CallError::Status { status, .. }) if TOKEN_STATUSES.contains(&status) => {
-                    self.client.token.replace(None);
-                }
-                answered => return answered,
-            }
-        }
-        let token = self.login(server)?;
-        self.client.token.replace(Some(token.clone()));
-        self.post(server, path, body, Some(&token), parse)
-    }
-
-    fn login(&self, server: usize) -> Result<String, CallError> {
-        let Some(path) = &self.client.access.credentials else { return Ok(String::new()) };
-        let (name, password) = files::credentials(path)?;
-        let body = json!({"name": name, "password": password});
-        self.post(server, "/v3/auth/authenticate", &body, None, answer::token).map_err(|error| {
-            match error {
-                CallError::Status { .. } => CallError::Login(Box::new(error)),
-                other => other,
-            }
-        })
-    }
-
-    fn post<T>(
-        &self,
-        server: usize,
-        path: &str,
-        body: &Value,
-        token: Option<&str>,
-        parse: impl Fn(&[u8]) -> Result<T, Malformed>,
-    ) -> Result<T, CallError> {
-        let url = format!("{}{path}", self.client.servers[server]);
-        let mut request = self.agent.post(url).content_type("application/json");
-        request = request.header("connection", "close");
-        if let Some(token) = token {
-            request = request.header("authorization", token);
-        }
-        let mut response = request.send(body.to_string())?;
-        let status = response.status().as_u16();
-        let body = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec()?;
-        if status != 200 {
-            return Err(CallError::Status { status, reason: answer::refusal(&body) });
-        }
-        Ok(parse(&body)?)
-    }
+/// *If* the key's last change has `revision`, put, *else* say what stands.
+fn transaction(key: &[u8], revision: i64, value: &[u8]) -> Value {
+    let (key, value) = (STANDARD.encode(key), STANDARD.encode(value));
+    json!({
+        "compare": [{
+            "key": key, "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string(),
+        }],
+        "success": [{"request_put": {"key": key, "value": value}}],
+        "failure": [{"request_range": {"key": key}}],
+    })
 }

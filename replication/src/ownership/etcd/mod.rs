@@ -17,8 +17,9 @@
 //!        └── no answer ──────────────────────────────────> error: outcome unknown
 //! ```
 //!
-//! **Reads** are tried at one server after the other. They are linearizable, so whichever answers
-//! says what the majority has agreed upon; a server without a majority does not answer at all.
+//! **Reads** go to the server that answered last, and to one more beside it each time that nobody has
+//! answered for a moment, or one failed. They are linearizable, so whichever answers first says what
+//! the majority has agreed upon; a server without a majority does not answer at all.
 //!
 //! **A transaction is sent once**, to the server that has just answered the read, and never again
 //! by this module. Sending it anew elsewhere would do no harm (the revision that it compares is gone
@@ -39,6 +40,7 @@ mod answer;
 mod client;
 mod error;
 mod files;
+mod http;
 
 use std::path::PathBuf;
 

@@ -10,7 +10,7 @@ use crate::primary::rest::Rest;
 use crate::protocol::ownership::Verdict;
 use crate::protocol::primary::Purpose;
 use crate::ram::PageSet;
-use api::replication::ReplicationState;
+use api::replication::{Cow, ReplicationState};
 
 impl<G: Guest> Engine<'_, G> {
     /// Lets the machine decide and carries it out.
@@ -59,6 +59,7 @@ impl<G: Guest> Engine<'_, G> {
                 self.disks_copy = false;
                 self.disk_job += 1;
                 self.call_off_log();
+                self.go_on_in_doubt();
             }
             Action::SealHandover => {
                 reach("handover");
@@ -126,6 +127,15 @@ impl<G: Guest> Engine<'_, G> {
         });
     }
 
+    /// Who owns the VM is to be found out, which may take for ever: a guest that stood for room, or for
+    /// an epoch that is not sealed, runs meanwhile, unheard. Not one whose memory is being sent as it is,
+    /// nor one that was handed over.
+    pub(super) fn go_on_in_doubt(&mut self) {
+        if !self.handover && (self.options.cow != Cow::Off || self.unsent == 0) {
+            self.release();
+        }
+    }
+
     fn degrade(&mut self) {
         self.handover = false;
         self.last_state = None;
@@ -145,16 +155,6 @@ impl<G: Guest> Engine<'_, G> {
             let line = Error::Guest { what: "end the guest's pause", source }.chain();
             self.status.failed(&line);
             tracing::error!("{line}");
-        }
-    }
-
-    /// There is a backup (again), or there is none.
-    fn protected(&self, protected: bool) {
-        let mut gathered = self.status.lock();
-        gathered.alone = !protected;
-        if protected {
-            gathered.info.sync_progress = 1.0;
-            gathered.info.reconnect_attempts = 0;
         }
     }
 
@@ -206,21 +206,13 @@ impl<G: Guest> Engine<'_, G> {
 
     fn report(&mut self, report: Report) {
         let event = match report {
-            Report::Synced => {
-                self.protected(true);
-                Told::Synced
-            }
-            Report::Resynced => {
-                self.protected(true);
-                Told::Resynced
-            }
-            Report::Reversed => {
-                self.protected(true);
-                Told::Reversed
-            }
+            Report::Synced => Told::Synced,
+            Report::Resynced => Told::Resynced,
+            Report::Reversed => Told::Reversed,
             Report::StillAlone(reason) => return self.status.failed(&reason),
             Report::Degraded(reason) => {
-                self.protected(false);
+                // Also where a copy anew begins at once.
+                self.status.lock().alone = true;
                 self.status.failed(&reason);
                 self.answer_failover(Err(Error::Failed(reason.clone())));
                 Told::Degraded { reason }
@@ -284,6 +276,12 @@ impl<G: Guest> Engine<'_, G> {
         if self.machine.state() == State::Alone {
             gathered.alone = true;
             gathered.reconnects &= self.machine.may_go_on();
+        }
+        // In one breath with the state: who sees it protected sees no attempts to get there.
+        if state == ReplicationState::Protected {
+            gathered.alone = false;
+            gathered.info.sync_progress = 1.0;
+            gathered.info.reconnect_attempts = 0;
         }
         gathered.info.state = state;
         gathered.info.generation = self.machine.generation().0;

@@ -204,6 +204,8 @@ impl<G: Guest> Engine<'_, G> {
         }
         gathered.dirty_pages.add(pages);
         gathered.info.epoch_sealed = epoch.0;
+        // The first of a session leaves the count of the one before.
+        gathered.info.epoch_committed = self.machine.committed().0;
         let kept = self.sealer.kept();
         gathered.info.cow_faults = kept.faults;
         gathered.info.cow_ahead = kept.ahead;
@@ -255,7 +257,9 @@ impl<G: Guest> Engine<'_, G> {
                     self.cadence.sent(last.pages, last.sealed_at.elapsed());
                 }
             }
-            Work::Nothing | Work::AwaitingRest | Work::Settling | Work::Rest => {}
+            // The memory of a guest that stands has been read.
+            Work::Nothing => self.go_on_in_doubt(),
+            Work::AwaitingRest | Work::Settling | Work::Rest => {}
         }
     }
 

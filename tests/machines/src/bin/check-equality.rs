@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use understudy_tests::equality::{Compared, Equality};
 use understudy_tests::interrupt::{self, Folder};
@@ -36,7 +36,8 @@ struct Options {
     #[arg(long, default_value_t = 10)]
     epoch_ms: u64,
     /// What the guest does: `hot`, all vCPUs rewrite a small set of pages, and verify the rest of
-    /// memory; `random`, they write anywhere; `kv`, clients, a card and a disk write it as well.
+    /// memory; `random`, they write anywhere; `runs`, runs of 700 pages, each over a border of huge
+    /// pages; `kv`, clients, a card and a disk write it; `all`, these and `hot`.
     #[arg(long, value_enum, default_value_t = Workload::Hot)]
     workload: Workload,
     /// How pages are written on the wire, as --replicate compression= takes it.
@@ -49,7 +50,11 @@ struct Options {
     /// Tests the check, with cow=protect and cow=hybrid: pages that count as write-protected are not.
     #[arg(long)]
     without_protection: bool,
-    /// Makes threads sleep at random: POINT:MICROSECONDS[,...]. Points: seal, arm, fault, take,
+    /// Keeps the guest's memory in huge pages, for as long as the run takes the host's setting for it
+    /// (shmem_enabled) from `never` to `advise`; fails if none came about.
+    #[arg(long)]
+    huge_pages: bool,
+    /// Makes threads sleep at random: POINT:MICROSECONDS[,...]. Points: seal, arm, fault, take, send,
     /// unprotect, ack; see replication/src/checking.rs.
     #[arg(long, default_value = "")]
     delays: String,
@@ -75,7 +80,61 @@ impl Options {
 enum Workload {
     Hot,
     Random,
+    Runs,
     Kv,
+    All,
+}
+
+impl Workload {
+    /// What the guest does beside serving clients.
+    fn words(self) -> &'static str {
+        match self {
+            Self::Hot | Self::All => "verify+dirty dirty_order=hot",
+            Self::Random => "verify+dirty dirty_order=random",
+            // A huge page has 512.
+            Self::Runs => {
+                "verify+dirty dirty_set=2800 dirty_sets=2 dirty_run=700 dirty_period_ms=4"
+            }
+            Self::Kv => "",
+        }
+    }
+}
+
+/// The host's setting for huge pages of shared memory, put back at the end.
+struct HugePages(Option<String>);
+
+impl HugePages {
+    const FILE: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+    fn allow() -> Result<Self> {
+        let text = std::fs::read_to_string(Self::FILE)
+            .with_context(|| format!("This kernel has no {}", Self::FILE))?;
+        let now = text.split(['[', ']']).nth(1).context("Nothing is chosen there")?.to_owned();
+        if !["never", "deny"].contains(&now.as_str()) {
+            return Ok(Self(None));
+        }
+        std::fs::write(Self::FILE, "advise")
+            .with_context(|| format!("Cannot set {}", Self::FILE))?;
+        Ok(Self(Some(now)))
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0
+            && let Err(error) = std::fs::write(Self::FILE, before)
+        {
+            eprintln!("{} cannot be set back to {before}: {error}", Self::FILE);
+        }
+    }
+}
+
+/// Shared memory of a process that its tables map in huge pages, in KiB.
+fn huge_kib(pid: u32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("ShmemPmdMapped:"));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    Ok(number.context("this kernel does not count huge pages")?.parse()?)
 }
 
 fn main() -> ExitCode {
@@ -92,6 +151,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<bool> {
+    let _huge_pages = options.huge_pages.then(HugePages::allow).transpose()?;
     let (mut passed, mut failed) = (0, 0);
     for mode in options.modes() {
         println!("cow={mode}, {} vCPUs", options.vcpus);
@@ -111,8 +171,8 @@ fn compare(options: &Options, mode: &str) -> Result<bool> {
     while all.epochs < options.epochs && (all.different == 0 || !options.is_broken()) {
         let folder = Folder::new()?;
         let found = match options.workload {
-            Workload::Kv => serve(options, mode, &folder, all.epochs)?,
-            Workload::Hot | Workload::Random => write(options, mode, &folder)?,
+            Workload::Kv | Workload::All => serve(options, mode, &folder, all.epochs)?,
+            Workload::Hot | Workload::Random | Workload::Runs => write(options, mode, &folder)?,
         };
         all.epochs += found.epochs;
         all.pages += found.pages;
@@ -158,16 +218,19 @@ fn switch(options: &Options, mode: &str, folder: &Folder, setup: &mut Setup) -> 
 /// One pair, until it has compared as many epochs as are wanted.
 fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
     let mut setup = Setup::verify(options.vcpus, &options.memory);
-    let order = if options.workload == Workload::Hot { "hot" } else { "random" };
-    setup.command_line =
-        format!("workload=verify+dirty vcpus={} tick_ms=20 dirty_order={order}", options.vcpus);
+    let (words, vcpus) = (options.workload.words(), options.vcpus);
+    setup.command_line = format!("workload={words} vcpus={vcpus} tick_ms=20");
     let equality = switch(options, mode, folder, &mut setup)?;
     let mut pair = Pair::start(folder.path(), &setup)?;
+    let mut huge = 0;
     let mut last = (Instant::now(), Compared::default());
     let mut spoken = Instant::now();
     loop {
         std::thread::sleep(Duration::from_millis(100));
         let compared = equality.compared()?;
+        if options.huge_pages {
+            huge = huge.max(huge_kib(pair.primary.pid())?);
+        }
         let is_enough = compared.epochs >= options.epochs;
         let info = if is_enough { Some(pair.primary.replication()?) } else { None };
         if let Some(info) = &info {
@@ -181,6 +244,10 @@ fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
             );
         }
         if is_enough || options.is_broken() && compared.different > 0 {
+            if options.huge_pages {
+                println!("at most {} MiB of guest memory were in huge pages at once", huge >> 10);
+                ensure!(huge > 0, "no memory came about in huge pages");
+            }
             return Ok(compared);
         }
         ensure!(pair.primary.is_alive(), "the primary is gone:\n{}", pair.primary.log());
@@ -203,6 +270,11 @@ fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
 fn serve(options: &Options, mode: &str, folder: &Folder, seed: u64) -> Result<Compared> {
     let disk = Disk::Replicated;
     let mut setup = round::setup(folder.path(), options.vcpus, &options.memory, disk)?;
+    let words = options.workload.words();
+    if !words.is_empty() {
+        setup.command_line =
+            setup.command_line.replace("workload=kv", &format!("workload=kv+{words}"));
+    }
     let equality = switch(options, mode, folder, &mut setup)?;
     let plan = Plan {
         blow: Blow::KillPrimary,

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::ownership::etcd::http::CALL_LIMIT;
 
 /// Longer than three servers may take that do not answer; a read without end fails the test.
 const BOUND: Duration = Duration::from_secs(30);
@@ -30,8 +31,28 @@ fn a_member_less_is_no_matter() -> Result<()> {
     Ok(())
 }
 
+/// A follower, so that no election is waited for.
 #[test]
-fn a_server_that_hangs_costs_one_limit() -> Result<()> {
+fn a_server_that_hangs_is_not_waited_for() -> Result<()> {
+    let mut cluster = Cluster::start(3)?;
+    let arbiter = arbiter(&cluster.arbiter(KEY))?;
+    let follower = (cluster.leader()? + 1) % 3;
+    arbiter.client.begin_with(follower);
+    cluster.freeze(follower)?;
+    let asked = Instant::now();
+    let first = solo(1, vm());
+    assert_eq!(claim(&arbiter, 0, first), (Verdict::Owned(Generation(1)), 0));
+    // Long before its own call ends.
+    assert!(asked.elapsed() < CALL_LIMIT, "{:?}", asked.elapsed());
+    cluster.thaw(follower)?;
+    cluster.wait_serving()?;
+    arbiter.client.begin_with(follower);
+    assert_eq!(arbiter.read()?, Some(first));
+    Ok(())
+}
+
+#[test]
+fn a_leader_that_hangs_costs_an_election() -> Result<()> {
     let mut cluster = Cluster::start(3)?;
     let arbiter = arbiter(&cluster.arbiter(KEY))?;
     let leader = cluster.leader()?;

@@ -38,8 +38,20 @@ impl Bare {
 
     /// Protects the VM; how long that took.
     pub fn protect(&mut self) -> Result<Duration> {
+        let options = self.replicate.clone();
+        self.protect_as(&options)
+    }
+
+    /// The same with another value of an option.
+    pub fn protect_with(&mut self, option: &str, value: u64) -> Result<Duration> {
+        let mut options: serde_json::Value = serde_json::from_str(&self.replicate)?;
+        options[option] = value.into();
+        self.protect_as(&options.to_string())
+    }
+
+    fn protect_as(&mut self, options: &str) -> Result<Duration> {
         let start = Instant::now();
-        self.primary.put_ok("vm.replicate", Some(&self.replicate))?;
+        self.primary.put_ok("vm.replicate", Some(options))?;
         let protected = self.primary.wait_state(ReplicationState::Protected, LIMIT);
         protected.with_context(|| format!("The backup says:\n{}", self.backup.log()))?;
         Ok(start.elapsed())

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use crate::row::Row;
+use crate::row::{FLOOR, OURS, Profile, Row};
 use crate::samples::float;
 use crate::table::figure;
 
@@ -25,12 +25,14 @@ pub fn draw(rows: &[Row], folder: &Path) -> Result<Vec<String>> {
         bars(row, &folder.join(&name)).map_err(|error| anyhow!("Cannot draw {name}: {error}"))?;
         names.push(name);
     }
-    let taken_apart: Vec<&Row> = rows.iter().filter(|row| !row.profile.is_empty()).collect();
-    if !taken_apart.is_empty() {
-        let name = "steps.svg".to_owned();
-        steps(&taken_apart, &folder.join(&name))
-            .map_err(|error| anyhow!("Cannot draw {name}: {error}"))?;
-        names.push(name);
+    for (label, name) in [(OURS, "steps.svg"), (FLOOR, "steps-floor.svg")] {
+        let apart = |row: &'_ Row| Some((row.name, row.profile(label)?.clone()));
+        let taken_apart: Vec<_> = rows.iter().filter_map(apart).collect();
+        if !taken_apart.is_empty() {
+            steps(label, &taken_apart, &folder.join(name))
+                .map_err(|error| anyhow!("Cannot draw {name}: {error}"))?;
+            names.push(name.to_owned());
+        }
     }
     Ok(names)
 }
@@ -67,30 +69,30 @@ fn bars(row: &Row, path: &Path) -> Drawn {
 }
 
 /// One bar for each pause, its steps side by side as shares.
-fn steps(rows: &[&Row], path: &Path) -> Drawn {
+fn steps(label: &str, rows: &[(&str, Profile)], path: &Path) -> Drawn {
     let count = u32::try_from(rows.len())?;
     let root = SVGBackend::new(path, (WIDTH, FRAME + BAR * count + 40)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption("Where a pause goes, in percent (the floor's loop)", FONT)
+        .caption(format!("Where a pause goes, in percent ({label})"), FONT)
         .margin(10)
         .margin_left(LABEL)
         .x_label_area_size(36)
         .build_cartesian_2d(0.0..100.0, -1.0..f64::from(count))?;
     chart.configure_mesh().disable_y_mesh().disable_y_axis().draw()?;
-    for (number, row) in (1..).zip(rows) {
-        let whole: f64 = row.profile.iter().map(|step| step.us).sum();
+    for (number, (row, profile)) in (1..).zip(rows) {
+        let whole = profile.whole_us();
         let (mut from, bottom) = (0.0, f64::from(count - number) + 0.15);
-        for (at, step) in row.profile.iter().enumerate() {
+        for (at, step) in profile.steps.iter().enumerate() {
             let to = from + 100.0 * step.us / whole.max(1.0);
             let corners = [(from, bottom), (to, bottom + 0.7)];
             chart.draw_series([Rectangle::new(corners, Palette99::pick(at).filled())])?;
             from = to;
         }
         let place = (4, i32::try_from(28 + BAR * (number - 1) + BAR / 2)?);
-        root.draw(&Text::new(row.name, place, FONT))?;
+        root.draw(&Text::new((*row).to_owned(), place, FONT))?;
     }
-    for (at, step) in rows[0].profile.iter().enumerate() {
+    for (at, step) in rows[0].1.steps.iter().enumerate() {
         let x = 16.0 * float(u64::try_from(at)?);
         let corners = [(x, -0.7), (x + 1.5, -0.4)];
         chart.draw_series([Rectangle::new(corners, Palette99::pick(at).filled())])?;

@@ -52,6 +52,27 @@ pub struct Step {
     pub us: f64,
 }
 
+/// A pause taken apart.
+#[derive(Clone, Debug, Serialize)]
+pub struct Profile {
+    /// Whose pause.
+    pub label: &'static str,
+    pub steps: Vec<Step>,
+}
+
+impl Profile {
+    #[must_use]
+    pub fn whole_us(&self) -> f64 {
+        self.steps.iter().map(|step| step.us).sum()
+    }
+
+    /// Of one of its steps; none has this name: 0.
+    #[must_use]
+    pub fn us(&self, name: &str) -> f64 {
+        self.steps.iter().filter(|step| step.name == name).map(|step| step.us).sum()
+    }
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     pub name: &'static str,
@@ -61,7 +82,7 @@ pub struct Row {
     pub columns: Vec<Column>,
     pub checks: Vec<Check>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub profile: Vec<Step>,
+    pub profiles: Vec<Profile>,
     pub notes: Vec<String>,
     /// Cores that processes of others took while this was measured: it disturbs.
     pub others_cores: f64,
@@ -78,7 +99,7 @@ impl Row {
             unit,
             columns: vec![],
             checks: vec![],
-            profile: vec![],
+            profiles: vec![],
             notes: vec![],
             others_cores: 0.0,
             not_run: None,
@@ -98,6 +119,12 @@ impl Row {
         if let Some(stats) = samples.stats() {
             self.columns.push(Column { label: label.into(), stats });
         }
+    }
+
+    /// The pause of one column taken apart, if it was.
+    #[must_use]
+    pub fn profile(&self, label: &str) -> Option<&Profile> {
+        self.profiles.iter().find(|profile| profile.label == label)
     }
 
     #[must_use]

@@ -36,10 +36,10 @@ impl Samples {
         let all = sorted(self.turns.concat());
         let (min, max) = (*all.first()?, *all.last()?);
         let at = |percent| rank(&all, percent);
-        let turn_medians = self.turns.iter().map(|turn| rank(&sorted(turn.clone()), 50));
+        let turn_medians = self.turns.iter().map(|turn| middle(&sorted(turn.clone())));
         Some(Stats {
             count: all.len(),
-            median: at(50),
+            median: middle(&all),
             p25: at(25),
             p75: at(75),
             p99: at(99),
@@ -58,6 +58,12 @@ impl Samples {
 fn sorted(mut figures: Vec<f64>) -> Vec<f64> {
     figures.sort_unstable_by(f64::total_cmp);
     figures
+}
+
+/// The figure in the middle, of an even number the mean of the two there. Of one figure at least.
+fn middle(sorted: &[f64]) -> f64 {
+    let half = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[half] } else { f64::midpoint(sorted[half - 1], sorted[half]) }
 }
 
 /// The smallest figure that `percent` of 100 do not exceed, as `replication-info` has it. Of one
@@ -87,7 +93,8 @@ mod tests {
         samples.add(vec![]);
         samples.add(vec![10.0]);
         let stats = samples.stats().unwrap();
-        assert_eq!((stats.count, stats.median, stats.p99, stats.max), (4, 2.0, 10.0, 10.0));
+        // Not the better one of the two in the middle.
+        assert_eq!((stats.count, stats.median, stats.p99, stats.max), (4, 2.5, 10.0, 10.0));
         assert_eq!(stats.turn_medians, [2.0, 10.0]);
     }
 

@@ -89,11 +89,10 @@ pub fn figure(value: f64) -> String {
 #[must_use]
 pub fn details(rows: &[Row]) -> String {
     let mut text = String::new();
-    for row in rows.iter().filter(|row| !row.profile.is_empty()) {
-        let whole: f64 = row.profile.iter().map(|step| step.us).sum();
-        let _ =
-            writeln!(text, "\na pause of {}, taken apart (medians, the floor's loop):", row.name);
-        for step in &row.profile {
+    for (row, profile) in rows.iter().flat_map(|row| row.profiles.iter().map(move |of| (row, of))) {
+        let (label, whole) = (profile.label, profile.whole_us());
+        let _ = writeln!(text, "\na pause of {}, {label}, taken apart (medians):", row.name);
+        for step in &profile.steps {
             let share = 100.0 * step.us / whole.max(1.0);
             let _ = writeln!(text, "  {:<12} {:>8} us  {share:>3.0} %", step.name, figure(step.us));
         }

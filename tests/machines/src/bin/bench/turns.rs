@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use api::replication::{Cow, ReplicationState};
+use api::replication::{Cow, PauseSteps, ReplicationState};
 use understudy_tests::interrupt::Folder;
 use understudy_tests::pair::Pair;
 
 use crate::guest::Spec;
+use crate::row::Step;
 use crate::samples::{Samples, float};
 
 const LIMIT: Duration = Duration::from_secs(300);
@@ -27,7 +28,14 @@ pub struct Protected {
     pub commit: Samples,
     /// Epochs that were over before anybody looked.
     pub unseen: u64,
+    /// Of each step, what `replication-info` says of the last epochs.
+    steps: [Samples; STEPS.len()],
 }
+
+/// Steps of a pause, as `pause_steps_us` has them.
+const STEPS: [&str; 5] = ["stop, save", "harvest", "keep", CAPTURE, "release"];
+/// The machine's state but for that of the vCPUs, which save theirs as they stop.
+pub const CAPTURE: &str = "capture VM";
 
 impl Protected {
     /// Starts a pair and waits until it is protected; its guest stands until the first turn.
@@ -50,6 +58,7 @@ impl Protected {
             pages: Samples::default(),
             commit: Samples::default(),
             unseen: 0,
+            steps: Default::default(),
         })
     }
 
@@ -78,11 +87,25 @@ impl Protected {
             pages.push(float(info.dirty_pages.last));
             commits.push(float(info.commit_latency_us.last));
         }
+        let PauseSteps { stop, harvest, keep, capture, release } =
+            primary.replication()?.pause_steps_us;
+        for (step, us) in self.steps.iter_mut().zip([stop, harvest, keep, capture, release]) {
+            step.add(vec![float(us)]);
+        }
         primary.put_ok("vm.pause", None)?;
         self.pause.add(pauses);
         self.pages.add(pages);
         self.commit.add(commits);
         Ok(())
+    }
+}
+
+impl Protected {
+    /// Medians of a pause's steps.
+    #[must_use]
+    pub fn profile(&self) -> Vec<Step> {
+        let medians = STEPS.iter().zip(&self.steps);
+        medians.filter_map(|(name, step)| Some(Step { name, us: step.median()? })).collect()
     }
 }
 

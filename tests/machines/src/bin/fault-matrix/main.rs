@@ -2,6 +2,8 @@
 //! and people have, and for each way an oracle says whether anything was lost.
 
 mod arbiter;
+mod clock;
+mod failing;
 mod row;
 mod rows;
 mod scene;

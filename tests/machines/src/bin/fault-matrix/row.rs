@@ -98,6 +98,10 @@ pub struct Prepared {
     pub reverses: bool,
     /// How long a client waits for an answer.
     pub silence_limit: Duration,
+    /// Each side has a wall clock of its own, see [`Scene::turn_clock`].
+    pub has_clocks: bool,
+    /// Calls of each side can be made to fail, see [`Scene::fail`].
+    pub has_failures: bool,
 }
 
 impl Default for Prepared {
@@ -110,6 +114,8 @@ impl Default for Prepared {
             images: None,
             reverses: false,
             silence_limit: Duration::from_secs(30),
+            has_clocks: false,
+            has_failures: false,
         }
     }
 }

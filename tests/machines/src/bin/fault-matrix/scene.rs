@@ -20,6 +20,8 @@ use understudy_tests::process::{POLL, Vmm};
 use understudy_tests::serial::Serial;
 
 use crate::arbiter::{Arbiter, Kind};
+use crate::clock;
+use crate::failing::{self, Call};
 use crate::row::{End, Kept, Prepared};
 use crate::world::{Host, Place, World};
 
@@ -73,7 +75,10 @@ impl Scene {
             setup.replicate_options.push_str(&back);
         }
         let arbiter = Arbiter::new(kind, folder, &world)?;
-        let setup = complete(setup, folder, &arbiter, prepared);
+        let setup = complete(setup, folder, &arbiter, prepared)?;
+        if prepared.has_clocks {
+            clock::prepare(folder)?;
+        }
         let url = format!("tcp:{}:{PORT}", world.b.address);
         let b =
             start(folder, "b", &pair::backup_arguments(folder, "b", &url, &setup), &setup, &world)?;
@@ -262,6 +267,29 @@ impl Scene {
         self.vmm(place).wait_exit(LIMIT).map(|_| ())
     }
 
+    /// From here on a call fails with EIO in a side's process, of a row that has such.
+    pub fn fail(&self, place: Place, call: Call) -> Result<()> {
+        failing::begin(&self.folder, place, call, libc::EIO)
+    }
+
+    /// From here on it works again.
+    pub fn mend(&self, place: Place, call: Call) -> Result<()> {
+        failing::end(&self.folder, place, call)
+    }
+
+    /// Sets a side's wall clock, in a row that has such.
+    pub fn turn_clock(&self, place: Place, to: &str) -> Result<()> {
+        clock::turn(&self.folder, place, to)
+    }
+
+    /// Whether a side has seen its clock turned: its log has lines of that year.
+    pub fn shows_year(&mut self, place: Place, year: u32) -> Result<()> {
+        let log = self.vmm(place).log();
+        let is_of_year = |line: &str| line.starts_with(&format!("{year}-"));
+        ensure!(log.lines().any(is_of_year), "{place:?} has no line of {year}:\n{log}");
+        Ok(())
+    }
+
     // --- what is asked -----------------------------------------------------------------------
 
     pub fn wait_protected(&mut self) -> Result<()> {
@@ -422,7 +450,12 @@ fn events_file(folder: &Path, place: Place) -> PathBuf {
 }
 
 /// The setup with what a row has of its own.
-fn complete(mut setup: Setup, folder: &Path, arbiter: &Arbiter, prepared: &Prepared) -> Setup {
+fn complete(
+    mut setup: Setup,
+    folder: &Path,
+    arbiter: &Arbiter,
+    prepared: &Prepared,
+) -> Result<Setup> {
     let timeout_ms = TIMEOUT.as_millis();
     let both = format!(",timeout_ms={timeout_ms},heartbeat_ms=100");
     setup.arbiter_url = Some(arbiter.url());
@@ -438,13 +471,19 @@ fn complete(mut setup: Setup, folder: &Path, arbiter: &Arbiter, prepared: &Prepa
         let events = events_file(folder, place);
         arguments.extend(["--event-monitor".into(), format!("path={}", events.display())]);
         arguments.push("-v".into());
+        if prepared.has_failures {
+            environment.extend(failing::environment(folder, place)?);
+        }
+        if prepared.has_clocks {
+            environment.extend(clock::environment(folder, place));
+        }
         for fault in prepared.faults.iter().filter(|fault| fault.place == place) {
             let file = fault_file(folder, place);
             let value = format!("{}:{}:{}", fault.point, fault.action.word(), file.display());
             environment.push(("UNDERSTUDY_TEST_FAULT".into(), value));
         }
     }
-    setup
+    Ok(setup)
 }
 
 fn start(

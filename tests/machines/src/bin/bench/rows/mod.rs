@@ -24,6 +24,7 @@ pub const ALL: &[Entry] = &[
     ("rate-compute-1", rate::compute_1),
     ("rate-compute-16", rate::compute_16),
     ("rate-1k-pages", rate::thousand),
+    ("auto-fast-link", wire::auto),
     ("slow-link", wire::slow_link),
     ("first-sync", sync::first),
     ("first-sync-tls", sync::by_tls),

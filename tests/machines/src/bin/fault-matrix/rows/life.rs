@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use api::replication::ReplicationState;
 use api::response::VmState;
 
-use crate::row::{Does, End, Expect, Row};
+use crate::row::{Does, EACH, End, Expect, Row};
 use crate::scene::{LIMIT, Scene};
 use crate::world::Place;
 
@@ -213,6 +213,96 @@ fn resync(scene: &mut Scene, victim: Option<Place>, end: End) -> Result<End> {
 
 /// Failures that follow each other.
 fn again() -> Vec<Row> {
+    let mut rows = by_a_person();
+    rows.extend(by_itself());
+    rows
+}
+
+/// The primary calls its backup again, with nobody's word.
+fn by_itself() -> Vec<Row> {
+    let mut lost_in_the_copy = Row::new(
+        "recall-copy-kill-a",
+        "B stands still until A goes on alone, and wakes; A is killed as it copies to B again, alone as it \
+         was: B has nothing to start from",
+        Expect::Only(End::Nobody),
+        |scene| {
+            scene.blow();
+            b_sleeps(scene)?;
+            scene.arm(Place::A)?;
+            scene.b.signal(libc::SIGCONT)?;
+            scene.wait_killed(Place::A)?;
+            scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+            ensure!(!scene.has_event(Place::B, "failover-started"), "B has taken over");
+            Ok(End::Nobody)
+        },
+    )
+    .fault(Place::A, "copy", Does::Kill);
+    lost_in_the_copy.prepared.silence_limit = SHORT;
+    vec![
+        Row::new(
+            "recall-kill-a",
+            "B stands still until A goes on alone, and wakes; A calls it, and is protected again; A is killed",
+            Expect::Only(End::B),
+            |scene| {
+                scene.blow();
+                b_sleeps(scene)?;
+                scene.b.signal(libc::SIGCONT)?;
+                scene.wait_protected()?;
+                scene.wait_served()?;
+                scene.a.kill()?;
+                scene.wait_b_took_over()?;
+                Ok(End::B)
+            },
+        )
+        .with(EACH),
+        Row::new(
+            "recall-anew-kill-a",
+            "B is killed, and started anew; A calls it, and is protected again; once more; A is killed",
+            Expect::Only(End::B),
+            |scene| {
+                scene.blow();
+                for _ in 0..2 {
+                    scene.b.kill()?;
+                    scene.wait_a_alone()?;
+                    scene.restart_b()?;
+                    scene.wait_protected()?;
+                    scene.wait_served()?;
+                }
+                scene.a.kill()?;
+                scene.wait_b_took_over()?;
+                Ok(End::B)
+            },
+        ),
+        Row::new(
+            "recall-kill-b",
+            "B stands still until A goes on alone, and wakes; B is killed as A copies to it again, and \
+             started anew: A calls that one",
+            Expect::Only(End::Pair),
+            |scene| {
+                scene.blow();
+                b_sleeps(scene)?;
+                scene.arm(Place::B)?;
+                scene.b.signal(libc::SIGCONT)?;
+                scene.wait_killed(Place::B)?;
+                scene.wait_served()?;
+                scene.restart_b()?;
+                scene.wait_protected()?;
+                Ok(End::Pair)
+            },
+        )
+        .fault(Place::B, "accepted", Does::Kill),
+        lost_in_the_copy,
+    ]
+}
+
+/// B stands still, and A has suspected it and goes on alone.
+fn b_sleeps(scene: &mut Scene) -> Result<()> {
+    scene.b.signal(libc::SIGSTOP)?;
+    scene.wait_a_alone()?;
+    scene.wait_served()
+}
+
+fn by_a_person() -> Vec<Row> {
     vec![
         Row::new(
             "again-kill-a",

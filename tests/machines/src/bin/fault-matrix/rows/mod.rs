@@ -4,8 +4,10 @@
 //! - [`frozen`]: a process stands still for longer than the time-out, and wakes
 //! - [`cuts`]: the network between hosts and arbiter
 //! - [`storage`]: the arbiter's directory, and the images of the disks
+//! - [`clocks`]: wall clocks that jump
 //! - [`life`]: what a person or the guest does to a VM that is protected
 
+mod clocks;
 mod cuts;
 mod frozen;
 mod life;
@@ -19,6 +21,7 @@ pub fn all() -> Vec<Row> {
     rows.extend(frozen::rows());
     rows.extend(cuts::rows());
     rows.extend(storage::rows());
+    rows.extend(clocks::rows());
     rows.extend(life::rows());
     rows
 }

@@ -9,6 +9,7 @@ use api::replication::ReplicationState;
 use nix::sys::stat::Mode;
 use understudy_tests::network::run;
 
+use crate::failing::Call;
 use crate::row::{End, Expect, FILE, Kept, Row};
 use crate::scene::{LIMIT, Scene};
 use crate::world::Place;
@@ -19,7 +20,86 @@ const NEXT_RECORD: &str = "storage/gen-2";
 pub fn rows() -> Vec<Row> {
     let mut rows = directory();
     rows.extend(images());
+    rows.extend(input_output_errors());
     rows
+}
+
+/// EIO, of the calls themselves.
+fn input_output_errors() -> Vec<Row> {
+    let of_b = |name, what, call| {
+        Row::new(name, what, Expect::Only(End::A), move |scene: &mut Scene| {
+            scene.blow();
+            scene.fail(Place::B, call)?;
+            scene.wait_a_alone()?;
+            scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+            has_given_up(scene)?;
+            Ok(End::A)
+        })
+    };
+    let of_a = |name, what, call| {
+        let act = move |scene: &mut Scene| {
+            scene.blow();
+            scene.fail(Place::A, call)?;
+            scene.wait_refused()?;
+            scene.mend(Place::A, call)?;
+            scene.gather_anew()?;
+            Ok(End::Pair)
+        };
+        Row::new(name, what, Expect::Only(End::Pair), act).felt()
+    };
+    let rows = vec![
+        of_b(
+            "image-b-write-eio",
+            "B's image cannot be written (EIO): B gives up and listens again",
+            Call::Write,
+        ),
+        of_b(
+            "image-b-sync-eio",
+            "B's image cannot be made durable (EIO of fdatasync): B gives up and listens again",
+            Call::SyncImage,
+        ),
+        of_a(
+            "image-a-write-eio",
+            "A's image cannot be written (EIO): the guest hears of it, as without replication, and the \
+             pair goes on; then it can",
+            Call::Write,
+        ),
+        of_a(
+            "image-a-sync-eio",
+            "A's image cannot be made durable (EIO): the guest hears of it, and the pair goes on; then it \
+             can",
+            Call::SyncImage,
+        ),
+        Row::new(
+            "directory-eio",
+            "Records cannot be made durable (EIO of the arbiter's directory at B), A is killed: B holds; \
+             then they can",
+            Expect::Only(End::B),
+            |scene| {
+                scene.blow();
+                scene.fail(Place::B, Call::SyncRecord)?;
+                b_holds(scene)?;
+                scene.mend(Place::B, Call::SyncRecord)?;
+                scene.wait_b_took_over()?;
+                Ok(End::B)
+            },
+        ),
+    ];
+    let with_failures = |mut row: Row| {
+        row.prepared.has_failures = true;
+        row
+    };
+    rows.into_iter().map(with_failures).collect()
+}
+
+/// B shows that it ended the replica for what it could not do.
+fn has_given_up(scene: &mut Scene) -> Result<()> {
+    ensure!(
+        scene.has_event(Place::B, "replica-receive-failed"),
+        "B has not shown replica-receive-failed:\n{}",
+        scene.b.log()
+    );
+    Ok(())
 }
 
 fn directory() -> Vec<Row> {
@@ -116,11 +196,7 @@ fn images() -> Vec<Row> {
             fill(&scene.folder.join("small/filler"))?;
             scene.wait_a_alone()?;
             scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
-            ensure!(
-                scene.has_event(Place::B, "replica-receive-failed"),
-                "B has not shown replica-receive-failed:\n{}",
-                scene.b.log()
-            );
+            has_given_up(scene)?;
             Ok(End::A)
         });
         row.prepared.images = Some(prepare);
