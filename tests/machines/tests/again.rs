@@ -325,8 +325,9 @@ fn after_a_short_cut_little_is_copied_and_the_memory_is_equal() -> Result<()> {
     ensure!(second < first / 3, "{second} bytes anew, {first} at first");
     let log = scene.backup.log();
     ensure!(log.contains("is kept for its primary"), "{log}");
-    let found = equality.compared()?;
-    ensure!(found.epochs > compared + 10, "{found:?} after {compared}");
+    let found = scene.primary.wait("epochs that are compared", LIMIT, |_| {
+        equality.compared().ok().filter(|found| found.epochs > compared + 10)
+    })?;
     ensure!(found.different == 0, "{found:?}");
     println!("{found:?}");
     let Scene { link: _link, primary, serial, mut backup, .. } = scene;
