@@ -112,7 +112,13 @@ fn a_backup_that_is_lost_is_called_again_by_tcp() {
 
 /// A pair whose data goes by what counts as RDMA, through a proxy.
 fn by_rdma(change: impl FnOnce(&mut ReplicateData)) -> (Backup, super::pair::Proxy, ReplicateData) {
-    let backup = backup(|options| options.rdma_device = Some(FAKE.to_owned())).unwrap();
+    by_rdma_to(backup(|options| options.rdma_device = Some(FAKE.to_owned())).unwrap(), change)
+}
+
+fn by_rdma_to(
+    backup: Backup,
+    change: impl FnOnce(&mut ReplicateData),
+) -> (Backup, super::pair::Proxy, ReplicateData) {
     let url = backup.handle.local_address().to_string();
     let (_, port) = url.rsplit_once(':').unwrap();
     let proxy = super::pair::Proxy::plain(port.parse().unwrap());
@@ -201,5 +207,59 @@ fn without_it_a_backup_whose_data_connection_failed_is_lost() {
     assert_eq!(primary.handle.info().transport.as_deref(), Some("rdma"));
     primary.handle.stop().unwrap();
     machine.power_off();
+    workers.join();
+}
+
+/// A backup that does not allow TCP refuses it for good, and has the VM again by RDMA.
+#[test]
+fn a_backup_that_allows_no_tcp_is_called_by_rdma_again() {
+    let rdma_only = |options: &mut ReceiveReplicaData| {
+        options.rdma_device = Some(FAKE.to_owned());
+        options.fallback = false;
+    };
+    let (_backup, proxy, options) = by_rdma_to(backup(rdma_only).unwrap(), |_| {});
+    let machine = small_machine();
+    // Whoever writes nothing does not notice.
+    let workers = super::Workers::start(&machine, 1, 7);
+    let primary = protect(&machine, options).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    proxy.cut_one(1);
+    primary.events.wait(|event| *event == Event::Resynced).unwrap();
+    let info = primary.handle.info();
+    assert_eq!((info.transport.as_deref(), info.fallback_reason), (Some("rdma"), None));
+    let told = primary.events.events();
+    assert!(!told.iter().any(|event| matches!(event, Event::Failed { .. })), "{told:?}");
+    primary.handle.stop().unwrap();
+    machine.power_off();
+    workers.join();
+}
+
+/// The backup hears a primary that claims because of RDMA, and not for ever: it may reach the arbiter.
+#[test]
+fn a_primary_that_falls_back_and_reaches_no_arbiter_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let (records, way) = (dir.path().join("records"), dir.path().join("way"));
+    std::fs::create_dir(&records).unwrap();
+    std::os::unix::fs::symlink(&records, &way).unwrap();
+    let with_arbiter = |options: &mut ReceiveReplicaData| {
+        options.rdma_device = Some(FAKE.to_owned());
+        options.arbiter = Some(format!("file:{}", records.display()));
+    };
+    let url = format!("file:{}", way.display());
+    let (backup, proxy, options) =
+        by_rdma_to(backup(with_arbiter).unwrap(), |options| options.arbiter = Some(url));
+    let machine = small_machine();
+    // Whoever writes nothing does not notice.
+    let workers = super::Workers::start(&machine, 1, 7);
+    let primary = protect(&machine, options).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    // The way to the arbiter, from this side only.
+    std::fs::remove_file(&way).unwrap();
+    proxy.cut_one(1);
+    until(|| backup.handle.info(), |info| info.takeover.is_some_and(|times| times.resumed_us > 0));
+    assert!(machine.is_holding() && !machine.is_destroyed());
+    std::os::unix::fs::symlink(&records, &way).unwrap();
+    primary.handle.join();
+    assert!(machine.is_destroyed());
     workers.join();
 }
