@@ -27,10 +27,15 @@ pub(in crate::backup) enum Unopened {
     Kept(String),
 }
 
+/// How often a primary may ask for one copy. It does once; each time all of the image is registered.
+const ASKS_MAX: u32 = 8;
+
 /// The opening of a session's image.
 #[derive(Default)]
 pub(super) struct Opening {
     gate: Gate,
+    /// How often it was asked for, for the present copy.
+    asks: u32,
     /// What is open.
     opened: Option<rdma::Opened>,
     /// Raised: registering is to end.
@@ -41,6 +46,11 @@ impl Opening {
     /// Whether the image is this side's alone.
     pub(super) fn is_shut(&self) -> bool {
         self.gate.is_shut()
+    }
+
+    /// The primary copies anew.
+    pub(super) fn begins_anew(&mut self) {
+        self.asks = 0;
     }
 }
 
@@ -61,7 +71,8 @@ impl<B: ReplicaBuilder> Engine<B> {
     pub(super) fn window_asked(&mut self, number: u64) {
         let is_in_turn = self.machine.state() == State::Syncing && self.pairing.is_none();
         let Some(session) = &mut self.session else { return };
-        if !is_in_turn {
+        session.opening.asks += 1;
+        if !is_in_turn || session.opening.asks > ASKS_MAX {
             return self.step(Event::Bad(OUT_OF_TURN.to_owned()));
         }
         let asked = session.opening.gate.asked(number);
