@@ -5,12 +5,15 @@ use std::sync::Arc;
 use api::replication::{ReceiveReplicaData, ReplicateData, ReplicationState};
 
 use super::pair::Primary;
-use super::{receive_options, replicate, small_machine, until};
+use super::{LAYOUT, receive_options, replicate, small_machine, until};
 use crate::backup::{BackupHandle, receive_at};
+use crate::disk::Operation;
 use crate::error::{Error, ErrorKind};
 use crate::observer::Event;
 use crate::ownership::HostIdentity;
-use crate::testing::{Machine, MemoryBuilder, Recorder, ReplicaLog};
+use crate::testing::{
+    Machine, MemoryBuilder, MemoryDisks, MemoryImage, Recorder, ReplicaLog, Request, memory,
+};
 use crate::transport::Address;
 use crate::transport::rdma::FAKE;
 
@@ -21,9 +24,15 @@ struct Backup {
 
 /// A receiver of `rdma:` that serves those who fall back.
 fn backup(change: impl FnOnce(&mut ReceiveReplicaData)) -> Result<Backup, Error> {
+    backup_of(MemoryBuilder::default(), change)
+}
+
+fn backup_of(
+    builder: MemoryBuilder,
+    change: impl FnOnce(&mut ReceiveReplicaData),
+) -> Result<Backup, Error> {
     let mut options = ReceiveReplicaData { fallback: true, ..receive_options(None) };
     change(&mut options);
-    let builder = MemoryBuilder::default();
     let log = Arc::clone(&builder.log);
     let address = Address::Rdma { host: "127.0.0.1".to_owned(), port: 0 };
     let events = Arc::new(Recorder::default());
@@ -232,6 +241,41 @@ fn a_backup_that_allows_no_tcp_is_called_by_rdma_again() {
     primary.handle.stop().unwrap();
     machine.power_off();
     workers.join();
+}
+
+/// What goes by TCP anyway says nothing about RDMA.
+#[test]
+fn a_connection_of_the_disks_that_ends_is_no_reason_for_tcp() {
+    const BYTES: usize = 64 << 10;
+    let disks = MemoryDisks::new(vec![vec![1; BYTES]]);
+    let machine = Machine::with_disks(memory(&LAYOUT), Some(Arc::clone(&disks)));
+    let builder = MemoryBuilder {
+        images: vec![MemoryImage::new(vec![0; BYTES])],
+        ..MemoryBuilder::default()
+    };
+    let has_disks = |options: &mut ReceiveReplicaData| {
+        options.rdma_device = Some(FAKE.to_owned());
+        options.staging_size = 9 << 20;
+    };
+    let (_backup, proxy, options) = by_rdma_to(backup_of(builder, has_disks).unwrap(), |_| {});
+    let connections = usize::try_from(options.connections).unwrap();
+    let guest = Arc::clone(&machine);
+    let user = std::thread::spawn(move || {
+        let (operation, range) = (Operation::Write, 0..512);
+        let write = Request { disk: 0, operation, range, fill: 7 };
+        while disks.request(&guest, &write).is_some() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    });
+    let primary = protect(&machine, options).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    proxy.cut_one(connections + 1);
+    primary.events.wait(|event| *event == Event::Resynced).unwrap();
+    let info = primary.handle.info();
+    assert_eq!((info.transport.as_deref(), info.fallback_reason), (Some("rdma"), None));
+    primary.handle.stop().unwrap();
+    machine.power_off();
+    user.join().unwrap();
 }
 
 /// The backup hears a primary that claims because of RDMA, and not for ever: it may reach the arbiter.

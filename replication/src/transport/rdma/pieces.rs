@@ -320,11 +320,13 @@ mod tests {
         CalledOff,
     }
 
+    type Filled = Result<Pieces<Fake>, LendError>;
+
     /// What came of it, how many pieces are registered at that moment, and what lets those that hang go on.
     fn register(
         purpose: Purpose,
         fates: &[Fate],
-    ) -> (Result<Pieces<Fake>, LendError>, Arc<AtomicUsize>, Vec<mpsc::Sender<()>>) {
+    ) -> (Filled, Arc<AtomicUsize>, Vec<mpsc::Sender<()>>) {
         let ram = memory(&[(0, 1)]);
         let pieces =
             Pieces { list: vec![], pin: Some(ram.pin()), patience: |_| Duration::from_millis(100) };
@@ -394,12 +396,12 @@ mod tests {
     /// As many pieces as there are, one that hangs is waited for once, and nobody gives back the others inline.
     #[test]
     fn a_device_that_hangs_at_the_end_is_waited_for_once() {
-        let (pieces, open, lets_go) = register(Purpose::Opened, &[Fate::HangsAtItsEnd; 20]);
+        let (pieces, open, lets_go) = register(Purpose::Opened, &[Fate::HangsAtItsEnd; 200]);
         let (told, tells) = mpsc::channel();
         std::thread::spawn(move || told.send(pieces.ok().unwrap().end(|_| ())));
-        let ended = tells.recv_timeout(Duration::from_secs(20)).expect("it waits for the device");
+        let ended = tells.recv_timeout(Duration::from_secs(10)).expect("it waits for the device");
         assert!(matches!(ended, Err(TransportError::Hung { .. })));
-        assert_eq!(open.load(Ordering::Acquire), 20);
+        assert_eq!(open.load(Ordering::Acquire), 200);
         drop(lets_go);
         while open.load(Ordering::Acquire) > 0 {
             std::thread::yield_now();
