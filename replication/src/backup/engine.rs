@@ -332,7 +332,12 @@ impl<B: ReplicaBuilder> Engine<B> {
                 self.gathered(gathered);
             }
             Message::Resync if !self.is_shut() => self.step(Event::Bad(OUT_OF_TURN.to_owned())),
-            Message::Resync => self.step(Event::ResyncTold),
+            Message::Resync => {
+                if let Some(session) = &mut self.session {
+                    session.opening.begins_anew();
+                }
+                self.step(Event::ResyncTold);
+            }
             Message::WindowAsk(number) => self.window_asked(number),
             Message::WindowEnd(number) => self.window_ended(number),
             Message::Stop => self.step(Event::StopTold),

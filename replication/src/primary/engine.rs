@@ -28,7 +28,7 @@ use crate::ids::{EpochId, Generation, PAGE_SIZE};
 use crate::observer::{Event as Told, Observer};
 use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing};
 use crate::protocol::ownership::{self, Claim};
-use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Report, State};
+use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Purpose, Report, State};
 use crate::protocol::window::Approach;
 use crate::ram::PageSet;
 use crate::transport::rdma;
@@ -98,6 +98,14 @@ enum Work {
     /// The guest stands still while what does not fit the first epoch goes into the image.
     Surplus,
     Epochs,
+}
+
+/// Why a connection ended that is not the control connection.
+enum Ending {
+    /// Of those that may go by RDMA.
+    Pages(WireError),
+    /// That of the disks, which goes by TCP.
+    Disks(WireError),
 }
 
 /// An epoch that waits for its acknowledgement, and what it needs of the backup's staging.
@@ -229,10 +237,12 @@ pub(super) struct Engine<'g, G: Guest> {
     patience: Patience,
     retry_at: Option<Instant>,
     /// Why a data connection ended, and until when the control connection may tell more.
-    data_lost: Option<(WireError, Instant)>,
+    data_lost: Option<(Ending, Instant)>,
     /// TCP may carry the data instead of RDMA, and why it is to.
     falls_back: bool,
     no_rdma: Option<String>,
+    /// Until when the backup, which may be well, hears this side while it is claimed from.
+    claim_due: Option<Instant>,
     undecided_told: bool,
     /// What is being asked by a person.
     asking: Option<Ask>,
@@ -355,6 +365,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             data_lost: None,
             falls_back,
             no_rdma: None,
+            claim_due: None,
             undecided_told: false,
             asking: None,
             stop_answer: vec![],
@@ -447,6 +458,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         };
         next = next.min(self.retry_at.unwrap_or(next));
         next = next.min(self.window_due.unwrap_or(next));
+        next = next.min(self.claim_due.unwrap_or(next));
         next = next.min(self.data_lost.as_ref().map_or(next, |(_, until)| *until));
         if self.awaits_peer() {
             next = next.min(self.patience.deadline());
@@ -466,7 +478,7 @@ impl<'g, G: Guest> Engine<'g, G> {
 
     /// A peer whose heart beats but that takes nothing and acknowledges nothing is no backup, whatever
     /// it says that it does.
-    fn is_given_up(&mut self) -> Option<String> {
+    fn is_given_up(&mut self) -> Option<(Verdict, String)> {
         let now = Instant::now();
         if !self.awaits_peer() {
             self.patience.nothing_due(now);
@@ -488,19 +500,21 @@ impl<'g, G: Guest> Engine<'g, G> {
             bytes = bytes.saturating_add(zeroes);
         }
         self.patience.look(now, seen, said, bytes);
-        match self.patience.verdict(now) {
-            Verdict::Waits => None,
+        let verdict = self.patience.verdict(now);
+        let reason = match verdict {
+            Verdict::Waits => return None,
             Verdict::Stalled => {
-                Some("The backup lives but neither takes nor acknowledges an epoch".to_owned())
+                "The backup lives but neither takes nor acknowledges an epoch".to_owned()
             }
             Verdict::OnlyWords => {
                 let seconds = self.patience.word().as_secs();
-                Some(format!(
+                format!(
                     "The backup says that it goes on, but took and acknowledged nothing for \
                      {seconds} s"
-                ))
+                )
             }
-        }
+        };
+        Some((verdict, reason))
     }
 
     fn output_waiting(&self) -> bool {
@@ -543,10 +557,10 @@ impl<'g, G: Guest> Engine<'g, G> {
                 }
             }
             Input::Sent(Ok(_)) | Input::Output | Input::Called(_) => {}
-            Input::Sent(Err(error)) => self.data_lost(error),
+            Input::Sent(Err(error)) => self.data_lost(error, Ending::Pages),
             Input::Disk(Ok(number)) if number == self.disk_job => self.disks_copied(),
             Input::Disk(Ok(_)) => {}
-            Input::Disk(Err(DiskError::Wire(error))) => self.data_lost(error),
+            Input::Disk(Err(DiskError::Wire(error))) => self.data_lost(error, Ending::Disks),
             Input::Disk(Err(error)) => self.step(Event::GiveUp(crate::error::chain(&error))),
             Input::Lent(lent) => self.was_lent(lent),
             Input::Arbiter(report) => {
@@ -562,12 +576,12 @@ impl<'g, G: Guest> Engine<'g, G> {
 
     /// A data connection ended. The control connection tells more, if it ends too: it has the first
     /// word, for a while. A device that fails, or one connection of several, takes no other with it.
-    fn data_lost(&mut self, error: WireError) {
+    fn data_lost(&mut self, error: WireError, of: fn(WireError) -> Ending) {
         if !error.is_loss() {
             return self.lost(error);
         }
         tracing::info!("a data connection ended: {}", crate::error::chain(&error));
-        self.data_lost.get_or_insert((error, Instant::now() + self.timeout()));
+        self.data_lost.get_or_insert((of(error), Instant::now() + self.timeout()));
     }
 
     /// The backup lives, and data does not come to it by RDMA.
@@ -576,7 +590,18 @@ impl<'g, G: Guest> Engine<'g, G> {
             return;
         }
         self.no_rdma = Some(reason.clone());
+        self.claim_due = Some(Instant::now() + self.timeout());
         self.step(Event::DataLost(reason));
+    }
+
+    /// The arbiter has not said whose the VM is. Should this host not reach it, the backup may: it is heard
+    /// that nobody is here any more, and claims.
+    fn claim_late(&mut self) {
+        let is_claiming = self.machine.state() == State::Claiming(Purpose::PeerLost);
+        if is_claiming && self.control.is_some() {
+            tracing::warn!("the arbiter does not answer in time: the backup may take over");
+            self.step(Event::PeerLost("The arbiter does not answer in time".to_owned()));
+        }
     }
 
     fn lost(&mut self, error: WireError) {
@@ -647,17 +672,23 @@ impl<'g, G: Guest> Engine<'g, G> {
             let silent_ms = self.options.timeout_ms;
             self.step(Event::PeerLost(Error::Silent { silent_ms }.chain()));
         }
-        if let Some((error, _)) = self.data_lost.take_if(|(_, until)| *until <= now) {
-            match self.falls_back && self.control.is_some() {
-                true => self.fall_back(Error::Wire(error).chain()),
-                false => self.lost(error),
+        if let Some((ending, _)) = self.data_lost.take_if(|(_, until)| *until <= now) {
+            match ending {
+                Ending::Pages(error) if self.falls_back && self.control.is_some() => {
+                    self.fall_back(Error::Wire(error).chain());
+                }
+                Ending::Pages(error) | Ending::Disks(error) => self.lost(error),
             }
         }
-        if let Some(reason) = self.is_given_up() {
-            match self.falls_back {
+        if let Some((verdict, reason)) = self.is_given_up() {
+            // One that has all and does not acknowledge it would not by TCP.
+            match self.falls_back && verdict == Verdict::Stalled && self.unsent > 0 {
                 true => self.fall_back(reason),
                 false => self.step(Event::PeerLost(reason)),
             }
+        }
+        if self.claim_due.take_if(|due| *due <= now).is_some() {
+            self.claim_late();
         }
         if self.window_due.take_if(|due| *due <= now).is_some() {
             self.window_late();

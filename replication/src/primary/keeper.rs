@@ -11,7 +11,7 @@
 //! attempt after each wait. Always holds: a person is heard in every one of these, since what may
 //! block (the arbiter's storage, the peer, a device) is done by a thread of its own; a VM that was
 //! never protected is not called for again, and neither is a backup whose refusal is one that time
-//! does not change.
+//! does not change, unless it refuses TCP in place of RDMA.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -107,7 +107,7 @@ impl Waits {
 
 /// Tells why attempts fail, without filling the log.
 #[derive(Debug, Default)]
-struct Log {
+pub(super) struct Log {
     told: Option<(String, Instant)>,
 }
 
@@ -143,6 +143,7 @@ pub(super) struct Keeper<G: Guest> {
     /// Why data goes by TCP in the next session although the URL is `rdma:`. The one after that tries RDMA
     /// again.
     pub(super) fell_back: Option<String>,
+    pub(super) falls: Log,
 }
 
 impl<G: Guest> Keeper<G> {
@@ -226,7 +227,7 @@ impl<G: Guest> Keeper<G> {
                 Ok(None) => return None,
                 Err(error) => error,
             };
-            if !error.may_pass() {
+            if !error.may_pass() && !self.is_for_tcp_only(&error) {
                 self.failed(error, None);
                 return None;
             }
@@ -275,9 +276,15 @@ impl<G: Guest> Keeper<G> {
         }
     }
 
+    /// Whether it is a call by TCP in place of RDMA that was refused for good: the next one is by RDMA, and
+    /// may do better. This backup may not allow TCP, and it had the VM by RDMA before.
+    fn is_for_tcp_only(&mut self, error: &Error) -> bool {
+        matches!(error, Error::Unfit(_)) && self.fell_back.take().is_some()
+    }
+
     /// TCP takes over, for this reason.
     fn fall_back(&mut self, reason: &str) {
-        if self.fell_back.as_deref() != Some(reason) {
+        if self.fell_back.as_deref() != Some(reason) && self.falls.is_news(reason, Instant::now()) {
             tracing::warn!("data goes by TCP, not by RDMA: {reason}");
         }
         self.fell_back = Some(reason.to_owned());

@@ -182,6 +182,7 @@ fn prepare<G: Guest>(
         mailbox: mailbox.clone(),
         rest: None,
         fell_back: None,
+        falls: keeper::Log::default(),
     };
     let thread = std::sync::Mutex::default();
     (PrimaryHandle { mailbox, status, thread, identity, timeout }, keeper, queue)

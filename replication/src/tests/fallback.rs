@@ -5,12 +5,15 @@ use std::sync::Arc;
 use api::replication::{ReceiveReplicaData, ReplicateData, ReplicationState};
 
 use super::pair::Primary;
-use super::{receive_options, replicate, small_machine, until};
+use super::{LAYOUT, receive_options, replicate, small_machine, until};
 use crate::backup::{BackupHandle, receive_at};
+use crate::disk::Operation;
 use crate::error::{Error, ErrorKind};
 use crate::observer::Event;
 use crate::ownership::HostIdentity;
-use crate::testing::{Machine, MemoryBuilder, Recorder, ReplicaLog};
+use crate::testing::{
+    Machine, MemoryBuilder, MemoryDisks, MemoryImage, Recorder, ReplicaLog, Request, memory,
+};
 use crate::transport::Address;
 use crate::transport::rdma::FAKE;
 
@@ -21,9 +24,15 @@ struct Backup {
 
 /// A receiver of `rdma:` that serves those who fall back.
 fn backup(change: impl FnOnce(&mut ReceiveReplicaData)) -> Result<Backup, Error> {
+    backup_of(MemoryBuilder::default(), change)
+}
+
+fn backup_of(
+    builder: MemoryBuilder,
+    change: impl FnOnce(&mut ReceiveReplicaData),
+) -> Result<Backup, Error> {
     let mut options = ReceiveReplicaData { fallback: true, ..receive_options(None) };
     change(&mut options);
-    let builder = MemoryBuilder::default();
     let log = Arc::clone(&builder.log);
     let address = Address::Rdma { host: "127.0.0.1".to_owned(), port: 0 };
     let events = Arc::new(Recorder::default());
@@ -112,7 +121,13 @@ fn a_backup_that_is_lost_is_called_again_by_tcp() {
 
 /// A pair whose data goes by what counts as RDMA, through a proxy.
 fn by_rdma(change: impl FnOnce(&mut ReplicateData)) -> (Backup, super::pair::Proxy, ReplicateData) {
-    let backup = backup(|options| options.rdma_device = Some(FAKE.to_owned())).unwrap();
+    by_rdma_to(backup(|options| options.rdma_device = Some(FAKE.to_owned())).unwrap(), change)
+}
+
+fn by_rdma_to(
+    backup: Backup,
+    change: impl FnOnce(&mut ReplicateData),
+) -> (Backup, super::pair::Proxy, ReplicateData) {
     let url = backup.handle.local_address().to_string();
     let (_, port) = url.rsplit_once(':').unwrap();
     let proxy = super::pair::Proxy::plain(port.parse().unwrap());
@@ -201,5 +216,94 @@ fn without_it_a_backup_whose_data_connection_failed_is_lost() {
     assert_eq!(primary.handle.info().transport.as_deref(), Some("rdma"));
     primary.handle.stop().unwrap();
     machine.power_off();
+    workers.join();
+}
+
+/// A backup that does not allow TCP refuses it for good, and has the VM again by RDMA.
+#[test]
+fn a_backup_that_allows_no_tcp_is_called_by_rdma_again() {
+    let rdma_only = |options: &mut ReceiveReplicaData| {
+        options.rdma_device = Some(FAKE.to_owned());
+        options.fallback = false;
+    };
+    let (_backup, proxy, options) = by_rdma_to(backup(rdma_only).unwrap(), |_| {});
+    let machine = small_machine();
+    // Whoever writes nothing does not notice.
+    let workers = super::Workers::start(&machine, 1, 7);
+    let primary = protect(&machine, options).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    proxy.cut_one(1);
+    primary.events.wait(|event| *event == Event::Resynced).unwrap();
+    let info = primary.handle.info();
+    assert_eq!((info.transport.as_deref(), info.fallback_reason), (Some("rdma"), None));
+    let told = primary.events.events();
+    assert!(!told.iter().any(|event| matches!(event, Event::Failed { .. })), "{told:?}");
+    primary.handle.stop().unwrap();
+    machine.power_off();
+    workers.join();
+}
+
+/// What goes by TCP anyway says nothing about RDMA.
+#[test]
+fn a_connection_of_the_disks_that_ends_is_no_reason_for_tcp() {
+    const BYTES: usize = 64 << 10;
+    let disks = MemoryDisks::new(vec![vec![1; BYTES]]);
+    let machine = Machine::with_disks(memory(&LAYOUT), Some(Arc::clone(&disks)));
+    let builder = MemoryBuilder {
+        images: vec![MemoryImage::new(vec![0; BYTES])],
+        ..MemoryBuilder::default()
+    };
+    let has_disks = |options: &mut ReceiveReplicaData| {
+        options.rdma_device = Some(FAKE.to_owned());
+        options.staging_size = 9 << 20;
+    };
+    let (_backup, proxy, options) = by_rdma_to(backup_of(builder, has_disks).unwrap(), |_| {});
+    let connections = usize::try_from(options.connections).unwrap();
+    let guest = Arc::clone(&machine);
+    let user = std::thread::spawn(move || {
+        let (operation, range) = (Operation::Write, 0..512);
+        let write = Request { disk: 0, operation, range, fill: 7 };
+        while disks.request(&guest, &write).is_some() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    });
+    let primary = protect(&machine, options).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    proxy.cut_one(connections + 1);
+    primary.events.wait(|event| *event == Event::Resynced).unwrap();
+    let info = primary.handle.info();
+    assert_eq!((info.transport.as_deref(), info.fallback_reason), (Some("rdma"), None));
+    primary.handle.stop().unwrap();
+    machine.power_off();
+    user.join().unwrap();
+}
+
+/// The backup hears a primary that claims because of RDMA, and not for ever: it may reach the arbiter.
+#[test]
+fn a_primary_that_falls_back_and_reaches_no_arbiter_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let (records, way) = (dir.path().join("records"), dir.path().join("way"));
+    std::fs::create_dir(&records).unwrap();
+    std::os::unix::fs::symlink(&records, &way).unwrap();
+    let with_arbiter = |options: &mut ReceiveReplicaData| {
+        options.rdma_device = Some(FAKE.to_owned());
+        options.arbiter = Some(format!("file:{}", records.display()));
+    };
+    let url = format!("file:{}", way.display());
+    let (backup, proxy, options) =
+        by_rdma_to(backup(with_arbiter).unwrap(), |options| options.arbiter = Some(url));
+    let machine = small_machine();
+    // Whoever writes nothing does not notice.
+    let workers = super::Workers::start(&machine, 1, 7);
+    let primary = protect(&machine, options).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    // The way to the arbiter, from this side only.
+    std::fs::remove_file(&way).unwrap();
+    proxy.cut_one(1);
+    until(|| backup.handle.info(), |info| info.takeover.is_some_and(|times| times.resumed_us > 0));
+    assert!(machine.is_holding() && !machine.is_destroyed());
+    std::os::unix::fs::symlink(&records, &way).unwrap();
+    primary.handle.join();
+    assert!(machine.is_destroyed());
     workers.join();
 }

@@ -75,6 +75,18 @@ fn what_is_asked_out_of_turn_ends_the_session() {
     }
 }
 
+/// Each time may cost this host the registering of all of its image.
+#[test]
+fn nobody_asks_again_and_again() {
+    let mut script = greeted();
+    for number in 1..=8 {
+        script.say(&Message::WindowAsk(number));
+        assert!(matches!(next(&mut script.reader), Message::WindowNone { .. }), "{number}");
+    }
+    script.say(&Message::WindowAsk(9));
+    script.aborted("out of turn");
+}
+
 /// What only a backup says.
 #[test]
 fn a_primary_that_answers_itself_is_no_primary() {

@@ -12,6 +12,7 @@
 use std::sync::{Arc, Weak};
 
 use api::config::VmConfig;
+use api::endpoint::Endpoint;
 use api::replication::{
     ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData, ReplicationInfo, ReplicationState,
     Role, STAGING_SIZE_DEFAULT,
@@ -193,8 +194,11 @@ fn way_back(data: &ReplicateData, config: &VmConfig) -> Option<ReceiveReplicaDat
         .iter()
         .flatten()
         .filter_map(|disk| Some(ReplicaDisk { id: disk.id.clone(), path: disk.path.clone()? }));
+    let receiver_url = data.return_url.clone()?;
+    // The way back may be another one, and a receiver of `tcp:` takes no options of RDMA.
+    let is_rdma = matches!(receiver_url.parse(), Ok(Endpoint::Rdma { .. }));
     Some(ReceiveReplicaData {
-        receiver_url: data.return_url.clone()?,
+        receiver_url,
         staging_size: STAGING_SIZE_DEFAULT,
         heartbeat_ms: data.heartbeat_ms,
         timeout_ms: data.timeout_ms,
@@ -206,11 +210,11 @@ fn way_back(data: &ReplicateData, config: &VmConfig) -> Option<ReceiveReplicaDat
         console: Some(config.console.clone()),
         disks: disks.collect(),
         net: cards.collect(),
-        rdma_device: data.rdma_device.clone(),
-        rdma_port: data.rdma_port,
-        rdma_gid_index: data.rdma_gid_index,
-        rdma_depth: data.rdma_depth,
-        fallback: data.fallback,
+        rdma_device: data.rdma_device.clone().filter(|_| is_rdma),
+        rdma_port: data.rdma_port.filter(|_| is_rdma),
+        rdma_gid_index: data.rdma_gid_index.filter(|_| is_rdma),
+        rdma_depth: data.rdma_depth.filter(|_| is_rdma),
+        fallback: data.fallback && is_rdma,
     })
 }
 

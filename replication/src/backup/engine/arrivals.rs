@@ -118,17 +118,18 @@ impl<B: ReplicaBuilder> Engine<B> {
         let theirs: ReplicateData =
             serde_json::from_str(&offer.way_back).map_err(|error| unusable(error.to_string()))?;
         let own = &self.options;
+        let is_rdma = theirs.destination_url.starts_with("rdma:");
         let data = ReplicateData {
             reconnect: true,
             arbiter: own.arbiter.clone(),
             arbiter_tls_dir: own.arbiter_tls_dir.clone(),
             arbiter_credentials: own.arbiter_credentials.clone(),
             tls_dir: own.tls_dir.clone(),
-            rdma_device: own.rdma_device.clone(),
-            rdma_port: own.rdma_port,
-            rdma_gid_index: own.rdma_gid_index,
-            rdma_depth: own.rdma_depth,
-            fallback: own.fallback && theirs.destination_url.starts_with("rdma:"),
+            rdma_device: own.rdma_device.clone().filter(|_| is_rdma),
+            rdma_port: own.rdma_port.filter(|_| is_rdma),
+            rdma_gid_index: own.rdma_gid_index.filter(|_| is_rdma),
+            rdma_depth: own.rdma_depth.filter(|_| is_rdma),
+            fallback: own.fallback && is_rdma,
             ..theirs
         };
         match data.validate().first() {

@@ -17,12 +17,25 @@ use crate::protocol::window::{Gate, OUT_OF_TURN, Work};
 use crate::transport::rdma;
 
 /// What became of registering an image: it, or why not.
-pub(super) type Registered = Result<rdma::Opened, String>;
+pub(in crate::backup) type Registered = Result<rdma::Opened, Unopened>;
+
+/// Why an image was not opened.
+pub(in crate::backup) enum Unopened {
+    /// Nobody writes it.
+    Refused(String),
+    /// A device has some of it, and the peer may write that.
+    Kept(String),
+}
+
+/// How often a primary may ask for one copy. It does once; each time all of the image is registered.
+const ASKS_MAX: u32 = 8;
 
 /// The opening of a session's image.
 #[derive(Default)]
 pub(super) struct Opening {
     gate: Gate,
+    /// How often it was asked for, for the present copy.
+    asks: u32,
     /// What is open.
     opened: Option<rdma::Opened>,
     /// Raised: registering is to end.
@@ -33,6 +46,11 @@ impl Opening {
     /// Whether the image is this side's alone.
     pub(super) fn is_shut(&self) -> bool {
         self.gate.is_shut()
+    }
+
+    /// The primary copies anew.
+    pub(super) fn begins_anew(&mut self) {
+        self.asks = 0;
     }
 }
 
@@ -53,7 +71,8 @@ impl<B: ReplicaBuilder> Engine<B> {
     pub(super) fn window_asked(&mut self, number: u64) {
         let is_in_turn = self.machine.state() == State::Syncing && self.pairing.is_none();
         let Some(session) = &mut self.session else { return };
-        if !is_in_turn {
+        session.opening.asks += 1;
+        if !is_in_turn || session.opening.asks > ASKS_MAX {
             return self.step(Event::Bad(OUT_OF_TURN.to_owned()));
         }
         let asked = session.opening.gate.asked(number);
@@ -75,7 +94,9 @@ impl<B: ReplicaBuilder> Engine<B> {
         let mut reason = String::new();
         match registered {
             Ok(opened) => session.opening.opened = Some(opened),
-            Err(why) => reason = why,
+            Err(Unopened::Refused(why)) => reason = why,
+            // Not shut, and not to be.
+            Err(Unopened::Kept(why)) => return self.step(Event::Bad(why)),
         }
         let work = session.opening.gate.opened(is_open);
         if let Some(Work::TellNone(number)) = work {
@@ -89,8 +110,7 @@ impl<B: ReplicaBuilder> Engine<B> {
     /// The image was given back, or a device keeps some of it.
     pub(super) fn window_closed(&mut self, closed: Result<(), String>) {
         if let Err(error) = closed {
-            let reason = format!("The image is not this host's alone any more: {error}");
-            return self.step(Event::Bad(reason));
+            return self.step(Event::Bad(not_alone(&error)));
         }
         let Some(session) = &mut self.session else { return };
         let work = session.opening.gate.closed();
@@ -132,7 +152,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         let (adapter, ram) = (session.shared.rdma.clone(), session.shared.ram.clone());
         let (counters, status) = (Arc::clone(&self.status.counters), self.status.clone());
         let Some(adapter) = adapter else {
-            return self.window_opened(Err("Data comes by TCP here".to_owned()));
+            return self.window_opened(Err(Unopened::Refused("Data comes by TCP here".to_owned())));
         };
         let body = move || {
             let began = Instant::now();
@@ -145,8 +165,12 @@ impl<B: ReplicaBuilder> Engine<B> {
                     path.registered_bytes = bytes;
                 }
             });
-            let opened = opened.map_err(|error| {
-                format!("The image cannot be registered with the RDMA device: {}", chain(&error))
+            let opened = opened.map_err(|error| match &error {
+                rdma::LendError::Kept(_) => Unopened::Kept(not_alone(&chain(&error))),
+                _ => Unopened::Refused(format!(
+                    "The image cannot be registered with the RDMA device: {}",
+                    chain(&error)
+                )),
             });
             if opened.is_ok() {
                 let mib = ram.bytes() >> 20;
@@ -157,7 +181,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             let _ = deliver.send(Input::Opened(number, opened));
         };
         if let Err(error) = spawn("repl-open", None, body) {
-            self.window_opened(Err(error.chain()));
+            self.window_opened(Err(Unopened::Refused(error.chain())));
         }
     }
 
@@ -180,7 +204,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         };
         self.show_opened(0);
         if let Err(error) = spawn("repl-shut", None, body) {
-            // Without a thread it was dropped, and closed, here; whether well nobody knows.
+            // Without a thread it was dropped, and is closed by another, or by none.
             self.window_closed(Err(error.chain()));
         }
     }
@@ -190,4 +214,8 @@ impl<B: ReplicaBuilder> Engine<B> {
             path.registered_bytes = bytes;
         }
     }
+}
+
+fn not_alone(error: &str) -> String {
+    format!("The image is not this host's alone any more: {error}")
 }

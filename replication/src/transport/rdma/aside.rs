@@ -3,7 +3,7 @@
 //!
 //! Enters: what is to be asked, and how long to wait. Leaves: the answer, or that there was none. Always
 //! holds: what comes too late is dropped by the thread that has it, and no more than [`LEFT_MAX`]
-//! threads that were left behind ask anything: whoever tries again and again does not use up the host.
+//! threads that were left behind ask for anything: whoever tries again and again does not use up the host.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -43,6 +43,18 @@ pub(super) fn drop_aside<T: Send + 'static>(patience: Duration, value: T) {
     if let Err(error) = begin(patience, move || drop(value)) {
         tracing::warn!("giving back what a connection by RDMA had: {error}");
     }
+}
+
+/// As [`aside`], for what gives back to a device what it has: that is not refused because of threads that
+/// were left behind.
+///
+/// # Errors
+/// As [`aside`], but for [`TransportError::Stuck`].
+pub(super) fn give_back<T: Send + 'static>(
+    patience: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, TransportError> {
+    begin(patience, work)
 }
 
 fn begin<T: Send + 'static>(

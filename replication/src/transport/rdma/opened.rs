@@ -37,7 +37,7 @@ impl Adapter {
     /// device, so not for an engine's thread. For a session whose data connections were made.
     ///
     /// # Errors
-    /// [`LendError`]; then nothing of it stays open.
+    /// [`LendError`]; then nothing of it stays open, but with [`LendError::Kept`].
     pub(crate) fn open(
         &self,
         ram: &Ram,
