@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
@@ -144,6 +145,8 @@ pub struct Devices {
     pci: PciDevices,
     /// What a reset goes back to.
     power_on: PlatformState,
+    /// The world is to be told where the VM is, once its output may leave.
+    announcement_waits: AtomicBool,
 }
 
 impl Devices {
@@ -194,7 +197,19 @@ impl Devices {
             pci.add(device)?;
         }
         let power_on = save(serial.as_ref(), &pm, &cmos, &i8042);
-        Ok(Self { buses, serial, pm, cmos, i8042, wishes, virtio, pci, power_on })
+        let announcement_waits = AtomicBool::new(false);
+        Ok(Self {
+            buses,
+            serial,
+            pm,
+            cmos,
+            i8042,
+            wishes,
+            virtio,
+            pci,
+            power_on,
+            announcement_waits,
+        })
     }
 
     #[must_use]
@@ -310,6 +325,19 @@ impl Devices {
         self.pci.announce();
     }
 
+    /// As [`Devices::announce`], where output is held: the guest is asked at once, what it says is held as
+    /// all else is. The world is told with the first output that leaves.
+    pub fn announce_once_released(&self) {
+        self.announcement_waits.store(true, Ordering::SeqCst);
+        self.pci.announce_to_guest();
+    }
+
+    fn announce_now_if_due(&self) {
+        if self.announcement_waits.swap(false, Ordering::SeqCst) {
+            self.pci.announce();
+        }
+    }
+
     /// What the guest asked of the machine as a whole, and no reset has fulfilled.
     #[must_use]
     pub fn wish(&self) -> Option<PowerEvent> {
@@ -358,6 +386,7 @@ impl Devices {
         self.each_gate(|gate| gate.commit(epoch));
         self.each_card(|gate| gate.commit(epoch));
         self.each_disk(|disk| disk.commit(epoch));
+        self.announce_now_if_due();
     }
 
     /// The backup has the last epoch of a switch-over. Frames leave here: no state carries them. A
@@ -381,6 +410,7 @@ impl Devices {
         self.each_gate(OutputGate::pass);
         self.each_card(TxGate::pass);
         self.each_disk(Disk::pass);
+        self.announce_now_if_due();
     }
 
     /// What is held is dropped, and whatever comes after it.
@@ -388,6 +418,7 @@ impl Devices {
         self.each_gate(OutputGate::discard);
         self.each_card(TxGate::discard);
         self.each_disk(Disk::discard);
+        self.announcement_waits.store(false, Ordering::SeqCst);
         self.pci.silence();
     }
 

@@ -145,6 +145,9 @@ pub trait VirtioDevice: Send + Sync {
 
     /// The VM goes on from a replica here: the world is told where it is now. Default: nothing.
     fn announce(&self) {}
+
+    /// The same, and nothing may leave yet: only the guest is asked to say it. Default: nothing.
+    fn announce_to_guest(&self) {}
 }
 
 /// How far a queue has got (virtio 1.2, 2.7): what the driver cannot see in the rings.

@@ -136,6 +136,8 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     is_tracked: bool,
     /// Until when a new primary, of a reversed pair, may call.
     heir_until: Option<Instant>,
+    /// The session that its first one goes on from, whichever has called in vain since.
+    heir_session: Option<SessionId>,
     failover_answer: Vec<Sender<Result<(), Error>>>,
     /// For tests: compares all of memory.
     equality: Option<Equality>,
@@ -182,6 +184,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             handed_back,
             is_tracked: false,
             heir_until: None,
+            heir_session: None,
             failover_answer: vec![],
         })
     }

@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use api::replication::{ReceiveReplicaData, ReplicationInfo, Role};
+use api::replication::{ReceiveReplicaData, ReplicationInfo, ReplicationState, Role};
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded, unbounded};
 
 use crate::engine::spawn;
@@ -199,6 +199,13 @@ impl BackupHandle {
     #[must_use]
     pub fn take_way_back(&self) -> Option<WayBack> {
         self.way_back.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Whether a VM was taken over and nobody has asked yet how it is to be protected.
+    #[must_use]
+    pub fn has_way_back(&self) -> bool {
+        let is_left = self.way_back.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        is_left && self.info().state == ReplicationState::TakenOver
     }
 
     /// Ends the reception and discards the replica.

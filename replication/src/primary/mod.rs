@@ -29,7 +29,7 @@ mod sums;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::replication::{ReplicateData, ReplicationInfo, ReplicationState, Role};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
@@ -98,7 +98,8 @@ pub fn protect<G: Guest>(
 ///
 /// # Errors
 /// [`Error::Option`] for options that contradict themselves or that this build lacks; for a reversed pair
-/// only that no thread can be started.
+/// only that no thread can be started, or that what the old host has is not known. Nobody decides about such a
+/// guest then: it is to be destroyed, and its old host goes on.
 pub fn protect_back<G: Guest>(
     guest: G,
     way_back: WayBack,
@@ -106,6 +107,10 @@ pub fn protect_back<G: Guest>(
     observer: Arc<dyn Observer>,
 ) -> Result<PrimaryHandle, Error> {
     let WayBack { options, base, reversed } = way_back;
+    if reversed && base.is_none() {
+        let what = "Nothing is known of what the VM's old host has, whose pair was reversed";
+        return Err(Error::Conflict(what.to_owned()));
+    }
     let pages = guest.ram().pages();
     let rest = base.map(|base| Rest {
         session: SessionId(base.session),
@@ -298,6 +303,19 @@ impl PrimaryHandle {
             // Somebody waits for it.
             Err(_) => false,
         }
+    }
+
+    /// Waits for the engine to end, and no longer than the peer timeout; whether it has.
+    #[must_use]
+    pub fn join_in_time(&self) -> bool {
+        let until = Instant::now() + self.timeout;
+        while !self.is_finished() {
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
     }
 
     /// Waits for the engine to end, whoever else waits for it.

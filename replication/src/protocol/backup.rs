@@ -17,9 +17,10 @@
 //!
 //! ```text
 //!   Heir --accepted, paired--> Heir --verified--> Replica
-//!     | lost: nobody called, or the session ended
-//!     v
-//!   Claiming
+//!    ^ | lost: nobody called, or the session of the pair ended
+//!    | v
+//!    | Claiming
+//!    +-- lost or bad before the pair was told: the new primary lives, and may call again
 //! ```
 //!
 //! An image of a disk that cannot be written ends what there is in each of these: such a backup
@@ -171,6 +172,8 @@ pub struct Backup {
     handover: Handover,
     /// Whether the pair of this session was told, and seen in the record.
     paired: bool,
+    /// Of an heir: whether its new primary is here.
+    called: bool,
 }
 
 impl Backup {
@@ -184,6 +187,7 @@ impl Backup {
             next: EpochId(1),
             handover: Handover::No,
             paired: false,
+            called: false,
         }
     }
 
@@ -247,6 +251,7 @@ impl Backup {
         if self.state == State::Heir {
             // Its new primary: nothing is copied, what is here is what it began with.
             self.paired = false;
+            self.called = true;
             return vec![];
         }
         // The same VM's primary is back, alive: what is left here is older than what it runs.
@@ -338,6 +343,12 @@ impl Backup {
                 self.go(State::Idle);
                 let report = Action::Report(Report::SessionFailed(reason));
                 vec![Action::Close, Action::DropStaging, Action::Discard, report]
+            }
+            State::Heir if self.called && !self.paired => {
+                // Nothing of this session counts, and whoever called was alive just now. When it does
+                // not come again is the engine's to say.
+                self.called = false;
+                vec![Action::Close, Action::DropStaging]
             }
             State::Replica | State::Heir => {
                 let mut actions = vec![Action::Close, Action::DropStaging];
@@ -510,6 +521,7 @@ impl Backup {
         self.next = EpochId(1);
         self.handover = Handover::No;
         self.paired = false;
+        self.called = false;
     }
 
     fn go(&mut self, next: State) {

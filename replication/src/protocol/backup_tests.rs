@@ -191,7 +191,7 @@ fn next(epoch: u64) -> Event {
 
 #[test]
 fn an_heir_that_is_lost_from_sight_claims_before_it_starts() {
-    // Nobody called; or somebody did, and committed nothing.
+    // Nobody called; or somebody did, the pair was seen, and nothing was committed.
     for called in [false, true] {
         let mut heir = heir();
         if called {
@@ -224,7 +224,27 @@ fn an_heir_acknowledges_the_next_epoch_of_its_pair_and_only_once_that_was_seen()
         let mut heir = self::heir();
         heir.step(Event::Accepted);
         assert!(matches!(heir.step(wrong)[0], Action::TellAbort(_)));
-        assert_eq!(heir.state(), State::Claiming);
+        assert_eq!(heir.state(), State::Heir);
+    }
+}
+
+#[test]
+fn an_heir_whose_session_ends_before_the_pair_was_seen_waits_for_the_next_one() {
+    for ends in [Event::Lost("closed".into()), Event::Bad("an old record".into())] {
+        let mut heir = heir();
+        heir.step(Event::Accepted);
+        let ended = heir.step(ends);
+        assert!(ended.ends_with(&[Action::Close, Action::DropStaging]), "{ended:?}");
+        assert_eq!((heir.state(), heir.committed()), (State::Heir, Some(EpochId(7))));
+        // It is called again, and all goes on.
+        let mut again = heir.clone();
+        again.step(Event::Accepted);
+        assert_eq!(again.step(Event::Paired(G2)), []);
+        let (epoch, generation) = (EpochId(8), G2);
+        assert_eq!(again.step(next(8)), [Action::Ack { epoch, generation }, Action::Apply(epoch)]);
+        // Or it is not.
+        let claims = heir.step(Event::Lost("nobody called".into()));
+        assert_eq!(claims.last(), Some(&Action::Claim { expected: G2 }));
     }
 }
 

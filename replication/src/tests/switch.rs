@@ -7,16 +7,18 @@ use std::sync::atomic::Ordering;
 use api::replication::{Compression, ReplicateData, ReplicationState};
 
 use super::pair::{Backup, Primary};
+use super::scripted::{greet, offer};
 use super::{Workers, receive_options, replicate, small_machine, until};
 use crate::backup::{receive_at, receive_back};
 use crate::handover::{Legacy, WayBack};
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::observer::Event;
 use crate::ownership::{Arbiter, FileArbiter, HostIdentity, Record, Standing};
-use crate::primary::{PrimaryHandle, protect_back};
+use crate::primary::{PrimaryHandle, layout, protect_back};
 use crate::ram::Ram;
 use crate::testing::{Machine, MemoryBuilder, MemoryGuest, Recorder, counters, memory};
 use crate::transport::Address;
+use crate::wire::{Message, Offer, SessionId, Welcome};
 
 /// A port that is free at the moment.
 fn free_port() -> u16 {
@@ -220,6 +222,33 @@ fn a_person_ends_the_wait_for_the_old_host() {
     assert_eq!(record(handed.dir.path()).generation.0, 3);
 }
 
+#[test]
+fn a_call_that_came_to_nothing_leaves_the_old_host_waiting_for_the_next() {
+    let handed = with_workers(10);
+    let heir = handed.listen();
+    let HostIdentity { host, vm } = handed.b.handle.identity();
+    let called = Offer {
+        arbiter: true,
+        base: handed.way_back.base,
+        reversed: true,
+        regions: layout(handed.machine.ram()),
+        description: handed.legacy.description.clone(),
+        ..offer()
+    };
+    let (writer, reader, word) = greet(&heir, SessionId(9), (vm.0, host.0), called);
+    assert!(matches!(word, Message::Welcome(Welcome { has_base: true, .. })), "{word:?}");
+    drop((writer, reader));
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert_eq!(heir.handle.info().state, ReplicationState::Protected);
+    let (primary, events) = handed.protect();
+    events.wait(|event| *event == Event::Reversed).unwrap();
+    assert_eq!(record(handed.dir.path()).generation.0, 2, "nobody asked for the VM");
+    primary.failover(false).unwrap();
+    heir.handle.join();
+    primary.join();
+    assert_eq!(heir.wrong(), Vec::<String>::new());
+}
+
 /// Whoever listens at the return address, but the old host with what it has.
 #[test]
 fn another_process_at_the_return_address_is_no_heir() {
@@ -277,6 +306,18 @@ fn without_an_arbiter_only_what_was_written_is_copied_back() {
     assert_eq!(back.wrong(), Vec::<String>::new());
     let image = back.log.started.lock().unwrap().clone().unwrap();
     assert_eq!(crate::testing::checksum(&image), crate::testing::checksum(handed.moved.ram()));
+}
+
+/// Whoever protects it would let nothing out and never ask for it.
+#[test]
+fn a_reversed_pair_whose_old_host_has_nothing_known_is_not_begun() {
+    let handed = with_workers(11);
+    let way_back = WayBack { base: None, ..handed.way_back.clone() };
+    let guest = MemoryGuest(Arc::clone(&handed.moved));
+    let identity = handed.b.handle.identity();
+    let begun = protect_back(guest, way_back, identity, Arc::new(Recorder::default()));
+    assert!(begun.is_err());
+    assert_eq!(handed.moved.released_count(), 0);
 }
 
 /// The same where what is written is not noted from the start: it is found.

@@ -83,7 +83,11 @@ pub enum Notice {
     /// A replica was built after a primary's description.
     ReplicaBuilt(Weak<Machine>),
     /// A replica runs: it is this VMM's VM from now on.
-    TookOver(Arc<Machine>),
+    TookOver {
+        machine: Arc<Machine>,
+        /// Its output is held: the pair stands, and its old host has to be called.
+        is_held: bool,
+    },
     /// The backup accepted the VM, or did not; a client waits for the answer.
     Protected {
         machine: Arc<Machine>,
@@ -293,7 +297,7 @@ impl Controller {
         match notice {
             Notice::Terminate => self.ending = Some(Ending::Clean),
             Notice::ReplicaBuilt(machine) => self.protection.waits_in(machine),
-            Notice::TookOver(machine) => self.adopt(machine),
+            Notice::TookOver { machine, is_held } => self.adopt(machine, is_held),
             Notice::Protected { machine, handle, reply } => {
                 self.protected(&machine, handle, reply);
             }

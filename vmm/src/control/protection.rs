@@ -40,6 +40,8 @@ pub(super) enum Protection {
         stays: Option<Box<Protection>>,
         way_back: Option<Box<ReceiveReplicaData>>,
         shares_disks: bool,
+        /// Nothing of the VM leaves until a protection of a reversed pair has begun and decides.
+        is_held: bool,
     },
     Primary {
         handle: Arc<PrimaryHandle>,
@@ -102,7 +104,7 @@ impl Protection {
             Self::Connecting { .. } => false,
             // Its engine may still be closing: whoever comes next waits for that, see `protect`.
             Self::Primary { handle, .. } => handle.is_over(),
-            Self::Backup { handle, .. } => handle.is_finished(),
+            Self::Backup { handle, .. } => handle.is_finished() && !handle.has_way_back(),
         }
     }
 }
@@ -121,6 +123,10 @@ impl Plan {
             Self::Asked(options) => options,
             Self::Back(way_back) => way_back.options(),
         }
+    }
+
+    fn is_held(&self) -> bool {
+        matches!(self, Self::Back(way_back) if way_back.is_reversed())
     }
 }
 
@@ -225,6 +231,10 @@ pub(super) fn no_order(ended: Result<(), ReplicationError>) {
     }
 }
 
+fn taking_over() -> Failure {
+    conflict("The VM was handed over to this host just now, and its old one is called: try again")
+}
+
 fn connecting() -> Failure {
     conflict("The backup was called and has not answered yet: try again")
 }
@@ -255,6 +265,7 @@ impl Controller {
             Protection::Backup { handle, .. } if !handle.is_finished() => {
                 Err(conflict("This VMM is a backup: vm.stop-replication ends that"))
             }
+            Protection::Backup { handle, .. } if handle.has_way_back() => Err(taking_over()),
             // Its backup is lost and is called in vain: what is asked for takes the place of that.
             Protection::Primary { handle, .. }
                 if !handle.is_over() && !handle.may_be_replaced() =>
@@ -270,6 +281,7 @@ impl Controller {
 
     /// Begins a protection beside the loop.
     fn protect(&mut self, machine: Arc<Machine>, plan: Plan, reply: Sender<Answer>) {
+        let is_held = plan.is_held();
         let holds = holds(plan.options());
         let way_back = way_back(plan.options(), machine.config()).map(Box::new);
         let guest = ProtectedVm::new(Arc::clone(&machine), holds);
@@ -292,21 +304,44 @@ impl Controller {
         });
         match started {
             Ok(_) => {
-                let connecting = Protection::Connecting { machine, stays, way_back, shares_disks };
-                self.protection = connecting;
+                self.protection =
+                    Protection::Connecting { machine, stays, way_back, shares_disks, is_held };
             }
             Err(error) => {
                 // What was there goes on: to drop its handle ends nothing.
                 self.protection = stays.map_or(Protection::None, |before| *before);
                 let failure = Failure::from_error(FailureKind::Internal, &error);
+                if is_held {
+                    self.leave_to_old_host(&failure.chain.join(": "));
+                }
                 let _ = lost.send(Err(failure));
             }
         }
     }
 
+    /// The VM runs here with its output held, and nobody here will ever let it out: it is destroyed, and its
+    /// old host, which waits for a call, goes on from the last epoch of the switch-over. Nobody heard of
+    /// anything that came after.
+    fn leave_to_old_host(&mut self, why: &str) {
+        tracing::error!("the VM is left to its old host, which is not called: {why}");
+        if let Some(machine) = &self.machine {
+            machine.destroy();
+        }
+        self.protection = Protection::None;
+        self.guest_is_down = false;
+        self.resetting = false;
+        self.ownership_lost("its old host", true);
+    }
+
     /// The VM was handed over to this host, and its old one is its backup, or is about to be.
     fn protect_back(&mut self, way_back: WayBack) {
-        let Ok(machine) = self.running().map(Arc::clone) else { return };
+        let machine = match self.running().map(Arc::clone) {
+            Ok(machine) => machine,
+            Err(failure) if way_back.is_reversed() => {
+                return self.leave_to_old_host(&failure.chain.join(": "));
+            }
+            Err(_) => return,
+        };
         let url = &way_back.options().destination_url;
         match way_back.is_reversed() {
             true => tracing::info!("the VM's old host is its backup, and is called: {url}"),
@@ -340,16 +375,16 @@ impl Controller {
         reply: Sender<Answer>,
     ) {
         let waits = match &mut self.protection {
-            Protection::Connecting { machine: waits, stays, way_back, shares_disks }
+            Protection::Connecting { machine: waits, stays, way_back, shares_disks, is_held }
                 if Arc::ptr_eq(waits, machine) =>
             {
-                Some((stays.take(), way_back.take(), *shares_disks))
+                Some((stays.take(), way_back.take(), *shares_disks, *is_held))
             }
             _ => None,
         };
         let answer = match handle {
             Ok(handle) => {
-                if let Some((_, way_back, shares_disks)) = waits {
+                if let Some((_, way_back, shares_disks, _)) = waits {
                     self.protection = Protection::Primary { handle, way_back, shares_disks };
                     return drop(reply.send(Ok(Reply::Empty)));
                 }
@@ -361,7 +396,10 @@ impl Controller {
                 return Self::beside("stop-replica", reply, stop);
             }
             Err(failure) => {
-                if let Some((stays, ..)) = waits {
+                if let Some((stays, _, _, is_held)) = waits {
+                    if is_held {
+                        self.leave_to_old_host(&failure.chain.join(": "));
+                    }
                     // One that could not be ended goes on, and is not to be forgotten.
                     let stays = stays.map(|before| *before).filter(|before| !before.is_over());
                     self.protection = stays.unwrap_or(Protection::None);
@@ -429,6 +467,10 @@ impl Controller {
                     Ok(Reply::Empty)
                 });
             }
+            // What is there of it is about to begin, and is not to be forgotten for this.
+            Protection::Backup { handle, .. } if handle.has_way_back() => {
+                drop(reply.send(Err(taking_over())));
+            }
             // The VM runs on without protection, as it does already.
             ended if ended.is_over() => {
                 self.protection = Protection::None;
@@ -471,8 +513,25 @@ impl Controller {
         super::report::json(&self.protection.info().unwrap_or_default())
     }
 
-    /// A replica runs: it is this VMM's VM.
-    pub(super) fn adopt(&mut self, machine: Arc<Machine>) {
+    /// A replica runs: it is this VMM's VM. With output held, its protection begins with it: there is no
+    /// moment in which a request finds the one without the other.
+    pub(super) fn adopt(&mut self, machine: Arc<Machine>, is_held: bool) {
+        let way_back = match &self.protection {
+            Protection::Backup { handle, .. } if is_held && !self.winding_down => {
+                handle.take_way_back()
+            }
+            _ => None,
+        };
+        if self.machine.is_some() || (is_held && way_back.is_none()) {
+            let why = match is_held {
+                true => "its old host goes on",
+                false => "this process has another one",
+            };
+            tracing::error!(
+                "a VM that was taken over is destroyed, nobody here waits for it: {why}"
+            );
+            return machine.destroy();
+        }
         self.config = Some(machine.config().clone());
         self.machine = Some(machine);
         self.taps = TapDescriptors::default();
@@ -483,6 +542,9 @@ impl Controller {
             self.identity = handle.identity();
         }
         self.monitor.emit("vm", "resumed", None);
+        if let Some(way_back) = way_back {
+            self.protect_back(way_back);
+        }
     }
 
     pub(super) fn replication_event(&mut self, protection: u64, event: Event) {
@@ -515,6 +577,8 @@ impl Controller {
                     config: machine.config().memory.clone(),
                     before,
                 });
+                // A VM that is being ended leaves no backup behind, which nobody would have a handle to.
+                let way_back = way_back.filter(|_| !self.winding_down);
                 self.ownership_lost("the backup", way_back.is_none());
                 if let Some(data) = way_back {
                     self.receive_back(*data, legacy.zip(kept));

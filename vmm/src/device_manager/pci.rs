@@ -225,6 +225,13 @@ impl PciDevices {
         }
     }
 
+    /// Only asks the guest to do so.
+    pub fn announce_to_guest(&self) {
+        for function in self.functions() {
+            function.device().announce_to_guest();
+        }
+    }
+
     /// Back to power-on. Only while parked.
     pub fn reset(&self) {
         self.ports.restore(0);

@@ -41,6 +41,8 @@ pub enum ReplicaError {
         "The memory that is left of the VM here is another one than its configuration asks for"
     )]
     Memory,
+    #[error("The protection of the VM that was here has not ended")]
+    Busy,
     #[error("The options of this backup do not fit the primary's VM")]
     Override(#[from] OverrideError),
 }
@@ -113,7 +115,11 @@ impl ReplicaBuilder for ReplicaVms {
             .map_err(|failure| ReplicaError::Unusable(failure.chain.join(": ")))?;
         let memory = match self.kept.take() {
             Some(Kept { memory, config: of, before }) => {
-                before.join();
+                // One that hangs in a device keeps its memory. Nobody is heard here until this returns, not the
+                // new primary either: it is given up, and copied back.
+                if !before.join_in_time() {
+                    return Err(ReplicaError::Busy.into());
+                }
                 if of != config.memory {
                     return Err(ReplicaError::Memory.into());
                 }
@@ -215,8 +221,14 @@ impl Replica for ReplicaVm {
         if !state.paused {
             self.machine.resume()?;
         }
-        self.machine.devices().announce();
-        let _ = self.notices.send(Notice::TookOver(Arc::clone(&self.machine)));
+        let is_held = held.is_some();
+        match is_held {
+            // Nobody may hear of this host before its old one has answered.
+            true => self.machine.devices().announce_once_released(),
+            false => self.machine.devices().announce(),
+        }
+        let machine = Arc::clone(&self.machine);
+        let _ = self.notices.send(Notice::TookOver { machine, is_held });
         Ok(())
     }
 }

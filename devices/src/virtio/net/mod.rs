@@ -418,6 +418,10 @@ impl VirtioDevice for Net {
 
     fn announce(&self) {
         self.shared.announce_frames.store(true, Ordering::SeqCst);
+        self.announce_to_guest();
+    }
+
+    fn announce_to_guest(&self) {
         self.shared.announce_guest.store(true, Ordering::SeqCst);
         self.shared.wake_all();
     }

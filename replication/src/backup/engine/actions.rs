@@ -88,7 +88,10 @@ impl<B: ReplicaBuilder> Engine<B> {
             }
             Action::ClaimReversed { expected } => {
                 reach("claim");
-                let Some(session) = &self.session else { return };
+                let Some(session) = &self.session else {
+                    // Nobody knows whom to make a pair with. The claim is not made, and the primary goes on.
+                    return self.image_failed("The switch-over's session has ended".to_owned());
+                };
                 let (primary, backup) = (self.identity().host, session.primary);
                 self.claim(expected, Standing::Pair { primary, backup });
             }
@@ -202,8 +205,17 @@ impl<B: ReplicaBuilder> Engine<B> {
             end_data(session.data.iter_mut().filter_map(Option::take), session.disks.take());
         }
         self.images = None;
+        let held = self.way_back.clone().filter(|_| is_held);
+        if is_held {
+            if held.is_none() {
+                let error = "Nothing says how the old host is called: its output would leave";
+                return self.step(Event::StartFailed(error.to_owned()));
+            }
+            // Before the machine is anybody's: whoever has one whose output is held can call the old host.
+            self.leave_way_back(self.machine.generation(), true);
+        }
         reach("start");
-        match replica.start(state, self.way_back.as_ref().filter(|_| is_held)) {
+        match replica.start(state, held.as_ref()) {
             Ok(()) => {
                 reach("started");
                 self.times.resumed_us = now_us();

@@ -60,8 +60,9 @@ impl<B: ReplicaBuilder> Engine<B> {
         match state {
             State::Heir => return self.refusal_by_heir(hello, offer),
             _ if offer.reversed => {
+                // Nor will it become that: its primary waits for nothing here.
                 let what = "This host is not the backup of such a pair: it is copied to anew";
-                return Some(Refusal::Passing(what.to_owned()));
+                return Some(Refusal::Lasting(what.to_owned()));
             }
             State::Idle => {}
             State::Orphan if is_ours => {}

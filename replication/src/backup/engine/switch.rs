@@ -33,13 +33,17 @@ impl<B: ReplicaBuilder> Engine<B> {
         let Some(way_back) = &self.way_back else { return Handover::Leave };
         let Some(replica) = &mut self.replica else { return Handover::Leave };
         let unusable = check(way_back.clone()).err().map(|error| error.chain());
+        let by_rdma = way_back.destination_url.starts_with("rdma:");
         let untracked = replica.track().err().map(|error| error.to_string());
         self.is_tracked = untracked.is_none();
         if asked == Handover::Leave {
             return asked;
         }
         let disks = self.images.is_some().then(|| "it has disks".to_owned());
-        match unusable.or(untracked).or(disks) {
+        // Whatever carried this session: the first one back would have to register memory with output held.
+        let by_rdma =
+            by_rdma.then(|| "guest memory has to be registered with the RDMA device".to_owned());
+        match unusable.or(untracked).or(disks).or(by_rdma) {
             None => Handover::Reverse,
             Some(why) => {
                 tracing::warn!("the VM is unprotected until it is copied back: {why}");
@@ -76,6 +80,7 @@ impl<B: ReplicaBuilder> Engine<B> {
                 );
                 (self.replica, self.state, self.built) = (Some(replica), Some(state), Some(built));
                 self.machine = Backup::heir(generation, epoch);
+                self.heir_session = Some(session);
                 let timeout = Duration::from_millis(self.options.timeout_ms);
                 self.heir_until = Some(Instant::now() + timeout * HEIR_TIMEOUTS);
                 self.status.lock().info.epoch_committed = epoch.0;
@@ -117,14 +122,16 @@ impl<B: ReplicaBuilder> Engine<B> {
             let what = format!("{awaits}, and its primary is here");
             return Some(Refusal::Passing(what));
         }
-        let built = self.built.as_ref()?;
+        let (Some(built), Some(session)) = (&self.built, self.heir_session) else {
+            return Some(Refusal::Passing(format!("{awaits}, and has lost its machine")));
+        };
         let is_theirs = HostId(hello.host) == built.primary && VmId(hello.vm) == built.vm;
         if !is_theirs || !offer.reversed {
             return Some(Refusal::Passing(format!("{awaits}, and awaits its primary")));
         }
         let has_epoch = self.machine.committed().is_some_and(|epoch| {
             let generation = self.machine.generation();
-            offer.base.is_some_and(|base| base.fits(built.session.0, generation, epoch))
+            offer.base.is_some_and(|base| base.fits(session.0, generation, epoch))
         });
         let is_same = self.builder.is_same(&built.description, &offer.description)
             && self.replica.as_ref().is_some_and(|replica| layout(&replica.ram()) == offer.regions)
@@ -146,12 +153,12 @@ impl<B: ReplicaBuilder> Engine<B> {
 
     /// The session of the new primary goes on from what is here.
     pub(super) fn prepare_heir(&mut self, built: Built) -> Result<(Ram, bool), Error> {
-        let (Some(replica), Some(old)) = (&self.replica, self.built.take()) else {
+        let (Some(replica), Some(old)) = (&self.replica, &mut self.built) else {
             return Err(Error::Conflict("There is no replica here".to_owned()));
         };
-        let ram = replica.ram();
-        self.built = Some(Built { description: old.description, ..built });
-        Ok((ram, true))
+        let description = std::mem::take(&mut old.description);
+        *old = Built { description, ..built };
+        Ok((replica.ram(), true))
     }
 }
 

@@ -89,8 +89,8 @@ impl<G: Guest> Keeper<G> {
                 },
             };
             // A host that answers and is not the heir will not become it. Whatever else there is may
-            // pass, an old view of the record among it.
-            let is_final = matches!(error, Error::Refused(_) | Error::Unfit(_));
+            // pass, an old view of the record among it, or an earlier call that has not ended there.
+            let is_final = matches!(error, Error::Unfit(_));
             let next = Instant::now() + waits.next().min(WAIT_MAX);
             if is_final || next >= until {
                 let reason = format!("The VM's old host is not its backup: {}", error.chain());

@@ -209,3 +209,17 @@ fn a_guest_that_cannot_announce_is_not_asked() {
     bench.net.read_config(6, &mut status);
     assert_eq!(status[0], 1);
 }
+
+#[test]
+fn where_nothing_may_leave_yet_only_the_guest_is_asked() {
+    let bench = Bench::new(1);
+    bench.net.gate().hold();
+    bench.net.announce_to_guest();
+    wait_for("the guest is asked", || bench.heard.config.load(Ordering::SeqCst) == 1);
+    settle();
+    assert_eq!(bench.worlds[0].try_receive(), None, "nothing passes the gate");
+    assert_eq!(bench.counter("announcements"), 0);
+    // With the first output that leaves.
+    bench.net.announce();
+    assert_eq!(bench.worlds[0].receive(), announcement(MAC.parse().unwrap()));
+}
