@@ -84,6 +84,7 @@ enum Work {
     Copying {
         pass: u32,
         pages: u64,
+        since: Instant,
     },
     /// Memory is copied; the disks are not yet, or the memory is not registered.
     AwaitingRest,

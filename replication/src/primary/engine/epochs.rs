@@ -240,7 +240,11 @@ impl<G: Guest> Engine<'_, G> {
             reach("sent");
         }
         match self.work {
-            Work::Copying { pass, pages } => self.copied(pass, pages),
+            Work::Copying { pass, pages, since } => {
+                // A link that is slow is known to be so before the first epoch.
+                self.cadence.sent(pages, since.elapsed());
+                self.copied(pass, pages);
+            }
             Work::Surplus => {
                 self.work = Work::Epochs;
                 self.seal();
@@ -281,7 +285,7 @@ impl<G: Guest> Engine<'_, G> {
             counters.to_sync_pages.store(pages.max(1), Ordering::Relaxed);
             self.status.lock().info.sync_progress = 0.0;
         }
-        self.work = Work::Copying { pass, pages };
+        self.work = Work::Copying { pass, pages, since: Instant::now() };
         let source = self.live(set);
         self.give(EpochId(0), source);
         reach("copy");
