@@ -313,6 +313,7 @@ impl PrimaryHandle {
             if Instant::now() >= until {
                 return false;
             }
+            // A thread cannot be joined for a while only; this is once, at the end of a switch-over.
             std::thread::sleep(Duration::from_millis(1));
         }
         true
