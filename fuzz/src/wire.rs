@@ -446,8 +446,8 @@ fn message(kind: Kind, bytes: &[u8]) -> bool {
     }
     let mut reader = FrameReader::new(&writer.get_ref()[..], Some(SessionId(1)));
     let again = Message::receive(&mut reader, &mut Vec::new()).expect("what was sent");
-    // The reason of an abort or a refusal is text for people, and cut to a length.
-    let is_text = matches!(kind, Kind::Abort | Kind::Refuse);
+    // A reason is text for people, and cut to a length.
+    let is_text = matches!(kind, Kind::Abort | Kind::Refuse | Kind::WindowNone);
     assert!(again == message || is_text, "{message:?} became {again:?}");
     true
 }

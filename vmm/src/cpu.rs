@@ -12,6 +12,10 @@
 //! is read while an I/O exit is half served (the instruction is completed first), nor while any
 //! vCPU is still in the guest, where it may send another one an interrupt. Only the
 //! controller writes `immediate_exit`, and it clears it only while all threads are parked.
+//!
+//! An epoch's pause waits for the last vCPU to leave the guest ([`Vcpus::stop_and_save`]): memory is
+//! final from there on, and what the pause does with it goes on beside the saves, which only read
+//! the vCPUs. [`Vcpus::saved`] waits for them.
 
 use std::collections::VecDeque;
 use std::io;
@@ -49,6 +53,8 @@ pub enum CpuError {
     Signal(#[source] vmm_sys_util::errno::Error),
     #[error("Cannot kick vCPU {id}")]
     Kick { id: usize, source: vmm_sys_util::errno::Error },
+    #[error("Cannot save the state of vCPU {id}")]
+    Save { id: usize, source: VcpuError },
     #[error("vCPU {id} refused its state")]
     State { id: usize, source: VcpuError },
     #[error("The state has {given} vCPUs, the machine {expected}")]
@@ -81,11 +87,14 @@ struct Control {
     seats: Vec<Seat>,
 }
 
+/// What each vCPU saved, in the place of its id.
+type Slots = Arc<[Mutex<Option<Result<VcpuState, VcpuError>>>]>;
+
 struct Shared {
     control: Mutex<Control>,
     /// Signalled for the threads: something to do.
     wanted: Condvar,
-    /// Signalled for the controller: a thread parked or finished its jobs.
+    /// Signalled for the controller: the last thread left the guest, or the last one has nothing to do.
     done: Condvar,
     /// Read after each exit; set by a kick.
     stop: AtomicBool,
@@ -100,6 +109,8 @@ struct Thread {
 pub struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<Thread>,
+    /// Where the saves that were begun go to, until they are collected.
+    saves: Mutex<Option<Slots>>,
 }
 
 impl Shared {
@@ -124,7 +135,8 @@ impl Vcpus {
             done: Condvar::new(),
             stop: AtomicBool::new(true),
         });
-        let mut this = Self { shared: Arc::clone(&shared), threads: Vec::new() };
+        let mut this =
+            Self { shared: Arc::clone(&shared), threads: Vec::new(), saves: Mutex::new(None) };
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let immediate_exit = vcpu.kick_handle();
             let worker = Worker {
@@ -151,9 +163,14 @@ impl Vcpus {
         self.threads.len()
     }
 
-    /// Lets every vCPU run.
+    /// Lets every vCPU run. Saves that nobody collected are thrown away.
     pub fn release(&self) {
+        let uncollected = self.saves().take();
         let mut control = self.shared.lock();
+        if uncollected.is_some() {
+            // One that has not begun would find the others in the guest, and wait for the next stop.
+            control = self.wait_while(control, |control| !control.is_settled());
+        }
         for thread in &self.threads {
             thread.immediate_exit.clear();
         }
@@ -171,24 +188,54 @@ impl Vcpus {
 
     /// Stops every vCPU and has each save its state, in parallel, as the first thing when parked.
     pub fn park_and_save(&self) -> Result<Vec<VcpuState>, CpuError> {
-        let slots: Arc<[Mutex<Option<VcpuState>>]> =
-            self.threads.iter().map(|_| Mutex::new(None)).collect();
+        self.stop_and_save()?;
+        self.saved()
+    }
+
+    /// Stops every vCPU and returns when none is in the guest any more. Each begins to save its
+    /// state then, which changes nothing in the guest's memory; [`Vcpus::saved`] has the states.
+    pub fn stop_and_save(&self) -> Result<(), CpuError> {
+        let slots: Slots = self.threads.iter().map(|_| Mutex::new(None)).collect();
         self.queue(false, |id| {
             let slots = Arc::clone(&slots);
             Box::new(move |vcpu| {
-                let state = vcpu.save()?;
-                *slots[id].lock().expect("the slot's only writer") = Some(state);
+                // Whoever collects it hears of a failure, and nobody else.
+                *slots[id].lock().expect("the slot's only writer") = Some(vcpu.save());
                 Ok(())
             })
         });
+        *self.saves() = Some(slots);
         self.kick()?;
+        drop(self.wait_while(self.shared.lock(), |control| control.running > 0));
+        Ok(())
+    }
+
+    /// The states since the last stop. Saves that were begun are waited for; without one, they are
+    /// made now.
+    pub fn saved(&self) -> Result<Vec<VcpuState>, CpuError> {
+        let begun = self.saves().take();
+        let Some(slots) = begun else { return self.park_and_save() };
         self.settle()?;
         let mut states = Vec::with_capacity(slots.len());
         for (id, slot) in slots.iter().enumerate() {
             let state = slot.lock().expect("its writer is done").take();
-            states.push(state.ok_or(CpuError::Ended { id })?);
+            let state = state.ok_or(CpuError::Ended { id })?;
+            states.push(state.map_err(|source| CpuError::Save { id, source })?);
         }
         Ok(states)
+    }
+
+    fn saves(&self) -> MutexGuard<'_, Option<Slots>> {
+        self.saves.lock().expect("no holder panics")
+    }
+
+    fn wait_while<'a>(
+        &self,
+        control: MutexGuard<'a, Control>,
+        busy: impl Fn(&Control) -> bool,
+    ) -> MutexGuard<'a, Control> {
+        let waited = self.shared.done.wait_while(control, |control| busy(control));
+        waited.expect("a vCPU thread never panics with the lock held")
     }
 
     /// Loads a state into each vCPU, in parallel. Only while parked.
@@ -247,10 +294,7 @@ impl Vcpus {
 
     /// Waits until every thread is parked with nothing left to do; reports the first failed job.
     fn settle(&self) -> Result<(), CpuError> {
-        let control = self.shared.lock();
-        let busy = |control: &mut Control| !control.seats.iter().all(Seat::is_settled);
-        let mut control =
-            self.shared.done.wait_while(control, busy).expect("a vCPU thread never panics");
+        let mut control = self.wait_while(self.shared.lock(), |control| !control.is_settled());
         for (id, seat) in control.seats.iter_mut().enumerate() {
             if seat.ended {
                 return Err(CpuError::Ended { id });
@@ -274,6 +318,12 @@ impl Drop for Vcpus {
                 let _ = handle.join();
             }
         }
+    }
+}
+
+impl Control {
+    fn is_settled(&self) -> bool {
+        self.seats.iter().all(Seat::is_settled)
     }
 }
 
@@ -329,13 +379,17 @@ impl Worker {
                 control = shared.lock();
                 control.running -= 1;
                 if control.running == 0 {
-                    // Jobs wait for the last one.
+                    // Jobs wait for the last one, and so does an epoch's pause.
                     shared.wanted.notify_all();
+                    shared.done.notify_all();
                 }
                 continue;
             }
             control.seats[self.id].parked = true;
-            shared.done.notify_all();
+            // Each wake-up of the controller takes a core from those that still have something to do.
+            if control.is_settled() {
+                shared.done.notify_all();
+            }
             control = shared.wanted.wait(control).expect("a vCPU thread never panics");
         }
     }

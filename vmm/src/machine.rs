@@ -123,8 +123,6 @@ pub struct Machine {
     power_on: PowerOn,
     life: Mutex<Life>,
     changed: Condvar,
-    /// The vCPU states that the last quiesce found.
-    captured: Mutex<Option<Vec<VcpuState>>>,
 }
 
 impl Machine {
@@ -185,7 +183,6 @@ impl Machine {
             power_on,
             life: Mutex::new(Life::default()),
             changed: Condvar::new(),
-            captured: Mutex::new(None),
         })
     }
 
@@ -319,7 +316,8 @@ impl Machine {
         self.life().user_paused
     }
 
-    /// Stops the guest for an epoch and reads the vCPUs, each on its own thread.
+    /// Stops the guest for an epoch. Its memory is final when this returns; the vCPUs are read
+    /// meanwhile, each on its own thread, until [`Machine::capture`].
     pub fn quiesce(&self) -> Result<(), MachineError> {
         let life = self.life();
         let busy = |life: &mut Life| life.exclusive && !life.destroyed;
@@ -327,15 +325,12 @@ impl Machine {
         self.alive(&life)?;
         life.quiesced = true;
         self.devices.park();
-        match self.vcpus.park_and_save() {
-            Ok(states) => *self.captured.lock().expect("no holder panics") = Some(states),
-            Err(error) => {
-                life.quiesced = false;
-                self.devices.unpark();
-                drop(life);
-                self.changed.notify_all();
-                return Err(error.into());
-            }
+        if let Err(error) = self.vcpus.stop_and_save() {
+            life.quiesced = false;
+            self.devices.unpark();
+            drop(life);
+            self.changed.notify_all();
+            return Err(error.into());
         }
         Ok(())
     }
@@ -353,12 +348,10 @@ impl Machine {
 
     /// The state at the last quiesce. Only between quiesce and release.
     pub fn capture(&self) -> Result<MachineState, MachineError> {
-        let vcpus = self.captured.lock().expect("no holder panics").take();
-        let vcpus = match vcpus {
-            Some(vcpus) => vcpus,
-            None => self.vcpus.park_and_save()?,
-        };
-        Ok(MachineState { vcpus, vm: self.vm.save_state()?, devices: self.devices.save() })
+        // Before the vCPUs, which are still saved meanwhile. What KVM's timer raises between the two
+        // is then in a LAPIC's state and raised again, and never in neither.
+        let (vm, devices) = (self.vm.save_state()?, self.devices.save());
+        Ok(MachineState { vcpus: self.vcpus.saved()?, vm, devices })
     }
 
     /// The state of a machine that a person paused; `with` runs before anybody may change it.

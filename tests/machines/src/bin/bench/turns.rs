@@ -33,9 +33,9 @@ pub struct Protected {
 }
 
 /// Steps of a pause, as `pause_steps_us` has them.
-const STEPS: [&str; 5] = ["stop, save", "harvest", "keep", CAPTURE, "release"];
-/// The machine's state but for that of the vCPUs, which save theirs as they stop.
-pub const CAPTURE: &str = "capture VM";
+const STEPS: [&str; 5] = ["stop", "harvest", "keep", CAPTURE, "release"];
+/// The rest of the vCPUs' saves, which begin as the guest has stopped, and the VM with its devices.
+pub const CAPTURE: &str = "capture";
 
 impl Protected {
     /// Starts a pair and waits until it is protected; its guest stands until the first turn.

@@ -1,0 +1,68 @@
+//! An epoch's pause of a machine in this process: the vCPUs are saved beside what else it does.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use hypervisor::{Hypervisor, VcpuState};
+use serde_json::json;
+use understudy_tests::interrupt::Folder;
+use vmm::device_manager::taps::TapDescriptors;
+use vmm::machine::Machine;
+
+/// IA32_TIME_STAMP_COUNTER (Intel SDM vol. 4).
+const TSC: u32 = 0x10;
+const VCPUS: u32 = 4;
+
+fn machine(folder: &Folder) -> Result<Machine> {
+    let config = json!({
+        "payload": {"kernel": guest_image::PATH, "cmdline": "workload=verify tick_ms=20"},
+        "cpus": {"boot_vcpus": VCPUS, "max_vcpus": VCPUS},
+        "memory": {"size": 64 << 20},
+        "serial": {"mode": "Socket", "socket": folder.path().join("serial")},
+        "console": {"mode": "Off"},
+    });
+    let hypervisor = Arc::new(Hypervisor::open()?);
+    let config = serde_json::from_value(config)?;
+    let machine = Machine::build(&hypervisor, config, TapDescriptors::default())?;
+    machine.boot()?;
+    Ok(machine)
+}
+
+/// By the vCPU's own clock.
+fn ticks(state: &VcpuState) -> Result<u64> {
+    let msr = state.msrs.iter().find(|msr| msr.index == TSC);
+    Ok(msr.context("a state without a time stamp counter")?.data)
+}
+
+/// A pause that ends without a capture, as one does whose epoch is too large, must not leave its
+/// states to the next one: memory would be newer than the registers.
+#[test]
+fn states_are_those_of_the_last_stop() -> Result<()> {
+    let folder = Folder::new()?;
+    let machine = machine(&folder)?;
+    for _ in 0..5 {
+        machine.quiesce()?;
+        let first = machine.capture()?.vcpus;
+        let since = Instant::now();
+        machine.release()?;
+        std::thread::sleep(Duration::from_millis(5));
+        machine.quiesce()?;
+        machine.release()?;
+        std::thread::sleep(Duration::from_millis(20));
+        let least = since.elapsed();
+        machine.quiesce()?;
+        let second = machine.capture()?.vcpus;
+        machine.release()?;
+        ensure!(second.len() == first.len() && first.len() == usize::try_from(VCPUS)?);
+        for (id, (before, after)) in first.iter().zip(&second).enumerate() {
+            ensure!(before.tsc_khz > 0, "KVM does not say how fast the guest's clock runs");
+            let passed = ticks(after)?.saturating_sub(ticks(before)?);
+            // Its frequency is known to a kHz and a host's clock is slewed.
+            let milliseconds = passed / u64::from(before.tsc_khz) + 1;
+            let least = u64::try_from(least.as_millis())?;
+            ensure!(milliseconds >= least, "vCPU {id} is of {milliseconds} ms of {least}");
+        }
+    }
+    Ok(())
+}
