@@ -5,6 +5,7 @@
 //! and decoded again to the same; what is within the limits is taken and what is not is refused; no
 //! length makes the reader take memory that no byte came for.
 
+use api::replication::RDMA_DEPTH;
 use arbitrary::Arbitrary;
 use replication::disk::{CHANGE_BYTES_MAX, DISKS_MAX, Operation, SECTOR_BYTES};
 use replication::encode::{delta, lz4};
@@ -13,8 +14,8 @@ use replication::protocol::backup::Handover;
 use replication::wire::{
     Base, CHANGE_HEAD_BYTES, CONNECTIONS_MAX, ChangeHead, Encoding, End, FrameReader, FrameWriter,
     HEADER_BYTES, Kind, MAGIC, Message, Offer, PagesHeader, RAW_PAGES_MAX, RETURN_BYTES_MAX,
-    RUNS_MAX, Run, Runs, Seal, SessionId, VERSION, WireError, WireRegion, decode_pages_header,
-    encode_pages_header, staged_bytes, unpack,
+    RUNS_MAX, Run, Runs, SUM_GROUPS_MAX, Seal, SessionId, VERSION, Verbs, WireError, WireRegion,
+    decode_pages_header, decode_sums, encode_pages_header, encode_sums, staged_bytes, unpack,
 };
 
 use crate::guest::{Blob, Rest};
@@ -36,12 +37,17 @@ pub const PLACES: &[&str] = &[
     "wire: End",
     "wire: Change",
     "wire: Progress",
+    "wire: Refuse",
+    "wire: WindowOpen",
+    "wire: WindowNone",
+    "wire: Sums",
+    "wire: Verbs",
     "wire: three frames read, then a broken one",
     "wire: a length within its cap",
     "wire: a length past its cap",
 ];
 
-const KINDS: [Kind; 24] = [
+const KINDS: [Kind; 25] = [
     Kind::Hello,
     Kind::Offer,
     Kind::Welcome,
@@ -66,6 +72,7 @@ const KINDS: [Kind; 24] = [
     Kind::WindowEnd,
     Kind::WindowClosed,
     Kind::Sums,
+    Kind::Verbs,
 ];
 /// Sizes of the disks that changes are for.
 const DISKS: [u64; 2] = [1 << 20, SECTOR_BYTES];
@@ -126,6 +133,15 @@ enum Body {
     Contents {
         epoch: u8,
         pages: Vec<(u16, u8, PageChange)>,
+    },
+    /// Groups ascend but for one in eight.
+    Sums {
+        groups: Vec<(u8, u64)>,
+    },
+    Verbs {
+        endpoint: [u8; 29],
+        ring: [u8; 16],
+        chunks: u16,
     },
     Change {
         epoch: u64,
@@ -257,6 +273,12 @@ impl Body {
                 pages_payload(*epoch, &runs.iter().map(run).collect::<Vec<_>>(), universe)
             }
             Self::Contents { epoch, pages } => contents_payload(*epoch, pages, universe),
+            Self::Sums { groups } => sums_payload(groups, universe),
+            Self::Verbs { endpoint, ring, chunks } => {
+                let chunks = u32::from(*chunks);
+                let bytes = [&endpoint[..], &chunks.to_le_bytes(), ring].concat();
+                Payload { kind: Kind::Verbs, bytes, good: Some(RDMA_DEPTH.contains(&chunks)) }
+            }
             Self::Change { .. } => self.change(),
         }
     }
@@ -349,6 +371,22 @@ fn contents_payload(epoch: u8, pages: &[(u16, u8, PageChange)], universe: u64) -
     Payload { kind: Kind::Pages, bytes, good: Some(good && !runs.is_empty()) }
 }
 
+/// As a primary would make it, but for the numbers of its groups.
+fn sums_payload(groups: &[(u8, u64)], universe: u64) -> Payload {
+    let (mut bytes, mut number, mut good) = (Vec::new(), 0, true);
+    for (at, (step, pages)) in groups.iter().enumerate() {
+        let ascends = !step.is_multiple_of(8);
+        number += u64::from(*step / 8) + u64::from(at > 0 && ascends);
+        good &= at == 0 || ascends || *step >= 8;
+        let end = number * 64 + u64::from(64 - pages.leading_zeros());
+        good &= *pages != 0 && end <= universe;
+        let sums = (0..pages.count_ones()).map(|sum| sum ^ u32::from(*step));
+        encode_sums(number, *pages, sums, &mut bytes);
+    }
+    good &= groups.len() <= SUM_GROUPS_MAX;
+    Payload { kind: Kind::Sums, bytes, good: Some(good) }
+}
+
 pub fn run(input: Input) {
     match input {
         Input::Frames { session, frames, changes, cut } => {
@@ -396,6 +434,8 @@ fn taken(payload: &Payload, universe: u64) {
         Kind::Pages => pages(bytes, universe),
         Kind::End => end(bytes),
         Kind::Change => change(bytes),
+        Kind::Sums => sums(bytes, universe),
+        Kind::Verbs => verbs(bytes),
         kind => message(*kind, bytes),
     };
     assert!(good.is_none_or(|good| good == taken), "{kind:?}: taken {taken}, good {good:?}");
@@ -420,6 +460,29 @@ fn change(bytes: &[u8]) -> bool {
     true
 }
 
+fn sums(bytes: &[u8], universe: u64) -> bool {
+    let Ok(groups) = decode_sums(bytes, universe) else { return false };
+    let mut again = Vec::new();
+    for group in &groups {
+        let pages: Vec<_> = group.iter().collect();
+        assert_eq!(pages.len(), usize::try_from(group.pages.count_ones()).expect("at most 64"));
+        assert!(pages.iter().all(|(page, _)| page.0 < universe), "{pages:?} of {universe} pages");
+        encode_sums(group.group, group.pages, pages.iter().map(|(_, sum)| *sum), &mut again);
+    }
+    assert_eq!(again, bytes);
+    if groups.len() > 1 {
+        reached("wire: Sums");
+    }
+    true
+}
+
+fn verbs(bytes: &[u8]) -> bool {
+    let Ok(verbs) = Verbs::decode(bytes) else { return false };
+    assert_eq!(verbs.encode(), bytes);
+    reached("wire: Verbs");
+    true
+}
+
 /// What a message that was taken is called in [`PLACES`].
 fn name(message: &Message) -> Option<&'static str> {
     Some(match message {
@@ -427,7 +490,11 @@ fn name(message: &Message) -> Option<&'static str> {
         Message::Offer(offer) if offer.regions.is_empty() || offer.disks.is_empty() => return None,
         Message::Offer(_) => "wire: Offer with regions and disks",
         Message::Welcome(_) => "wire: Welcome",
-        Message::Abort(_) | Message::Refuse(_) => "wire: Abort",
+        Message::Abort(_) => "wire: Abort",
+        Message::Refuse(_) => "wire: Refuse",
+        Message::WindowOpen { grants, .. } if grants.is_empty() => return None,
+        Message::WindowOpen { .. } => "wire: WindowOpen",
+        Message::WindowNone { .. } => "wire: WindowNone",
         Message::Seal(seal) if seal.pages.is_empty() || seal.state.is_empty() => return None,
         Message::Seal(_) => "wire: Seal with pages and a state",
         Message::Ack { .. } => "wire: Ack",
