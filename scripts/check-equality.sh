@@ -30,8 +30,10 @@ ship do it themselves (replication/src/checking.rs). Exits 0 only if no page eve
                     the same, with cow=protect or hybrid: pages that count as write-protected are not
   --delays LIST     POINT:MICROSECONDS[,...]: threads of the primary sleep at random, up to so long, at
                     these points of an epoch: seal, arm, fault, take, send, unprotect, ack
-  --matrix          each mode with 1, 2, 4 and 16 vCPUs, each workload, delays, huge pages, and the
-                    two broken builds; --epochs counts for each (half an hour with 300)
+  --dirty-log LOG   where KVM notes the pages that the guest writes: bitmap or ring (default: what the
+                    VMM finds cheaper)
+  --matrix          each mode with 1, 2, 4 and 16 vCPUs, each workload, delays, huge pages, rings, and
+                    the two broken builds; --epochs counts for each (half an hour with 300)
   --transport T     tcp (default), unix, or rdma:ADDRESS, this host's address on an RDMA device
   --help            this text
 TXT
@@ -54,6 +56,7 @@ matrix() {
     one --cow all --workload all "$@"
     one --cow all --delays \
         seal:2000,arm:500,fault:500,take:2000,send:2000,unprotect:500,ack:5000 "$@"
+    one --cow all --vcpus 4 --dirty-log ring "$@"
     # These end with the first page that differs, whatever --epochs says.
     one --cow copy,protect,hybrid --without-cow
     one --cow protect,hybrid --without-protection --workload random

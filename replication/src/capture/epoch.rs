@@ -110,14 +110,15 @@ impl Cadence {
     }
 
     /// Pages that the link carries in the time that sending an epoch may take.
-    fn link_pages(&self) -> u64 {
+    #[must_use]
+    pub fn link_pages(&self) -> u64 {
         let time = (self.longest * SEND_EPOCHS_MAX).max(SEND_TIME_MIN);
         let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let rate = self.link_pages_per_s.unwrap_or(u64::MAX);
         (rate.saturating_mul(millis) / 1000).max(PAGES_MIN)
     }
 
-    /// Learns from an epoch of `took`, with `log_bytes` of disks' changes, for which the guest `stood`:
+    /// Learns from an epoch in which the guest ran for `took`, with `log_bytes` of disks' changes, for which the guest `stood`:
     /// at the same rate the next one shall fill half of what it may.
     pub fn sealed(&mut self, pages: u64, log_bytes: u64, took: Duration, stood: Duration) {
         let half = (self.staging_pages.min(self.link_pages()) / 2).max(1);

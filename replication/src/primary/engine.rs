@@ -33,10 +33,12 @@ use crate::protocol::window::Approach;
 use crate::ram::PageSet;
 use crate::transport::rdma;
 use crate::wire::{Message, Offer, SessionId, WireError};
+use braking::Braking;
 use straight::Copying;
 
-/// Passes of a copy after which the rest goes into the first epoch, however large.
-const PASSES_MAX: u32 = 8;
+/// Passes of a copy after which the rest goes into the first epoch, however large. Each leaves half of the
+/// one before, see [`crate::capture::brake`].
+const PASSES_MAX: u32 = 24;
 /// A rest that an epoch takes without a long pause.
 const REST_PAGES: u64 = 4096;
 /// Copies anew for epochs that were too large, without as many good epochs in between, after
@@ -204,6 +206,10 @@ pub(super) struct Engine<'g, G: Guest> {
     done: Arc<AtomicU64>,
     cadence: Cadence,
     sealer: Sealer,
+    /// Of the pass of a copy, after the first.
+    braking: Option<Braking>,
+    /// How long the guest had waited for room at the last seal.
+    waited: Duration,
     work: Work,
     /// Number of the job that is out, and senders that still work on it.
     job: u64,
@@ -344,6 +350,8 @@ impl<'g, G: Guest> Engine<'g, G> {
             heard,
             done,
             cadence,
+            braking: None,
+            waited: Duration::ZERO,
             work: Work::Nothing,
             job: 0,
             unsent: 0,
@@ -467,6 +475,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         if self.work == Work::Epochs {
             next = next.min(self.seal_due());
         }
+        next = next.min(self.brake_due().unwrap_or(next));
         next
     }
 
@@ -702,6 +711,9 @@ impl<'g, G: Guest> Engine<'g, G> {
         if self.work == Work::Epochs && self.seal_due() <= now {
             self.due();
         }
+        if self.brake_due().is_some_and(|due| due <= now) {
+            self.brake();
+        }
     }
 
     fn tell(&self, message: Message) {
@@ -843,6 +855,7 @@ fn journal(disks: &Arc<dyn Disks>, on_full: Waker) -> Arc<Journal> {
 }
 
 mod actions;
+mod braking;
 mod epochs;
 mod lending;
 mod straight;

@@ -56,6 +56,7 @@ impl<G: Guest> Engine<'_, G> {
             Action::BeginEpochs => self.begin_epochs(),
             Action::EndEpochs => {
                 self.work = Work::Nothing;
+                self.end_brake();
                 self.disks_copy = false;
                 self.disk_job += 1;
                 self.call_off_log();
@@ -92,7 +93,7 @@ impl<G: Guest> Engine<'_, G> {
         }
     }
 
-    fn release(&mut self) {
+    pub(super) fn release(&mut self) {
         if let Err(error) = self.sealer.release(self.guest) {
             let line = error.chain();
             self.status.failed(&line);
@@ -160,6 +161,7 @@ impl<G: Guest> Engine<'_, G> {
 
     /// Ends the session at once.
     fn close(&mut self) {
+        self.end_brake();
         if let Some(control) = self.control.take() {
             drop(control.close());
         }

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use api::replication::Cow;
 
 use super::{
-    Engine, Error, Event, Guest, InFlight, Job, Message, PASSES_MAX, Pause, REST_PAGES, Senders,
-    Source, TOO_LARGE_MAX, Work,
+    Engine, Error, Event, Guest, InFlight, Job, Message, PASSES_MAX, Pause, Senders, Source,
+    TOO_LARGE_MAX, Work,
 };
 use crate::capture::cow::Share;
 use crate::checking::reach;
@@ -94,8 +94,10 @@ impl<G: Guest> Engine<'_, G> {
         }
         match pause {
             Ok(Pause::Sealed(sealed)) => {
-                let took = began.duration_since(self.last_seal);
-                self.last_seal = began;
+                // A guest that waited for room wrote nothing meanwhile.
+                let stood = self.sealer.waited().saturating_sub(self.waited);
+                let took = began.duration_since(self.last_seal).saturating_sub(stood);
+                (self.last_seal, self.waited) = (began, self.sealer.waited());
                 if let Err(error) = self.ship(epoch, handover, sealed, took) {
                     self.step(Event::GiveUp(error.chain()));
                 }
@@ -243,7 +245,7 @@ impl<G: Guest> Engine<'_, G> {
             Work::Copying { pass, pages, since } => {
                 // A link that is slow is known to be so before the first epoch.
                 self.cadence.sent(pages, since.elapsed());
-                self.copied(pass, pages);
+                self.copied(pass);
             }
             Work::Surplus => {
                 self.work = Work::Epochs;
@@ -286,20 +288,22 @@ impl<G: Guest> Engine<'_, G> {
             self.status.lock().info.sync_progress = 0.0;
         }
         self.work = Work::Copying { pass, pages, since: Instant::now() };
+        if pass > 0 {
+            self.begin_brake();
+        }
         let source = self.live(set);
         self.give(EpochId(0), source);
         reach("copy");
         self.sealer.prepare();
     }
 
-    fn copied(&mut self, pass: u32, pages: u64) {
+    fn copied(&mut self, pass: u32) {
+        self.end_brake();
         if let Err(error) = self.sealer.harvest(self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         let rest = self.sealer.dirty.pages().len();
-        let small = REST_PAGES.min(self.cadence.staging_pages() / 4);
-        let shrinks = rest < pages - pages / 4;
-        if rest > small && shrinks && pass + 1 < PASSES_MAX {
+        if rest > self.rest_max() && pass + 1 < PASSES_MAX {
             return self.copy(pass + 1);
         }
         // Not open for longer than it is of use: disks may take their time.

@@ -58,6 +58,9 @@ struct Options {
     /// unprotect, ack; see replication/src/checking.rs.
     #[arg(long, default_value = "")]
     delays: String,
+    /// Where KVM notes the pages that the guest writes: bitmap or ring. Left to the VMM without it.
+    #[arg(long, value_parser = ["bitmap", "ring"])]
+    dirty_log: Option<String>,
     /// How pages travel: tcp, unix, or rdma:<address of this host on an RDMA device>.
     #[arg(long, default_value = "tcp")]
     transport: Transport,
@@ -221,6 +224,9 @@ fn switch(options: &Options, mode: &str, folder: &Folder, setup: &mut Setup) -> 
     for (_, part) in broken.into_iter().filter(|(is_asked, _)| *is_asked) {
         setup.primary_environment.push(("UNDERSTUDY_TEST_BREAK".into(), part.into()));
     }
+    if let Some(log) = &options.dirty_log {
+        setup.primary_environment.push(("UNDERSTUDY_TEST_DIRTY_LOG".into(), log.clone()));
+    }
     if !options.delays.is_empty() {
         setup.primary_environment.push(("UNDERSTUDY_TEST_DELAYS".into(), options.delays.clone()));
     }
@@ -246,7 +252,11 @@ fn write(options: &Options, mode: &str, folder: &Folder) -> Result<Compared> {
         let is_enough = compared.epochs >= options.epochs;
         let info = if is_enough { Some(pair.primary.replication()?) } else { None };
         if let Some(info) = &info {
-            println!("{} pages protected, {} faults", info.cow_protected, info.cow_faults);
+            let log = info.dirty_log.as_deref().unwrap_or("none");
+            let (protected, faults) = (info.cow_protected, info.cow_faults);
+            println!("{protected} pages protected, {faults} faults, dirty log: {log}");
+            let is_wanted = options.dirty_log.as_deref().is_none_or(|wanted| wanted == log);
+            ensure!(is_wanted, "the dirty log is {log}");
         }
         if let Some(path) = info.and_then(|info| info.rdma) {
             println!(
