@@ -397,13 +397,14 @@ pub struct RdmaPath {
 /// The steps of a pause in microseconds, in their order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PauseSteps {
-    /// Until the vCPUs stand and have saved their state, and the devices are parked.
+    /// Until the last vCPU has left the guest, and the devices are parked. From there on each saves its state,
+    /// beside the next two steps.
     pub stop: u64,
     /// Reading the dirty pages and re-arming their tracking.
     pub harvest: u64,
     /// Copying or protecting them.
     pub keep: u64,
-    /// Reading the devices' state, tagging the output.
+    /// Reading the devices' state, waiting for what is left of the vCPUs', tagging the output.
     pub capture: u64,
     /// Until the vCPUs were told to run.
     pub release: u64,

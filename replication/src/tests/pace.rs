@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::replication::{ReplicateData, ReplicationInfo};
+use api::replication::{Compression, ReplicateData, ReplicationInfo};
 
-use super::pair::{Backup, Primary};
-use super::{replicate, until};
+use super::pair::{Backup, Primary, Proxy};
+use super::{Random, replicate, until};
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::observer::Event;
 use crate::ownership::HostIdentity;
@@ -89,4 +89,54 @@ fn a_long_epoch_ends_when_the_guest_begins_to_write() {
     until(|| primary.handle.info(), |info| info.epoch_interval_us < LONG_MS * 1000);
     machine.power_off();
     guest.join().unwrap();
+}
+
+/// A guest that writes all of its memory again and again, some times faster than the link carries it,
+/// stands in small turns while it becomes protected, and not for as long as its memory takes.
+#[test]
+fn a_copy_catches_up_with_a_guest_that_writes_faster_than_the_link() {
+    const PAGES: u64 = 8192;
+    const LINK_BYTES_S: u64 = 8 << 20;
+    let backup = Backup::start(None);
+    let link = Proxy::slow(backup.port(), LINK_BYTES_S);
+    let machine = Machine::new(memory(&[(0, PAGES)]));
+    let writer = {
+        let machine = Arc::clone(&machine);
+        std::thread::spawn(move || {
+            let (mut longest, mut last, mut page) = (Duration::ZERO, Instant::now(), 0);
+            let mut noise = Random(7);
+            let mut write = |page| {
+                let mut bytes = [0; PAGE_SIZE];
+                bytes
+                    .chunks_mut(8)
+                    .for_each(|word| word.copy_from_slice(&noise.next().to_le_bytes()));
+                machine.run(|ram| ram.write_page(PageIndex(page), &bytes))
+            };
+            while write(page).is_some() {
+                if machine.is_tracking() {
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+                longest = longest.max(last.elapsed());
+                (last, page) = (Instant::now(), (page + 1) % PAGES);
+            }
+            longest
+        })
+    };
+    // All of it is written before it is copied.
+    while machine.ram().written() < PAGES {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut options = replicate(&link.url(), None);
+    (options.connections, options.compression) = (1, Compression::None);
+    options.timeout_ms = 20_000;
+    let primary = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    until(|| primary.handle.info(), |info| info.epoch_committed > 2);
+    let info = primary.handle.info();
+    machine.power_off();
+    let longest = writer.join().unwrap();
+    // The memory takes 4 s, and once took as long with the guest standing.
+    assert!(longest < Duration::from_millis(2000), "the guest stood for {longest:?}");
+    assert!(info.throttled_us > 0, "{info:?}");
+    assert_eq!(backup.wrong(), Vec::<String>::new());
 }
