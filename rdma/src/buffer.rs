@@ -118,9 +118,94 @@ impl fmt::Debug for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // The device lets go of the memory before it is unmapped.
-        self.region = None;
+        // The device lets go of the memory before it is unmapped. One that does not keeps the mapping, for
+        // ever: it is nobody else's then, and no guest has to end for it.
+        if let Some(Err(error)) = self.region.take().map(MemoryRegion::end) {
+            let source = std::error::Error::source(&error).map(|source| format!(": {source}"));
+            tracing::warn!("memory stays with the device: {error}{}", source.unwrap_or_default());
+            return;
+        }
         // SAFETY: mapped by `new`, and nobody has a pointer into it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::{c_int, c_void};
+    use std::sync::atomic::{AtomicI32, Ordering};
+
+    use super::*;
+    use crate::abi;
+    use crate::context::Context;
+    use crate::library::Library;
+
+    /// What the device answers when it is to give back memory, and how often it gave back its domain.
+    static ANSWER: AtomicI32 = AtomicI32::new(0);
+    static DOMAINS: AtomicI32 = AtomicI32::new(0);
+
+    unsafe extern "C" fn alloc_pd(_: *mut abi::Context) -> *mut abi::Pd {
+        NonNull::dangling().as_ptr()
+    }
+
+    unsafe extern "C" fn dealloc_pd(_: *mut abi::Pd) -> c_int {
+        DOMAINS.fetch_add(1, Ordering::Relaxed);
+        0
+    }
+
+    unsafe extern "C" fn close_device(_: *mut abi::Context) -> c_int {
+        0
+    }
+
+    unsafe extern "C" fn reg_mr(
+        pd: *mut abi::Pd,
+        addr: *mut c_void,
+        length: usize,
+        _: c_int,
+    ) -> *mut abi::Mr {
+        let context = std::ptr::null_mut();
+        Box::into_raw(Box::new(abi::Mr { context, pd, addr, length, handle: 1, lkey: 2, rkey: 3 }))
+    }
+
+    unsafe extern "C" fn dereg_mr(raw: *mut abi::Mr) -> c_int {
+        let answer = ANSWER.load(Ordering::Relaxed);
+        if answer == 0 {
+            // SAFETY: `reg_mr` made it, and it is given back once.
+            drop(unsafe { Box::from_raw(raw) });
+        }
+        answer
+    }
+
+    fn is_mapped(address: u64, len: usize) -> bool {
+        let mut there = [0; 4];
+        let address = std::ptr::with_exposed_provenance_mut(usize::try_from(address).unwrap());
+        // SAFETY: the kernel writes a byte for each of the four pages, or none.
+        (unsafe { libc::mincore(address, len, there.as_mut_ptr()) }) == 0
+    }
+
+    /// A device that keeps a ring costs its mapping, and not the process, in which a healthy guest may run.
+    #[test]
+    fn a_ring_that_the_device_keeps_stays_mapped_and_nobody_ends() {
+        const LEN: usize = 4 * 4096;
+        let library = Library {
+            ibv_alloc_pd: alloc_pd,
+            ibv_dealloc_pd: dealloc_pd,
+            ibv_close_device: close_device,
+            ibv_reg_mr: reg_mr,
+            ibv_dereg_mr: dereg_mr,
+            ..Library::unusable()
+        };
+        let context = Context::of(library, NonNull::dangling());
+        for (answer, stays) in [(0, false), (libc::EBUSY, true), (libc::EINVAL, true)] {
+            ANSWER.store(answer, Ordering::Relaxed);
+            let before = DOMAINS.load(Ordering::Relaxed);
+            let domain = ProtectionDomain::new(&context).unwrap();
+            let buffer = Buffer::new(&domain, LEN, Access::REMOTE_WRITE).unwrap();
+            let at = buffer.remote().address;
+            drop((buffer, domain));
+            assert_eq!(is_mapped(at, LEN), stays, "{answer}");
+            // What has memory is not given back either: a device would refuse that.
+            assert_eq!(DOMAINS.load(Ordering::Relaxed) - before, i32::from(!stays), "{answer}");
+        }
     }
 }
