@@ -13,7 +13,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use api::replication::Compression;
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -101,6 +101,7 @@ impl Senders {
                 runs: Runs::default(),
                 head: Vec::new(),
                 counted: 0,
+                waited: Duration::ZERO,
                 delays: Delays::from_environment(),
             };
             let deliver = deliver.clone();
@@ -140,6 +141,8 @@ struct OneSender {
     head: Vec<u8>,
     /// Bytes of the writer that the counters know.
     counted: u64,
+    /// What was waited for room for the next frame.
+    waited: Duration,
     delays: Delays,
 }
 
@@ -306,7 +309,16 @@ impl OneSender {
         loop {
             let mut batch: Vec<Piece<'_>> = Vec::with_capacity(GROUP_PAGES);
             let mut loans: Vec<Loan> = Vec::new();
-            frozen.lend(self.share, &mut cursor, scratch, &mut batch, &mut loans);
+            // Before anything is lent: whoever writes a page that is waits for it to be sent, and until then
+            // for nobody.
+            let began = Instant::now();
+            let may_lend = self.writer.may_lend()?;
+            self.waited += began.elapsed();
+            if may_lend {
+                frozen.lend(self.share, &mut cursor, scratch, &mut batch, &mut loans);
+            } else {
+                frozen.next(self.share, &mut cursor, scratch, &mut batch);
+            }
             if batch.is_empty() {
                 break;
             }
@@ -329,15 +341,14 @@ impl OneSender {
             if !kept.is_empty() {
                 // They come in order.
                 loans.retain_mut(|loan| loan.retain(|page| lent.binary_search(&page).is_ok()));
+                // What was let go may be newer than its checksum.
+                not_revoked(frozen)?;
                 let leases = loans.into_iter().map(|loan| Box::new(loan) as Lease).collect();
                 self.flush(epoch, &kept, leases, &mut part)?;
             }
         }
         self.flush(epoch, &[], vec![], &mut part)?;
-        if frozen.is_revoked() {
-            let what = "The RDMA device took too long, and the guest went on";
-            return Err(WireError::Io(io::Error::new(io::ErrorKind::TimedOut, what)));
-        }
+        not_revoked(frozen)?;
         self.end(epoch, part)
     }
 
@@ -361,7 +372,8 @@ impl OneSender {
         let lent = kept.iter().filter(|part| part.page.is_some()).count() * PAGE_SIZE;
         self.counters.from_memory_bytes.fetch_add(lent as u64, Ordering::Relaxed);
         let crc = self.writer.gather(Kind::Pages, &parts, leases)?;
-        self.encoder.sent(self.writer.bytes() - self.counted, began.elapsed());
+        let took = began.elapsed() + std::mem::take(&mut self.waited);
+        self.encoder.sent(self.writer.bytes() - self.counted, took);
         self.encoder.arrived(|| self.writer.get_ref().delivery());
         let pages = self.runs.pages();
         self.runs.clear();
@@ -388,6 +400,15 @@ impl OneSender {
         self.counted += new;
         self.counters.wire_bytes.fetch_add(new, Ordering::Relaxed);
     }
+}
+
+/// Fails if pages were let go that a device may read yet.
+fn not_revoked(frozen: &dyn Frozen) -> Result<(), WireError> {
+    if frozen.is_revoked() {
+        let what = "The RDMA device took too long, and the guest went on";
+        return Err(WireError::Io(io::Error::new(io::ErrorKind::TimedOut, what)));
+    }
+    Ok(())
 }
 
 /// Raw pages, whose bytes are in `scratch`.
@@ -576,6 +597,109 @@ mod tests {
         writer.join().unwrap();
         assert_eq!(reads.join().unwrap().len(), 3, "a batch is a frame");
         senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// Epochs of a memory whose pages are all protected, over a stream that reads guest memory when there is room.
+    fn lends_when_there_is_room(is_lent: bool) {
+        const PAGES: u64 = 100;
+        let ram = ram(usize::try_from(PAGES).unwrap());
+        let mut set = PageSet::new(PAGES);
+        for page in (0..PAGES).map(PageIndex) {
+            assert!(ram.write_page(page, &[7; PAGE_SIZE]));
+            set.insert(page);
+        }
+        let long = Duration::from_secs(600);
+        let mut freezer = ProtectFreezer::new(&ram, Cow::Protect, long).unwrap();
+        let frozen = freezer.freeze(&ram, &Arc::new(set), &PageSet::new(PAGES)).unwrap();
+        let (ours, theirs) = memory::pair().unwrap();
+        let lent = crate::testing::Lent::default();
+        let ((asks, asked), (answer, answers)) = (unbounded(), unbounded());
+        let stream: Box<dyn Stream> = Box::new(Plain {
+            lent: Some(Arc::clone(&lent)),
+            room: Some((asks, answers)),
+            ..Plain::new(ours)
+        });
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let (done, sent) = unbounded();
+        let deliver = move |report: Sent| done.send(report.unwrap()).is_ok();
+        let counters = Arc::default();
+        let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
+        let senders = senders.unwrap();
+        let mut reader = FrameReader::new(theirs, Some(SessionId(1)));
+        let reads = std::thread::spawn(move || frames(&mut reader));
+        senders.send(&Job { number: 1, epoch: EpochId(1), source: Source::Frozen(frozen) });
+        asked.recv().unwrap();
+        // The backup has no room, however long that takes; no write of the guest waits for that.
+        let (wrote, written) = unbounded();
+        let writes = ram.clone();
+        std::thread::spawn(move || {
+            for page in [0, 63, 64, 99].map(PageIndex) {
+                assert!(writes.write_page(page, &[1; PAGE_SIZE]));
+                let _ = wrote.send(page);
+            }
+        });
+        for page in [0, 63, 64, 99] {
+            let wrote = written.recv_timeout(Duration::from_secs(10));
+            assert_eq!(wrote, Ok(PageIndex(page)), "the guest waits for the backup's room");
+        }
+        (0..20).for_each(|_| answer.send(is_lent).unwrap());
+        assert_eq!(sent.recv(), Ok(1));
+        let told: u64 = lent.lock().unwrap().iter().map(|(pages, _)| pages.len() as u64).sum();
+        assert_eq!(told, if is_lent { PAGES - 4 } else { 0 });
+        lent.lock().unwrap().clear();
+        // With the bytes that they had at the seal.
+        assert_eq!(reads.join().unwrap().len(), 2);
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// A backup that has no room for long is no device that hangs.
+    #[test]
+    fn nothing_is_lent_before_there_is_room() {
+        lends_when_there_is_room(true);
+    }
+
+    #[test]
+    fn a_link_that_is_too_slow_is_lent_nothing() {
+        lends_when_there_is_room(false);
+    }
+
+    /// Pages that were let go while they were looked at.
+    struct LetGo(Scattered);
+
+    impl Frozen for LetGo {
+        fn next<'a>(
+            &'a self,
+            share: Share,
+            cursor: &mut Cursor,
+            scratch: &'a mut [Page],
+            batch: &mut Vec<Piece<'a>>,
+        ) {
+            self.0.next(share, cursor, scratch, batch);
+        }
+
+        fn is_revoked(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn what_was_let_go_is_not_sent() {
+        let (ours, theirs) = memory::pair().unwrap();
+        let lent = Some(crate::testing::Lent::default());
+        let stream: Box<dyn Stream> = Box::new(Plain { lent, ..Plain::new(ours) });
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let (done, sent) = unbounded();
+        let deliver = move |report: Sent| done.send(report.map_err(|_| ())).is_ok();
+        let (ram, counters) = (ram(1), Arc::default());
+        let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
+        let senders = senders.unwrap();
+        let pages = (0..3).map(|page| (PageIndex(page), [7; PAGE_SIZE])).collect();
+        let source = Source::Frozen(Arc::new(LetGo(Scattered(pages))));
+        senders.send(&Job { number: 1, epoch: EpochId(1), source });
+        assert_eq!(sent.recv(), Ok(Err(())));
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+        let mut reader = FrameReader::new(theirs, Some(SessionId(1)));
+        assert_eq!(frames(&mut reader).len(), 0);
     }
 
     /// With `cow=off` nobody writes before all is out, and nothing is under way then.

@@ -33,6 +33,7 @@ mod gather;
 mod lent;
 mod opened;
 mod opening;
+mod pace;
 mod pieces;
 mod ring;
 mod setup;
@@ -46,7 +47,7 @@ use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::rdma::{
     Buffer, Completion, CompletionChannel, CompletionQueue, Operation, Outcome, ProtectionDomain,
@@ -59,6 +60,7 @@ use self::flight::{Flight, Leases};
 use self::gather::{Chunk, Limits, Place, Rest};
 pub(crate) use self::lent::Lent;
 pub(crate) use self::opened::Opened;
+use self::pace::Pace;
 pub(crate) use self::pieces::{LendError, patience as registering_patience};
 use self::ring::{Incoming, Outgoing, RING_BYTES};
 #[cfg(test)]
@@ -226,6 +228,7 @@ struct Writer {
     /// What was posted and has not completed. After `end`: what it keeps is given back when the device
     /// has nothing of it any more.
     flight: Flight,
+    pace: Pace,
     /// As many requests as the queue holds.
     posted_max: usize,
     lent: Arc<Lent>,
@@ -238,11 +241,25 @@ struct Writer {
 impl Writer {
     /// Takes completions.
     fn complete(&mut self) -> io::Result<()> {
+        let before = self.flight.bytes();
         let flight = &mut self.flight;
         self.end.completed(|number, _| match flight.complete(number) {
             true => Ok(()),
             false => Err(invalid("The RDMA device completed what was not under way")),
-        })
+        })?;
+        let bytes = before - self.flight.bytes();
+        if bytes > 0 {
+            self.pace.completed(bytes, Instant::now());
+        }
+        Ok(())
+    }
+
+    /// Something is about to be posted.
+    fn under_way(&mut self, requests: usize, bytes: usize, leases: Leases) {
+        if self.flight.requests() == 0 {
+            self.pace.begins(Instant::now());
+        }
+        self.flight.post(requests, bytes, leases);
     }
 
     /// Takes what the backup says it has read, where the TCP connection has something.
@@ -279,6 +296,30 @@ impl Writer {
         }
     }
 
+    /// See [`Stream::may_lend`].
+    fn await_lending(&mut self, bytes: usize, parts: usize) -> io::Result<bool> {
+        // Each part may need a segment of its own; a frame, and the ring's end, may begin another request.
+        let requests = parts.div_ceil(self.segments_max) + REQUESTS_MIN * REQUESTS_MIN;
+        // Of a queue that is too short for that a chunk has all, one after the other.
+        let chunks = bytes.div_ceil(CHUNK_BYTES_MAX).max(requests.div_ceil(self.posted_max)) + 1;
+        let (bytes_max, chunks_max) = self.ring.room_for_sure();
+        if bytes > bytes_max || chunks > chunks_max {
+            return Ok(false);
+        }
+        loop {
+            self.complete()?;
+            let Some(under_way) = self.pace.under_way_max(bytes) else { return Ok(false) };
+            if self.requests_left() >= requests.min(self.posted_max)
+                && self.ring.room() >= bytes
+                && self.ring.chunks_left() >= chunks
+                && self.flight.bytes() + bytes <= under_way
+            {
+                return Ok(true);
+            }
+            self.sleep()?;
+        }
+    }
+
     /// Requests that may be posted now, 1 at least. Nobody but the peer's device has to have room for them.
     fn requests_room(&mut self) -> io::Result<usize> {
         loop {
@@ -302,7 +343,8 @@ impl Writer {
             self.requests.push(Request { id: number, signalled, fence: false, operation });
         }
         // First: what was posted of a list that fails half-way is under way.
-        self.flight.post(writes.len(), None);
+        let bytes: u64 = writes.iter().map(|write| write.pages * PAGE_SIZE as u64).sum();
+        self.under_way(writes.len(), usize::try_from(bytes).unwrap_or(0), None);
         self.end.pair.post(&mut self.requests).map_err(failed)
     }
 
@@ -370,7 +412,7 @@ impl Writer {
         }
         self.ring.write(chunk.len);
         // First: what was posted of a list that fails half-way is under way.
-        self.flight.post(chunk.writes.len(), leases);
+        self.under_way(chunk.writes.len(), chunk.len, leases);
         self.end.pair.post(&mut self.requests).map_err(failed)?;
         if chunk.reads_memory()
             && let Some(left) = &mut self.fails_after
@@ -557,6 +599,10 @@ stream!(
     end.link;
     fn gathers(&self) -> bool {
         self.lent.is_ready()
+    }
+
+    fn may_lend(&mut self, bytes: usize, parts: usize) -> io::Result<bool> {
+        self.await_lending(bytes, parts)
     }
 
     fn gather(&mut self, parts: &[Part<'_>], leases: Vec<Lease>) -> io::Result<()> {

@@ -116,7 +116,7 @@ impl Copy {
                 assert!(self.window.writes(run, left, &mut writes));
             }
             for write in writes {
-                let number = self.flight.post(1, None);
+                let number = self.flight.post(1, 1, None);
                 let bytes = vec![0; usize::try_from(write.pages).unwrap() * PAGE_SIZE];
                 self.under.push(Under { number, write, bytes, read: 0 });
             }
