@@ -4,6 +4,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::{fmt, io};
 
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
 use crate::error::Error;
 use crate::memory::{Access, MemoryRegion, ProtectionDomain, Remote, Segment};
 
@@ -104,6 +107,23 @@ impl Buffer {
         }
     }
 
+    /// Copies `len` bytes from `offset` on to the beginning of `into`, as much as it has room for.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn read_volatile<B: BitmapSlice>(
+        &self,
+        offset: usize,
+        len: usize,
+        into: &VolatileSlice<'_, B>,
+    ) {
+        self.check(offset, len);
+        // SAFETY: inside the mapping, as just checked, which stays while `self` does; nobody has a reference
+        // to any of it.
+        let from = unsafe { VolatileSlice::new(self.start.as_ptr().add(offset), len) };
+        from.copy_to_volatile_slice(into.clone());
+    }
+
     fn check(&self, offset: usize, len: usize) {
         let end = offset.checked_add(len);
         assert!(end.is_some_and(|end| end <= self.len), "{len} bytes at {offset} of {}", self.len);
@@ -133,6 +153,7 @@ impl Drop for Buffer {
 #[cfg(test)]
 mod tests {
     use std::ffi::{c_int, c_void};
+    use std::sync::Mutex;
     use std::sync::atomic::{AtomicI32, Ordering};
 
     use super::*;
@@ -183,19 +204,50 @@ mod tests {
         (unsafe { libc::mincore(address, len, there.as_mut_ptr()) }) == 0
     }
 
-    /// A device that keeps a ring costs its mapping, and not the process, in which a healthy guest may run.
-    #[test]
-    fn a_ring_that_the_device_keeps_stays_mapped_and_nobody_ends() {
-        const LEN: usize = 4 * 4096;
-        let library = Library {
+    fn library() -> Library {
+        Library {
             ibv_alloc_pd: alloc_pd,
             ibv_dealloc_pd: dealloc_pd,
             ibv_close_device: close_device,
             ibv_reg_mr: reg_mr,
             ibv_dereg_mr: dereg_mr,
             ..Library::unusable()
+        }
+    }
+
+    /// One at a time: what the device does is the same for all.
+    static TURN: Mutex<()> = Mutex::new(());
+
+    #[test]
+    fn bytes_go_in_and_out() {
+        let _turn = TURN.lock();
+        let context = Context::of(library(), NonNull::dangling());
+        ANSWER.store(0, Ordering::Relaxed);
+        let domain = ProtectionDomain::new(&context).unwrap();
+        let mut buffer = Buffer::new(&domain, 4096, Access::LOCAL_READ).unwrap();
+        buffer.write(4090, b"abcdef");
+        let mut out = [0; 8];
+        buffer.read_volatile(4091, 5, &VolatileSlice::from(&mut out[..]));
+        assert_eq!(&out, b"bcdef\0\0\0");
+        let mut out = [0; 2];
+        buffer.read_volatile(4091, 5, &VolatileSlice::from(&mut out[..]));
+        assert_eq!(&out, b"bc", "as much as there is room for");
+        buffer.read(4092, &mut out);
+        assert_eq!(&out, b"cd");
+        let read = |offset, len| {
+            let mut into = [0; 8];
+            buffer.read_volatile(offset, len, &VolatileSlice::from(&mut into[..]));
         };
-        let context = Context::of(library, NonNull::dangling());
+        let outside = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(4092, 5)));
+        assert!(outside.is_err());
+    }
+
+    /// A device that keeps a ring costs its mapping, and not the process, in which a healthy guest may run.
+    #[test]
+    fn a_ring_that_the_device_keeps_stays_mapped_and_nobody_ends() {
+        const LEN: usize = 4 * 4096;
+        let _turn = TURN.lock();
+        let context = Context::of(library(), NonNull::dangling());
         for (answer, stays) in [(0, false), (libc::EBUSY, true), (libc::EINVAL, true)] {
             ANSWER.store(answer, Ordering::Relaxed);
             let before = DOMAINS.load(Ordering::Relaxed);

@@ -18,16 +18,16 @@ use std::time::{Duration, Instant};
 use api::replication::Compression;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::sums::Sums;
-use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Loan, Page, Piece, Share};
+use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Group, Loan, Page, Piece, Share};
 use crate::checking::{Delays, is_broken};
-use crate::encode::Encoder;
+use crate::encode::{Encoder, is_zero};
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
 use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
+use crate::page_set::bits;
 use crate::ram::{PageBuffer, PageSet, Ram};
-use crate::transport::rdma::Window;
+use crate::transport::rdma::{PLACED_PAGES_MAX, Window};
 use crate::transport::{Lease, Part, Stream};
 use crate::wire::{
     ConnectionPart, Encoding, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, SUM_GROUPS_MAX,
@@ -45,16 +45,14 @@ pub(super) enum Source {
     Frozen(Arc<dyn Frozen>),
     /// Memory as it is, by the device straight into the backup's.
     Straight(Arc<Straight>),
-    /// No pages: the checksums of such that went so.
-    Sums(Arc<PageSet>, Arc<Sums>),
 }
 
 /// Pages that the device writes straight into the backup's memory.
 pub(super) struct Straight {
     pub(super) pages: Arc<PageSet>,
     pub(super) window: Arc<Window>,
-    /// Filled meanwhile.
-    pub(super) sums: Arc<Sums>,
+    /// Nothing was written there yet: it reads as zero.
+    pub(super) is_zero: bool,
 }
 
 /// Pages to send on every connection.
@@ -131,6 +129,33 @@ impl Senders {
     }
 }
 
+/// Groups of pages that go straight together, and their checksums.
+#[derive(Default)]
+struct Placing {
+    /// Those that lie side by side are one run, so that a WRITE is as large as may be.
+    runs: Vec<(PageIndex, u64)>,
+    pages: usize,
+    sums: Vec<u8>,
+    groups: usize,
+}
+
+impl Placing {
+    fn add(&mut self, group: Group) {
+        for (first, count) in group.runs() {
+            match self.runs.last_mut() {
+                Some((last, pages)) if last.0 + *pages == first.0 => *pages += count,
+                _ => self.runs.push((first, count)),
+            }
+            self.pages += usize::try_from(count).unwrap_or(0);
+        }
+    }
+
+    /// Whether another group may be too much.
+    fn is_full(&self) -> bool {
+        self.pages + GROUP_PAGES > PLACED_PAGES_MAX || self.groups == SUM_GROUPS_MAX
+    }
+}
+
 struct OneSender {
     share: Share,
     ram: Ram,
@@ -167,7 +192,6 @@ impl OneSender {
                 Source::Straight(straight) => {
                     self.send_straight(straight, &mut scratch.all_mut()[0])
                 }
-                Source::Sums(pages, sums) => self.send_sums(pages, sums),
             };
             let number = job.number;
             // What was frozen is free before the engine hears that it is out.
@@ -210,53 +234,58 @@ impl OneSender {
         self.end(epoch, part)
     }
 
-    /// Writes pages into the backup's memory. Returns when they are there: what the guest writes after
-    /// this is not under way any more, and the engine's next harvest finds all that it wrote before.
+    /// Writes pages into the backup's memory, and says what their checksums are. Returns when they are there: what
+    /// the guest writes after this is not under way any more, and the engine's next harvest finds all that it
+    /// wrote before.
     fn send_straight(&mut self, straight: &Straight, scratch: &mut Page) -> Result<(), WireError> {
+        let mut placing = Placing::default();
         for group in self.share.groups(&straight.pages) {
-            let runs: Vec<_> = group.runs().collect();
-            if !(is_broken("place") && group.number % 16 == 3) {
-                self.writer.place(&straight.window, &runs)?;
+            // The device is at the groups before meanwhile.
+            let (mut sums, mut sent) = (Vec::with_capacity(GROUP_PAGES), group);
+            for (page, bit) in group.iter().zip(bits(group.pages)) {
+                assert!(self.ram.read_page(page, scratch), "a dirty set is over the memory");
+                sums.push(crc32fast::hash(&scratch[..]));
+                if straight.is_zero && is_zero(scratch) {
+                    sent.pages &= !(1 << bit);
+                }
             }
-            let bytes = group.len() * PAGE_SIZE as u64;
+            if !(is_broken("place") && group.number % 16 == 3) {
+                placing.add(sent);
+            }
+            encode_sums(group.number as u64, group.pages, sums.into_iter(), &mut placing.sums);
+            placing.groups += 1;
+            let (bytes, sent) = (group.len() * PAGE_SIZE as u64, sent.len() * PAGE_SIZE as u64);
             let counters = &self.counters;
-            for count in [
-                &counters.straight_bytes,
-                &counters.from_memory_bytes,
-                &counters.raw_bytes,
-                &counters.wire_bytes,
+            for (count, bytes) in [
+                (&counters.straight_bytes, sent),
+                (&counters.from_memory_bytes, sent),
+                (&counters.wire_bytes, sent),
+                (&counters.raw_bytes, bytes),
             ] {
                 count.fetch_add(bytes, Ordering::Relaxed);
             }
             counters.synced_pages.fetch_add(group.len(), Ordering::Relaxed);
-            // The device is at it meanwhile.
-            for page in group.iter() {
-                assert!(self.ram.read_page(page, scratch), "a dirty set is over the memory");
-                straight.sums.set(page, crc32fast::hash(&scratch[..]));
+            if placing.is_full() {
+                self.place(straight, &mut placing)?;
             }
         }
+        self.place(straight, &mut placing)?;
         self.writer.flush()
     }
 
-    /// Tells the backup what the pages are that it has of [`OneSender::send_straight`].
-    fn send_sums(&mut self, pages: &PageSet, sums: &Sums) -> Result<(), WireError> {
-        let mut payload = Vec::new();
-        let mut groups = 0;
-        for group in self.share.groups(pages) {
-            let of = group.iter().map(|page| sums.get(page));
-            encode_sums(group.number as u64, group.pages, of, &mut payload);
-            groups += 1;
-            if groups == SUM_GROUPS_MAX {
-                self.writer.write(Kind::Sums, &[&payload])?;
-                self.count();
-                payload.clear();
-                groups = 0;
-            }
+    /// The pages first: the checksums arrive after them.
+    fn place(&mut self, straight: &Straight, placing: &mut Placing) -> Result<(), WireError> {
+        if placing.groups == 0 {
+            return Ok(());
         }
-        if groups > 0 {
-            self.writer.write(Kind::Sums, &[&payload])?;
-            self.count();
+        if !placing.runs.is_empty() {
+            self.writer.place(&straight.window, &placing.runs)?;
         }
+        self.writer.write(Kind::Sums, &[&placing.sums])?;
+        self.count();
+        placing.runs.clear();
+        placing.sums.clear();
+        (placing.groups, placing.pages) = (0, 0);
         Ok(())
     }
 
@@ -430,7 +459,7 @@ mod tests {
     use crate::ram::Mapping;
     use crate::testing::Plain;
     use crate::transport::memory;
-    use crate::wire::{FRAME_PAGES_MAX, FrameReader, SessionId};
+    use crate::wire::{FRAME_PAGES_MAX, FrameReader, Grant, GroupSums, SessionId, decode_sums};
 
     /// Senders over `ram`, what they report, and the peer's end.
     fn start(
@@ -597,6 +626,74 @@ mod tests {
         writer.join().unwrap();
         assert_eq!(reads.join().unwrap().len(), 3, "a batch is a frame");
         senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// What goes straight from a memory of which every third page from page 600 on is zero, as runs, and of how
+    /// many pages there are checksums.
+    fn placed(is_zero: bool) -> (Vec<Vec<(u64, u64)>>, u64) {
+        const PAGES: u64 = 700;
+        let ram = ram(usize::try_from(PAGES).unwrap());
+        let mut pages = PageSet::new(PAGES);
+        for page in (0..PAGES).filter(|page| *page != 5) {
+            let fill = u8::from(page < 600 || !page.is_multiple_of(3));
+            assert!(ram.write_page(PageIndex(page), &[fill; PAGE_SIZE]));
+            pages.insert(PageIndex(page));
+        }
+        let (ours, theirs) = memory::pair().unwrap();
+        let placed = crate::testing::Placed::default();
+        let stream: Box<dyn Stream> =
+            Box::new(Plain { placed: Some(Arc::clone(&placed)), ..Plain::new(ours) });
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let (done, sent) = unbounded();
+        let deliver = move |report: Sent| done.send(report.unwrap()).is_ok();
+        let counters = Arc::<Counters>::default();
+        let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
+        let senders = senders.unwrap();
+        let grant = Grant { pages: PAGES, address: 1 << 30, key: 7 };
+        let window = Arc::new(Window::new(&[grant], PAGES).unwrap());
+        let straight = Straight { pages: Arc::new(pages.clone()), window, is_zero };
+        let source = Source::Straight(Arc::new(straight));
+        senders.send(&Job { number: 1, epoch: EpochId(0), source });
+        assert_eq!(sent.recv(), Ok(1));
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+        let mut reader = FrameReader::new(theirs, Some(SessionId(1)));
+        let mut told = 0;
+        let mut payload = vec![];
+        while let Ok(header) = reader.read(&mut payload) {
+            assert_eq!(header.kind, Kind::Sums);
+            for (page, sum) in
+                decode_sums(&payload, PAGES).unwrap().iter().flat_map(GroupSums::iter)
+            {
+                let mut bytes = [0; PAGE_SIZE];
+                assert!(ram.read_page(page, &mut bytes) && pages.contains(page));
+                assert_eq!(sum, crc32fast::hash(&bytes));
+                told += 1;
+            }
+        }
+        assert_eq!(counters.synced_pages.load(Ordering::Relaxed), PAGES - 1);
+        let calls = std::mem::take(&mut *placed.lock().unwrap());
+        let runs = |call: &Vec<(PageIndex, u64)>| call.iter().map(|run| (run.0.0, run.1)).collect();
+        (calls.iter().map(runs).collect(), told)
+    }
+
+    /// The WRITEs are as large as may be.
+    #[test]
+    fn what_goes_straight_goes_a_mebibyte_at_a_time() {
+        let (calls, told) = placed(false);
+        assert_eq!(calls, [vec![(0, 5), (6, 250)], vec![(256, 256)], vec![(512, 188)]]);
+        assert_eq!(told, 699);
+    }
+
+    /// A memory that was registered is all there: what is zero is not sent for that. Its checksums are.
+    #[test]
+    fn zero_pages_of_a_first_copy_are_not_sent() {
+        let (calls, told) = placed(true);
+        let sent: Vec<u64> =
+            calls.iter().flatten().flat_map(|(first, count)| *first..first + count).collect();
+        let expected: Vec<u64> =
+            (0..700).filter(|page| *page != 5 && (*page < 600 || *page % 3 != 0)).collect();
+        assert_eq!(sent, expected);
+        assert_eq!(told, 699);
     }
 
     /// Epochs of a memory whose pages are all protected, over a stream that reads guest memory when there is room.
