@@ -322,15 +322,16 @@ pin_is() {
     detail "$(resident a)$(resident b)"
 }
 
-# WRITEs of a first copy are under way into the backup's memory.
-await_mid_copy() {
+# mid_copy COMMAND...: once a first copy goes straight into the backup's memory. That takes a second, so nothing is
+# asked that takes long; a copy that was over by then is no such case.
+mid_copy() {
     local end=$(($(seconds) + 400))
-    until told a | grep -q '"straight_bytes":[1-9]'; do
-        still_up a
-        still_up b
+    until grep -qa "the copy goes straight" "$CASE/a.err"; do
         [ "$(seconds)" -lt "$end" ] || fail "nothing is copied straight: $(last_words a) $(last_words b)"
+        usleep 10000
     done
-    ! grep -qa "the image is this host's alone again" "$CASE/b.err" || fail "the copy was over already"
+    "$@" || fail "cannot: $*"
+    ! grep -qa "went straight into the backup's memory" "$CASE/a.err" || fail "the copy was over already"
 }
 
 pinned_kib() { sed -n 's/^VmPin:[^0-9]*\([0-9]*\).*/\1/p' "/proc/$(pid_of "$1")/status"; }
@@ -341,10 +342,10 @@ has_given_back() { [ "$(pinned_kib b)" -le 8192 ]; }
 primary_dies_in_the_copy() {
     rxe
     pair 2
-    await_mid_copy
-    local pinned
+    local pinned pid
+    pid=$(pid_of a)
+    mid_copy kill -KILL "$pid"
     pinned=$(pinned_kib b)
-    kill -KILL "$(pid_of a)"
     wait_for 120 "the backup to make its memory its own" has_given_back
     usleep 5000000
     still_up b
@@ -354,7 +355,7 @@ primary_dies_in_the_copy() {
     rm -f "$CASE"/a.sock "$CASE"/a.status "$CASE"/a.pid
     primary 2
     wait_state a Protected 400
-    detail "VmPin of the backup $pinned kB in the copy, then $(pinned_kib b) kB; the next primary is protected"
+    detail "VmPin of the backup $pinned kB when it was killed, then $(pinned_kib b) kB; the next primary is protected"
 }
 
 # goes_on_alone: the guest of a primary that has no backup any more counts to its end.
@@ -368,8 +369,9 @@ goes_on_alone() {
 backup_dies_in_the_copy() {
     rxe
     pair 2
-    await_mid_copy
-    kill -KILL "$(pid_of b)"
+    local pid
+    pid=$(pid_of b)
+    mid_copy kill -KILL "$pid"
     wait_for 120 "the primary to notice" eval '[ -n "$(replication a last_error)" ]'
     local state why
     state=$(replication a state)
@@ -383,8 +385,7 @@ device_fails_in_the_copy() {
     rxe
     local deleting='' state why
     pair 2
-    await_mid_copy
-    "$@" || fail "cannot: $*"
+    mid_copy "$@"
     wait_for 400 "the copy to end one way or the other" \
         eval 'in_state a Protected || [ -n "$(replication a last_error)" ]'
     state=$(replication a state)

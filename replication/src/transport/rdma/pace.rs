@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 const PATIENCE_PART: u32 = 8;
 /// Most bytes under way when something is lent.
 const UNDER_WAY_MAX: u64 = 2 << 20;
+/// Fewer bytes tell how long a way takes, and not how fast it is.
+const SAMPLE_BYTES_MIN: usize = 64 << 10;
 /// Of the average, what one measurement counts for.
 const WEIGHT: u64 = 4;
 
@@ -38,13 +40,16 @@ impl Pace {
 
     /// So many bytes completed since the last time, or since it began.
     pub(super) fn completed(&mut self, bytes: usize, now: Instant) {
+        let since = std::mem::replace(&mut self.since, now);
+        if bytes < SAMPLE_BYTES_MIN {
+            return;
+        }
         let kib = (bytes as u64).div_ceil(1024).max(1);
-        let ns = u64::try_from((now - self.since).as_nanos()).unwrap_or(u64::MAX) / kib;
+        let ns = u64::try_from((now - since).as_nanos()).unwrap_or(u64::MAX) / kib;
         self.ns_per_kib = Some(match self.ns_per_kib {
             None => ns,
             Some(average) => average - average / WEIGHT + ns / WEIGHT,
         });
-        self.since = now;
     }
 
     /// How many bytes may be under way, `more` that are to be lent among them; `None`: not even those.
@@ -91,6 +96,19 @@ mod tests {
         assert!(pace_of(100).under_way_max(FRAME).is_some());
         assert_eq!(pace_of(100).under_way_max(2 * FRAME), None);
         assert_eq!(pace_of(200).under_way_max(FRAME), None);
+    }
+
+    /// The end of an epoch is a frame of some bytes, and takes as long as the way there and back.
+    #[test]
+    fn a_long_way_is_not_a_slow_one() {
+        let mut pace = pace_of(1);
+        let mut now = Instant::now() + Duration::from_secs(1000);
+        for _ in 0..100 {
+            pace.begins(now);
+            now += Duration::from_millis(20);
+            pace.completed(60, now);
+        }
+        assert_eq!(pace.under_way_max(FRAME), Some(2 << 20));
     }
 
     #[test]
