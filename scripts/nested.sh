@@ -176,7 +176,7 @@ fill_share() {
     [ -z "$KVM_TESTS" ] || list_kvm_tests
     ! wanted redis || add_redis_tools
     ! wanted verbs || add_verbs_check
-    ! wanted rdma || add_test_programs kill-rounds check-equality
+    ! wanted rdma || add_rdma_tools
     ! wanted rdma-bench || add_bench
 }
 
@@ -188,6 +188,14 @@ add_test_programs() {
         [ -x "$BINARIES/$program" ] || die "There is no $program in $BINARIES"
         add_program "$BINARIES/$program"
     done
+}
+
+# What judges a pair, a way to run it without the right to lock memory, and certificates for the device's address.
+add_rdma_tools() {
+    add_test_programs kill-rounds check-equality
+    add_program "$(ls -d "$BED_DIR"/root/{usr/,}sbin/capsh 2>/dev/null | head -n 1)"
+    "$ROOT/scripts/make-certificates.sh" "$SHARE/tls" 10.77.0.1 >/dev/null ||
+        die "No certificates for the suite rdma: it needs openssl"
 }
 
 # The benchmark, and what it holds RDMA against.

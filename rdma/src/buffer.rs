@@ -4,6 +4,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::{fmt, io};
 
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
 use crate::error::Error;
 use crate::memory::{Access, MemoryRegion, ProtectionDomain, Remote, Segment};
 
@@ -104,6 +107,23 @@ impl Buffer {
         }
     }
 
+    /// Copies `len` bytes from `offset` on to the beginning of `into`, as much as it has room for.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn read_volatile<B: BitmapSlice>(
+        &self,
+        offset: usize,
+        len: usize,
+        into: &VolatileSlice<'_, B>,
+    ) {
+        self.check(offset, len);
+        // SAFETY: inside the mapping, as just checked, which stays while `self` does; nobody has a reference
+        // to any of it.
+        let from = unsafe { VolatileSlice::new(self.start.as_ptr().add(offset), len) };
+        from.copy_to_volatile_slice(into.clone());
+    }
+
     fn check(&self, offset: usize, len: usize) {
         let end = offset.checked_add(len);
         assert!(end.is_some_and(|end| end <= self.len), "{len} bytes at {offset} of {}", self.len);
@@ -118,9 +138,126 @@ impl fmt::Debug for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // The device lets go of the memory before it is unmapped.
-        self.region = None;
+        // The device lets go of the memory before it is unmapped. One that does not keeps the mapping, for
+        // ever: it is nobody else's then, and no guest has to end for it.
+        if let Some(Err(error)) = self.region.take().map(MemoryRegion::end) {
+            let source = std::error::Error::source(&error).map(|source| format!(": {source}"));
+            tracing::warn!("memory stays with the device: {error}{}", source.unwrap_or_default());
+            return;
+        }
         // SAFETY: mapped by `new`, and nobody has a pointer into it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::{c_int, c_void};
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicI32, Ordering};
+
+    use super::*;
+    use crate::abi;
+    use crate::context::Context;
+    use crate::library::Library;
+
+    /// What the device answers when it is to give back memory, and how often it gave back its domain.
+    static ANSWER: AtomicI32 = AtomicI32::new(0);
+    static DOMAINS: AtomicI32 = AtomicI32::new(0);
+
+    unsafe extern "C" fn alloc_pd(_: *mut abi::Context) -> *mut abi::Pd {
+        NonNull::dangling().as_ptr()
+    }
+
+    unsafe extern "C" fn dealloc_pd(_: *mut abi::Pd) -> c_int {
+        DOMAINS.fetch_add(1, Ordering::Relaxed);
+        0
+    }
+
+    unsafe extern "C" fn close_device(_: *mut abi::Context) -> c_int {
+        0
+    }
+
+    unsafe extern "C" fn reg_mr(
+        pd: *mut abi::Pd,
+        addr: *mut c_void,
+        length: usize,
+        _: c_int,
+    ) -> *mut abi::Mr {
+        let context = std::ptr::null_mut();
+        Box::into_raw(Box::new(abi::Mr { context, pd, addr, length, handle: 1, lkey: 2, rkey: 3 }))
+    }
+
+    unsafe extern "C" fn dereg_mr(raw: *mut abi::Mr) -> c_int {
+        let answer = ANSWER.load(Ordering::Relaxed);
+        if answer == 0 {
+            // SAFETY: `reg_mr` made it, and it is given back once.
+            drop(unsafe { Box::from_raw(raw) });
+        }
+        answer
+    }
+
+    fn is_mapped(address: u64, len: usize) -> bool {
+        let mut there = [0; 4];
+        let address = std::ptr::with_exposed_provenance_mut(usize::try_from(address).unwrap());
+        // SAFETY: the kernel writes a byte for each of the four pages, or none.
+        (unsafe { libc::mincore(address, len, there.as_mut_ptr()) }) == 0
+    }
+
+    fn library() -> Library {
+        Library {
+            ibv_alloc_pd: alloc_pd,
+            ibv_dealloc_pd: dealloc_pd,
+            ibv_close_device: close_device,
+            ibv_reg_mr: reg_mr,
+            ibv_dereg_mr: dereg_mr,
+            ..Library::unusable()
+        }
+    }
+
+    /// One at a time: what the device does is the same for all.
+    static TURN: Mutex<()> = Mutex::new(());
+
+    #[test]
+    fn bytes_go_in_and_out() {
+        let _turn = TURN.lock();
+        let context = Context::of(library(), NonNull::dangling());
+        ANSWER.store(0, Ordering::Relaxed);
+        let domain = ProtectionDomain::new(&context).unwrap();
+        let mut buffer = Buffer::new(&domain, 4096, Access::LOCAL_READ).unwrap();
+        buffer.write(4090, b"abcdef");
+        let mut out = [0; 8];
+        buffer.read_volatile(4091, 5, &VolatileSlice::from(&mut out[..]));
+        assert_eq!(&out, b"bcdef\0\0\0");
+        let mut out = [0; 2];
+        buffer.read_volatile(4091, 5, &VolatileSlice::from(&mut out[..]));
+        assert_eq!(&out, b"bc", "as much as there is room for");
+        buffer.read(4092, &mut out);
+        assert_eq!(&out, b"cd");
+        let read = |offset, len| {
+            let mut into = [0; 8];
+            buffer.read_volatile(offset, len, &VolatileSlice::from(&mut into[..]));
+        };
+        let outside = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(4092, 5)));
+        assert!(outside.is_err());
+    }
+
+    /// A device that keeps a ring costs its mapping, and not the process, in which a healthy guest may run.
+    #[test]
+    fn a_ring_that_the_device_keeps_stays_mapped_and_nobody_ends() {
+        const LEN: usize = 4 * 4096;
+        let _turn = TURN.lock();
+        let context = Context::of(library(), NonNull::dangling());
+        for (answer, stays) in [(0, false), (libc::EBUSY, true), (libc::EINVAL, true)] {
+            ANSWER.store(answer, Ordering::Relaxed);
+            let before = DOMAINS.load(Ordering::Relaxed);
+            let domain = ProtectionDomain::new(&context).unwrap();
+            let buffer = Buffer::new(&domain, LEN, Access::REMOTE_WRITE).unwrap();
+            let at = buffer.remote().address;
+            drop((buffer, domain));
+            assert_eq!(is_mapped(at, LEN), stays, "{answer}");
+            // What has memory is not given back either: a device would refuse that.
+            assert_eq!(DOMAINS.load(Ordering::Relaxed) - before, i32::from(!stays), "{answer}");
+        }
     }
 }

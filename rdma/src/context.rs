@@ -139,6 +139,12 @@ impl Context {
         Ok(Arc::new(this))
     }
 
+    /// For a test: a device that is no more than the functions of `library`.
+    #[cfg(test)]
+    pub(crate) fn of(library: Library, raw: NonNull<abi::Context>) -> Arc<Self> {
+        Arc::new(Self { library: Arc::new(library), raw, name: "test0".to_owned() })
+    }
+
     /// The device's name.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -20,7 +20,7 @@
 //! - [`Wanted`]: which device, port and GID to use;
 //! - [`Context`]: an opened device and its events; [`ProtectionDomain`], [`MemoryRegion`];
 //! - [`Buffer`]: a region with memory of its own; [`LentMemory`]: one of a guest's memory, to be read, or to be written
-//!   by a peer;
+//!   by a peer. Of either the mapping stays for ever where a device does not give it back;
 //! - [`CompletionChannel`], [`CompletionQueue`], [`Completion`];
 //! - [`QueuePair`]: a reliable connection; [`Endpoint`]: what its ends tell each other;
 //! - [`RequestList`]: what is posted at once.

@@ -43,6 +43,23 @@ macro_rules! functions {
                     },
                 )*})
             }
+
+            /// One whose functions end the process: a test puts its own in place of those that are called.
+            #[cfg(test)]
+            pub(crate) fn unusable() -> Self {
+                unsafe extern "C" fn unusable() {
+                    std::process::abort();
+                }
+                Self {$(
+                    // SAFETY: it takes nothing from its caller and does not return.
+                    $name: unsafe {
+                        std::mem::transmute::<
+                            unsafe extern "C" fn(),
+                            unsafe extern "C" fn($($parameter),*) $(-> $result)?,
+                        >(unusable)
+                    },
+                )*}
+            }
         }
     };
 }

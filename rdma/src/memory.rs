@@ -252,7 +252,7 @@ impl Drop for MemoryRegion {
         // SAFETY: the region is registered, and this is its end.
         let returned = unsafe { (self.domain.context().library().ibv_dereg_mr)(self.raw.as_ptr()) };
         // The memory may be unmapped next, and given to somebody else: a device that goes on writing
-        // it must not be lived with.
+        // it must not be lived with. Who can keep the mapping for ever calls `end`, as all here do.
         let (len, kept) = (self.len, kept(returned));
         assert!(kept.is_none(), "An RDMA device keeps {len} bytes of memory: {kept:?}");
     }

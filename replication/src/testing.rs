@@ -17,7 +17,7 @@ use api::replication::ReplicateData;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use disks::{MemoryDisks, MemoryImage, Request};
-pub use stream::{Lent, Plain};
+pub use stream::{Lent, Placed, Plain};
 
 use crate::disk::{Disks, ReplicaDisk};
 use crate::guest::{Guest, GuestError, MachineState, Replica, ReplicaBuilder, Waker};

@@ -1,14 +1,16 @@
 //! The check of a copy that was written straight into the image, where no software saw it.
 //!
 //! ```text
-//!   the primary's checksum of a page differs ──> suspect ──a frame brings the page──> none any more
-//!                                                   │
+//!   the primary's checksum of a page differs ──> suspect ──a frame brings the page, or a later
+//!                                                   │      checksum matches────────> none any more
 //!                                                   └─the first epoch ends──> the copy is wrong
 //! ```
 //!
 //! Enters: checksums, runs of pages that come after them. Leaves: a page that is wrong, once that is certain.
 //! The checksum is of a page that the guest may be writing: one that differs is suspect, no more.
-//! If the guest did write it the page comes again, with frames or in the first epoch, which have checksums of their own.
+//! If the guest did write it the page comes again: in a later pass, whose checksum follows it and whose verdict is the one
+//! that counts, with frames or in the first epoch, which have checksums of their own. A checksum that is compared
+//! late, when the page has come again, makes it suspect at most, until the next one.
 //! So a page that is still suspect when the connection brings the end of that epoch was not written, and is
 //! not what the primary has. One connection's: a page is always on the same.
 
@@ -30,6 +32,8 @@ impl Suspects {
             if !ram.read_page(page, &mut bytes) || crc32fast::hash(&bytes) != sum {
                 let pages = self.pages.get_or_insert_with(|| PageSet::new(ram.pages()));
                 pages.insert(page);
+            } else if let Some(pages) = &mut self.pages {
+                pages.remove(page);
             }
         }
     }
@@ -100,5 +104,14 @@ mod tests {
         let mut suspects = Suspects::default();
         groups.iter().for_each(|group| suspects.compare(&there, group));
         assert_eq!(suspects.end(), None);
+        // The page comes again, and its checksum: the last word counts.
+        for (passes, wrong) in [([&here, &there], None), ([&there, &here], Some((2, PageIndex(3))))]
+        {
+            let mut suspects = Suspects::default();
+            for ram in passes {
+                groups.iter().for_each(|group| suspects.compare(ram, group));
+            }
+            assert_eq!(suspects.end(), wrong);
+        }
     }
 }

@@ -288,7 +288,7 @@ fn is_sample(page: PageIndex) -> bool {
 }
 
 /// Whether a page is all zero; fails at the first word of most pages that are not.
-fn is_zero(page: &Page) -> bool {
+pub(crate) fn is_zero(page: &Page) -> bool {
     let (chunks, _) = page.as_chunks::<64>();
     chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }

@@ -90,8 +90,6 @@ enum Work {
     },
     /// Memory is copied; the disks are not yet, or the memory is not registered.
     AwaitingRest,
-    /// The backup is told the checksums of what went straight.
-    Checking,
     /// It makes its memory its own again.
     Shutting,
     /// Paired, and the blocks that were written meanwhile are copied.
@@ -199,6 +197,8 @@ pub(super) struct Engine<'g, G: Guest> {
     /// answer.
     approach: Approach,
     straight: Option<Copying>,
+    /// The backup's memory, where it is opened, reads as zero: nothing was sent before that.
+    opens_zero: bool,
     window_due: Option<Instant>,
     log_bytes_max: u64,
     heard: Heard,
@@ -332,6 +332,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             lending: false,
             approach: Approach::default(),
             straight: None,
+            opens_zero: false,
             window_due: None,
             log_bytes_max,
             sealed: machine.committed(),

@@ -25,7 +25,6 @@ mod rest;
 mod seal;
 mod send;
 mod session;
-mod sums;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;

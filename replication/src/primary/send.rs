@@ -13,21 +13,21 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use api::replication::Compression;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::sums::Sums;
-use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Loan, Page, Piece, Share};
+use crate::capture::cow::{Cursor, Frozen, GROUP_PAGES, Group, Loan, Page, Piece, Share};
 use crate::checking::{Delays, is_broken};
-use crate::encode::Encoder;
+use crate::encode::{Encoder, is_zero};
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
 use crate::ids::{EpochId, PAGE_SIZE, PageIndex};
+use crate::page_set::bits;
 use crate::ram::{PageBuffer, PageSet, Ram};
-use crate::transport::rdma::Window;
+use crate::transport::rdma::{PLACED_PAGES_MAX, Window};
 use crate::transport::{Lease, Part, Stream};
 use crate::wire::{
     ConnectionPart, Encoding, End, FrameWriter, Kind, RAW_PAGES_MAX, Runs, SUM_GROUPS_MAX,
@@ -45,16 +45,14 @@ pub(super) enum Source {
     Frozen(Arc<dyn Frozen>),
     /// Memory as it is, by the device straight into the backup's.
     Straight(Arc<Straight>),
-    /// No pages: the checksums of such that went so.
-    Sums(Arc<PageSet>, Arc<Sums>),
 }
 
 /// Pages that the device writes straight into the backup's memory.
 pub(super) struct Straight {
     pub(super) pages: Arc<PageSet>,
     pub(super) window: Arc<Window>,
-    /// Filled meanwhile.
-    pub(super) sums: Arc<Sums>,
+    /// Nothing was written there yet: it reads as zero.
+    pub(super) is_zero: bool,
 }
 
 /// Pages to send on every connection.
@@ -101,6 +99,7 @@ impl Senders {
                 runs: Runs::default(),
                 head: Vec::new(),
                 counted: 0,
+                waited: Duration::ZERO,
                 delays: Delays::from_environment(),
             };
             let deliver = deliver.clone();
@@ -130,6 +129,33 @@ impl Senders {
     }
 }
 
+/// Groups of pages that go straight together, and their checksums.
+#[derive(Default)]
+struct Placing {
+    /// Those that lie side by side are one run, so that a WRITE is as large as may be.
+    runs: Vec<(PageIndex, u64)>,
+    pages: usize,
+    sums: Vec<u8>,
+    groups: usize,
+}
+
+impl Placing {
+    fn add(&mut self, group: Group) {
+        for (first, count) in group.runs() {
+            match self.runs.last_mut() {
+                Some((last, pages)) if last.0 + *pages == first.0 => *pages += count,
+                _ => self.runs.push((first, count)),
+            }
+            self.pages += usize::try_from(count).unwrap_or(0);
+        }
+    }
+
+    /// Whether another group may be too much.
+    fn is_full(&self) -> bool {
+        self.pages + GROUP_PAGES > PLACED_PAGES_MAX || self.groups == SUM_GROUPS_MAX
+    }
+}
+
 struct OneSender {
     share: Share,
     ram: Ram,
@@ -140,6 +166,8 @@ struct OneSender {
     head: Vec<u8>,
     /// Bytes of the writer that the counters know.
     counted: u64,
+    /// What was waited for room for the next frame.
+    waited: Duration,
     delays: Delays,
 }
 
@@ -164,7 +192,6 @@ impl OneSender {
                 Source::Straight(straight) => {
                     self.send_straight(straight, &mut scratch.all_mut()[0])
                 }
-                Source::Sums(pages, sums) => self.send_sums(pages, sums),
             };
             let number = job.number;
             // What was frozen is free before the engine hears that it is out.
@@ -207,53 +234,58 @@ impl OneSender {
         self.end(epoch, part)
     }
 
-    /// Writes pages into the backup's memory. Returns when they are there: what the guest writes after
-    /// this is not under way any more, and the engine's next harvest finds all that it wrote before.
+    /// Writes pages into the backup's memory, and says what their checksums are. Returns when they are there: what
+    /// the guest writes after this is not under way any more, and the engine's next harvest finds all that it
+    /// wrote before.
     fn send_straight(&mut self, straight: &Straight, scratch: &mut Page) -> Result<(), WireError> {
+        let mut placing = Placing::default();
         for group in self.share.groups(&straight.pages) {
-            let runs: Vec<_> = group.runs().collect();
-            if !(is_broken("place") && group.number % 16 == 3) {
-                self.writer.place(&straight.window, &runs)?;
+            // The device is at the groups before meanwhile.
+            let (mut sums, mut sent) = (Vec::with_capacity(GROUP_PAGES), group);
+            for (page, bit) in group.iter().zip(bits(group.pages)) {
+                assert!(self.ram.read_page(page, scratch), "a dirty set is over the memory");
+                sums.push(crc32fast::hash(&scratch[..]));
+                if straight.is_zero && is_zero(scratch) {
+                    sent.pages &= !(1 << bit);
+                }
             }
-            let bytes = group.len() * PAGE_SIZE as u64;
+            if !(is_broken("place") && group.number % 16 == 3) {
+                placing.add(sent);
+            }
+            encode_sums(group.number as u64, group.pages, sums.into_iter(), &mut placing.sums);
+            placing.groups += 1;
+            let (bytes, sent) = (group.len() * PAGE_SIZE as u64, sent.len() * PAGE_SIZE as u64);
             let counters = &self.counters;
-            for count in [
-                &counters.straight_bytes,
-                &counters.from_memory_bytes,
-                &counters.raw_bytes,
-                &counters.wire_bytes,
+            for (count, bytes) in [
+                (&counters.straight_bytes, sent),
+                (&counters.from_memory_bytes, sent),
+                (&counters.wire_bytes, sent),
+                (&counters.raw_bytes, bytes),
             ] {
                 count.fetch_add(bytes, Ordering::Relaxed);
             }
             counters.synced_pages.fetch_add(group.len(), Ordering::Relaxed);
-            // The device is at it meanwhile.
-            for page in group.iter() {
-                assert!(self.ram.read_page(page, scratch), "a dirty set is over the memory");
-                straight.sums.set(page, crc32fast::hash(&scratch[..]));
+            if placing.is_full() {
+                self.place(straight, &mut placing)?;
             }
         }
+        self.place(straight, &mut placing)?;
         self.writer.flush()
     }
 
-    /// Tells the backup what the pages are that it has of [`OneSender::send_straight`].
-    fn send_sums(&mut self, pages: &PageSet, sums: &Sums) -> Result<(), WireError> {
-        let mut payload = Vec::new();
-        let mut groups = 0;
-        for group in self.share.groups(pages) {
-            let of = group.iter().map(|page| sums.get(page));
-            encode_sums(group.number as u64, group.pages, of, &mut payload);
-            groups += 1;
-            if groups == SUM_GROUPS_MAX {
-                self.writer.write(Kind::Sums, &[&payload])?;
-                self.count();
-                payload.clear();
-                groups = 0;
-            }
+    /// The pages first: the checksums arrive after them.
+    fn place(&mut self, straight: &Straight, placing: &mut Placing) -> Result<(), WireError> {
+        if placing.groups == 0 {
+            return Ok(());
         }
-        if groups > 0 {
-            self.writer.write(Kind::Sums, &[&payload])?;
-            self.count();
+        if !placing.runs.is_empty() {
+            self.writer.place(&straight.window, &placing.runs)?;
         }
+        self.writer.write(Kind::Sums, &[&placing.sums])?;
+        self.count();
+        placing.runs.clear();
+        placing.sums.clear();
+        (placing.groups, placing.pages) = (0, 0);
         Ok(())
     }
 
@@ -306,7 +338,16 @@ impl OneSender {
         loop {
             let mut batch: Vec<Piece<'_>> = Vec::with_capacity(GROUP_PAGES);
             let mut loans: Vec<Loan> = Vec::new();
-            frozen.lend(self.share, &mut cursor, scratch, &mut batch, &mut loans);
+            // Before anything is lent: whoever writes a page that is waits for it to be sent, and until then
+            // for nobody.
+            let began = Instant::now();
+            let may_lend = self.writer.may_lend()?;
+            self.waited += began.elapsed();
+            if may_lend {
+                frozen.lend(self.share, &mut cursor, scratch, &mut batch, &mut loans);
+            } else {
+                frozen.next(self.share, &mut cursor, scratch, &mut batch);
+            }
             if batch.is_empty() {
                 break;
             }
@@ -329,15 +370,14 @@ impl OneSender {
             if !kept.is_empty() {
                 // They come in order.
                 loans.retain_mut(|loan| loan.retain(|page| lent.binary_search(&page).is_ok()));
+                // What was let go may be newer than its checksum.
+                not_revoked(frozen)?;
                 let leases = loans.into_iter().map(|loan| Box::new(loan) as Lease).collect();
                 self.flush(epoch, &kept, leases, &mut part)?;
             }
         }
         self.flush(epoch, &[], vec![], &mut part)?;
-        if frozen.is_revoked() {
-            let what = "The RDMA device took too long, and the guest went on";
-            return Err(WireError::Io(io::Error::new(io::ErrorKind::TimedOut, what)));
-        }
+        not_revoked(frozen)?;
         self.end(epoch, part)
     }
 
@@ -361,7 +401,8 @@ impl OneSender {
         let lent = kept.iter().filter(|part| part.page.is_some()).count() * PAGE_SIZE;
         self.counters.from_memory_bytes.fetch_add(lent as u64, Ordering::Relaxed);
         let crc = self.writer.gather(Kind::Pages, &parts, leases)?;
-        self.encoder.sent(self.writer.bytes() - self.counted, began.elapsed());
+        let took = began.elapsed() + std::mem::take(&mut self.waited);
+        self.encoder.sent(self.writer.bytes() - self.counted, took);
         self.encoder.arrived(|| self.writer.get_ref().delivery());
         let pages = self.runs.pages();
         self.runs.clear();
@@ -390,6 +431,15 @@ impl OneSender {
     }
 }
 
+/// Fails if pages were let go that a device may read yet.
+fn not_revoked(frozen: &dyn Frozen) -> Result<(), WireError> {
+    if frozen.is_revoked() {
+        let what = "The RDMA device took too long, and the guest went on";
+        return Err(WireError::Io(io::Error::new(io::ErrorKind::TimedOut, what)));
+    }
+    Ok(())
+}
+
 /// Raw pages, whose bytes are in `scratch`.
 fn kept<'a>(raw: &[PageIndex], scratch: &'a [Page], from_memory: bool) -> Vec<Part<'a>> {
     let parts = raw.iter().zip(scratch);
@@ -409,7 +459,7 @@ mod tests {
     use crate::ram::Mapping;
     use crate::testing::Plain;
     use crate::transport::memory;
-    use crate::wire::{FRAME_PAGES_MAX, FrameReader, SessionId};
+    use crate::wire::{FRAME_PAGES_MAX, FrameReader, Grant, GroupSums, SessionId, decode_sums};
 
     /// Senders over `ram`, what they report, and the peer's end.
     fn start(
@@ -576,6 +626,177 @@ mod tests {
         writer.join().unwrap();
         assert_eq!(reads.join().unwrap().len(), 3, "a batch is a frame");
         senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// What goes straight from a memory of which every third page from page 600 on is zero, as runs, and of how
+    /// many pages there are checksums.
+    fn placed(is_zero: bool) -> (Vec<Vec<(u64, u64)>>, u64) {
+        const PAGES: u64 = 700;
+        let ram = ram(usize::try_from(PAGES).unwrap());
+        let mut pages = PageSet::new(PAGES);
+        for page in (0..PAGES).filter(|page| *page != 5) {
+            let fill = u8::from(page < 600 || !page.is_multiple_of(3));
+            assert!(ram.write_page(PageIndex(page), &[fill; PAGE_SIZE]));
+            pages.insert(PageIndex(page));
+        }
+        let (ours, theirs) = memory::pair().unwrap();
+        let placed = crate::testing::Placed::default();
+        let stream: Box<dyn Stream> =
+            Box::new(Plain { placed: Some(Arc::clone(&placed)), ..Plain::new(ours) });
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let (done, sent) = unbounded();
+        let deliver = move |report: Sent| done.send(report.unwrap()).is_ok();
+        let counters = Arc::<Counters>::default();
+        let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
+        let senders = senders.unwrap();
+        let grant = Grant { pages: PAGES, address: 1 << 30, key: 7 };
+        let window = Arc::new(Window::new(&[grant], PAGES).unwrap());
+        let straight = Straight { pages: Arc::new(pages.clone()), window, is_zero };
+        let source = Source::Straight(Arc::new(straight));
+        senders.send(&Job { number: 1, epoch: EpochId(0), source });
+        assert_eq!(sent.recv(), Ok(1));
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+        let mut reader = FrameReader::new(theirs, Some(SessionId(1)));
+        let mut told = 0;
+        let mut payload = vec![];
+        while let Ok(header) = reader.read(&mut payload) {
+            assert_eq!(header.kind, Kind::Sums);
+            for (page, sum) in
+                decode_sums(&payload, PAGES).unwrap().iter().flat_map(GroupSums::iter)
+            {
+                let mut bytes = [0; PAGE_SIZE];
+                assert!(ram.read_page(page, &mut bytes) && pages.contains(page));
+                assert_eq!(sum, crc32fast::hash(&bytes));
+                told += 1;
+            }
+        }
+        assert_eq!(counters.synced_pages.load(Ordering::Relaxed), PAGES - 1);
+        let calls = std::mem::take(&mut *placed.lock().unwrap());
+        let runs = |call: &Vec<(PageIndex, u64)>| call.iter().map(|run| (run.0.0, run.1)).collect();
+        (calls.iter().map(runs).collect(), told)
+    }
+
+    /// The WRITEs are as large as may be.
+    #[test]
+    fn what_goes_straight_goes_a_mebibyte_at_a_time() {
+        let (calls, told) = placed(false);
+        assert_eq!(calls, [vec![(0, 5), (6, 250)], vec![(256, 256)], vec![(512, 188)]]);
+        assert_eq!(told, 699);
+    }
+
+    /// A memory that was registered is all there: what is zero is not sent for that. Its checksums are.
+    #[test]
+    fn zero_pages_of_a_first_copy_are_not_sent() {
+        let (calls, told) = placed(true);
+        let sent: Vec<u64> =
+            calls.iter().flatten().flat_map(|(first, count)| *first..first + count).collect();
+        let expected: Vec<u64> =
+            (0..700).filter(|page| *page != 5 && (*page < 600 || *page % 3 != 0)).collect();
+        assert_eq!(sent, expected);
+        assert_eq!(told, 699);
+    }
+
+    /// Epochs of a memory whose pages are all protected, over a stream that reads guest memory when there is room.
+    fn lends_when_there_is_room(is_lent: bool) {
+        const PAGES: u64 = 100;
+        let ram = ram(usize::try_from(PAGES).unwrap());
+        let mut set = PageSet::new(PAGES);
+        for page in (0..PAGES).map(PageIndex) {
+            assert!(ram.write_page(page, &[7; PAGE_SIZE]));
+            set.insert(page);
+        }
+        let long = Duration::from_secs(600);
+        let mut freezer = ProtectFreezer::new(&ram, Cow::Protect, long).unwrap();
+        let frozen = freezer.freeze(&ram, &Arc::new(set), &PageSet::new(PAGES)).unwrap();
+        let (ours, theirs) = memory::pair().unwrap();
+        let lent = crate::testing::Lent::default();
+        let ((asks, asked), (answer, answers)) = (unbounded(), unbounded());
+        let stream: Box<dyn Stream> = Box::new(Plain {
+            lent: Some(Arc::clone(&lent)),
+            room: Some((asks, answers)),
+            ..Plain::new(ours)
+        });
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let (done, sent) = unbounded();
+        let deliver = move |report: Sent| done.send(report.unwrap()).is_ok();
+        let counters = Arc::default();
+        let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
+        let senders = senders.unwrap();
+        let mut reader = FrameReader::new(theirs, Some(SessionId(1)));
+        let reads = std::thread::spawn(move || frames(&mut reader));
+        senders.send(&Job { number: 1, epoch: EpochId(1), source: Source::Frozen(frozen) });
+        asked.recv().unwrap();
+        // The backup has no room, however long that takes; no write of the guest waits for that.
+        let (wrote, written) = unbounded();
+        let writes = ram.clone();
+        std::thread::spawn(move || {
+            for page in [0, 63, 64, 99].map(PageIndex) {
+                assert!(writes.write_page(page, &[1; PAGE_SIZE]));
+                let _ = wrote.send(page);
+            }
+        });
+        for page in [0, 63, 64, 99] {
+            let wrote = written.recv_timeout(Duration::from_secs(10));
+            assert_eq!(wrote, Ok(PageIndex(page)), "the guest waits for the backup's room");
+        }
+        (0..20).for_each(|_| answer.send(is_lent).unwrap());
+        assert_eq!(sent.recv(), Ok(1));
+        let told: u64 = lent.lock().unwrap().iter().map(|(pages, _)| pages.len() as u64).sum();
+        assert_eq!(told, if is_lent { PAGES - 4 } else { 0 });
+        lent.lock().unwrap().clear();
+        // With the bytes that they had at the seal.
+        assert_eq!(reads.join().unwrap().len(), 2);
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// A backup that has no room for long is no device that hangs.
+    #[test]
+    fn nothing_is_lent_before_there_is_room() {
+        lends_when_there_is_room(true);
+    }
+
+    #[test]
+    fn a_link_that_is_too_slow_is_lent_nothing() {
+        lends_when_there_is_room(false);
+    }
+
+    /// Pages that were let go while they were looked at.
+    struct LetGo(Scattered);
+
+    impl Frozen for LetGo {
+        fn next<'a>(
+            &'a self,
+            share: Share,
+            cursor: &mut Cursor,
+            scratch: &'a mut [Page],
+            batch: &mut Vec<Piece<'a>>,
+        ) {
+            self.0.next(share, cursor, scratch, batch);
+        }
+
+        fn is_revoked(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn what_was_let_go_is_not_sent() {
+        let (ours, theirs) = memory::pair().unwrap();
+        let lent = Some(crate::testing::Lent::default());
+        let stream: Box<dyn Stream> = Box::new(Plain { lent, ..Plain::new(ours) });
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let (done, sent) = unbounded();
+        let deliver = move |report: Sent| done.send(report.map_err(|_| ())).is_ok();
+        let (ram, counters) = (ram(1), Arc::default());
+        let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
+        let senders = senders.unwrap();
+        let pages = (0..3).map(|page| (PageIndex(page), [7; PAGE_SIZE])).collect();
+        let source = Source::Frozen(Arc::new(LetGo(Scattered(pages))));
+        senders.send(&Job { number: 1, epoch: EpochId(1), source });
+        assert_eq!(sent.recv(), Ok(Err(())));
+        senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+        let mut reader = FrameReader::new(theirs, Some(SessionId(1)));
+        assert_eq!(frames(&mut reader).len(), 0);
     }
 
     /// With `cow=off` nobody writes before all is out, and nothing is under way then.

@@ -91,6 +91,17 @@ pub trait Stream: Read + Write + Send {
         false
     }
 
+    /// Waits until frames of so many bytes in so many parts go out without waiting for the peer, so that
+    /// pages may be lent for them: somebody may wait to write one. `false`: the link would take so long for them that
+    /// they are better copied.
+    ///
+    /// # Errors
+    /// As [`Write::write`].
+    fn may_lend(&mut self, bytes: usize, parts: usize) -> io::Result<bool> {
+        let _ = (bytes, parts);
+        Ok(true)
+    }
+
     /// Writes all of `parts`. What is read in guest memory must not change before `leases` have ended,
     /// which may be long after this returns: when nothing of it is sent again any more.
     /// [`Write::flush`] waits for that.

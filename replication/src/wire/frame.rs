@@ -4,7 +4,7 @@ use std::io::{ErrorKind, IoSlice, Read, Write};
 
 use super::changes::CHANGE_HEAD_BYTES;
 use super::message::{DESCRIPTION_SLACK_BYTES, GRANT_BYTES, SEAL_SLACK_BYTES};
-use super::pages::{END_BYTES, PAGES_BYTES_MAX};
+use super::pages::{END_BYTES, PAGES_BYTES_MAX, RAW_PAGES_MAX};
 use super::sums::SUMS_BYTES_MAX;
 use super::verbs::VERBS_BYTES;
 use super::{ABORT_BYTES_MAX, GRANTS_MAX, MAGIC, VERSION, WireError};
@@ -297,6 +297,16 @@ impl FrameWriter<Box<dyn Stream>> {
         parts.extend_from_slice(payload);
         self.inner.gather(&parts, leases).map_err(WireError::Io)?;
         Ok(self.written(&head))
+    }
+
+    /// As [`Stream::may_lend`], for frames of pages: one that waits for company, and the next.
+    ///
+    /// # Errors
+    /// [`WireError::Io`] from the stream.
+    pub(crate) fn may_lend(&mut self) -> Result<bool, WireError> {
+        // Two headers, and for each page its length and its content.
+        let parts = 2 * (2 + 2 * RAW_PAGES_MAX);
+        self.inner.may_lend(2 * (HEADER_BYTES + PAGES_BYTES_MAX), parts).map_err(WireError::Io)
     }
 
     /// As [`Stream::place`], beside the frames.

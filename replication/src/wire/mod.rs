@@ -50,7 +50,7 @@ pub use verbs::Verbs;
 /// First bytes of every frame: "USTD".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"USTD");
 /// The version that this build speaks.
-pub const VERSION: u16 = 8;
+pub const VERSION: u16 = 9;
 /// Most data connections of a session.
 pub const CONNECTIONS_MAX: u32 = 128;
 

@@ -21,7 +21,11 @@ pair() { # VCPUS
         )${PAIR_OPTIONS_BACKUP:-}" \
         --serial "file=$CASE/b.serial" --console off ${PAIR_MORE_BACKUP:-}
     wait_for 60 "the backup to listen on port $PORT" listens "$PORT"
-    start a "$VMM" --api-socket "path=$CASE/a.sock" --kernel /bed/l2/vmlinux \
+    primary "$1"
+}
+
+primary() { # VCPUS
+    start a ${PAIR_RUN:-} "$VMM" --api-socket "path=$CASE/a.sock" --kernel /bed/l2/vmlinux \
         --initramfs "${PAIR_INITRAMFS:-/bed/l2/l2.img}" \
         --cmdline "$L2_CMDLINE bed.count=$LINUX_COUNTS bed.pause=$LINUX_PAUSE" \
         --cpus "boot=$1" --memory size=256M --serial "file=$CASE/a.serial" --console off \

@@ -1,6 +1,6 @@
 # A replicated Debian guest goes on counting when its primary is killed, its epochs sent by RDMA over Soft-RoCE.
 # Settings: those of the suite linux, with fewer rounds by default, and
-RDMA_KILLS=${RDMA_KILLS:-3}       # rounds of the test guest, which verifies its own memory
+RDMA_KILLS=${RDMA_KILLS:-5}       # rounds of the test guest, which verifies its own memory
 RDMA_TIMEOUT_MS=${RDMA_TIMEOUT_MS:-20000} # of those rounds: a device that is emulated on a busy machine is slow
 RDMA_EPOCHS=${RDMA_EPOCHS:-20}    # epochs that are compared page by page, for each cow mode
 RDMA_CASES=${RDMA_CASES-*}      # patterns with blanks between them: which cases run beside those of the suite linux
@@ -322,6 +322,118 @@ pin_is() {
     detail "$(resident a)$(resident b)"
 }
 
+# mid_copy COMMAND...: once a first copy goes straight into the backup's memory. That takes a second, so nothing is
+# asked that takes long; a copy that was over by then is no such case.
+mid_copy() {
+    local end=$(($(seconds) + 400))
+    until grep -qa "the copy goes straight" "$CASE/a.err"; do
+        [ "$(seconds)" -lt "$end" ] || fail "nothing is copied straight: $(last_words a) $(last_words b)"
+        usleep 10000
+    done
+    "$@" || fail "cannot: $*"
+    ! grep -qa "went straight into the backup's memory" "$CASE/a.err" || fail "the copy was over already"
+}
+
+pinned_kib() { sed -n 's/^VmPin:[^0-9]*\([0-9]*\).*/\1/p' "/proc/$(pid_of "$1")/status"; }
+
+has_given_back() { [ "$(pinned_kib b)" -le 8192 ]; }
+
+# A primary that dies in the middle of a copy leaves nothing that could run, and the next one is served.
+primary_dies_in_the_copy() {
+    rxe
+    pair 2
+    local pinned pid
+    pid=$(pid_of a)
+    mid_copy kill -KILL "$pid"
+    pinned=$(pinned_kib b)
+    wait_for 120 "the backup to make its memory its own" has_given_back
+    usleep 5000000
+    still_up b
+    ! in_state b TakenOver || fail "the backup has taken over half a copy"
+    ! [ -s "$CASE/b.serial" ] || fail "the backup's guest ran"
+    mv "$CASE/a.err" "$CASE/a-first.err"
+    rm -f "$CASE"/a.sock "$CASE"/a.status "$CASE"/a.pid
+    primary 2
+    wait_state a Protected 400
+    detail "VmPin of the backup $pinned kB when it was killed, then $(pinned_kib b) kB; the next primary is protected"
+}
+
+# goes_on_alone: the guest of a primary that has no backup any more counts to its end.
+goes_on_alone() {
+    wait_serial a "^L2 END" $((LINUX_COUNTS + 400))
+    expect_status a 0 60
+    no_complaints a
+    [ "$(grep -ac "^count" "$CASE/a.serial")" -eq "$LINUX_COUNTS" ] || fail "counts are missing"
+}
+
+backup_dies_in_the_copy() {
+    rxe
+    pair 2
+    local pid
+    pid=$(pid_of b)
+    mid_copy kill -KILL "$pid"
+    wait_for 120 "the primary to notice" eval '[ -n "$(replication a last_error)" ]'
+    local state why
+    state=$(replication a state)
+    why=$(replication a last_error)
+    goes_on_alone
+    detail "the primary is $state: $(echo "$why" | cut -c 1-200)"
+}
+
+# The port goes down under the WRITEs of a copy, or the kernel is told to take the device away.
+device_fails_in_the_copy() {
+    rxe
+    local deleting='' state why
+    pair 2
+    mid_copy "$@"
+    wait_for 400 "the copy to end one way or the other" \
+        eval 'in_state a Protected || [ -n "$(replication a last_error)" ]'
+    state=$(replication a state)
+    why=$(replication a last_error)
+    goes_on_alone
+    ! serial_has b "^count" || fail "both sides counted"
+    detail "the primary is $state${why:+: $(echo "$why" | cut -c 1-200)}"
+}
+
+# All that goes by TCP is TLS.
+over_tls() {
+    PAIR_OPTIONS=,tls_dir=/h/tls PAIR_OPTIONS_BACKUP=,tls_dir=/h/tls
+    by_rdma 2
+}
+
+# limited KIB COMMAND...: without the right to lock more than that.
+limited() {
+    local kib=$1
+    shift
+    exec capsh --drop=cap_ipc_lock --shell=/bin/sh -- -c "ulimit -l $kib && exec \"\$@\"" sh "$@"
+}
+
+# too_little_locked KIND: memory that may not be locked is copied, or ends the protection; either way it is said what to set.
+too_little_locked() {
+    rxe
+    PAIR_RUN="limited 32768"
+    PAIR_OPTIONS=,rdma_pin=$1
+    pair 2
+    wait_for 300 "the primary to say what to set" grep -qa "raise RLIMIT_MEMLOCK" "$CASE/a.err"
+    wait_serial a "^L2 READY cpus 2 " $((3 * L2_READY_S))
+    case $1 in
+        auto)
+            wait_state a Protected 300
+            told a | grep -q '"registered_bytes":0,' || fail "a says $(told a)"
+            ;;
+        on) ! in_state a Protected || fail "it is protected all the same" ;;
+    esac
+    wait_serial a "^count " 120
+    detail "$(replication a state): $(grep -a "RLIMIT_MEMLOCK" "$CASE/a.err" | head -n 1 | cut -c 1-300)"
+}
+
+rdma_case copy-primary-dies "$limit" primary_dies_in_the_copy
+rdma_case copy-backup-dies "$limit" backup_dies_in_the_copy
+rdma_case copy-link-down "$limit" device_fails_in_the_copy link_goes_down
+rdma_case copy-link-deleted "$limit" device_fails_in_the_copy delete_link
+rdma_case tls "$limit" over_tls
+rdma_case memlock-auto "$limit" too_little_locked auto
+rdma_case memlock-on "$limit" too_little_locked on
 rdma_case queue-pair-fails "$limit" queue_pair_fails
 rdma_case queue-pair-falls-back "$limit" queue_pair_falls_back
 rdma_case small-staging $((limit + 240)) staging_is_small

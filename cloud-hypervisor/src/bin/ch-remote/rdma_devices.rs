@@ -79,7 +79,7 @@ fn describe(port: &Port, text: &mut String) {
         let _ = write!(text, ", MTU {mtu_bytes}");
     }
     if port.link_layer == LinkLayer::InfiniBand {
-        text.push_str(", which rdma: does not use yet");
+        text.push_str(", used if rdma_device names it (never tried)");
     }
     text.push('\n');
     for entry in &port.gids {
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_of_infiniband_alone_is_nothing_to_use() {
+    fn a_port_of_infiniband_is_used_by_its_device_s_name_only() {
         let ib = Port {
             link_layer: LinkLayer::InfiniBand,
             ..port(1, PortState::Active, &[(0, "fe80::1", GidKind::InfiniBand)])
@@ -176,7 +176,10 @@ mod tests {
         let devices = [Device { name: "ib0".to_owned(), ports: vec![ib], problem: None }];
         let (text, is_usable) = report(&devices, &[local("10.77.0.1")]);
         assert!(!is_usable);
-        assert!(text.contains("InfiniBand, Active, MTU 4096, which rdma: does not use"), "{text}");
+        assert!(
+            text.contains("InfiniBand, Active, MTU 4096, used if rdma_device names it"),
+            "{text}"
+        );
         assert!(text.ends_with("10.77.0.1 (eth1): none, no port has this address\n"), "{text}");
     }
 }

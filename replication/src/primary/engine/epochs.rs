@@ -251,7 +251,6 @@ impl<G: Guest> Engine<'_, G> {
                 self.work = Work::Epochs;
                 self.seal();
             }
-            Work::Checking => self.end_window(),
             // With cow=off the guest stood until now.
             Work::Epochs if self.options.cow == Cow::Off && !self.handover => {
                 match self.sealer.release(self.guest) {
@@ -308,7 +307,7 @@ impl<G: Guest> Engine<'_, G> {
         }
         // Not open for longer than it is of use: disks may take their time.
         if self.straight.is_some() {
-            return self.check_straight();
+            return self.end_straight();
         }
         if !self.approach.is_over() {
             return self.end_window();
@@ -361,7 +360,6 @@ impl<G: Guest> Engine<'_, G> {
             | Work::Opening
             | Work::Copying { .. }
             | Work::AwaitingRest
-            | Work::Checking
             | Work::Shutting
             | Work::Surplus
             | Work::Epochs => {}

@@ -1,8 +1,8 @@
 //! A copy by the device, straight from guest memory into the backup's.
 //!
 //! ```text
-//!   approach ──both sides have registered──> passes ──small──> checksums ──> the backup closes ──> a pass
-//!      └───────one of them has not──────────> passes ─────────────────────────────┘        through the rings
+//!   approach ──both sides have registered──> passes ──small──> the backup closes ──> a pass
+//!      └───────one of them has not──────────> passes ──────────────────┘       through the rings
 //! ```
 //!
 //! Why a page that the guest writes while the device reads it does no harm: what is in a pass was harvested
@@ -10,6 +10,12 @@
 //! seal, for which the guest stands; the page goes again, in a later pass or in the first epoch. A pass
 //! is over when its WRITEs have completed, on every connection, and the next harvest comes after that. So of a page that is
 //! in no later harvest the last WRITE read bytes that nobody was writing.
+//!
+//! The checksum of a page is made just before the device reads it, and follows it on the same connection, so the
+//! backup compares while the rest is copied; what it finds of a page that comes again counts no more.
+//!
+//! Where nothing was sent before, the backup's memory reads as zero: the first pass leaves out pages that do, too.
+//! One that is written after it was looked at is in a later harvest, as above.
 //!
 //! A copy goes one way: what goes through the rings is put into the image by software, at its time, and
 //! a WRITE does not wait for that.
@@ -20,9 +26,8 @@ use std::time::Instant;
 use api::replication::{Compression, Cow, RdmaPin};
 
 use super::{Engine, Error, Event, Guest, Message, Source, WireError, Work};
-use crate::ids::{EpochId, PAGE_SIZE};
+use crate::ids::PAGE_SIZE;
 use crate::primary::send::Straight;
-use crate::primary::sums::Sums;
 use crate::ram::PageSet;
 use crate::transport::rdma::{Window, registering_patience};
 use crate::wire::{Grant, Kind};
@@ -33,7 +38,6 @@ const WORTH_PART: u64 = 4;
 /// A copy that goes straight.
 pub(super) struct Copying {
     window: Arc<Window>,
-    sums: Arc<Sums>,
     /// What went so.
     copied: PageSet,
 }
@@ -53,6 +57,7 @@ impl<G: Guest> Engine<'_, G> {
             self.step(Event::GiveUp(error.chain()));
             return true;
         }
+        self.opens_zero = self.fresh;
         if std::mem::take(&mut self.fresh) {
             // Before the memory is registered, which touches all of it.
             self.sealer.dirty.drop_untouched(self.guest);
@@ -106,11 +111,8 @@ impl<G: Guest> Engine<'_, G> {
         match (self.approach.opened(number), Window::new(grants, pages)) {
             (Some(true), Some(window)) => {
                 self.window_due = None;
-                self.straight = Some(Copying {
-                    window: Arc::new(window),
-                    sums: Arc::new(Sums::new(pages)),
-                    copied: PageSet::new(pages),
-                });
+                self.straight =
+                    Some(Copying { window: Arc::new(window), copied: PageSet::new(pages) });
                 self.approached();
             }
             // It was ended before this came.
@@ -161,21 +163,23 @@ impl<G: Guest> Engine<'_, G> {
     /// How the pages of a pass go.
     pub(super) fn live(&mut self, pages: Arc<PageSet>) -> Source {
         let Some(copying) = &mut self.straight else { return Source::Live(pages) };
+        // The first pass of all.
+        let is_zero = self.opens_zero && copying.copied.is_empty();
         copying.copied.union(&pages);
-        let (window, sums) = (Arc::clone(&copying.window), Arc::clone(&copying.sums));
-        Source::Straight(Arc::new(Straight { pages, window, sums }))
+        let window = Arc::clone(&copying.window);
+        Source::Straight(Arc::new(Straight { pages, window, is_zero }))
     }
 
-    /// The passes are over. What was written since the last one comes again, and needs no check.
-    pub(super) fn check_straight(&mut self) {
-        let Some(mut copying) = self.straight.take() else { return };
-        copying.copied.subtract(self.sealer.dirty.pages());
-        let mib = (copying.copied.len() * PAGE_SIZE as u64) >> 20;
-        tracing::info!(
-            "{mib} MiB went straight into the backup's memory, which compares checksums"
-        );
-        self.work = Work::Checking;
-        self.give(EpochId(0), Source::Sums(Arc::new(copying.copied), copying.sums));
+    /// The passes are over. What was written since the last one comes again.
+    pub(super) fn end_straight(&mut self) {
+        if let Some(mut copying) = self.straight.take() {
+            copying.copied.subtract(self.sealer.dirty.pages());
+            let mib = (copying.copied.len() * PAGE_SIZE as u64) >> 20;
+            tracing::info!(
+                "{mib} MiB went straight into the backup's memory, which compares checksums"
+            );
+        }
+        self.end_window();
     }
 
     /// Has the backup make its memory its own again, and waits for that.

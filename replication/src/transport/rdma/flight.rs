@@ -23,19 +23,22 @@ pub(super) struct Flight {
     /// The number of the first.
     first: u64,
     requests: usize,
+    bytes: usize,
 }
 
 struct Chunk {
     requests: usize,
+    bytes: usize,
     _leases: Leases,
 }
 
 impl Flight {
-    /// A chunk of so many requests is posted; its number is what its completion names.
-    pub(super) fn post(&mut self, requests: usize, leases: Leases) -> u64 {
+    /// A chunk of so many requests and bytes is posted; its number is what its completion names.
+    pub(super) fn post(&mut self, requests: usize, bytes: usize, leases: Leases) -> u64 {
         let number = self.first + self.chunks.len() as u64;
         self.requests += requests;
-        self.chunks.push_back(Some(Chunk { requests, _leases: leases }));
+        self.bytes += bytes;
+        self.chunks.push_back(Some(Chunk { requests, bytes, _leases: leases }));
         number
     }
 
@@ -54,18 +57,19 @@ impl Flight {
         }
         if let Some(chunk) = &chunk {
             self.requests -= chunk.requests;
+            self.bytes -= chunk.bytes;
         }
         chunk.is_some()
-    }
-
-    /// Chunks under way, and those that completed before an earlier one.
-    pub(super) fn chunks(&self) -> usize {
-        self.chunks.len()
     }
 
     /// Requests under way.
     pub(super) fn requests(&self) -> usize {
         self.requests
+    }
+
+    /// Bytes under way.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 
@@ -97,10 +101,11 @@ mod tests {
     fn leases_end_with_the_last_of_their_chunks() {
         let mut flight = Flight::default();
         let (both, ended) = leases(3);
-        let first = flight.post(2, both.clone());
-        let plain = flight.post(1, None);
-        let last = flight.post(3, both);
-        assert_eq!((flight.requests(), flight.next(), flight.chunks()), (6, 3, 3));
+        let first = flight.post(2, 200, both.clone());
+        let plain = flight.post(1, 10, None);
+        let last = flight.post(3, 3, both);
+        assert_eq!((flight.requests(), flight.next()), (6, 3));
+        assert_eq!(flight.bytes(), 213);
         assert!(flight.complete(last));
         assert_eq!((flight.requests(), ended.load(Ordering::Relaxed)), (3, 0));
         assert!(!flight.complete(last), "it completed already");
@@ -108,8 +113,9 @@ mod tests {
         assert_eq!(ended.load(Ordering::Relaxed), 0);
         assert!(flight.complete(first));
         assert_eq!((flight.requests(), ended.load(Ordering::Relaxed)), (0, 3));
-        assert_eq!(flight.chunks(), 0);
-        assert_eq!(flight.post(1, None), 3);
+        assert_eq!(flight.bytes(), 0);
+        assert_eq!((flight.requests(), flight.bytes()), (0, 0));
+        assert_eq!(flight.post(1, 10, None), 3);
     }
 
     /// A connection that failed: nothing completes any more.
@@ -117,7 +123,7 @@ mod tests {
     fn what_never_completes_ends_with_the_flight() {
         let mut flight = Flight::default();
         let (some, ended) = leases(2);
-        flight.post(1, some);
+        flight.post(1, 10, some);
         assert!(!flight.complete(1) && ended.load(Ordering::Relaxed) == 0);
         drop(flight);
         assert_eq!(ended.load(Ordering::Relaxed), 2);
@@ -137,7 +143,7 @@ mod tests {
             for (frame, (chunks, each)) in frames.iter().enumerate() {
                 let (some, ended) = leases(1);
                 for _ in 0..*chunks {
-                    open.push((flight.post(*each, some.clone()), frame));
+                    open.push((flight.post(*each, 10, some.clone()), frame));
                     requests += each;
                 }
                 counts.push(ended);

@@ -33,6 +33,7 @@ mod gather;
 mod lent;
 mod opened;
 mod opening;
+mod pace;
 mod pieces;
 mod ring;
 mod setup;
@@ -46,11 +47,11 @@ use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::rdma::{
-    Buffer, Completion, CompletionChannel, CompletionQueue, Operation, Outcome, ProtectionDomain,
-    QueuePair, Remote, Request, RequestList, Segment,
+    Buffer, Completion, CompletionChannel, CompletionQueue, Context, Event, Operation, Outcome,
+    PortChange, ProtectionDomain, QueuePair, Remote, Request, RequestList, Segment,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -59,23 +60,26 @@ use self::flight::{Flight, Leases};
 use self::gather::{Chunk, Limits, Place, Rest};
 pub(crate) use self::lent::Lent;
 pub(crate) use self::opened::Opened;
+use self::pace::Pace;
 pub(crate) use self::pieces::{LendError, patience as registering_patience};
 use self::ring::{Incoming, Outgoing, RING_BYTES};
 #[cfg(test)]
 pub(crate) use self::setup::FAKE;
 pub(crate) use self::setup::{Adapter, Asked, Lender, SetupError};
+pub(crate) use self::window::PLACED_PAGES_MAX;
 use self::window::Placed;
 pub use self::window::Window;
 use super::{Lease, Part, Stream};
 use crate::ids::{PAGE_SIZE, PageIndex};
+use crate::ram::Slice;
 
 /// Most bytes of one chunk.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// Requests that a chunk may need at least: one on each side of the ring's end.
 const REQUESTS_MIN: usize = 2;
-/// Groups of pages that are under way straight into the backup's memory: 4 MiB, as in a ring. More would only
+/// Bytes that are under way straight into the backup's memory when more are posted: as in a ring. More would only
 /// hide how far the device is from whoever waits for it.
-const PLACED_MAX: usize = 16;
+const PLACED_BYTES_MAX: usize = RING_BYTES;
 /// Completions that are looked at at once.
 const BATCH: usize = 16;
 /// Bytes of a word about what was read.
@@ -91,6 +95,7 @@ fn invalid(what: &'static str) -> io::Error {
 
 /// What an end has of the device for itself.
 struct Device {
+    context: Arc<Context>,
     channel: Arc<CompletionChannel>,
     completions: Arc<CompletionQueue>,
 }
@@ -99,7 +104,51 @@ impl Device {
     fn new(domain: &ProtectionDomain, entries: u32) -> Result<Self, ::rdma::Error> {
         let channel = CompletionChannel::new(domain.context())?;
         let completions = CompletionQueue::new(domain.context(), entries, Some(&channel))?;
-        Ok(Self { channel, completions })
+        Ok(Self { context: Arc::clone(domain.context()), channel, completions })
+    }
+
+    /// Takes what the device reports by itself. All connections of a session hear it from the same place, whoever
+    /// is first: what concerns all ends this one, and with it the session.
+    fn take_events(&self, queue_pair: u32) -> io::Result<()> {
+        while let Some(event) = self.context.next_event().map_err(failed)? {
+            tell(self.context.name(), event);
+            if let Some(what) = ends(event, queue_pair) {
+                return Err(io::Error::new(ErrorKind::ConnectionReset, what));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Says what a device reports.
+fn tell(device: &str, event: Event) {
+    match event {
+        // Requests are tried again for as long as the session's patience: it may come back.
+        Event::Port { port, change: PortChange::Down } => {
+            tracing::warn!("port {port} of the RDMA device {device} is down");
+        }
+        Event::Port { port, change } => {
+            tracing::info!("port {port} of the RDMA device {device}: {change:?}");
+        }
+        Event::QueuePair { .. } | Event::Other { .. } => tracing::debug!("{device}: {event:?}"),
+        Event::DeviceFailed | Event::QueuePairFailed { .. } | Event::CompletionQueueFailed => {
+            tracing::warn!("the RDMA device {device} reports: {event:?}");
+        }
+    }
+}
+
+/// Why a connection with this queue pair is over, if the event says so.
+fn ends(event: Event, queue_pair: u32) -> Option<&'static str> {
+    match event {
+        Event::DeviceFailed => Some("The RDMA device has failed"),
+        Event::CompletionQueueFailed => Some("A completion queue of the RDMA device ran over"),
+        Event::QueuePairFailed { number } if number == queue_pair => {
+            Some("The RDMA device reports that the queue pair has failed")
+        }
+        Event::QueuePairFailed { .. }
+        | Event::Port { .. }
+        | Event::QueuePair { .. }
+        | Event::Other { .. } => None,
     }
 }
 
@@ -163,6 +212,7 @@ impl End {
         let mut fds = [
             PollFd::new(fd, PollFlags::POLLIN),
             PollFd::new(self.device.channel.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.device.context.as_fd(), PollFlags::POLLIN),
         ];
         let timeout = match timeout {
             None => PollTimeout::NONE,
@@ -174,10 +224,13 @@ impl End {
             Err(error) => return Err(error.into()),
         }
         let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
-        if fds[1].revents().is_some_and(|events| events.intersects(gone)) {
+        if fds[1..].iter().any(|fd| fd.revents().is_some_and(|events| events.intersects(gone))) {
             return Err(io::Error::new(ErrorKind::ConnectionReset, "The RDMA device is gone"));
         }
-        let [tcp, channel] = fds.map(|fd| fd.any().unwrap_or(true));
+        let [tcp, channel, events] = fds.map(|fd| fd.any().unwrap_or(true));
+        if events {
+            self.device.take_events(self.pair.number())?;
+        }
         if channel {
             self.device.channel.take_wakeups().map_err(failed)?;
         }
@@ -226,6 +279,7 @@ struct Writer {
     /// What was posted and has not completed. After `end`: what it keeps is given back when the device
     /// has nothing of it any more.
     flight: Flight,
+    pace: Pace,
     /// As many requests as the queue holds.
     posted_max: usize,
     lent: Arc<Lent>,
@@ -238,11 +292,25 @@ struct Writer {
 impl Writer {
     /// Takes completions.
     fn complete(&mut self) -> io::Result<()> {
+        let before = self.flight.bytes();
         let flight = &mut self.flight;
         self.end.completed(|number, _| match flight.complete(number) {
             true => Ok(()),
             false => Err(invalid("The RDMA device completed what was not under way")),
-        })
+        })?;
+        let bytes = before - self.flight.bytes();
+        if bytes > 0 {
+            self.pace.completed(bytes, Instant::now());
+        }
+        Ok(())
+    }
+
+    /// Something is about to be posted.
+    fn under_way(&mut self, requests: usize, bytes: usize, leases: Leases) {
+        if self.flight.requests() == 0 {
+            self.pace.begins(Instant::now());
+        }
+        self.flight.post(requests, bytes, leases);
     }
 
     /// Takes what the backup says it has read, where the TCP connection has something.
@@ -279,12 +347,36 @@ impl Writer {
         }
     }
 
+    /// See [`Stream::may_lend`].
+    fn await_lending(&mut self, bytes: usize, parts: usize) -> io::Result<bool> {
+        // Each part may need a segment of its own; a frame, and the ring's end, may begin another request.
+        let requests = parts.div_ceil(self.segments_max) + REQUESTS_MIN * REQUESTS_MIN;
+        // Of a queue that is too short for that a chunk has all, one after the other.
+        let chunks = bytes.div_ceil(CHUNK_BYTES_MAX).max(requests.div_ceil(self.posted_max)) + 1;
+        let (bytes_max, chunks_max) = self.ring.room_for_sure();
+        if bytes > bytes_max || chunks > chunks_max {
+            return Ok(false);
+        }
+        loop {
+            self.complete()?;
+            let Some(under_way) = self.pace.under_way_max(bytes) else { return Ok(false) };
+            if self.requests_left() >= requests.min(self.posted_max)
+                && self.ring.room() >= bytes
+                && self.ring.chunks_left() >= chunks
+                && self.flight.bytes() + bytes <= under_way
+            {
+                return Ok(true);
+            }
+            self.sleep()?;
+        }
+    }
+
     /// Requests that may be posted now, 1 at least. Nobody but the peer's device has to have room for them.
     fn requests_room(&mut self) -> io::Result<usize> {
         loop {
             self.complete()?;
             match self.requests_left() {
-                left if left > 0 && self.flight.chunks() < PLACED_MAX => return Ok(left),
+                left if left > 0 && self.flight.bytes() < PLACED_BYTES_MAX => return Ok(left),
                 _ => self.sleep()?,
             }
         }
@@ -302,7 +394,8 @@ impl Writer {
             self.requests.push(Request { id: number, signalled, fence: false, operation });
         }
         // First: what was posted of a list that fails half-way is under way.
-        self.flight.post(writes.len(), None);
+        let bytes: u64 = writes.iter().map(|write| write.pages * PAGE_SIZE as u64).sum();
+        self.under_way(writes.len(), usize::try_from(bytes).unwrap_or(0), None);
         self.end.pair.post(&mut self.requests).map_err(failed)
     }
 
@@ -370,7 +463,7 @@ impl Writer {
         }
         self.ring.write(chunk.len);
         // First: what was posted of a list that fails half-way is under way.
-        self.flight.post(chunk.writes.len(), leases);
+        self.under_way(chunk.writes.len(), chunk.len, leases);
         self.end.pair.post(&mut self.requests).map_err(failed)?;
         if chunk.reads_memory()
             && let Some(left) = &mut self.fails_after
@@ -444,6 +537,10 @@ impl Reader {
 
     /// Waits until there are bytes; `false`: the connection has ended.
     fn await_bytes(&mut self) -> io::Result<bool> {
+        // What it holds needs no look at the device.
+        if self.ring.unread() > 0 {
+            return Ok(true);
+        }
         loop {
             self.complete()?;
             if self.ring.unread() > 0 {
@@ -471,6 +568,16 @@ impl Reader {
     }
 }
 
+impl Reader {
+    /// Tells the primary what is free, if it is time.
+    fn tell_read(&mut self) -> io::Result<()> {
+        match self.ring.credit() {
+            Some(read) => self.end.tcp.write_all(&read.to_le_bytes()),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Read for Reader {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         if into.is_empty() || !self.await_bytes()? {
@@ -478,9 +585,7 @@ impl Read for Reader {
         }
         let at = self.ring.read(into.len());
         self.end.local.read(at.offset, &mut into[..at.len]);
-        if let Some(read) = self.ring.credit() {
-            self.end.tcp.write_all(&read.to_le_bytes())?;
-        }
+        self.tell_read()?;
         Ok(at.len)
     }
 }
@@ -559,6 +664,10 @@ stream!(
         self.lent.is_ready()
     }
 
+    fn may_lend(&mut self, bytes: usize, parts: usize) -> io::Result<bool> {
+        self.await_lending(bytes, parts)
+    }
+
     fn gather(&mut self, parts: &[Part<'_>], leases: Vec<Lease>) -> io::Result<()> {
         let leases = (!leases.is_empty()).then(|| Arc::new(leases));
         let mut rest = Rest::new(parts);
@@ -585,7 +694,20 @@ stream!(
     }
 );
 unreadable!(Writer);
-stream!(Reader, end.link);
+stream!(
+    Reader,
+    end.link;
+    /// Out of the ring, with no buffer in between.
+    fn read_memory(&mut self, into: &Slice<'_>) -> io::Result<usize> {
+        if into.is_empty() || !self.await_bytes()? {
+            return Ok(0);
+        }
+        let at = self.ring.read(into.len());
+        self.end.local.read_volatile(at.offset, at.len, into);
+        self.tell_read()?;
+        Ok(at.len)
+    }
+);
 unwritable!(Reader);
 stream!(Handle, link);
 unreadable!(Handle);

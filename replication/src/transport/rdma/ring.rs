@@ -57,6 +57,17 @@ impl Outgoing {
         usize::try_from(self.size - (self.written - self.read)).unwrap_or(0)
     }
 
+    /// Chunks that may be written now.
+    pub(super) fn chunks_left(&self) -> usize {
+        self.chunks_max.saturating_sub(self.chunks.len())
+    }
+
+    /// Bytes, and chunks, that may be written at some time whatever the reader keeps to itself for now.
+    pub(super) fn room_for_sure(&self) -> (usize, usize) {
+        let part = |whole: usize| whole - whole / CREDIT_PART;
+        (part(usize::try_from(self.size).unwrap_or(0)), part(self.chunks_max))
+    }
+
     /// Where the next chunk begins.
     pub(super) fn place(&self) -> usize {
         usize::try_from(self.written % self.size).unwrap_or(0)
@@ -178,6 +189,27 @@ mod tests {
         }
         assert_eq!(ring.room(), 0);
         assert!(ring.credit(1) && ring.room() > 0);
+    }
+
+    /// A writer that waits for this much is not left waiting.
+    #[test]
+    fn what_is_sure_to_be_free_becomes_so() {
+        for depth in [1, 3, 4, 5, CHUNKS, 1024] {
+            let (mut out, mut into) = (Outgoing::new(1000, depth), Incoming::new(1000, depth));
+            let (bytes, chunks) = out.room_for_sure();
+            assert!(bytes >= 750 && chunks >= depth * 3 / 4);
+            for len in (1..60).cycle().take(5000) {
+                if out.room() >= len {
+                    out.write(len);
+                    assert!(into.arrived(u32::try_from(len).unwrap()));
+                }
+                while into.unread() > 0 {
+                    into.read(7);
+                    into.credit().into_iter().for_each(|read| assert!(out.credit(read)));
+                }
+                assert!(out.room() >= bytes && out.chunks_left() >= chunks, "{depth}");
+            }
+        }
     }
 
     /// All chunks come before any is read, and are read a byte at a time.

@@ -7,7 +7,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::rdma::{
     Access, Buffer, ConnectOptions, Context, Depths, Library, Origin, Place, ProtectionDomain,
@@ -20,6 +20,7 @@ use super::aside::{aside, drop_aside};
 use super::flight::Flight;
 use super::lent::Lent;
 use super::opening::Opening;
+use super::pace::Pace;
 use super::pieces::LendError;
 use super::ring::{Incoming, Outgoing, RING_BYTES};
 use super::{CREDIT_BYTES, Device, End, Parts, Reader, Writer};
@@ -323,6 +324,7 @@ impl Adapter {
             segments: Vec::new(),
             segments_max: usize::try_from(segments_max).unwrap_or(1),
             flight: Flight::default(),
+            pace: Pace::new(self.patience(), Instant::now()),
             // What is asked for, not the fewer chunks that both ends agreed on.
             posted_max: usize::try_from(sends(opened.chunks)).unwrap_or(2),
             lent: Arc::clone(&self.0.lent),

@@ -136,8 +136,11 @@ impl Connection {
             if rest.is_empty() {
                 leases = None;
             }
-            let number =
-                self.flight.post(chunk.writes.len(), if self.at_post { None } else { kept });
+            let number = self.flight.post(
+                chunk.writes.len(),
+                chunk.len,
+                if self.at_post { None } else { kept },
+            );
             own.iter().for_each(|page| *self.lent.entry(*page).or_default() += 1);
             self.posted.push_back((number, Posted::of(&chunk)));
         }

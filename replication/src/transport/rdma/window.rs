@@ -15,8 +15,10 @@ use ::rdma::Remote;
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::wire::Grant;
 
-/// Most bytes of one WRITE.
-pub(super) const WRITE_PAGES_MAX: u64 = 256;
+/// Most pages of one WRITE.
+const WRITE_PAGES_MAX: u64 = 256;
+/// Most pages that are worth putting into one list of runs: they may be one WRITE.
+pub(crate) const PLACED_PAGES_MAX: usize = 256;
 
 /// What the backup has opened: all of its memory.
 #[derive(Debug, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use api::replication::RdmaPath;
 
-/// As long as a chunk that a data connection writes at once.
+/// As long as a WRITE of a first copy, by one data connection, of pages that lie side by side.
 pub const MESSAGE_BYTES: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(20);
