@@ -27,7 +27,7 @@
 //!   to be sealed), `handed` (it is acknowledged). Of the backup: `accepted` (it has built the
 //!   machine), `paired` (it has read the record), `verified` (the epoch is whole, not acknowledged),
 //!   `acked` (it is, and not applied), `applying` (half of a connection's runs of pages are in the
-//!   image), `applied`, `start` (it owns the VM), `started`. Of both: `claim` (suspicion, nobody was asked), `swap` and `swapped` (around the arbiter's
+//!   image), `applied`, `start` (it owns the VM), `started`. Of both: `reset` (the machine is to be reset), `claim` (suspicion, nobody was asked), `swap` and `swapped` (around the arbiter's
 //!   compare-and-swap, its answer not used yet).
 
 use std::fs::{self, File};
@@ -170,7 +170,7 @@ impl Fault {
 }
 
 /// A point is reached at which a test may have prepared a fault. Where none has, one load.
-pub(crate) fn reach(point: &str) {
+pub fn reach(point: &str) {
     static FAULT: OnceLock<Option<Fault>> = OnceLock::new();
     if let Some(fault) = FAULT.get_or_init(Fault::from_environment) {
         fault.at(point);

@@ -1,5 +1,7 @@
 //! What a VMM is told while replication runs.
 
+use crate::ids::Generation;
+
 /// Receives the events of one side. Called from replication's own threads: must not block and
 /// must not call back into the handle.
 pub trait Observer: Send + Sync {
@@ -25,7 +27,7 @@ pub enum Event {
     /// it has been since.
     Reversed,
     /// Primary: it owns the VM alone and runs, or stays paused, without protection.
-    Degraded { reason: String },
+    Degraded { reason: String, generation: Generation },
     /// Either side: ended by a person.
     Stopped,
     /// Primary: replication ended by an error before the VM was protected.
@@ -40,10 +42,10 @@ pub enum Event {
     ReceiveStarted { peer: String },
     /// Backup: the session ended by an error; see `last_error` for what the backup does now.
     ReceiveFailed { error: String },
-    /// A take-over or switch-over began.
-    FailoverStarted,
-    /// The VM runs on its new host.
-    FailoverFinished,
+    /// A take-over or switch-over began, of a VM of this generation.
+    FailoverStarted { reason: String, generation: Generation },
+    /// The VM runs on its new host, which won this generation.
+    FailoverFinished { generation: Generation },
     /// The take-over did not happen.
     FailoverFailed { error: String },
 }

@@ -1,14 +1,15 @@
 //! The listening side: greets whoever connects, and leaves all decisions to the engine.
 //!
-//! Each greeting has a thread of its own and a time limit, so a peer that connects and says
-//! nothing holds nobody up; where certificates are asked for, they are shown there, within the same limit. The number of greetings and of arrivals that the engine has not dealt
+//! Each greeting has a thread of its own and a time limit for all of it, so a peer that connects and says
+//! nothing, or a byte now and then, holds nobody up; where certificates are asked for, they are shown there,
+//! within the same limit. The number of greetings and of arrivals that the engine has not dealt
 //! with is bounded, and a stranger's first bytes are read only if they can be a greeting.
 
-use std::io;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::engine::control::Greeted;
 use crate::engine::spawn;
@@ -18,6 +19,8 @@ use crate::wire::{FrameReader, FrameWriter, Hello, Kind, Message, Offer, Session
 
 /// Most connections whose greeting is awaited, or that wait for the engine, at once.
 const GREETINGS_MAX: usize = 160;
+/// How long the rest of a stranger's words is awaited, so that it can hear why it is refused.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// One of [`GREETINGS_MAX`]; free again when this is dropped.
 pub(super) struct Place(Option<Arc<AtomicUsize>>);
@@ -73,9 +76,10 @@ pub(super) fn start(
                     let tls = tls.clone();
                     let name = peer.clone();
                     let greet = move || {
+                        let until = Instant::now() + patience;
                         let stream = incoming.admit(tls.as_ref(), patience);
                         let stream = stream.map_err(|error| chain(&error))?;
-                        greet(stream, name, patience).map_err(|error| chain(&error))
+                        greet(stream, name, until).map_err(|error| chain(&error))
                     };
                     greet_aside(greet, peer, &greetings, deliver.clone());
                 }
@@ -109,35 +113,57 @@ fn greet_aside(
     }
 }
 
-fn greet(stream: Box<dyn Stream>, peer: String, patience: Duration) -> Result<Arrival, WireError> {
-    stream.set_read_timeout(Some(patience)).map_err(WireError::Io)?;
+/// A stream whose reads all end by one moment, however few bytes each of them brings.
+struct Timed {
+    stream: Box<dyn Stream>,
+    until: Instant,
+}
+
+impl Read for Timed {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(into)
+    }
+}
+
+fn greet(stream: Box<dyn Stream>, peer: String, until: Instant) -> Result<Arrival, WireError> {
     let back = stream.duplicate().map_err(WireError::Io)?;
-    let mut reader = FrameReader::new(stream, None);
+    let mut reader = FrameReader::new(Timed { stream, until }, None);
     let greeting = receive_greeting(&mut reader);
     let session = reader.session().unwrap_or(SessionId(0));
     let mut writer = FrameWriter::new(back, session);
     match greeting {
         Ok((hello, Some(offer))) => {
+            let reader = reader.map(|timed| timed.stream);
             let greeted = Box::new(Greeted { reader, writer });
             Ok(Arrival::Control { greeted, hello, offer: Box::new(offer), peer })
         }
-        Ok((hello, None)) => Ok(Arrival::Data { reader, hello }),
+        Ok((hello, None)) => {
+            let reader = reader.map(|timed| timed.stream);
+            Ok(Arrival::Data { reader, hello })
+        }
         Err(error) => {
             let error = patient(error);
             // The stranger may be a peer of another version: it is told, if it listens.
             let _ = Message::Abort(chain(&error)).send(&mut writer);
             writer.get_ref().finish();
-            drain(&mut reader);
+            let timed = reader.get_mut();
+            timed.until = Instant::now() + FAREWELL;
+            drain(timed);
             Err(error)
         }
     }
 }
 
 /// Bytes left unread would turn the last words into a reset: reads some of them away.
-fn drain(reader: &mut FrameReader<Box<dyn Stream>>) {
+fn drain(timed: &mut Timed) {
     let mut scratch = [0; 4096];
     for _ in 0..64 {
-        match reader.get_mut().read(&mut scratch) {
+        match timed.read(&mut scratch) {
             Ok(1..) => {}
             Ok(0) | Err(_) => return,
         }
@@ -157,9 +183,7 @@ fn patient(error: WireError) -> WireError {
     }
 }
 
-fn receive_greeting(
-    reader: &mut FrameReader<Box<dyn Stream>>,
-) -> Result<(Hello, Option<Offer>), WireError> {
+fn receive_greeting(reader: &mut FrameReader<Timed>) -> Result<(Hello, Option<Offer>), WireError> {
     let mut payload = Vec::new();
     let hello = match Message::receive_only(Kind::Hello, "a greeting", reader, &mut payload)? {
         Message::Hello(hello) => hello,

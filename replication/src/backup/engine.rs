@@ -128,6 +128,8 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     pairing: Option<Generation>,
     retry_at: Option<Instant>,
     undecided_told: bool,
+    /// Why a take-over began, or would.
+    reason: String,
     times: TakeoverTimes,
     /// How the VM is to be protected once it was handed over, and where that is left.
     way_back: Option<ReplicateData>,
@@ -179,6 +181,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             pairing: None,
             retry_at: None,
             undecided_told: false,
+            reason: String::new(),
             times: TakeoverTimes::default(),
             way_back: None,
             handed_back,

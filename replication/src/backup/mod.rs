@@ -42,9 +42,9 @@ use crate::error::{Error, chain};
 use crate::guest::ReplicaBuilder;
 use crate::handover::{Legacy, WayBack};
 use crate::observer::{Event, Observer};
-use crate::ownership::HostIdentity;
+use crate::ownership::{Arbiter, HostIdentity};
 use crate::primary::{address, arbiter, asked_of_rdma, certificates, validate_paces};
-use crate::transport::{Address, Listener, name, rdma, tls};
+use crate::transport::{Address, Listener, ListenerWaker, name, rdma, tls};
 use engine::{Ask, Engine, Input};
 
 /// Bytes of staging that a request may ask for.
@@ -61,6 +61,32 @@ pub struct BackupHandle {
     timeout: Duration,
 }
 
+/// A backup that is about to be: its options are usable, and its address is taken. Who connects waits until
+/// it begins; dropping this lets go of the address.
+pub struct Prepared {
+    options: ReceiveReplicaData,
+    rdma: Option<rdma::Asked>,
+    arbiter: Option<Box<dyn Arbiter>>,
+    tls: Option<tls::Server>,
+    listener: Listener,
+    waker: ListenerWaker,
+}
+
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared").field("address", self.listener.address()).finish_non_exhaustive()
+    }
+}
+
+/// Does all of a reception that may fail before anybody is heard.
+///
+/// # Errors
+/// As [`receive`].
+pub fn prepare(options: ReceiveReplicaData) -> Result<Prepared, Error> {
+    let address = address("receiver_url", &options.receiver_url)?;
+    prepare_at(&address, options)
+}
+
 /// Listens for a primary. Errors after that go to `observer`.
 ///
 /// # Errors
@@ -75,21 +101,32 @@ pub fn receive<B: ReplicaBuilder>(
     receive_at(builder, &address, options, HostIdentity::random(), observer)
 }
 
+/// As [`receive`], with what was prepared before.
+///
+/// # Errors
+/// That no thread can be started.
+pub fn receive_prepared<B: ReplicaBuilder>(
+    builder: B,
+    prepared: Prepared,
+    observer: Arc<dyn Observer>,
+) -> Result<BackupHandle, Error> {
+    begin(builder, prepared, HostIdentity::random(), None, observer)
+}
+
 /// As [`receive`], on the host that a VM was handed over from: with what that has of it. Where the pair was
 /// reversed this side is the VM's backup from the first moment, and takes it over if its new primary does
 /// not call.
 ///
 /// # Errors
-/// As [`receive`].
+/// That no thread can be started.
 pub fn receive_back<B: ReplicaBuilder>(
     builder: B,
-    options: ReceiveReplicaData,
+    prepared: Prepared,
     legacy: Legacy,
     observer: Arc<dyn Observer>,
 ) -> Result<BackupHandle, Error> {
-    let address = address("receiver_url", &options.receiver_url)?;
     let identity = legacy.identity;
-    listen(builder, &address, options, identity, Some(legacy), observer)
+    begin(builder, prepared, identity, Some(legacy), observer)
 }
 
 /// As [`receive`], at an address that options cannot express (a port that the system picks) and
@@ -104,17 +141,10 @@ pub fn receive_at<B: ReplicaBuilder>(
     identity: HostIdentity,
     observer: Arc<dyn Observer>,
 ) -> Result<BackupHandle, Error> {
-    listen(builder, address, options, identity, None, observer)
+    begin(builder, prepare_at(address, options)?, identity, None, observer)
 }
 
-fn listen<B: ReplicaBuilder>(
-    builder: B,
-    address: &Address,
-    options: ReceiveReplicaData,
-    identity: HostIdentity,
-    legacy: Option<Legacy>,
-    observer: Arc<dyn Observer>,
-) -> Result<BackupHandle, Error> {
+fn prepare_at(address: &Address, options: ReceiveReplicaData) -> Result<Prepared, Error> {
     validate_paces(options.heartbeat_ms, options.timeout_ms)?;
     if !STAGING_BYTES.contains(&options.staging_size) {
         let reason = "expected 1 MiB to 1 TiB".to_owned();
@@ -137,6 +167,17 @@ fn listen<B: ReplicaBuilder>(
     let load = |directory: &Path, _: &str| tls::Server::load(directory);
     let tls = certificates(address, options.tls_dir.as_deref(), load)?;
     let (listener, waker) = Listener::bind(address).map_err(Error::Transport)?;
+    Ok(Prepared { options, rdma, arbiter, tls, listener, waker })
+}
+
+fn begin<B: ReplicaBuilder>(
+    builder: B,
+    prepared: Prepared,
+    identity: HostIdentity,
+    legacy: Option<Legacy>,
+    observer: Arc<dyn Observer>,
+) -> Result<BackupHandle, Error> {
+    let Prepared { options, rdma, arbiter, tls, listener, waker } = prepared;
     let local = listener.address().clone();
     let status = Status::default();
     status.lock().info.role = Role::Backup;

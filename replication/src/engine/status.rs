@@ -19,6 +19,8 @@ pub(crate) struct Gathered {
     /// from the loss to the first commit.
     pub(crate) reconnects: bool,
     pub(crate) alone: bool,
+    /// On a primary: a switch-over is under way, or was cut and nobody knows who has the VM.
+    pub(crate) hands_over: bool,
     /// On a primary whose VM was handed over: what this host still has of it.
     pub(crate) legacy: Option<Legacy>,
     pub(crate) pause_us: Window,

@@ -56,7 +56,10 @@ const LOG_BYTES_MAX: u64 = 64 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ask {
     Stop,
-    Failover,
+    /// `reverses`: this host can be the VM's backup from then on, where the options want it to.
+    Failover {
+        reverses: bool,
+    },
 }
 
 /// Everything that reaches the engine.
@@ -730,9 +733,9 @@ impl<'g, G: Guest> Engine<'g, G> {
                 self.stop_answer.push(answer);
                 self.step(Event::StopAsked);
             }
-            Ask::Failover => {
+            Ask::Failover { reverses } => {
                 self.failover_answer.push(answer);
-                let reversal = self.reversal();
+                let reversal = if reverses { self.reversal() } else { None };
                 self.reverses |= reversal.is_some();
                 self.step(Event::FailoverAsked { reversal });
             }
@@ -744,7 +747,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     fn refuse(&mut self, reason: String) {
         let answer = match self.asking {
             Some(Ask::Stop) => self.stop_answer.pop(),
-            Some(Ask::Failover) => self.failover_answer.pop(),
+            Some(Ask::Failover { .. }) => self.failover_answer.pop(),
             None => None,
         };
         if let Some(answer) = answer {

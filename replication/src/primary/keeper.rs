@@ -342,7 +342,7 @@ impl<G: Guest> Keeper<G> {
             match queue.recv_deadline(until.unwrap_or(far)) {
                 Ok(Input::Called(called)) => return Word::Called(called),
                 Ok(Input::Ask(Ask::Stop, answer)) => return Word::Stop(answer),
-                Ok(Input::Ask(Ask::Failover, answer)) => {
+                Ok(Input::Ask(Ask::Failover { .. }, answer)) => {
                     let what = match self.status.lock().alone {
                         true => "this host runs it without a backup, which is called (Degraded)",
                         false => "the backup was called and has not answered yet (Disconnected)",

@@ -237,7 +237,23 @@ impl PrimaryHandle {
     /// # Errors
     /// [`Error::Conflict`] if the VM is not protected at the moment; else why the VM stayed here.
     pub fn failover(&self, _force: bool) -> Result<(), Error> {
-        self.ask(Ask::Failover)
+        self.ask(Ask::Failover { reverses: true })
+    }
+
+    /// As [`PrimaryHandle::failover`], of a host that cannot be the VM's backup at once: the pair is not
+    /// reversed, though the options say where this host is to be called.
+    ///
+    /// # Errors
+    /// As [`PrimaryHandle::failover`].
+    pub fn hand_over_alone(&self) -> Result<(), Error> {
+        self.ask(Ask::Failover { reverses: false })
+    }
+
+    /// Whether a switch-over is under way, or was cut without an arbiter who could say who has the VM: what is done to the VM here need not be true of the one that goes
+    /// on.
+    #[must_use]
+    pub fn is_handing_over(&self) -> bool {
+        self.status.lock().hands_over
     }
 
     fn ask(&self, ask: Ask) -> Result<(), Error> {

@@ -4,8 +4,9 @@
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use api::replication::{Compression, ReplicationState};
+use api::replication::{Compression, ReceiveReplicaData, ReplicationState};
 use uuid::Uuid;
 
 use super::pair::{Backup, Primary, Proxy, Tamper};
@@ -114,6 +115,34 @@ fn a_peer_that_says_nothing_holds_nobody_up() {
     drop(silent);
 }
 
+/// The limit is one for all of a greeting: who says a byte now and then would hold a place for as long as
+/// it likes, and as many as there are places would keep the primary away.
+#[test]
+fn a_greeting_that_trickles_in_ends_in_time_and_its_place_is_free() {
+    const PLACES: usize = 160;
+    let options = ReceiveReplicaData { timeout_ms: 1000, ..receive_options(None) };
+    let backup = Backup::with(MemoryBuilder::default(), options);
+    let port = backup.port();
+    let connect = || TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let mut strangers: Vec<_> = (0..PLACES).map(|_| connect()).collect();
+    let bytes = greeting(1);
+    let start = Instant::now();
+    for byte in &bytes[..5] {
+        for stranger in &mut strangers {
+            // Who was sent away already hears of it.
+            let _ = stranger.write_all(&[*byte]);
+        }
+        std::thread::sleep(Duration::from_millis(600));
+    }
+    assert!(start.elapsed() >= Duration::from_secs(3), "two limits, and the farewell, are over");
+    let machine = small_machine();
+    let primary = Primary::start(&machine, &backup.url(), None).unwrap();
+    primary.events.wait(|e| *e == Event::Synced).unwrap();
+    primary.handle.stop().unwrap();
+    let late = |e: &Event| matches!(e, Event::ReceiveFailed { error } if error.contains("in time"));
+    assert!(backup.events.events().iter().any(late));
+}
+
 #[test]
 fn a_second_primary_is_refused_and_the_first_goes_on() {
     let backup = Backup::start(None);
@@ -158,7 +187,7 @@ fn a_state_that_cannot_be_loaded_is_refused_while_the_primary_runs() {
     let primary = Primary::start(&machine, &backup.url(), None).unwrap();
     primary.handle.join();
     let told = primary.events.events();
-    let Some(Event::Degraded { reason }) = told.last() else { panic!("{told:?}") };
+    let Some(Event::Degraded { reason, .. }) = told.last() else { panic!("{told:?}") };
     assert!(reason.contains("not of this kind"), "{reason}");
     assert!(machine.is_running() && !machine.is_holding());
     until(|| backup.handle.info(), |info| info.state == ReplicationState::Disconnected);
@@ -236,7 +265,7 @@ fn sides_that_disagree_about_the_arbiter_are_told() {
     let primary = Primary::start(&machine, &backup.url(), Some(dir.path())).unwrap();
     primary.handle.join();
     let told = primary.events.events();
-    let Some(Event::Degraded { reason }) = told.last() else { panic!("{told:?}") };
+    let Some(Event::Degraded { reason, .. }) = told.last() else { panic!("{told:?}") };
     assert!(reason.contains("seen from the backup"), "{reason}");
     assert!(!told.contains(&Event::Synced));
     assert!(machine.is_running() && !machine.is_holding());

@@ -257,7 +257,7 @@ fn a_backup_whose_image_fails_at_last_claims_nothing() {
     until(|| primary.handle.info(), |info| info.epoch_committed > seen);
     let failed = std::thread::scope(|scope| {
         let asked = scope.spawn(|| pair.backup.handle.failover(false));
-        pair.backup.events.wait(|event| *event == Event::FailoverStarted).unwrap();
+        pair.backup.events.wait(|event| matches!(event, Event::FailoverStarted { .. })).unwrap();
         drop(busy);
         asked.join().unwrap()
     });

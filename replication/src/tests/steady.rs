@@ -122,7 +122,10 @@ fn a_stop_is_answered_once_the_backup_has_it() {
     // The process may end now: its bell, the connection after the three for data, rings.
     proxy.cut_one(4);
     let told = backup.events.wait(|event| {
-        matches!(event, Event::Stopped | Event::FailoverStarted | Event::ReceiveFailed { .. })
+        matches!(
+            event,
+            Event::Stopped | Event::FailoverStarted { .. } | Event::ReceiveFailed { .. }
+        )
     });
     assert_eq!(told, Some(Event::Stopped), "{:?}", backup.events.events());
 }

@@ -9,7 +9,7 @@ use api::replication::{Compression, ReplicateData, ReplicationState};
 use super::pair::{Backup, Primary};
 use super::scripted::{greet, offer};
 use super::{Workers, receive_options, replicate, small_machine, until};
-use crate::backup::{receive_at, receive_back};
+use crate::backup::{prepare, receive_at, receive_back};
 use crate::handover::{Legacy, WayBack};
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::observer::Event;
@@ -94,7 +94,8 @@ impl Handed {
         let mut options = receive_options(self.records());
         options.receiver_url = format!("tcp:127.0.0.1:{}", self.return_port);
         options.timeout_ms = 1500;
-        let handle = receive_back(builder, options, self.legacy.clone(), events.clone()).unwrap();
+        let prepared = prepare(options).unwrap();
+        let handle = receive_back(builder, prepared, self.legacy.clone(), events.clone()).unwrap();
         Backup { handle, events, log }
     }
 
@@ -352,7 +353,7 @@ fn a_replica_that_does_not_start_leaves_the_vm_to_its_old_host() {
     // The claim is B's, and B does not run: A asks the arbiter and finds itself the backup. Whoever asked
     // for the switch-over is told of B's failure before.
     assert!(a.handle.failover(false).is_err());
-    a.events.wait(|event| *event == Event::FailoverFinished).unwrap();
+    a.events.wait(|event| matches!(event, Event::FailoverFinished { .. })).unwrap();
     let legacy = a.handle.take_legacy().expect("this host has its memory");
     a.handle.join();
     assert!(legacy.is_heir());
@@ -362,10 +363,44 @@ fn a_replica_that_does_not_start_leaves_the_vm_to_its_old_host() {
     options.receiver_url = format!("tcp:127.0.0.1:{return_port}");
     options.timeout_ms = 400;
     let events = Arc::new(Recorder::default());
-    let heir = receive_back(builder, options, legacy, events).unwrap();
+    let heir = receive_back(builder, prepare(options).unwrap(), legacy, events).unwrap();
     heir.join();
     assert_eq!(heir.info().state, ReplicationState::TakenOver);
     let image = log.started.lock().unwrap().clone().unwrap();
     nothing_is_lost(&image, &[&machine]);
     assert_eq!(record(dir.path()).generation.0, 3);
+}
+
+#[test]
+fn a_host_that_cannot_be_the_backup_at_once_hands_over_without_a_reversal() {
+    let dir = tempfile::tempdir().unwrap();
+    let b = Backup::start(Some(dir.path()));
+    let machine = small_machine();
+    let options = options(&b.url(), Some(dir.path()), free_port());
+    let a = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    a.events.wait(|event| *event == Event::Synced).unwrap();
+    assert!(!a.handle.is_handing_over());
+    a.handle.hand_over_alone().unwrap();
+    let way_back = b.handle.take_way_back().expect("somebody wants it back");
+    assert!(!way_back.is_reversed() && !a.handle.take_legacy().unwrap().is_heir());
+    let owner = b.handle.identity().host;
+    assert_eq!(record(dir.path()).standing, Standing::Solo { owner });
+    let told = b.events.events();
+    let began = told.iter().find(|event| matches!(event, Event::FailoverStarted { .. }));
+    let Some(Event::FailoverStarted { reason, generation }) = began else { panic!("{told:?}") };
+    assert_eq!((reason.as_str(), generation.0), ("The primary hands the VM over", 1));
+    let won = Event::FailoverFinished { generation: generation.next() };
+    assert_eq!(told.last(), Some(&won));
+    a.events.wait(|event| *event == won).unwrap();
+}
+
+#[test]
+fn a_prepared_backup_has_its_address_until_it_is_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut options = receive_options(Some(dir.path()));
+    options.receiver_url = format!("tcp:127.0.0.1:{}", free_port());
+    let prepared = prepare(options.clone()).unwrap();
+    assert!(prepare(options.clone()).is_err(), "its address is taken");
+    drop(prepared);
+    prepare(options).unwrap();
 }

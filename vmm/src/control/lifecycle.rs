@@ -1,14 +1,14 @@
 //! The VM's life: create, boot, pause, resume, reboot, shutdown, delete, snapshot, restore.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use api::config::{DiskConfig, NetConfig, RestoreConfig, SnapshotConfig, VmConfig};
 use crossbeam_channel::Sender;
 use devices::acpi::pm::PowerEvent;
 use replication::HostIdentity;
-use replication::checking::is_broken;
+use replication::checking::{is_broken, reach};
 use serde_json::json;
 
 use super::ending::After;
@@ -35,6 +35,10 @@ fn snapshot_under_way() -> Failure {
 
 fn not_running() -> Failure {
     wrong_state("The VM is not running")
+}
+
+fn has_gone() -> Failure {
+    Failure::new(FailureKind::Conflict, "The VM's backup has it: it goes on there")
 }
 
 fn internal(error: &dyn std::error::Error) -> Failure {
@@ -162,6 +166,7 @@ impl Controller {
         }
         self.monitor.emit("vm", "pausing", None);
         machine.pause().map_err(|error| internal(&error))?;
+        self.stays_here()?;
         self.monitor.emit("vm", "paused", None);
         Ok(Reply::Empty)
     }
@@ -173,6 +178,7 @@ impl Controller {
         }
         self.monitor.emit("vm", "resuming", None);
         machine.resume().map_err(|error| internal(&error))?;
+        self.stays_here()?;
         self.monitor.emit("vm", "resumed", None);
         Ok(Reply::Empty)
     }
@@ -186,22 +192,28 @@ impl Controller {
             Err(failure) => Err(failure),
         };
         match machine {
-            Ok(machine) => self.reset(machine, true, Some(reply)),
+            Ok(machine) => self.reset(&machine, true, Some(reply)),
             Err(failure) => drop(reply.send(Err(failure))),
         }
     }
 
     /// Beside the loop: it may have to wait for an epoch to be acknowledged.
-    fn reset(&mut self, machine: Arc<Machine>, resume: bool, reply: Option<Sender<Answer>>) {
+    fn reset(&mut self, machine: &Arc<Machine>, resume: bool, reply: Option<Sender<Answer>>) {
         self.monitor.emit("vm", "rebooting", None);
         let notices = self.notices.clone();
+        // While this waits its VM may be handed over, and what a machine has of its host must be free then.
+        let machine = Arc::downgrade(machine);
         let work = move |reply: Option<Sender<Answer>>| {
-            let again = |machine: &Machine| match resume && machine.is_paused() {
-                true => machine.resume(),
-                false => Ok(()),
+            reach("reset");
+            let result = match machine.upgrade() {
+                Some(machine) => {
+                    machine.reset().and_then(|()| match resume && machine.is_paused() {
+                        true => machine.resume(),
+                        false => Ok(()),
+                    })
+                }
+                None => Err(MachineError::Destroyed),
             };
-            let result = machine.reset().and_then(|()| again(&machine));
-            let result = result.map_err(|error| internal(&error));
             // A closed channel means that the VMM is on its way out.
             let _ = notices.send(Notice::Reset { machine, result, reply });
         };
@@ -215,17 +227,19 @@ impl Controller {
 
     pub(super) fn was_reset(
         &mut self,
-        machine: &Arc<Machine>,
-        result: Result<(), Failure>,
+        machine: &Weak<Machine>,
+        result: Result<(), MachineError>,
         reply: Option<Sender<Answer>>,
     ) {
-        if !self.machine.as_ref().is_some_and(|ours| Arc::ptr_eq(ours, machine)) {
+        let ours =
+            self.machine.clone().filter(|ours| std::ptr::eq(Arc::as_ptr(ours), machine.as_ptr()));
+        let Some(machine) = ours else {
             // Of a VM that was ended meanwhile: nothing of it concerns one that came after.
             if let Some(reply) = reply {
                 let _ = reply.send(Err(not_running()));
             }
             return;
-        }
+        };
         self.resetting = false;
         match (result, reply) {
             (Ok(()), reply) => {
@@ -235,15 +249,24 @@ impl Controller {
                 }
                 // The guest may have asked again before this was heard.
                 match machine.devices().wish() {
-                    Some(PowerEvent::Reset) => self.reset(Arc::clone(machine), false, None),
+                    Some(PowerEvent::Reset) => self.reset(&machine, false, None),
                     Some(PowerEvent::Off) => self.guest_ended(),
                     None => {}
                 }
             }
-            (Err(failure), Some(reply)) => drop(reply.send(Err(failure))),
+            // Its backup has it, and whoever says so is on the way here; a guest's wish is in the state that
+            // goes on there.
+            (Err(MachineError::Destroyed), reply) => {
+                tracing::info!("the guest is not reset: its backup has the VM");
+                if let Some(reply) = reply {
+                    let _ = reply.send(Err(has_gone()));
+                }
+            }
+            (Err(error), Some(reply)) => drop(reply.send(Err(internal(&error)))),
             // The guest waits for a reset that cannot be.
-            (Err(failure), None) => {
-                let what = format!("The guest cannot be reset: {}", failure.chain.join(": "));
+            (Err(error), None) => {
+                let chain = internal(&error).chain.join(": ");
+                let what = format!("The guest cannot be reset: {chain}");
                 self.begin_end(After::Failed(what));
             }
         }
@@ -251,6 +274,7 @@ impl Controller {
 
     pub(super) fn power_button(&mut self) -> Answer {
         self.running()?.devices().power_button().map_err(|error| internal(&error))?;
+        self.stays_here()?;
         Ok(Reply::Empty)
     }
 
@@ -326,13 +350,13 @@ impl Controller {
                 self.guest_ended();
             }
             MachineEvent::Reset => {
-                if let (false, Some(machine)) = (self.resetting, &self.machine)
+                if let (false, Some(machine)) = (self.resetting, self.machine.clone())
                     // Another reset may have fulfilled the wish since.
                     && machine.devices().wish() == Some(PowerEvent::Reset)
                     && !is_broken("reset")
                 {
                     tracing::info!("the guest is reset");
-                    self.reset(Arc::clone(machine), false, None);
+                    self.reset(&machine, false, None);
                 }
             }
             MachineEvent::Virtio { id, what } => {

@@ -16,6 +16,7 @@ mod lifecycle;
 mod protection;
 mod report;
 mod signals;
+mod way_back;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
@@ -31,10 +32,10 @@ use thiserror::Error;
 use crate::device_manager::taps::TapDescriptors;
 use crate::event::EventMonitor;
 use crate::http::{self, HttpError, HttpServer};
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineError};
 use crate::options::Options;
 use crate::request::{Call, Failure, FailureKind, Reply, Request};
-use ending::After;
+use ending::{After, Parting};
 use protection::Protection;
 
 pub use lifecycle::check_config;
@@ -95,11 +96,15 @@ pub enum Notice {
         reply: Sender<Answer>,
     },
     /// The protection of a VM that is to end has ended.
-    ProtectionEnded(After),
+    ProtectionEnded(After, Parting),
     /// The replication with this number says what happened.
     Replication { protection: u64, event: Event },
     /// A reset has ended; a client may wait for the answer.
-    Reset { machine: Arc<Machine>, result: Result<(), Failure>, reply: Option<Sender<Answer>> },
+    Reset {
+        machine: Weak<Machine>,
+        result: Result<(), MachineError>,
+        reply: Option<Sender<Answer>>,
+    },
 }
 
 /// How the process ends.
@@ -242,7 +247,8 @@ impl Controller {
     /// Answers a client, or leaves that to a thread that it starts.
     fn serve(&mut self, call: Call) {
         let Call { request, fds, reply } = call;
-        if let Err(failure) = self.refuse_while_ending(&request) {
+        let refused = self.refuse_while_ending(&request);
+        if let Err(failure) = refused.and_then(|()| self.refuse_while_handing_over(&request)) {
             let _ = reply.send(Err(failure));
             return;
         }
@@ -301,7 +307,7 @@ impl Controller {
             Notice::Protected { machine, handle, reply } => {
                 self.protected(&machine, handle, reply);
             }
-            Notice::ProtectionEnded(after) => self.ended(after),
+            Notice::ProtectionEnded(after, parting) => self.parted(after, parting),
             Notice::Replication { protection, event } => {
                 self.replication_event(protection, event);
             }

@@ -11,11 +11,8 @@
 
 use std::sync::{Arc, Weak};
 
-use api::config::VmConfig;
-use api::endpoint::Endpoint;
 use api::replication::{
-    ReceiveReplicaData, ReplicaCard, ReplicaDisk, ReplicateData, ReplicationInfo, ReplicationState,
-    Role, STAGING_SIZE_DEFAULT,
+    ReceiveReplicaData, ReplicateData, ReplicationInfo, ReplicationState, Role,
 };
 use crossbeam_channel::{SendError, Sender};
 use replication::backup::{self, BackupHandle};
@@ -24,6 +21,7 @@ use replication::primary::{self, PrimaryHandle};
 use replication::{Error as ReplicationError, ErrorKind, Event, Observer};
 use serde_json::{Value, json};
 
+use super::way_back::{Return, hand_over};
 use super::{Answer, Controller, Ending, Notice};
 use crate::device_manager::taps::TapDescriptors;
 use crate::ha::{Kept, Overrides, ProtectedVm, ReplicaVms, holds};
@@ -38,7 +36,7 @@ pub(super) enum Protection {
         machine: Arc<Machine>,
         /// What this one takes the place of: it goes on if it cannot be ended.
         stays: Option<Box<Protection>>,
-        way_back: Option<Box<ReceiveReplicaData>>,
+        way_back: Option<Return>,
         shares_disks: bool,
         /// Nothing of the VM leaves until a protection of a reversed pair has begun and decides.
         is_held: bool,
@@ -46,7 +44,7 @@ pub(super) enum Protection {
     Primary {
         handle: Arc<PrimaryHandle>,
         /// How this host is the VM's backup once it was handed over.
-        way_back: Option<Box<ReceiveReplicaData>>,
+        way_back: Option<Return>,
         /// The image of a disk that the guest writes is one that both hosts see.
         shares_disks: bool,
     },
@@ -54,6 +52,8 @@ pub(super) enum Protection {
         handle: Arc<BackupHandle>,
         /// Owned by the backup's engine.
         replica: Option<Weak<Machine>>,
+        /// Of its cards, where the VM was this host's.
+        taps: TapDescriptors,
     },
 }
 
@@ -109,6 +109,13 @@ impl Protection {
     }
 }
 
+/// What is left here of a VM that was handed over, beside its memory.
+struct Rest {
+    overrides: Overrides,
+    taps: TapDescriptors,
+    left: Option<(Legacy, Kept)>,
+}
+
 /// What begins a protection.
 enum Plan {
     /// A client.
@@ -144,7 +151,7 @@ impl Observer for Forward {
     }
 }
 
-fn failure(error: &ReplicationError) -> Failure {
+pub(super) fn failure(error: &ReplicationError) -> Failure {
     let kind = match error.kind() {
         ErrorKind::Invalid => FailureKind::BadRequest,
         ErrorKind::Conflict => FailureKind::Conflict,
@@ -162,12 +169,12 @@ fn no_replication() -> Failure {
 }
 
 /// Ends a protection in order, its last words to the backup included.
-pub(super) fn stop_primary(handle: &PrimaryHandle) {
-    let stopped = if handle.is_over() { Ok(()) } else { handle.stop() };
-    if stopped.is_ok() {
-        handle.join();
+pub(super) fn stop_primary(handle: &PrimaryHandle) -> Result<(), ReplicationError> {
+    if !handle.is_over() {
+        handle.stop()?;
     }
-    no_order(stopped);
+    handle.join();
+    Ok(())
 }
 
 /// Ends what another protection takes the place of.
@@ -185,43 +192,6 @@ fn end_before(before: Protection) -> Result<(), ReplicationError> {
         Protection::None | Protection::Connecting { .. } => {}
     }
     Ok(())
-}
-
-/// This host as the backup of a VM that it handed over: at the address that the other one was told,
-/// with the images, taps and ports that the VM has here.
-fn way_back(data: &ReplicateData, config: &VmConfig) -> Option<ReceiveReplicaData> {
-    let cards = config
-        .net
-        .iter()
-        .flatten()
-        .filter_map(|card| Some(ReplicaCard { id: card.id.clone(), tap: card.tap.clone()? }));
-    let disks = config
-        .disks
-        .iter()
-        .flatten()
-        .filter_map(|disk| Some(ReplicaDisk { id: disk.id.clone(), path: disk.path.clone()? }));
-    let receiver_url = data.return_url.clone()?;
-    // The way back may be another one, and a receiver of `tcp:` takes no options of RDMA.
-    let is_rdma = matches!(receiver_url.parse(), Ok(Endpoint::Rdma { .. }));
-    Some(ReceiveReplicaData {
-        receiver_url,
-        staging_size: STAGING_SIZE_DEFAULT,
-        heartbeat_ms: data.heartbeat_ms,
-        timeout_ms: data.timeout_ms,
-        arbiter: data.arbiter.clone(),
-        arbiter_tls_dir: data.arbiter_tls_dir.clone(),
-        arbiter_credentials: data.arbiter_credentials.clone(),
-        tls_dir: data.tls_dir.clone(),
-        serial: Some(config.serial.clone()),
-        console: Some(config.console.clone()),
-        disks: disks.collect(),
-        net: cards.collect(),
-        rdma_device: data.rdma_device.clone().filter(|_| is_rdma),
-        rdma_port: data.rdma_port.filter(|_| is_rdma),
-        rdma_gid_index: data.rdma_gid_index.filter(|_| is_rdma),
-        rdma_depth: data.rdma_depth.filter(|_| is_rdma),
-        fallback: data.fallback && is_rdma,
-    })
 }
 
 /// Says that a protection did not end as it should.
@@ -283,7 +253,7 @@ impl Controller {
     fn protect(&mut self, machine: Arc<Machine>, plan: Plan, reply: Sender<Answer>) {
         let is_held = plan.is_held();
         let holds = holds(plan.options());
-        let way_back = way_back(plan.options(), machine.config()).map(Box::new);
+        let way_back = Return::of(plan.options());
         let guest = ProtectedVm::new(Arc::clone(&machine), holds);
         let shares_disks = holds.disks && !machine.devices().writable_disks().is_empty();
         let called_for = Arc::clone(&machine);
@@ -352,9 +322,9 @@ impl Controller {
     }
 
     /// The VM was handed over, and this host is its backup, or is to be.
-    fn receive_back(&mut self, data: ReceiveReplicaData, left: Option<(Legacy, Kept)>) {
-        let url = data.receiver_url.clone();
-        if let Err(failure) = self.receive(data, left) {
+    fn receive_back(&mut self, way_back: &Return, rest: Rest) {
+        if let Err(failure) = self.receive_rest(way_back, rest) {
+            let url = way_back.url();
             let error = failure.chain.join(": ");
             tracing::error!("this host cannot be the VM's backup at {url}: {error}");
             self.monitor.emit("vm", "replica-receive-failed", Some(json!({"error": error})));
@@ -415,32 +385,48 @@ impl Controller {
         }
     }
 
-    pub(super) fn receive_replica(&mut self, data: ReceiveReplicaData) -> Answer {
-        self.receive(data, None)
+    fn receive_rest(&mut self, way_back: &Return, rest: Rest) -> Answer {
+        self.may_receive()?;
+        let Rest { overrides, taps, left } = rest;
+        let for_machines = taps.duplicate();
+        let for_machines =
+            for_machines.map_err(|error| Failure::from_error(FailureKind::Internal, &error))?;
+        let (legacy, kept) = left.unzip();
+        let builder = self.builder(overrides).around(kept).with(for_machines);
+        let observer = self.observer();
+        let handle = way_back.take().map_or_else(|| way_back.prepare_now(), Ok);
+        let handle = handle.and_then(|prepared| match legacy {
+            Some(legacy) => backup::receive_back(builder, prepared, legacy, observer),
+            None => backup::receive_prepared(builder, prepared, observer),
+        });
+        let handle = Arc::new(handle.map_err(|error| failure(&error))?);
+        self.protection = Protection::Backup { handle, replica: None, taps };
+        Ok(Reply::Empty)
     }
 
-    /// `left`: what this host has of a VM that was handed over from here.
-    fn receive(&mut self, data: ReceiveReplicaData, left: Option<(Legacy, Kept)>) -> Answer {
+    pub(super) fn receive_replica(&mut self, data: ReceiveReplicaData) -> Answer {
         Failure::from_complaints("The replication options are not usable", &data.validate())?;
+        self.may_receive()?;
+        let builder = self.builder(Overrides::from(&data));
+        let observer = self.observer();
+        let handle = backup::receive(builder, data, observer).map_err(|error| failure(&error))?;
+        let (handle, taps) = (Arc::new(handle), TapDescriptors::default());
+        self.protection = Protection::Backup { handle, replica: None, taps };
+        Ok(Reply::Empty)
+    }
+
+    fn builder(&self, overrides: Overrides) -> ReplicaVms {
+        ReplicaVms::new(Arc::clone(&self.hypervisor), overrides, self.notices.clone())
+    }
+
+    fn may_receive(&self) -> Result<(), Failure> {
         if self.config.is_some() || self.machine.is_some() {
             return Err(conflict("This VMM has a VM of its own: a backup must have none"));
         }
         if !self.protection.is_over() {
             return Err(conflict("This VMM is a backup already: vm.stop-replication ends that"));
         }
-        let overrides = Overrides::from(&data);
-        let (legacy, kept) = left.unzip();
-        let builder =
-            ReplicaVms::new(Arc::clone(&self.hypervisor), overrides, self.notices.clone())
-                .around(kept);
-        let observer = self.observer();
-        let handle = match legacy {
-            Some(legacy) => backup::receive_back(builder, data, legacy, observer),
-            None => backup::receive(builder, data, observer),
-        };
-        let handle = handle.map_err(|error| failure(&error))?;
-        self.protection = Protection::Backup { handle: Arc::new(handle), replica: None };
-        Ok(Reply::Empty)
+        Ok(())
     }
 
     pub(super) fn stop_replication(&mut self, reply: Sender<Answer>) {
@@ -494,10 +480,14 @@ impl Controller {
             Protection::Primary { shares_disks: true, .. } => {
                 drop(reply.send(Err(cannot_hand_over_shared_disks())));
             }
-            Protection::Primary { handle, .. } => {
-                let handle = Arc::clone(handle);
+            Protection::Primary { handle, way_back, .. } => {
+                let (handle, way_back) = (Arc::clone(handle), way_back.clone());
+                let config = self.machine.as_ref().map(|machine| machine.config().clone());
+                let monitor = self.monitor.clone();
                 Self::beside("failover", reply, move || {
-                    handle.failover(force).map(|()| Reply::Empty).map_err(|error| failure(&error))
+                    hand_over(&handle, way_back.as_ref(), config.as_ref(), &monitor)
+                        .map(|()| Reply::Empty)
+                        .map_err(|error| failure(&error))
                 });
             }
             Protection::Backup { handle, .. } => {
@@ -536,8 +526,11 @@ impl Controller {
         self.machine = Some(machine);
         self.taps = TapDescriptors::default();
         self.guest_is_down = false;
-        if let Protection::Backup { handle, replica } = &mut self.protection {
+        // What a reset left that came to nothing, or to another VM, is none of this one's.
+        self.resetting = false;
+        if let Protection::Backup { handle, replica, taps } = &mut self.protection {
             *replica = None;
+            self.taps = std::mem::take(taps);
             // A later protection of this VM goes under the names that the record knows.
             self.identity = handle.identity();
         }
@@ -560,9 +553,17 @@ impl Controller {
         }
         match event {
             Event::OwnershipLost { owner } => self.ownership_lost(&owner, true),
-            Event::FailoverFinished => self.failover_finished(),
+            Event::FailoverFinished { .. } => self.failover_finished(),
+            Event::Degraded { .. } => self.stays(),
             Event::ReceiveFailed { .. } | Event::Stopped => self.replica_gone(),
             _ => {}
+        }
+    }
+
+    /// The VM stays here: a switch-over that was under way has come to nothing.
+    fn stays(&self) {
+        if let Protection::Primary { way_back: Some(way_back), .. } = &self.protection {
+            drop(way_back.take());
         }
     }
 
@@ -579,9 +580,13 @@ impl Controller {
                 });
                 // A VM that is being ended leaves no backup behind, which nobody would have a handle to.
                 let way_back = way_back.filter(|_| !self.winding_down);
+                let overrides =
+                    self.machine.as_ref().map(|machine| Overrides::of(machine.config()));
+                let taps = std::mem::take(&mut self.taps);
                 self.ownership_lost("the backup", way_back.is_none());
-                if let Some(data) = way_back {
-                    self.receive_back(*data, legacy.zip(kept));
+                if let Some(way_back) = way_back {
+                    let overrides = overrides.unwrap_or_default();
+                    self.receive_back(&way_back, Rest { overrides, taps, left: legacy.zip(kept) });
                 }
             }
             Protection::Backup { handle, .. } => {
@@ -600,6 +605,7 @@ impl Controller {
             self.config = None;
             // They may be of the very tap that this host needs when it is a backup.
             self.taps = TapDescriptors::default();
+            self.resetting = false;
             self.monitor.emit("vm", "deleted", None);
             if may_end && !self.has_api {
                 let what = format!("The VM goes on at its backup: {owner} owns it");
@@ -611,7 +617,7 @@ impl Controller {
     /// Lets go of a replica that waits for nothing any more. A stranger that was refused leaves it
     /// where it is, and so does a lost primary where there is no arbiter.
     fn replica_gone(&mut self) {
-        if let Protection::Backup { handle, replica } = &mut self.protection
+        if let Protection::Backup { handle, replica, .. } = &mut self.protection
             && matches!(
                 handle.info().state,
                 ReplicationState::Disconnected | ReplicationState::Stopped
@@ -629,7 +635,9 @@ fn describe(event: &Event) -> (&'static str, Option<Value>) {
         Event::Synced => ("replication-synced", None),
         Event::Resynced => ("replication-resynced", None),
         Event::Reversed => ("replication-reversed", None),
-        Event::Degraded { reason } => ("replication-degraded", Some(json!({"reason": reason}))),
+        Event::Degraded { reason, generation } => {
+            ("replication-degraded", Some(json!({"reason": reason, "generation": generation.0})))
+        }
         Event::Stopped => ("replication-stopped", None),
         Event::Failed { error } => ("replication-failed", Some(json!({"error": error}))),
         Event::Undecided { error } => ("replication-undecided", Some(json!({"error": error}))),
@@ -639,8 +647,12 @@ fn describe(event: &Event) -> (&'static str, Option<Value>) {
         }
         Event::ReceiveStarted { peer } => ("replica-receive-started", Some(json!({"peer": peer}))),
         Event::ReceiveFailed { error } => ("replica-receive-failed", Some(json!({"error": error}))),
-        Event::FailoverStarted => ("failover-started", None),
-        Event::FailoverFinished => ("failover-finished", None),
+        Event::FailoverStarted { reason, generation } => {
+            ("failover-started", Some(json!({"reason": reason, "generation": generation.0})))
+        }
+        Event::FailoverFinished { generation } => {
+            ("failover-finished", Some(json!({"generation": generation.0})))
+        }
         Event::FailoverFailed { error } => ("failover-failed", Some(json!({"error": error}))),
     }
 }

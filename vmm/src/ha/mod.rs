@@ -14,4 +14,4 @@ mod replica;
 
 pub use overrides::Overrides;
 pub use protected::{ProtectedVm, holds};
-pub use replica::{Kept, ReplicaVms};
+pub use replica::{Kept, ReplicaVms, check_host};

@@ -3,7 +3,7 @@
 //! Another port, image or tap is another way out for the same device. Another device would be
 //! another machine than the one whose state arrives.
 
-use api::config::{ConsoleConfig, ConsoleOutputMode, VmConfig};
+use api::config::{ConsoleConfig, ConsoleOutputMode, DiskConfig, NetConfig, VmConfig};
 use api::replication::{ReceiveReplicaData, ReplicaCard, ReplicaDisk};
 use thiserror::Error;
 
@@ -21,13 +21,27 @@ pub enum OverrideError {
     Twice { kind: &'static str, id: String },
 }
 
+/// Where the frames of a card go on this host.
+#[derive(Clone, Debug, Default)]
+pub struct Card {
+    pub id: Option<String>,
+    /// A tap by name; with neither this nor descriptors one that the kernel names.
+    pub tap: Option<String>,
+    /// A tap that came as descriptors, as the configuration says so.
+    pub fds: Option<Vec<i32>>,
+}
+
 /// This host's part of the VM.
 #[derive(Clone, Debug, Default)]
 pub struct Overrides {
     pub serial: Option<ConsoleConfig>,
     pub console: Option<ConsoleConfig>,
     pub disks: Vec<ReplicaDisk>,
-    pub cards: Vec<ReplicaCard>,
+    pub cards: Vec<Card>,
+}
+
+fn named(card: &ReplicaCard) -> Card {
+    Card { id: card.id.clone(), tap: Some(card.tap.clone()), fds: None }
 }
 
 impl From<&ReceiveReplicaData> for Overrides {
@@ -36,12 +50,31 @@ impl From<&ReceiveReplicaData> for Overrides {
             serial: data.serial.clone(),
             console: data.console.clone(),
             disks: data.disks.clone(),
-            cards: data.net.clone(),
+            cards: data.net.iter().map(named).collect(),
         }
     }
 }
 
 impl Overrides {
+    /// Those of the host on which a VM has this configuration: whatever another host's differs in is as it
+    /// was here.
+    #[must_use]
+    pub fn of(config: &VmConfig) -> Self {
+        let disk =
+            |disk: &DiskConfig| Some(ReplicaDisk { id: disk.id.clone(), path: disk.path.clone()? });
+        let card = |card: &NetConfig| Card {
+            id: card.id.clone(),
+            tap: card.tap.clone(),
+            fds: card.fds.clone(),
+        };
+        Self {
+            serial: Some(config.serial.clone()),
+            console: Some(config.console.clone()),
+            disks: config.disks.iter().flatten().filter_map(disk).collect(),
+            cards: config.net.iter().flatten().map(card).collect(),
+        }
+    }
+
     /// Turns the primary's configuration into this host's.
     pub fn apply(&self, config: &mut VmConfig) -> Result<(), OverrideError> {
         lead_elsewhere("serial port", &mut config.serial, self.serial.as_ref())?;
@@ -56,9 +89,9 @@ impl Overrides {
         let ids = cards.iter().map(|card| card.id.clone()).collect();
         let places = self::places("network card", ids, self.cards.iter().map(|card| &card.id))?;
         for (place, card) in places.into_iter().zip(&self.cards) {
-            cards[place].tap = Some(card.tap.clone());
-            // Of the primary's process.
-            cards[place].fds = None;
+            cards[place].tap.clone_from(&card.tap);
+            // Not those of the primary's process.
+            cards[place].fds.clone_from(&card.fds);
         }
         Ok(())
     }
@@ -116,8 +149,6 @@ pub(super) fn article(is_there: bool) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use api::config::{DiskConfig, NetConfig};
-
     use super::*;
 
     fn config(serial: ConsoleOutputMode) -> VmConfig {
@@ -202,9 +233,32 @@ mod tests {
             assert_eq!(changed, expected, "{entries:?}");
         }
         let mut changed = config(ConsoleOutputMode::Null);
-        let card = ReplicaCard { id: None, tap: "tap1".into() };
+        let card = named(&ReplicaCard { id: None, tap: "tap1".into() });
         Overrides { cards: vec![card], ..Overrides::default() }.apply(&mut changed).unwrap();
         assert_eq!(changed.net.unwrap()[0].tap.as_deref(), Some("tap1"));
+    }
+
+    /// Of a VM that was handed over and is wanted back: the new host's description has that host's taps,
+    /// images and ports, and its old host must find the machine in it that it had.
+    #[test]
+    fn a_host_s_own_part_turns_another_host_s_description_back_into_its_own() {
+        let taps: [(Option<&str>, Option<Vec<i32>>); 3] =
+            [(Some("tap0"), None), (None, None), (None, Some(vec![-1, -1]))];
+        for (tap, fds) in taps {
+            let mut own = config(ConsoleOutputMode::Null);
+            let card = &mut own.net.as_mut().unwrap()[0];
+            (card.tap, card.fds) = (tap.map(Into::into), fds.clone());
+            let mut theirs = own.clone();
+            let elsewhere = Overrides {
+                serial: Some(ConsoleConfig::new(ConsoleOutputMode::Tty)),
+                cards: vec![named(&ReplicaCard { id: None, tap: "tap9".into() })],
+                ..disks(&[(None, "/b")])
+            };
+            elsewhere.apply(&mut theirs).unwrap();
+            assert_ne!(theirs, own);
+            Overrides::of(&own).apply(&mut theirs).unwrap();
+            assert_eq!(theirs, own, "{tap:?} {fds:?}");
+        }
     }
 
     #[test]
@@ -215,7 +269,7 @@ mod tests {
         assert_eq!(refused(&[(None, "/b"), (None, "/c"), (None, "/d")]), no("in place 3"));
         let twice = Err(OverrideError::Twice { kind: "disk", id: "d0".into() });
         assert_eq!(refused(&[(None, "/b"), (Some("d0"), "/c")]), twice);
-        let card = ReplicaCard { id: Some("x".into()), tap: "tap1".into() };
+        let card = named(&ReplicaCard { id: Some("x".into()), tap: "tap1".into() });
         let overrides = Overrides { cards: vec![card], ..Overrides::default() };
         assert!(overrides.apply(&mut config(ConsoleOutputMode::Null)).is_err());
     }

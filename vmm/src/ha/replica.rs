@@ -61,6 +61,8 @@ pub struct Kept {
 pub struct ReplicaVms {
     hypervisor: Arc<Hypervisor>,
     overrides: Overrides,
+    /// Of the cards that the overrides say have some here.
+    taps: TapDescriptors,
     notices: Sender<Notice>,
     kept: Option<Kept>,
 }
@@ -68,7 +70,8 @@ pub struct ReplicaVms {
 impl ReplicaVms {
     #[must_use]
     pub fn new(hypervisor: Arc<Hypervisor>, overrides: Overrides, notices: Sender<Notice>) -> Self {
-        Self { hypervisor, overrides, notices, kept: None }
+        let taps = TapDescriptors::default();
+        Self { hypervisor, overrides, taps, notices, kept: None }
     }
 
     /// The first machine that is built is what a VM is here that was handed over.
@@ -77,12 +80,30 @@ impl ReplicaVms {
         Self { kept, ..self }
     }
 
+    /// Cards have these taps, for each machine that is built.
+    #[must_use]
+    pub fn with(self, taps: TapDescriptors) -> Self {
+        Self { taps, ..self }
+    }
+
     /// The primary's configuration as it is here.
     fn configure(&self, description: &[u8]) -> Result<VmConfig, ReplicaError> {
         let mut config = serde_json::from_slice(description).map_err(ReplicaError::Description)?;
         self.overrides.apply(&mut config)?;
         Ok(config)
     }
+}
+
+/// Whether a machine of `config` could be built here, as far as that can be said before.
+///
+/// # Errors
+/// The configuration is not usable, or its payload is not here.
+pub fn check_host(config: &VmConfig) -> Result<(), GuestError> {
+    crate::control::check_config(config)
+        .map_err(|failure| ReplicaError::Unusable(failure.chain.join(": ")))?;
+    // A guest that resets itself after a take-over boots from here.
+    Payload::open(&config.payload)?;
+    Ok(())
 }
 
 /// Whether a machine of `config` could load `captured`.
@@ -110,10 +131,11 @@ impl ReplicaBuilder for ReplicaVms {
     type Replica = ReplicaVm;
 
     fn build(&mut self, description: &[u8]) -> Result<ReplicaVm, GuestError> {
+        // Of the first machine alone: whatever a later one is to be, it begins with memory that is empty.
+        let kept = self.kept.take();
         let config = self.configure(description)?;
-        crate::control::check_config(&config)
-            .map_err(|failure| ReplicaError::Unusable(failure.chain.join(": ")))?;
-        let memory = match self.kept.take() {
+        check_host(&config)?;
+        let memory = match kept {
             Some(Kept { memory, config: of, before }) => {
                 // One that hangs in a device keeps its memory. Nobody is heard here until this returns, not the
                 // new primary either: it is given up, and copied back.
@@ -130,9 +152,7 @@ impl ReplicaBuilder for ReplicaVms {
                 Memory::new(&config.memory)?
             }
         };
-        // A guest that resets itself after a take-over boots from here.
-        Payload::open(&config.payload)?;
-        let taps = TapDescriptors::default();
+        let taps = self.taps.duplicate()?;
         let machine = Arc::new(Machine::build_around(memory, &self.hypervisor, config, taps)?);
         // Only looked at from there: the engine alone decides how long a replica lives, and its
         // memory and sockets must be free before another is built. A closed channel means that
@@ -257,27 +277,35 @@ fn attach(machine: &Machine) {
 
 #[cfg(test)]
 mod tests {
-    use api::config::{ConsoleConfig, ConsoleOutputMode};
+    use std::path::Path;
+
+    use api::config::{ConsoleConfig, ConsoleOutputMode, NetConfig};
 
     use super::*;
     use crate::ha::codec::tests::{captured, console_function};
+
+    /// What a machine can be built of, and no guest runs on.
+    fn bootable(folder: &Path) -> VmConfig {
+        let mut config = VmConfig::default();
+        config.memory.size = 64 << 20;
+        let kernel = folder.join("kernel");
+        let head = [b"\x7fELF\x02\x01".as_slice(), &[0; 12], &[62, 0]].concat();
+        std::fs::write(&kernel, head).unwrap();
+        config.payload.kernel = Some(kernel);
+        config
+    }
 
     /// Needs /dev/kvm, as all that builds a machine does.
     #[test]
     fn a_replica_that_was_let_go_leaves_its_place_to_the_next() {
         let dir = tempfile::tempdir().unwrap();
-        let serial = ConsoleConfig {
+        let mut config = bootable(dir.path());
+        config.serial = ConsoleConfig {
             mode: ConsoleOutputMode::Socket,
             socket: Some(dir.path().join("serial")),
             ..VmConfig::default().serial
         };
-        let console = ConsoleConfig::on_socket(dir.path().join("console"));
-        let mut config = VmConfig { serial, console, ..VmConfig::default() };
-        config.memory.size = 64 << 20;
-        let kernel = dir.path().join("kernel");
-        let head = [b"\x7fELF\x02\x01".as_slice(), &[0; 12], &[62, 0]].concat();
-        std::fs::write(&kernel, head).unwrap();
-        config.payload.kernel = Some(kernel);
+        config.console = ConsoleConfig::on_socket(dir.path().join("console"));
         let description = serde_json::to_vec(&config).unwrap();
         let hypervisor = Arc::new(Hypervisor::open().unwrap());
         // Nobody reads the notices: what they carry lives for as long as this test.
@@ -287,6 +315,48 @@ mod tests {
         assert!(builder.build(&description).is_err(), "the socket is in use");
         drop(first);
         drop(builder.build(&description).unwrap());
+    }
+
+    /// The card of a VM whose tap came as descriptors, and which its old host is to be the backup of: they
+    /// are for each machine that is built there, and what the new host says of its own tap is not asked.
+    #[test]
+    fn a_card_has_the_descriptors_that_it_had_here_and_never_those_of_another_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = bootable(dir.path());
+        config.console.mode = ConsoleOutputMode::Null;
+        config.serial.mode = ConsoleOutputMode::Null;
+        let card = NetConfig { fds: Some(vec![-1]), ..NetConfig::default() };
+        config.net = Some(vec![card]);
+        crate::device_manager::virtio::complete(&mut config).unwrap();
+        let id = config.net.as_ref().unwrap()[0].id.clone().unwrap();
+        let mut theirs = config.clone();
+        let card = &mut theirs.net.as_mut().unwrap()[0];
+        (card.tap, card.fds) = (Some("tap9".to_owned()), None);
+        let [own, theirs] = [&config, &theirs].map(|config| serde_json::to_vec(config).unwrap());
+        let hypervisor = Arc::new(Hypervisor::open().unwrap());
+        let (notices, _notice_queue) = crossbeam_channel::unbounded();
+        let builder = || {
+            let overrides = Overrides::of(&config);
+            ReplicaVms::new(Arc::clone(&hypervisor), overrides, notices.clone())
+        };
+        let error = builder().build(&own).err().unwrap();
+        assert!(replication::chain(error.as_ref()).contains("given to another process"), "{error}");
+        let mut taps = TapDescriptors::default();
+        taps.insert(id, vec![std::fs::File::open("/dev/null").unwrap().into()]);
+        let mut builder = builder().with(taps);
+        assert!(builder.is_same(&own, &theirs));
+        for description in [&own, &theirs] {
+            drop(builder.build(description).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_host_without_the_vm_s_payload_cannot_build_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = bootable(dir.path());
+        check_host(&config).unwrap();
+        std::fs::remove_file(config.payload.kernel.as_ref().unwrap()).unwrap();
+        assert!(check_host(&config).is_err());
     }
 
     #[test]

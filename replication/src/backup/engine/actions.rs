@@ -14,15 +14,13 @@ use crate::checking::reach;
 use crate::engine::now_us;
 use crate::ids::{EpochId, Generation};
 use crate::ownership::{Record, Standing};
-use crate::protocol::backup::{Action, Report};
+use crate::protocol::backup::{Action, Handover, Report};
 use crate::protocol::ownership::{Claim, Verdict};
 
 impl<B: ReplicaBuilder> Engine<B> {
     /// Lets the machine decide and carries it out.
     pub(super) fn step(&mut self, event: Event) {
-        if let Event::Lost(reason) | Event::Bad(reason) = &event {
-            self.status.failed(reason);
-        }
+        self.note_reason(&event);
         let actions = self.machine.step(event);
         // An end is shown only once all that it says is so.
         if !matches!(self.machine.state(), State::Idle | State::TakenOver | State::Stopped) {
@@ -35,6 +33,28 @@ impl<B: ReplicaBuilder> Engine<B> {
             self.act(action);
         }
         self.show();
+    }
+
+    /// Why a take-over may follow.
+    fn note_reason(&mut self, event: &Event) {
+        match event {
+            Event::Lost(reason) | Event::Bad(reason) => {
+                self.status.failed(reason);
+                if matches!(self.machine.state(), State::Replica | State::Heir) {
+                    let generation = self.machine.generation();
+                    tracing::warn!("the primary of generation {generation} is given up: {reason}");
+                }
+                self.reason.clone_from(reason);
+            }
+            Event::FailoverAsked { force } => {
+                let insists = if *force { " and insists" } else { "" };
+                self.reason = format!("A person asks for it{insists}");
+            }
+            Event::Verified { handover, .. } if *handover != Handover::No => {
+                "The primary hands the VM over".clone_into(&mut self.reason);
+            }
+            _ => {}
+        }
     }
 
     pub(super) fn tell(&self, message: Message) {
@@ -265,11 +285,12 @@ impl<B: ReplicaBuilder> Engine<B> {
             Report::Released | Report::Stopped => Told::Stopped,
             Report::FailoverStarted => {
                 self.times.detected_us = now_us();
-                Told::FailoverStarted
+                let reason = self.reason.clone();
+                Told::FailoverStarted { reason, generation: self.machine.generation() }
             }
             Report::FailoverFinished => {
                 self.answer_failover(|| Ok(()));
-                Told::FailoverFinished
+                Told::FailoverFinished { generation: self.machine.generation() }
             }
             Report::FailoverFailed(error) => {
                 self.status.failed(&error);

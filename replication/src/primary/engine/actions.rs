@@ -15,6 +15,10 @@ use api::replication::{Cow, ReplicationState};
 impl<G: Guest> Engine<'_, G> {
     /// Lets the machine decide and carries it out.
     pub(super) fn step(&mut self, event: Event) {
+        if let (Event::PeerLost(reason), true) = (&event, self.has_peer()) {
+            let generation = self.machine.generation();
+            tracing::warn!("the backup of generation {generation} is given up: {reason}");
+        }
         let actions = self.machine.step(event);
         // An end is shown only once all that it says is so.
         if !self.is_over() {
@@ -91,6 +95,11 @@ impl<G: Guest> Engine<'_, G> {
             Action::Close => self.close(),
             Action::Report(report) => self.report(report),
         }
+    }
+
+    /// Whether the VM has a backup that may come to own it.
+    fn has_peer(&self) -> bool {
+        matches!(self.machine.state(), State::Protected | State::HandingOver | State::Calling)
     }
 
     pub(super) fn release(&mut self) {
@@ -217,7 +226,7 @@ impl<G: Guest> Engine<'_, G> {
                 self.status.lock().alone = true;
                 self.status.failed(&reason);
                 self.answer_failover(Err(Error::Failed(reason.clone())));
-                Told::Degraded { reason }
+                Told::Degraded { reason, generation: self.machine.generation() }
             }
             Report::Stopped => Told::Stopped,
             Report::Failed(error) => {
@@ -232,11 +241,14 @@ impl<G: Guest> Engine<'_, G> {
                 self.status.failed(&format!("Another host owns the VM: {owner}"));
                 Told::OwnershipLost { owner }
             }
-            Report::FailoverStarted => Told::FailoverStarted,
+            Report::FailoverStarted => Told::FailoverStarted {
+                reason: "A person hands the VM over".to_owned(),
+                generation: self.machine.generation(),
+            },
             Report::FailoverFinished => {
                 self.leave_legacy();
                 self.answer_failover(Ok(()));
-                Told::FailoverFinished
+                Told::FailoverFinished { generation: self.machine.generation() }
             }
             Report::FailoverFailed(error) => {
                 self.status.failed(&error);
@@ -285,6 +297,7 @@ impl<G: Guest> Engine<'_, G> {
             gathered.info.sync_progress = 1.0;
             gathered.info.reconnect_attempts = 0;
         }
+        gathered.hands_over = matches!(self.machine.state(), State::HandingOver | State::Undecided);
         gathered.info.state = state;
         gathered.info.generation = self.machine.generation().0;
         gathered.info.output_held_bytes = held;

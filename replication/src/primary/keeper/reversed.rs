@@ -176,7 +176,7 @@ impl<G: Guest> Keeper<G> {
                 deciding.stops.push(answer);
                 self.step(deciding, Step::StopAsked);
             }
-            Ok(Input::Ask(Ask::Failover, answer)) => {
+            Ok(Input::Ask(Ask::Failover { .. }, answer)) => {
                 let actions = deciding.machine.step(Step::FailoverAsked { reversal: None });
                 let Some(Action::Refuse(reason)) = actions.into_iter().next() else { return };
                 let _ = answer.send(Err(Error::Conflict(reason)));
@@ -286,7 +286,8 @@ impl<G: Guest> Keeper<G> {
         let event = match report {
             Report::Degraded(reason) => {
                 self.status.failed(&reason);
-                Event::Degraded { reason }
+                let generation = Generation(self.status.lock().info.generation);
+                Event::Degraded { reason, generation }
             }
             Report::Lost(verdict) => {
                 let owner = match verdict {

@@ -23,6 +23,8 @@ pub enum Kind {
     Etcd,
     /// Three that are a cluster.
     Etcd3,
+    /// A person decides.
+    None,
 }
 
 impl Kind {
@@ -32,6 +34,7 @@ impl Kind {
             Self::File => "file:",
             Self::Etcd => "etcd:",
             Self::Etcd3 => "etcd:, three members",
+            Self::None => "none",
         }
     }
 }
@@ -45,6 +48,7 @@ pub enum Arbiter {
         directory: PathBuf,
     },
     Etcd(Cluster),
+    None,
 }
 
 /// Runs something in a namespace on the calling thread: a server that it starts lives as long as that.
@@ -71,6 +75,7 @@ impl Arbiter {
             }
             Kind::Etcd => 1,
             Kind::Etcd3 => 3,
+            Kind::None => return Ok(Self::None),
         };
         let address = ARBITER.parse()?;
         inside(&world.arbiter, || Cluster::start_on(members, address)).map(Self::Etcd)
@@ -78,10 +83,11 @@ impl Arbiter {
 
     /// As the option `arbiter` takes it.
     #[must_use]
-    pub fn url(&self) -> String {
+    pub fn url(&self) -> Option<String> {
         match self {
-            Self::File { directory, .. } => format!("file:{}", directory.display()),
-            Self::Etcd(cluster) => cluster.arbiter(KEY),
+            Self::File { directory, .. } => Some(format!("file:{}", directory.display())),
+            Self::Etcd(cluster) => Some(cluster.arbiter(KEY)),
+            Self::None => None,
         }
     }
 
@@ -93,6 +99,7 @@ impl Arbiter {
                 host(world, from)?.mounts.run("umount", &arguments)
             }
             Self::Etcd(_) => world.cut(from, Place::Arbiter),
+            Self::None => bail!("there is none"),
         }
     }
 
@@ -101,6 +108,7 @@ impl Arbiter {
         match self {
             Self::File { storage, directory } => mount(host(world, from)?, storage, directory),
             Self::Etcd(_) => world.mend(from, Place::Arbiter),
+            Self::None => bail!("there is none"),
         }
     }
 
@@ -109,12 +117,14 @@ impl Arbiter {
         match self {
             Self::File { storage, .. } => Ok(scene::records(storage)?.len()),
             Self::Etcd(cluster) => inside(&world.arbiter, || written(cluster)),
+            Self::None => Ok(0),
         }
     }
 
     fn cluster(&mut self) -> Result<&mut Cluster> {
         match self {
             Self::File { .. } => bail!("a directory has no servers"),
+            Self::None => bail!("there is none"),
             Self::Etcd(cluster) => Ok(cluster),
         }
     }

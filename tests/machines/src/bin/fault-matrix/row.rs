@@ -96,6 +96,10 @@ pub struct Prepared {
     pub images: Option<fn(&Path) -> Result<Kept>>,
     /// The VM has no disk, and A is to be its backup after a switch-over.
     pub reverses: bool,
+    /// Its disk is one image for both hosts.
+    pub is_shared: bool,
+    /// The hosts show each other certificates.
+    pub has_tls: bool,
     /// How long a client waits for an answer.
     pub silence_limit: Duration,
     /// Each side has a wall clock of its own, see [`Scene::turn_clock`].
@@ -113,6 +117,8 @@ impl Default for Prepared {
             receive: "",
             images: None,
             reverses: false,
+            is_shared: false,
+            has_tls: false,
             silence_limit: Duration::from_secs(30),
             has_clocks: false,
             has_failures: false,
@@ -144,6 +150,7 @@ pub const FILE: &[Kind] = &[Kind::File];
 pub const EACH: &[Kind] = &[Kind::File, Kind::Etcd];
 pub const ETCD: &[Kind] = &[Kind::Etcd];
 pub const ETCD_3: &[Kind] = &[Kind::Etcd3];
+pub const NONE: &[Kind] = &[Kind::None];
 
 impl Row {
     pub fn new(

@@ -59,6 +59,7 @@ pub struct Scene {
     before: Vec<Operation>,
     blow: Option<Instant>,
     silence_limit: Duration,
+    is_shared: bool,
     /// Dropped last, with what the processes still use.
     _kept: Kept,
 }
@@ -66,13 +67,22 @@ pub struct Scene {
 impl Scene {
     /// Starts all of them; with `prepared.is_protected` the pair is one, and the clients at work.
     pub fn start(folder: &Path, kind: Kind, prepared: &Prepared, clients: u32) -> Result<Self> {
-        let disk = if prepared.reverses { Disk::None } else { Disk::Replicated };
+        let disk = match prepared {
+            Prepared { reverses: true, .. } => Disk::None,
+            Prepared { is_shared: true, .. } => Disk::Shared,
+            _ => Disk::Replicated,
+        };
         let mut setup = round::setup(folder, 1, MEMORY, disk)?;
         let kept = prepared.images.map_or(Ok(vec![]), |prepare| prepare(folder))?;
         let world = World::new()?;
         if prepared.reverses {
             let back = format!(",return_url=tcp:{}:{RETURN_PORT}", world.a.address);
             setup.replicate_options.push_str(&back);
+        }
+        if prepared.has_tls {
+            let options = certificates(folder, &[world.a.address, world.b.address])?;
+            setup.replicate_options.push_str(&options);
+            setup.receive_options.push_str(&options);
         }
         let arbiter = Arbiter::new(kind, folder, &world)?;
         let setup = complete(setup, folder, &arbiter, prepared)?;
@@ -102,6 +112,7 @@ impl Scene {
             before: vec![],
             blow: None,
             silence_limit: prepared.silence_limit,
+            is_shared: prepared.is_shared,
             _kept: kept,
         };
         if prepared.is_protected {
@@ -187,7 +198,11 @@ impl Scene {
 
     /// The image that a side's VM writes.
     pub fn image(&self, place: Place) -> PathBuf {
-        self.folder.join(if place == Place::A { "primary.img" } else { "backup.img" })
+        self.folder.join(match place {
+            _ if self.is_shared => "shared.img",
+            Place::A => "primary.img",
+            _ => "backup.img",
+        })
     }
 
     // --- what is done ------------------------------------------------------------------------
@@ -201,7 +216,7 @@ impl Scene {
 
     /// The same on a thread of its own: A may stand still before it answers.
     pub fn ask_protect(&self) -> Result<JoinHandle<bool>> {
-        Ok(self.ask("vm.replicate", self.replicate()?))
+        Ok(self.ask("vm.replicate", Some(self.replicate()?)))
     }
 
     fn replicate(&self) -> Result<String> {
@@ -223,15 +238,16 @@ impl Scene {
 
     /// Asks A to hand over, on a thread of its own: A may not live to answer.
     pub fn ask_failover(&self) -> JoinHandle<bool> {
-        self.ask("vm.failover", r#"{"force":false}"#.to_owned())
+        self.ask("vm.failover", Some(r#"{"force":false}"#.to_owned()))
     }
 
-    fn ask(&self, name: &'static str, body: String) -> JoinHandle<bool> {
+    /// Asks A for something, on a thread of its own; whether it is answered as done.
+    pub fn ask(&self, name: &'static str, body: Option<String>) -> JoinHandle<bool> {
         let socket = self.a.socket().to_owned();
         std::thread::spawn(move || {
             let asked = Api::connect(&socket);
             let answer =
-                asked.and_then(|mut client| client.exchange(Method::Put, name, Some(&body)));
+                asked.and_then(|mut client| client.exchange(Method::Put, name, body.as_deref()));
             answer.is_ok_and(|answer| answer.is_success())
         })
     }
@@ -441,6 +457,17 @@ impl Scene {
     }
 }
 
+/// Makes certificates for hosts with these addresses; the option that names them.
+fn certificates(folder: &Path, addresses: &[&str]) -> Result<String> {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/make-certificates.sh");
+    let directory = folder.join("tls");
+    let made =
+        std::process::Command::new("bash").arg(script).arg(&directory).args(addresses).output();
+    let made = made.context("Cannot run bash")?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    Ok(format!(",tls_dir={}", directory.display()))
+}
+
 fn fault_file(folder: &Path, place: Place) -> PathBuf {
     folder.join(if place == Place::A { "fault-a" } else { "fault-b" })
 }
@@ -458,7 +485,8 @@ fn complete(
 ) -> Result<Setup> {
     let timeout_ms = TIMEOUT.as_millis();
     let both = format!(",timeout_ms={timeout_ms},heartbeat_ms=100");
-    setup.arbiter_url = Some(arbiter.url());
+    setup.arbiter_url = arbiter.url();
+    setup.arbiter = false;
     setup.replicate_options.push_str(&both);
     setup.replicate_options.push_str(prepared.options);
     setup.receive_options.push_str(&both);

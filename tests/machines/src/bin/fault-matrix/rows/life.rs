@@ -77,6 +77,18 @@ fn orders() -> Vec<Row> {
         ended("shutdown", "vm.shutdown: B is told, nobody takes over", |scene| {
             scene.a.put_ok("vm.shutdown", None)
         }),
+        ended(
+            "shutdown-arbiter-away",
+            "vm.shutdown of A, which does not reach the arbiter: it answers that B may run the VM; then it \
+             does, and B is told",
+            |scene| {
+                scene.arbiter.cut(&scene.world, Place::A)?;
+                let answer = scene.a.put("vm.shutdown", None)?;
+                ensure!(answer.status == 500, "it is answered {}", answer.status);
+                ensure!(answer.body.contains("its backup may run it"), "it says {}", answer.body);
+                scene.arbiter.heal(&scene.world, Place::A)
+            },
+        ),
         ended("delete", "vm.delete: B is told, nobody takes over", |scene| {
             scene.a.put_ok("vm.delete", None)
         }),

@@ -1,6 +1,8 @@
 //! All rows, in the order of the table.
 //!
 //! - [`steps`]: a process is killed or hangs at a step of the protocol
+//! - [`switches`]: what is asked during a switch-over, and a host that is lost right after it
+//! - [`kinds`]: a host is killed in pairs of other kinds
 //! - [`frozen`]: a process stands still for longer than the time-out, and wakes
 //! - [`cuts`]: the network between hosts and arbiter
 //! - [`storage`]: the arbiter's directory, and the images of the disks
@@ -10,14 +12,18 @@
 mod clocks;
 mod cuts;
 mod frozen;
+mod kinds;
 mod life;
 mod steps;
 mod storage;
+mod switches;
 
 use crate::row::Row;
 
 pub fn all() -> Vec<Row> {
     let mut rows = steps::rows();
+    rows.extend(switches::rows());
+    rows.extend(kinds::rows());
     rows.extend(frozen::rows());
     rows.extend(cuts::rows());
     rows.extend(storage::rows());
