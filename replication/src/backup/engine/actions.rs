@@ -20,7 +20,7 @@ use crate::protocol::ownership::{Claim, Verdict};
 impl<B: ReplicaBuilder> Engine<B> {
     /// Lets the machine decide and carries it out.
     pub(super) fn step(&mut self, event: Event) {
-        if let Event::Lost(reason) | Event::Bad(reason) = &event {
+        if let Event::Lost(reason) | Event::Bad(reason) | Event::Unpaired(reason) = &event {
             self.status.failed(reason);
         }
         let actions = self.machine.step(event);
@@ -60,6 +60,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             Action::Apply(epoch) => self.apply(epoch),
             Action::DropStaging => self.drop_staging(),
             Action::TellAbort(reason) => self.tell_last(Message::Abort(reason)),
+            Action::TellRefused(reason) => self.tell_last(Message::Refuse(reason)),
             Action::TellStopDone => self.tell_last(Message::StopDone),
             Action::TellHandedOver { generation, reversed } => {
                 // Before anybody is told that it is over.
