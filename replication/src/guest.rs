@@ -206,6 +206,17 @@ pub trait Replica: Send + 'static {
     /// state that this host could not load is refused while the primary still runs.
     fn parse(&mut self, state: &[u8]) -> Result<Self::State, GuestError>;
 
+    /// Whether the host lends what the VM needs to run here, so far as that can be tried without taking it.
+    /// Asked when the replica is built, for a warning, and before the last epoch of a switch-over is
+    /// acknowledged, which is refused otherwise: the primary lives and can go on. A take-over from a primary
+    /// that is lost does not ask.
+    ///
+    /// # Errors
+    /// What the host does not lend.
+    fn ready(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     /// From here on pages that the guest, its devices or the VMM write are noted, as after
     /// [`Guest::start_tracking`] and a first harvest. Called before a take-over whose other side keeps its
     /// memory; what was noted up to [`Replica::start`] may be forgotten there.

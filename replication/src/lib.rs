@@ -41,4 +41,4 @@ pub mod wire;
 
 pub use error::{Error, ErrorKind, chain};
 pub use observer::{Event, Observer};
-pub use ownership::{HostId, HostIdentity, VmId};
+pub use ownership::{HostId, HostIdentity, Known, VmId};

@@ -437,6 +437,8 @@ pub struct ReplicaLog {
     pub held: AtomicBool,
     /// Set by a test, nothing can be started.
     pub doomed: AtomicBool,
+    /// Set by a test, the host lacks what a replica would need to run.
+    pub lacking: AtomicBool,
 }
 
 /// Builds replicas of [`MemoryGuest`]s.
@@ -539,6 +541,13 @@ impl Replica for MemoryReplica {
         let sum = u32::from_le_bytes(*sum);
         self.last = Some(sum);
         Ok((sum, disks.to_vec()))
+    }
+
+    fn ready(&mut self) -> Result<(), GuestError> {
+        match self.log.lacking.load(Ordering::Acquire) {
+            true => Err("The tap is in use".into()),
+            false => Ok(()),
+        }
     }
 
     fn track(&mut self) -> Result<(), GuestError> {

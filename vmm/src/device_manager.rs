@@ -42,6 +42,7 @@ use devices::serial::{
     SERIAL_BASE, SERIAL_GSI, SERIAL_LEN, Serial, SerialPort, SerialState, SerialStateError,
 };
 use devices::virtio::blk::Disk;
+use devices::virtio::device::AttachError;
 use devices::virtio::net::gate::TxGate;
 use hypervisor::{Vm, VmError};
 use replication::checking::is_broken;
@@ -252,6 +253,12 @@ impl Devices {
     /// Takes what the host lends the devices. Before the guest runs, on the host that owns it.
     pub fn attach(&self) -> Result<(), DeviceError> {
         Ok(self.pci.attach()?)
+    }
+
+    /// Whether the host would lend the cards their taps now. Images are another matter: those that are
+    /// replicated are this host's already, and a shared one is its owner's until that has let go.
+    pub fn try_attach(&self) -> Result<(), AttachError> {
+        self.virtio.cards.iter().try_for_each(|card| card.try_attach())
     }
 
     /// No state changes from outside until [`Devices::unpark`].

@@ -21,7 +21,7 @@ use crate::handover::{Legacy, WayBack};
 use crate::ids::{EpochId, Generation};
 use crate::observer::{Event as Told, Observer};
 use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing, VmId};
-use crate::protocol::backup::{Backup, Event, State};
+use crate::protocol::backup::{Backup, Event, Handover, State};
 use crate::protocol::window::OUT_OF_TURN;
 use crate::transport::{Stream, rdma};
 use crate::wire::{Message, SessionId, WireError};
@@ -383,7 +383,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         if record != Some(expected) {
             let found = record.map_or("nothing".to_owned(), |record| record.to_string());
             let reason = format!("The arbiter seen from the backup says {found}, not {expected}");
-            return self.step(Event::Bad(reason));
+            return self.step(Event::Unpaired(reason));
         }
         reach("paired");
         self.step(Event::Paired(generation));
@@ -434,6 +434,11 @@ impl<B: ReplicaBuilder> Engine<B> {
         let Some(replica) = &mut self.replica else { return };
         match replica.parse(&epoch.seal.state) {
             Ok(state) => {
+                // Nothing of a switch-over may be found out only after the claim.
+                let is_last = epoch.seal.handover != Handover::No;
+                if is_last && let Some(lacks) = self.lacks() {
+                    return self.step(Event::Unready(lacks));
+                }
                 let seal = &epoch.seal;
                 let (id, generation) = (seal.epoch, seal.generation);
                 let before = self.machine.committed();
@@ -461,7 +466,8 @@ impl<B: ReplicaBuilder> Engine<B> {
     fn arbiter(&mut self, report: &Asked) {
         if let Some(error) = &report.error {
             self.status.failed(error);
-            if !std::mem::replace(&mut self.undecided_told, true) && self.pairing.is_none() {
+            // A look that fails ends its session, and is told as that.
+            if self.pairing.is_none() && !std::mem::replace(&mut self.undecided_told, true) {
                 self.observer.event(Told::Undecided { error: error.clone() });
             }
         }
@@ -471,7 +477,7 @@ impl<B: ReplicaBuilder> Engine<B> {
                 // A session that has ended asks no more.
                 if self.pairing.take().is_some() {
                     let error = report.error.clone().unwrap_or_default();
-                    self.step(Event::Bad(error));
+                    self.step(Event::Unpaired(error));
                 }
             }
             next => self.claim_went(next),

@@ -41,8 +41,9 @@ use crate::engine::status::Status;
 use crate::error::{Error, chain};
 use crate::guest::ReplicaBuilder;
 use crate::handover::{Legacy, WayBack};
+use crate::ids::Generation;
 use crate::observer::{Event, Observer};
-use crate::ownership::{Arbiter, HostIdentity};
+use crate::ownership::{Arbiter, HostIdentity, Known};
 use crate::primary::{address, arbiter, asked_of_rdma, certificates, validate_paces};
 use crate::transport::{Address, Listener, ListenerWaker, name, rdma, tls};
 use engine::{Ask, Engine, Input};
@@ -58,6 +59,7 @@ pub struct BackupHandle {
     identity: Arc<Mutex<HostIdentity>>,
     way_back: Arc<Mutex<Option<WayBack>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    arbiter: Option<String>,
     timeout: Duration,
 }
 
@@ -193,6 +195,7 @@ fn begin<B: ReplicaBuilder>(
     )?;
     let identity = Arc::new(Mutex::new(identity));
     let way_back = Arc::default();
+    let asked_at = options.arbiter.clone();
     let options = ReceiveReplicaData { receiver_url: local.to_string(), ..options };
     let engine = Engine::new(
         builder,
@@ -212,7 +215,16 @@ fn begin<B: ReplicaBuilder>(
         }
     })?;
     let thread = Mutex::new(Some(thread));
-    Ok(BackupHandle { inputs, status, local, identity, way_back, thread, timeout })
+    Ok(BackupHandle {
+        inputs,
+        status,
+        local,
+        identity,
+        way_back,
+        thread,
+        arbiter: asked_at,
+        timeout,
+    })
 }
 
 impl BackupHandle {
@@ -233,6 +245,12 @@ impl BackupHandle {
     #[must_use]
     pub fn identity(&self) -> HostIdentity {
         *self.identity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes under which generation the VM is this host's, once it was taken over.
+    pub fn tell(&self, known: &Known) {
+        let generation = Generation(self.info().generation);
+        known.of(self.identity().vm, self.arbiter.as_deref()).raise(generation);
     }
 
     /// How the VM is to be protected from here, after a planned switch-over whose primary listens for

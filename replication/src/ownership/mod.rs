@@ -7,6 +7,7 @@
 
 pub mod etcd;
 mod file;
+mod known;
 mod record;
 
 use std::io;
@@ -17,6 +18,7 @@ use thiserror::Error;
 
 pub use etcd::{EtcdArbiter, EtcdError};
 pub use file::FileArbiter;
+pub use known::{Known, Seen};
 pub use record::{HostId, HostIdentity, Record, Standing, VmId};
 
 use crate::error::chain;

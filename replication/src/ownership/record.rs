@@ -80,6 +80,12 @@ impl Record {
             Standing::Solo { owner } => owner,
         }
     }
+
+    /// Whether it says that this process runs this VM.
+    #[must_use]
+    pub fn is_of(&self, identity: HostIdentity) -> bool {
+        self.vm == identity.vm && self.runs_on() == identity.host
+    }
 }
 
 impl fmt::Display for Record {

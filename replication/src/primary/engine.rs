@@ -26,8 +26,8 @@ use crate::error::Error;
 use crate::guest::{Guest, Waker};
 use crate::ids::{EpochId, Generation, PAGE_SIZE};
 use crate::observer::{Event as Told, Observer};
-use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing};
-use crate::protocol::ownership::{self, Claim};
+use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Seen, Standing};
+use crate::protocol::ownership::{Claim, Verdict as Owner};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Purpose, Report, State};
 use crate::protocol::window::Approach;
 use crate::ram::PageSet;
@@ -45,6 +45,8 @@ const REST_PAGES: u64 = 4096;
 /// which it is no accident.
 const TOO_LARGE_MAX: u32 = 3;
 const GOOD_EPOCHS: u32 = 100;
+/// How many time-outs a backup that has the last epoch of a switch-over may take until it runs the VM.
+const HANDOVER_TIMEOUTS: u32 = 5;
 
 /// Least staging with disks: the log's quarter holds one change of the largest kind, and another
 /// beside it.
@@ -155,10 +157,16 @@ pub(super) fn call(
     offer: Offer,
     identity: HostIdentity,
     status: Status,
+    seen: &Seen,
 ) -> Result<Called, Error> {
     let Checked { options, destination, rdma, fell_back: _, arbiter } = checked;
-    let record = arbiter.as_ref().map(|arbiter| arbiter.read()).transpose();
-    let generation = admit(record.map_err(Error::Arbiter)?.flatten(), identity)?;
+    let generation = match &arbiter {
+        Some(arbiter) => {
+            let record = arbiter.read().map_err(Error::Arbiter)?;
+            seen.admit(record, identity)?
+        }
+        None => Generation(0),
+    };
     let report = move |path| status.lock().info.rdma = Some(path);
     let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report));
     let session = session::open(offer, &destination, &options, identity, adapter)?;
@@ -253,6 +261,10 @@ pub(super) struct Engine<'g, G: Guest> {
     no_rdma: Option<String>,
     /// Until when the backup, which may be well, hears this side while it is claimed from.
     claim_due: Option<Instant>,
+    /// Until when a backup that has the last epoch of a switch-over is to run the VM.
+    handover_due: Option<Instant>,
+    /// What this process knows of the record.
+    seen: Seen,
     undecided_told: bool,
     /// What is being asked by a person.
     asking: Option<Ask>,
@@ -269,7 +281,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         (observer, status): (Arc<dyn Observer>, Status),
         (inputs, queue): (Sender<Input>, Receiver<Input>),
         begin: Begin,
-        rest: &mut Option<Rest>,
+        (rest, seen): (&mut Option<Rest>, Seen),
     ) -> Result<Self, Error> {
         let Called { options, arbiter, generation, session } = called;
         let Session { id, control, data, disks, lender, backup, welcome } = session;
@@ -379,6 +391,8 @@ impl<'g, G: Guest> Engine<'g, G> {
             falls_back,
             no_rdma: None,
             claim_due: None,
+            handover_due: None,
+            seen,
             undecided_told: false,
             asking: None,
             stop_answer: vec![],
@@ -472,6 +486,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         next = next.min(self.retry_at.unwrap_or(next));
         next = next.min(self.window_due.unwrap_or(next));
         next = next.min(self.claim_due.unwrap_or(next));
+        next = next.min(self.handover_due.unwrap_or(next));
         next = next.min(self.data_lost.as_ref().map_or(next, |(_, until)| *until));
         if self.awaits_peer() {
             next = next.min(self.patience.deadline());
@@ -618,6 +633,16 @@ impl<'g, G: Guest> Engine<'g, G> {
         }
     }
 
+    /// The backup lives, has the last epoch, and does not run the VM: it may never, and a person may want it
+    /// here. With an arbiter that says whose it is.
+    fn handover_late(&mut self) {
+        if self.machine.state() == State::HandingOver {
+            let seconds = (self.timeout() * HANDOVER_TIMEOUTS).as_secs_f32();
+            let what = format!("The backup did not take the VM over within {seconds:.1} s");
+            self.step(Event::PeerLost(what));
+        }
+    }
+
     fn lost(&mut self, error: WireError) {
         if self.control.is_some() {
             let error = match error {
@@ -634,6 +659,11 @@ impl<'g, G: Guest> Engine<'g, G> {
             Message::Abort(reason) => {
                 let reason = Error::PeerAborted(reason).chain();
                 self.step(Event::PeerLost(reason));
+            }
+            Message::Refuse(reason) => {
+                self.step(Event::Refused(format!("The backup refuses it: {reason}")));
+                // Nothing is waited for: a backup that lives is listened to until the VM is owned.
+                self.forget_in_flight();
             }
             Message::ResyncReady => self.step(Event::ResyncReady),
             Message::StopDone => {}
@@ -703,6 +733,9 @@ impl<'g, G: Guest> Engine<'g, G> {
         }
         if self.claim_due.take_if(|due| *due <= now).is_some() {
             self.claim_late();
+        }
+        if self.handover_due.take_if(|due| *due <= now).is_some() {
+            self.handover_late();
         }
         if self.window_due.take_if(|due| *due <= now).is_some() {
             self.window_late();
@@ -788,52 +821,22 @@ impl<'g, G: Guest> Engine<'g, G> {
             Next::Wait { ms } => self.retry_at = Some(Instant::now() + Duration::from_millis(ms)),
             Next::Decided(verdict) => {
                 self.undecided_told = false;
-                match verdict {
-                    // Asked for in an earlier session of this VM, and late.
-                    ownership::Verdict::Lost(record)
-                        if self.machine.state() == State::Pairing && self.is_ours(&record) =>
-                    {
-                        let reason = format!("An earlier attempt's record came late: {record}");
-                        self.step(Event::PeerLost(reason));
-                    }
-                    verdict => self.step(Event::Verdict(verdict)),
-                }
+                self.step(Event::of(verdict, self.identity));
             }
         }
-    }
-
-    fn is_ours(&self, record: &Record) -> bool {
-        is_ours(record, self.identity)
     }
 
     /// Asks the arbiter; without one the backup never takes over by itself, so this side owns.
     fn claim(&mut self, expected: Generation, standing: Standing) {
         let generation = expected.next();
         if !self.asker.exists() {
-            return self.step(Event::Verdict(ownership::Verdict::Owned(generation)));
+            return self.step(Event::Verdict(Owner::Owned(generation)));
         }
         let next = Record { generation, vm: self.identity.vm, standing };
         let (claim, first) = Claim::new(expected, next);
         let next = self.asker.begin(claim, first);
         self.claim_went(next);
     }
-}
-
-/// The generation to go on from, if this host may protect the VM at all.
-fn admit(record: Option<Record>, identity: HostIdentity) -> Result<Generation, Error> {
-    match record {
-        None => Ok(Generation(0)),
-        Some(record) if is_ours(&record, identity) => Ok(record.generation),
-        Some(record) => Err(Error::Conflict(format!(
-            "The arbiter holds the record of another owner ({record}): use an empty directory, or a \
-             key of its own, for each VM, or protect the VM on the host that owns it"
-        ))),
-    }
-}
-
-/// Whether a record says that this process runs this VM.
-fn is_ours(record: &Record, identity: HostIdentity) -> bool {
-    record.vm == identity.vm && record.runs_on() == identity.host
 }
 
 /// The part of the backup's staging that is the disks'.

@@ -28,7 +28,7 @@ use crate::engine::status::Status;
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::observer::{Event, Observer};
-use crate::ownership::HostIdentity;
+use crate::ownership::{HostIdentity, Seen};
 
 /// First wait before an attempt; doubles up to the last.
 const WAIT_MS_FIRST: u64 = 100;
@@ -135,6 +135,8 @@ pub(super) struct Keeper<G: Guest> {
     pub(super) guest: G,
     pub(super) options: ReplicateData,
     pub(super) identity: HostIdentity,
+    /// What this process knows of the VM's record, whichever session learnt it.
+    pub(super) seen: Seen,
     pub(super) observer: Arc<dyn Observer>,
     pub(super) status: Status,
     pub(super) mailbox: Mailbox,
@@ -311,8 +313,9 @@ impl<G: Guest> Keeper<G> {
         let offer = session::offer(&mut self.guest, &checked.options, way, base, reversed)?;
         let (identity, status, inputs) =
             (self.identity, self.status.clone(), self.mailbox.inputs());
+        let seen = self.seen.clone();
         spawn("repl-call", None, move || {
-            let called = call(checked, offer, identity, status);
+            let called = call(checked, offer, identity, status, &seen);
             // Nobody listens: what was made ends here.
             let _ = inputs.send(Input::Called(Box::new(called)));
         })?;
@@ -377,7 +380,7 @@ impl<G: Guest> Keeper<G> {
             (Arc::clone(&self.observer), self.status.clone()),
             (inputs, queue.clone()),
             if verdict.is_none() { Begin::Again } else { Begin::First },
-            &mut self.rest,
+            (&mut self.rest, self.seen.clone()),
         );
         let engine = match opened {
             Ok(engine) => engine,

@@ -42,7 +42,7 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::handover::{Legacy, WayBack};
 use crate::observer::Observer;
-use crate::ownership::HostIdentity;
+use crate::ownership::{HostIdentity, Known};
 use crate::protocol::primary::Primary;
 use crate::ram::PageSet;
 use crate::transport::name;
@@ -64,6 +64,9 @@ pub struct PrimaryHandle {
 /// Begins to protect `guest`. Returns once the backup has accepted, or with the error why not,
 /// or, if neither is known after the peer timeout, while that goes on: then `observer` is told.
 ///
+/// `known` is what this process knows of its VMs' records: what an arbiter says is no answer if it is
+/// older than that.
+///
 /// Every error is reported exactly once, here or to `observer`. On an error the guest was not
 /// touched.
 ///
@@ -74,10 +77,11 @@ pub fn protect<G: Guest>(
     guest: G,
     options: ReplicateData,
     identity: HostIdentity,
+    known: &Known,
     observer: Arc<dyn Observer>,
 ) -> Result<PrimaryHandle, Error> {
     let checked = Checked::new(options, None)?;
-    let (handle, keeper, queue) = prepared(guest, &checked, identity, observer);
+    let (handle, keeper, queue) = prepared(guest, &checked, (identity, known), observer);
     // A rendezvous: either the caller takes the verdict or, having left, never sees it.
     let (verdict, first) = bounded(0);
     let thread = spawn("repl-engine", None, move || keeper.run(checked, queue, &verdict))?;
@@ -103,6 +107,7 @@ pub fn protect_back<G: Guest>(
     guest: G,
     way_back: WayBack,
     identity: HostIdentity,
+    known: &Known,
     observer: Arc<dyn Observer>,
 ) -> Result<PrimaryHandle, Error> {
     let WayBack { options, base, reversed } = way_back;
@@ -121,7 +126,8 @@ pub fn protect_back<G: Guest>(
     if let (true, Some(base)) = (reversed, base) {
         let address = address("destination_url", &options.destination_url).ok();
         let transport = address.map(|to| name(&to, options.tls_dir.is_some()).to_owned());
-        let (handle, mut keeper, queue) = prepare(guest, &options, transport, identity, observer);
+        let (handle, mut keeper, queue) =
+            prepare(guest, &options, transport, (identity, known), observer);
         {
             let mut gathered = handle.status.lock();
             gathered.info.state = ReplicationState::Protected;
@@ -136,7 +142,7 @@ pub fn protect_back<G: Guest>(
         return Ok(handle.with(thread));
     }
     let checked = Checked::new(options, None)?;
-    let (handle, mut keeper, queue) = prepared(guest, &checked, identity, observer);
+    let (handle, mut keeper, queue) = prepared(guest, &checked, (identity, known), observer);
     {
         let mut gathered = handle.status.lock();
         gathered.info.state = ReplicationState::Degraded;
@@ -151,18 +157,18 @@ pub fn protect_back<G: Guest>(
 fn prepared<G: Guest>(
     guest: G,
     checked: &Checked,
-    identity: HostIdentity,
+    names: (HostIdentity, &Known),
     observer: Arc<dyn Observer>,
 ) -> (PrimaryHandle, Keeper<G>, Receiver<Input>) {
     let transport = Some(checked.transport().to_owned());
-    prepare(guest, &checked.options, transport, identity, observer)
+    prepare(guest, &checked.options, transport, names, observer)
 }
 
 fn prepare<G: Guest>(
     guest: G,
     options: &ReplicateData,
     transport: Option<String>,
-    identity: HostIdentity,
+    (identity, known): (HostIdentity, &Known),
     observer: Arc<dyn Observer>,
 ) -> (PrimaryHandle, Keeper<G>, Receiver<Input>) {
     let status = Status::default();
@@ -181,6 +187,7 @@ fn prepare<G: Guest>(
         guest,
         options: options.clone(),
         identity,
+        seen: known.of(identity.vm, options.arbiter.as_deref()),
         observer,
         status: status.clone(),
         mailbox: mailbox.clone(),

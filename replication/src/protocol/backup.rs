@@ -26,6 +26,10 @@
 //! An image of a disk that cannot be written ends what there is in each of these: such a backup
 //! listens again, and never starts what it has. Found out while it claims, the claim is not made.
 //!
+//! A host that lacks what it would need to run the VM refuses the last epoch of a switch-over instead of
+//! acknowledging it, and is the backup that it was: the primary, which lives, claims the VM and goes on. Should
+//! that be lost meanwhile, this side takes over as from any.
+//!
 //! The memory of a replica whose claim is lost may be kept ([`Action::Keep`]): nothing that runs, only
 //! what its primary may go on from, in a session that begins in Syncing like any other.
 //!
@@ -77,6 +81,8 @@ pub enum Event {
     /// A primary was accepted and the machine was built.
     Accepted,
     Paired(Generation),
+    /// The pair that the primary told is not in the record as this side sees it.
+    Unpaired(String),
     /// A whole epoch is staged and checked.
     Verified {
         epoch: EpochId,
@@ -89,6 +95,8 @@ pub enum Event {
     Bad(String),
     /// The image of a disk cannot be written: what is here is worthless.
     ImageFailed(String),
+    /// The last epoch of a switch-over is whole, and this host could not run the VM now.
+    Unready(String),
     /// The primary ends the protection.
     StopTold,
     /// The primary copies anew.
@@ -114,6 +122,8 @@ pub enum Action {
     /// Forget what is staged and not acknowledged.
     DropStaging,
     TellAbort(String),
+    /// Tell the primary that the pair, or the last epoch of a switch-over, is not acknowledged, nor will be.
+    TellRefused(String),
     TellStopDone,
     TellResyncReady,
     TellHandedOver {
@@ -231,12 +241,14 @@ impl Backup {
         match event {
             Event::Accepted => self.accepted(),
             Event::Paired(generation) => self.paired(generation),
+            Event::Unpaired(reason) => self.unpaired(reason),
             Event::Verified { epoch, generation, handover } => {
                 self.verified(epoch, generation, handover)
             }
             Event::Lost(reason) => self.lost(reason),
             Event::Bad(reason) => self.bad(reason),
             Event::ImageFailed(reason) => self.image_failed(reason),
+            Event::Unready(reason) => self.unready(reason),
             Event::StopTold => self.stop_told(),
             Event::ResyncTold => self.resync_told(),
             Event::Verdict(verdict) => self.verdict(verdict),
@@ -283,6 +295,16 @@ impl Backup {
         }
         self.generation = Some(generation);
         vec![]
+    }
+
+    /// Nothing of this pair will be acknowledged, and there is nothing to start from.
+    fn unpaired(&mut self, reason: String) -> Vec<Action> {
+        if self.state != State::Syncing {
+            return self.bad(reason);
+        }
+        let mut actions = vec![Action::TellRefused(reason.clone())];
+        actions.extend(self.lost(reason));
+        actions
     }
 
     fn verified(
@@ -390,6 +412,17 @@ impl Backup {
         self.go(State::Idle);
         let (close, staging) = (Action::Close, Action::DropStaging);
         vec![tell, close, staging, Action::Discard, Action::Report(report)]
+    }
+
+    fn unready(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            State::Replica | State::Heir if self.state == State::Replica || self.paired => {
+                let tell = Action::TellRefused(reason.clone());
+                vec![tell, Action::DropStaging, Action::Report(Report::FailoverFailed(reason))]
+            }
+            // There is nothing yet that could be handed over.
+            _ => self.bad(reason),
+        }
     }
 
     fn stop_told(&mut self) -> Vec<Action> {

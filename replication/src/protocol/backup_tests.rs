@@ -259,3 +259,46 @@ fn an_heir_whose_claim_is_lost_keeps_its_memory_for_a_copy() {
     assert_eq!(heir.step(Event::Verdict(theirs))[1], keep);
     assert_eq!(heir.state(), State::Idle);
 }
+
+#[test]
+fn a_host_that_could_not_run_the_vm_refuses_it_and_stays_its_backup() {
+    let unready = || Event::Unready("no tap".into());
+    let refused = [
+        Action::TellRefused("no tap".into()),
+        Action::DropStaging,
+        Action::Report(Report::FailoverFailed("no tap".into())),
+    ];
+    for arbiter in [true, false] {
+        let mut backup = replica(arbiter);
+        assert_eq!(backup.step(unready()), refused);
+        assert_eq!((backup.state(), backup.committed()), (State::Replica, Some(EpochId(1))));
+        // The primary that is lost meanwhile is taken over from, if anybody can say so.
+        let lost = backup.step(Event::Lost("cut".into()));
+        assert_eq!(lost.contains(&Action::Claim { expected: G1 }), arbiter);
+    }
+    // Of a pair that is not told yet nothing is believed.
+    let mut early = heir();
+    early.step(Event::Accepted);
+    assert_eq!(early.step(unready())[0], Action::TellAbort("no tap".into()));
+    let mut told = heir();
+    told.step(Event::Accepted);
+    told.step(Event::Paired(told.generation()));
+    assert_eq!(told.step(unready()), refused);
+    assert_eq!(told.state(), State::Heir);
+}
+
+#[test]
+fn a_pair_that_is_not_in_the_record_leaves_nothing_to_claim_by() {
+    let mut backup = Backup::new(true);
+    backup.step(Event::Accepted);
+    let refused = backup.step(Event::Unpaired("nothing".into()));
+    let report = Action::Report(Report::SessionFailed("nothing".into()));
+    let tell = Action::TellRefused("nothing".into());
+    assert_eq!(refused, [tell, Action::Close, Action::DropStaging, Action::Discard, report]);
+    assert_eq!(backup.state(), State::Idle);
+    // An heir has something, and it is a pair that does stand.
+    let mut heir = heir();
+    heir.step(Event::Accepted);
+    assert_eq!(heir.step(Event::Unpaired("old".into()))[0], Action::TellAbort("old".into()));
+    assert_eq!(heir.state(), State::Heir);
+}

@@ -5,8 +5,8 @@
 //!   Syncing ------------> Pairing ----------> Protected ----+
 //!     ^  | peer lost, stop   | peer lost, stop,  |    ^-----+
 //!     |  v                   v lost              | peer lost | stop | too large | failover
-//!     |  Failed / Stopped   Failed / Stopped     v                              v
-//!     |  or Alone           or Alone          Claiming <---- peer lost ---- HandingOver
+//!     |  Failed / Stopped   Failed / Stopped     v   peer lost, refused, late,  v
+//!     |  or Alone           or Alone          Claiming <-- stop, too large -- HandingOver
 //!     |       owned, to copy anew                | |                         |       |
 //!     +------------------------------------------+ |    peer lost, sealed,   |       | handed
 //!                       owned |          lost      |    no arbiter           v       | over
@@ -19,6 +19,12 @@
 //! Stopped. HandingOver without an arbiter that loses its peer after the last epoch was sealed is
 //! Undecided: the backup may run the VM, and only a person knows, unless the backup's word was
 //! only late.
+//!
+//! A backup that does not see the pair in the record refuses it before it acknowledges anything, and has
+//! nothing to start from: Protected then ends Alone, without a claim.
+//!
+//! A claim that finds a later record of this very host is made again from there, in whatever way that
+//! came to be: nobody else owns the VM by it.
 //!
 //! A switch-over may be one that reverses the roles ([`Event::FailoverAsked`] with the record that does so):
 //! then the backup's claim makes a pair of it and this side, and where it is won this side ends as its
@@ -40,7 +46,7 @@
 //! leaves it Alone as well.
 
 use crate::ids::{EpochId, Generation};
-use crate::ownership::Record;
+use crate::ownership::{HostIdentity, Record};
 use crate::protocol::ownership::Verdict;
 
 /// Most epochs that are sealed and not acknowledged. Both sides count on it.
@@ -94,6 +100,8 @@ pub enum Event {
     Synced,
     /// The verdict on the claim that was asked for last.
     Verdict(Verdict),
+    /// The claim that was asked for last found this later record, which says that this host runs the VM.
+    Overtaken(Record),
     /// An epoch was sealed and is on its way.
     Sealed(EpochId),
     /// The backup's software has the whole epoch.
@@ -103,6 +111,9 @@ pub enum Event {
     },
     /// The connection ended, was silent too long, or brought what it must not.
     PeerLost(String),
+    /// The backup does not see the pair in the record, or does not take the VM over in a planned switch-over:
+    /// it has not acknowledged the epoch that waits for that, and will not.
+    Refused(String),
     /// Nothing comes to the peer any more, which may be well: there is another way to it.
     DataLost(String),
     /// The epoch to be sealed does not fit the backup's staging.
@@ -124,6 +135,18 @@ pub enum Event {
     },
     /// The backup is ready for a copy anew.
     ResyncReady,
+}
+
+impl Event {
+    /// How a claim of the host `me` ended. A record of its own, of another attempt or in other storage, is
+    /// not a loss.
+    #[must_use]
+    pub fn of(verdict: Verdict, me: HostIdentity) -> Self {
+        match verdict {
+            Verdict::Lost(record) if record.is_of(me) => Self::Overtaken(record),
+            verdict => Self::Verdict(verdict),
+        }
+    }
 }
 
 /// What the engine does, in this order.
@@ -297,9 +320,11 @@ impl Primary {
         match event {
             Event::Synced => self.synced(),
             Event::Verdict(verdict) => self.verdict(verdict),
+            Event::Overtaken(record) => self.overtaken(&record),
             Event::Sealed(epoch) => self.sealed(epoch),
             Event::Acked { epoch, generation } => self.acked(epoch, generation),
             Event::PeerLost(reason) => self.peer_lost(reason),
+            Event::Refused(reason) => self.refused(reason),
             Event::DataLost(reason) => self.data_lost(reason),
             Event::TooLarge(reason) => self.too_large(reason),
             Event::GiveUp(reason) => self.give_up(reason),
@@ -348,6 +373,20 @@ impl Primary {
                 vec![Action::Destroy, Action::Close, Action::Report(Report::Lost(verdict))]
             }
             // Asked for in a state that was left since: it changes nothing any more.
+            _ => vec![],
+        }
+    }
+
+    fn overtaken(&mut self, record: &Record) -> Vec<Action> {
+        match self.state {
+            State::Pairing => {
+                self.peer_lost(format!("An earlier attempt's record came late: {record}"))
+            }
+            // Whoever wins from there owns the VM, and it is this side that still has it.
+            State::Claiming(_) => {
+                self.generation = record.generation;
+                vec![Action::Claim { expected: record.generation }]
+            }
             _ => vec![],
         }
     }
@@ -470,12 +509,7 @@ impl Primary {
             }
             State::Protected | State::Calling => self.claim(Purpose::PeerLost, reason),
             State::HandingOver if self.handed && !self.arbiter => self.undecided(reason),
-            State::HandingOver => {
-                let report = Action::Report(Report::FailoverFailed(reason.clone()));
-                let mut actions = self.claim(Purpose::PeerLost, reason);
-                actions.push(report);
-                actions
-            }
+            State::HandingOver => self.call_off(Purpose::PeerLost, reason),
             // The claim goes on without anybody to tell how it ends.
             State::Claiming(Purpose::Stop | Purpose::PeerLost) => vec![Action::Close],
             State::Claiming(Purpose::Resync | Purpose::GiveUp) => {
@@ -485,6 +519,34 @@ impl Primary {
                 vec![Action::Close]
             }
             _ => vec![],
+        }
+    }
+
+    /// The switch-over comes to nothing, unless the record says otherwise.
+    fn call_off(&mut self, purpose: Purpose, reason: String) -> Vec<Action> {
+        let mut actions = vec![Action::Report(Report::FailoverFailed(reason.clone()))];
+        actions.extend(self.claim(purpose, reason));
+        actions
+    }
+
+    fn refused(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            // It has not acknowledged the last epoch, so it does not start, with an arbiter or without. It is
+            // closed once the VM is owned: what it hears keeps it from claiming a VM that it could not run.
+            State::HandingOver if self.handed && self.in_flight > 0 => {
+                let mut actions = self.call_off(Purpose::PeerLost, reason);
+                actions.retain(|action| *action != Action::Close);
+                actions
+            }
+            // Nobody can claim by this pair: what is asked for in its place might be asked of other storage
+            // than the pair is in.
+            State::Protected if !self.protected => {
+                self.reason = reason;
+                let mut actions = vec![Action::EndEpochs];
+                actions.extend(self.owned(Purpose::PeerLost));
+                actions
+            }
+            _ => self.peer_lost(reason),
         }
     }
 
@@ -508,6 +570,8 @@ impl Primary {
     fn too_large(&mut self, reason: String) -> Vec<Action> {
         match self.state {
             State::Protected => self.claim(Purpose::Resync, reason),
+            // The last epoch of a switch-over is as any other until it is sealed.
+            State::HandingOver if !self.handed => self.call_off(Purpose::Resync, reason),
             _ => vec![],
         }
     }
@@ -536,6 +600,11 @@ impl Primary {
                 vec![Action::TellStop, Action::Report(Report::Stopped)]
             }
             State::Protected | State::Calling => self.claim(Purpose::Stop, String::new()),
+            // Without an arbiter the backup may run the VM once it has the last epoch.
+            State::HandingOver if self.arbiter || !self.handed => {
+                let reason = "The switch-over was ended by a person";
+                self.call_off(Purpose::Stop, reason.to_owned())
+            }
             State::Claiming(Purpose::PeerLost | Purpose::Resync | Purpose::GiveUp) => {
                 self.go(State::Claiming(Purpose::Stop));
                 vec![]
@@ -673,10 +742,8 @@ pub fn is_transition_valid(from: State, to: State) -> bool {
         }
         Syncing => matches!(to, Pairing | Failed | Alone | Stopped),
         Pairing => matches!(to, Protected | Failed | Alone | Stopped),
-        Protected => matches!(to, Claiming(_) | HandingOver),
-        HandingOver => {
-            matches!(to, Claiming(Purpose::PeerLost | Purpose::GiveUp) | Gone | Heir | Undecided)
-        }
+        Protected => matches!(to, Claiming(_) | HandingOver | Alone),
+        HandingOver => matches!(to, Claiming(_) | Gone | Heir | Undecided),
         Claiming(Purpose::Resync) => {
             matches!(to, Claiming(Purpose::Stop | Purpose::PeerLost) | Syncing | Gone)
         }

@@ -1,7 +1,7 @@
 use uuid::Uuid;
 
 use super::*;
-use crate::ownership::{HostId, Record, Standing, VmId};
+use crate::ownership::{HostId, HostIdentity, Record, Standing, VmId};
 
 const G1: Generation = Generation(1);
 const E1: EpochId = EpochId(1);
@@ -175,7 +175,7 @@ fn a_switch_over_whose_last_epoch_was_not_sealed_stays_here() {
         let cut = primary.step(Event::PeerLost("cut".into()));
         let failed = Action::Report(Report::FailoverFailed("cut".into()));
         let claim = Action::Claim { expected: G1 };
-        assert_eq!(cut, [Action::EndEpochs, Action::Close, claim, failed]);
+        assert_eq!(cut, [failed, Action::EndEpochs, Action::Close, claim]);
         primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
         assert_eq!(primary.state(), State::Alone);
     }
@@ -342,7 +342,7 @@ fn a_refusal_names_the_state_and_the_reason() {
         (reached(&[]), State::Syncing, "Syncing", true),
         (reached(&to_protected[..1]), State::Pairing, "Syncing", true),
         (reached(&to_protected[..3]), State::Protected, "Syncing", true),
-        (after(&handing[..1]), State::HandingOver, "a switch-over is under way", false),
+        (after(&handing), State::HandingOver, "a switch-over is under way", false),
         (after(&[lost()]), State::Claiming(Purpose::PeerLost), "Suspended", true),
         (after(&[Event::StopAsked]), State::Claiming(Purpose::Stop), "being ended", true),
         (after(&[Event::TooLarge("x".into())]), State::Claiming(Purpose::Resync), "broke", true),
@@ -498,4 +498,142 @@ fn a_new_primary_of_a_reversed_pair_holds_until_it_is_acknowledged_or_owns_the_v
     let refused = reversed().step(Event::FailoverAsked { reversal: None });
     let [Action::Refuse(reason)] = &refused[..] else { panic!("{refused:?}") };
     assert!(reason.contains("the old host"), "{reason}");
+}
+
+/// Of this side, which runs the VM by it.
+fn own(generation: u64, is_pair: bool) -> (HostIdentity, Record) {
+    let [owner, backup] = [5, 7].map(|n| HostId(Uuid::from_u128(n)));
+    let me = HostIdentity { host: owner, vm: VmId(Uuid::from_u128(8)) };
+    let standing = match is_pair {
+        true => Standing::Pair { primary: owner, backup },
+        false => Standing::Solo { owner },
+    };
+    (me, Record { generation: Generation(generation), vm: me.vm, standing })
+}
+
+#[test]
+fn a_later_record_of_its_own_is_claimed_from_whatever_the_claim_is_for() {
+    let causes = [
+        Event::PeerLost("cut".into()),
+        Event::StopAsked,
+        Event::TooLarge("big".into()),
+        Event::GiveUp("no state".into()),
+    ];
+    for (cause, is_pair) in causes.iter().flat_map(|cause| [(cause, true), (cause, false)]) {
+        let mut primary = protected();
+        primary.step(cause.clone());
+        let claiming = primary.state();
+        let (me, record) = own(4, is_pair);
+        let event = Event::of(Verdict::Lost(record), me);
+        let again = [Action::Claim { expected: Generation(4) }];
+        assert_eq!(primary.step(event), again, "{cause:?}");
+        assert_eq!(primary.state(), claiming);
+        // From there it is as any claim: another's is a loss.
+        let mut lost = primary.clone();
+        assert_eq!(lost.step(Event::of(theirs(), me))[0], Action::Destroy);
+        let owned = primary.step(Event::of(Verdict::Owned(Generation(5)), me));
+        assert!(owned.contains(&Action::Pass), "{owned:?}");
+        assert_eq!(primary.generation(), Generation(5));
+    }
+}
+
+#[test]
+fn a_record_of_its_own_that_came_late_ends_an_attempt_and_nothing_else() {
+    let (me, record) = own(3, true);
+    let event = || Event::of(Verdict::Lost(record), me);
+    let mut primary = again();
+    primary.step(Event::Synced);
+    let ended = primary.step(event());
+    assert_eq!(ended[0], Action::Close);
+    assert!(primary.state() == State::Alone && primary.may_go_on());
+    assert_eq!(primary.step(event()), [], "it is no news");
+}
+
+#[test]
+fn a_switch_over_is_ended_by_a_person_where_the_arbiter_can_say_who_has_the_vm() {
+    let failed =
+        Action::Report(Report::FailoverFailed("The switch-over was ended by a person".into()));
+    for (arbiter, sealed) in [(true, false), (true, true), (false, false)] {
+        let mut primary = handing_over(arbiter);
+        if sealed {
+            primary.step(Event::Sealed(EpochId(2)));
+            primary.step(ack(2));
+        }
+        let claim = [failed.clone(), Action::EndEpochs, Action::Claim { expected: G1 }];
+        assert_eq!(primary.step(Event::StopAsked), claim);
+        let owned = primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+        let report = Action::Report(Report::Stopped);
+        assert_eq!(owned, [Action::Pass, Action::Release, Action::TellStop, report]);
+    }
+    let mut primary = handing_over(true);
+    primary.step(Event::Sealed(EpochId(2)));
+    primary.step(Event::StopAsked);
+    assert_eq!(primary.step(Event::Verdict(theirs()))[0], Action::Destroy);
+}
+
+#[test]
+fn a_last_epoch_that_does_not_fit_is_copied_anew_as_any_other() {
+    for arbiter in [true, false] {
+        let mut primary = handing_over(arbiter);
+        let failed = Action::Report(Report::FailoverFailed("big".into()));
+        let claim = [failed, Action::EndEpochs, Action::Claim { expected: G1 }];
+        assert_eq!(primary.step(Event::TooLarge("big".into())), claim);
+        let owned = primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+        let report = Action::Report(Report::Degraded("big".into()));
+        assert_eq!(owned, [Action::Pass, Action::Release, Action::TellResync, report]);
+        assert_eq!(primary.step(Event::ResyncReady), [Action::Copy]);
+        // It was not sealed: no record makes this side an heir.
+        primary.step(Event::Synced);
+        primary.step(Event::Verdict(Verdict::Owned(Generation(3))));
+        assert_eq!(primary.state(), State::Protected);
+    }
+}
+
+#[test]
+fn a_refused_switch_over_stays_here_with_an_arbiter_or_without() {
+    for arbiter in [true, false] {
+        let mut primary = handing_over(arbiter);
+        primary.step(Event::Sealed(EpochId(2)));
+        let mut acknowledged = primary.clone();
+        let failed = Action::Report(Report::FailoverFailed("no tap".into()));
+        let claim = Action::Claim { expected: G1 };
+        let refused = primary.step(Event::Refused("no tap".into()));
+        assert_eq!(refused, [failed, Action::EndEpochs, claim]);
+        let owned = primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+        let degraded = Action::Report(Report::Degraded("no tap".into()));
+        assert_eq!(owned, [Action::Close, Action::Degrade, Action::Pass, degraded]);
+        assert!(primary.state() == State::Alone && primary.may_go_on());
+        // Whoever has acknowledged it may run it, whatever it says.
+        acknowledged.step(ack(2));
+        acknowledged.step(Event::Refused("no tap".into()));
+        let expected = match arbiter {
+            true => State::Claiming(Purpose::PeerLost),
+            false => State::Undecided,
+        };
+        assert_eq!(acknowledged.state(), expected);
+    }
+}
+
+#[test]
+fn a_pair_that_the_backup_does_not_see_is_nobody_s_to_claim() {
+    let mut first = paired();
+    first.step(Event::Sealed(E1));
+    let alone = first.step(Event::Refused("nothing".into()));
+    let report = Action::Report(Report::Degraded("nothing".into()));
+    assert_eq!(alone, [Action::EndEpochs, Action::Close, Action::Degrade, Action::Pass, report]);
+    assert!(first.state() == State::Alone && first.may_go_on());
+    let mut attempt = again();
+    attempt.step(Event::Synced);
+    attempt.step(Event::Verdict(Verdict::Owned(Generation(3))));
+    attempt.step(Event::Sealed(E1));
+    let still = Action::Report(Report::StillAlone("nothing".into()));
+    let alone = attempt.step(Event::Refused("nothing".into()));
+    assert_eq!(alone, [Action::EndEpochs, Action::Close, Action::Release, Action::Pass, still]);
+    // Once an epoch was acknowledged the backup has something to start from, whatever it says.
+    let claim = [Action::EndEpochs, Action::Close, Action::Claim { expected: G1 }];
+    assert_eq!(protected().step(Event::Refused("nothing".into())), claim);
+    let mut reversed = Primary::reversed(Generation(2), EpochId(9));
+    reversed.step(Event::Reached);
+    let claims = reversed.step(Event::Refused("nothing".into()));
+    assert!(claims.contains(&Action::Claim { expected: Generation(2) }), "{claims:?}");
 }

@@ -12,7 +12,7 @@ use crate::backup::receive_at;
 use crate::error::ErrorKind;
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::observer::Event;
-use crate::ownership::{Arbiter, FileArbiter, HostIdentity, Record, Standing};
+use crate::ownership::{Arbiter, FileArbiter, HostIdentity, Known, Record, Standing};
 use crate::testing::{Machine, MemoryBuilder, Recorder, counters, memory};
 
 fn options(url: &str, arbiter: Option<&Path>) -> ReplicateData {
@@ -414,4 +414,155 @@ fn another_process_has_no_base_and_gets_everything() {
     takes_over(&second, &primary, &machine);
     let image = second.log.started.lock().unwrap().clone().unwrap();
     assert_eq!(crate::testing::checksum(&image), crate::testing::checksum(machine.ram()));
+}
+
+/// A directory by a name that another one can be put behind, as behind a mount point.
+struct Mount {
+    dir: tempfile::TempDir,
+}
+
+impl Mount {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["records", "empty"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let this = Self { dir };
+        this.put("records");
+        this
+    }
+
+    /// Where it is mounted.
+    fn point(&self) -> std::path::PathBuf {
+        self.dir.path().join("point")
+    }
+
+    fn behind(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn put(&self, name: &str) {
+        let next = self.dir.path().join("next");
+        std::os::unix::fs::symlink(self.behind(name), &next).unwrap();
+        std::fs::rename(next, self.point()).unwrap();
+    }
+}
+
+/// What is mounted is away between two sessions, and comes back in the worst moment.
+#[test]
+fn a_mount_that_was_away_takes_no_vm_from_its_owner() {
+    let mount = Mount::new();
+    let records = mount.behind("records");
+    let backup = Backup::start(Some(&records));
+    let proxy = Proxy::plain(backup.port());
+    let machine = small_machine();
+    let workers = Workers::start(&machine, 2, 12);
+    let primary = primary(&machine, &proxy.url(), Some(&mount.point()));
+    cut(&proxy, &primary);
+    assert_eq!(record(&records).generation.0, 2);
+    mount.put("empty");
+    let before = primary.handle.info().reconnect_attempts;
+    proxy.heal();
+    let wrong = mount.behind("empty").join("gen-1");
+    until(|| primary.handle.info(), |info| wrong.exists() || info.reconnect_attempts >= before + 3);
+    mount.put("records");
+    let resynced = |event: &Event| *event == Event::Resynced;
+    let lost = |event: &Event| matches!(event, Event::OwnershipLost { .. });
+    primary.events.wait(|event| resynced(event) || lost(event)).unwrap();
+    assert!(!machine.is_destroyed(), "the record says that it is this host's");
+    assert!(!wrong.exists(), "an empty directory was taken for one where nothing was");
+    assert_eq!(record(&records).generation.0, 3);
+    takes_over(&backup, &primary, &machine);
+    primary.handle.join();
+    workers.join();
+}
+
+/// Whatever wrote it: a record that says that this host runs the VM takes it from nobody.
+#[test]
+fn a_later_record_of_its_own_is_claimed_from_and_destroys_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = Backup::start(Some(dir.path()));
+    let proxy = Proxy::plain(backup.port());
+    let machine = small_machine();
+    let workers = Workers::start(&machine, 2, 13);
+    let primary = primary(&machine, &proxy.url(), Some(dir.path()));
+    let arbiter = FileArbiter::new(dir.path().to_owned());
+    let host = primary.handle.identity().host;
+    for _ in 0..2 {
+        let standing = record(dir.path());
+        let generation = standing.generation;
+        let solo = Standing::Solo { owner: host };
+        let next = Record { generation: generation.next(), standing: solo, ..standing };
+        arbiter.compare_and_swap(generation, &next).unwrap();
+    }
+    proxy.cut_front();
+    let ended =
+        |event: &Event| matches!(event, Event::Degraded { .. } | Event::OwnershipLost { .. });
+    primary.events.wait(ended).unwrap();
+    assert!(!machine.is_destroyed());
+    let standing = record(dir.path());
+    assert_eq!(standing.generation.0, 4);
+    assert_eq!(standing.standing, Standing::Solo { owner: host });
+    assert!(machine.is_running() && !machine.is_holding());
+    proxy.heal();
+    resynced(&primary, 1);
+    takes_over(&backup, &primary, &machine);
+    primary.handle.join();
+    workers.join();
+}
+
+/// The same where the sessions are a person's, and not those of one protection.
+#[test]
+fn an_empty_mount_is_no_arbiter_for_who_protected_the_vm_before() {
+    let mount = Mount::new();
+    let (records, known) = (mount.behind("records"), Known::default());
+    let backup = Backup::start(Some(&records));
+    let machine = small_machine();
+    let identity = HostIdentity::random();
+    let options = || options(&backup.url(), Some(&mount.point()));
+    let synced = |primary: Primary| {
+        primary.events.wait(|event| *event == Event::Synced).unwrap();
+        primary
+    };
+    let first = synced(Primary::knowing(&machine, options(), identity, &known).unwrap());
+    first.handle.stop().unwrap();
+    first.handle.join();
+    mount.put("empty");
+    let refused = Primary::knowing(&machine, options(), identity, &known).err().unwrap();
+    assert!(refused.chain().contains("is its storage mounted"), "{}", refused.chain());
+    assert!(machine.is_running() && !machine.is_holding());
+    assert_eq!(FileArbiter::new(mount.behind("empty")).read().unwrap(), None);
+    mount.put("records");
+    let second = synced(Primary::knowing(&machine, options(), identity, &known).unwrap());
+    assert_eq!(record(&records).generation.0, 3);
+    takes_over(&backup, &second, &machine);
+    second.handle.join();
+    // Whoever took it over knows as well.
+    let taken = Known::default();
+    backup.handle.tell(&taken);
+    let arbiter = format!("file:{}", records.display());
+    assert_eq!(taken.of(identity.vm, Some(&arbiter)).generation().0, 4);
+}
+
+/// What only this host has seen binds nobody: the first protection was begun before the storage was there.
+#[test]
+fn a_first_protection_at_an_empty_mount_point_is_followed_by_one_at_the_right_place() {
+    let mount = Mount::new();
+    let records = mount.behind("records");
+    mount.put("empty");
+    let backup = Backup::start(Some(&records));
+    let machine = small_machine();
+    let options = options(&backup.url(), Some(&mount.point()));
+    let primary = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    // It comes back while a pair is written that is seen by nobody else.
+    let wrong = mount.behind("empty").join("gen-1");
+    until(|| primary.handle.info(), |_| wrong.exists());
+    mount.put("records");
+    let told = |event: &Event| matches!(event, Event::Synced | Event::Resynced);
+    primary.events.wait(told).unwrap();
+    assert_eq!(record(&records).generation.0, 1, "what stood elsewhere counts for nothing");
+    assert!(machine.is_holding() && !machine.is_destroyed());
+    machine.work(0, PageIndex(3), 5).unwrap();
+    takes_over(&backup, &primary, &machine);
+    primary.handle.join();
 }

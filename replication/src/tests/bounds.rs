@@ -138,3 +138,34 @@ fn a_failed_look_at_the_record_of_a_dead_session_is_no_news() {
     next.seal(1, 1, 0);
     next.acked(1);
 }
+
+/// A look that fails ends its session, and is told so: it is no claim that is undecided.
+#[test]
+fn a_claim_that_nobody_answers_is_told_also_after_a_look_that_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (records, away) = (dir.path().join("records"), dir.path().join("away"));
+    std::fs::create_dir(&records).unwrap();
+    let backup = Backup::with(MemoryBuilder::default(), receive_options(Some(&records)));
+    let offer = || Offer { arbiter: true, ..offer() };
+    let mut script = Script::greeted(backup, offer());
+    std::fs::rename(&records, &away).unwrap();
+    script.say(&Message::Paired(G1));
+    script.backup.events.wait(|event| matches!(event, Event::ReceiveFailed { .. })).unwrap();
+    std::fs::rename(&away, &records).unwrap();
+    let names = (Uuid::new_v4(), Uuid::new_v4());
+    let mut next = Script::again(script.backup, SessionId(44), names, offer());
+    record(&records, &next);
+    next.say(&Message::Paired(G1));
+    next.end(1);
+    next.seal(1, 1, 0);
+    next.acked(1);
+    std::fs::rename(&records, &away).unwrap();
+    let handle = &next.backup.handle;
+    std::thread::scope(|scope| {
+        let taken = scope.spawn(|| handle.failover(false));
+        let told = next.backup.events.wait(|event| matches!(event, Event::Undecided { .. }));
+        std::fs::rename(&away, &records).unwrap();
+        taken.join().unwrap().unwrap();
+        assert!(told.is_some(), "nobody was told");
+    });
+}

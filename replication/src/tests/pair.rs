@@ -13,7 +13,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use super::{receive_options, replicate};
 use crate::backup::{BackupHandle, receive_at};
 use crate::error::Error;
-use crate::ownership::HostIdentity;
+use crate::ownership::{HostIdentity, Known};
 use crate::primary::{PrimaryHandle, protect};
 use crate::testing::{Machine, MemoryBuilder, MemoryGuest, Recorder, ReplicaLog};
 use crate::transport::Address;
@@ -76,9 +76,19 @@ impl Primary {
         options: ReplicateData,
         identity: HostIdentity,
     ) -> Result<Self, Error> {
+        Self::knowing(machine, options, identity, &Known::default())
+    }
+
+    /// Of a process that may have protected the machine before.
+    pub(crate) fn knowing(
+        machine: &Arc<Machine>,
+        options: ReplicateData,
+        identity: HostIdentity,
+        known: &Known,
+    ) -> Result<Self, Error> {
         let events = Arc::new(Recorder::default());
         let guest = MemoryGuest(Arc::clone(machine));
-        let handle = protect(guest, options, identity, events.clone())?;
+        let handle = protect(guest, options, identity, known, events.clone())?;
         Ok(Self { handle, events })
     }
 }

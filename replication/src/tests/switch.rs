@@ -13,7 +13,7 @@ use crate::backup::{prepare, receive_at, receive_back};
 use crate::handover::{Legacy, WayBack};
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::observer::Event;
-use crate::ownership::{Arbiter, FileArbiter, HostIdentity, Record, Standing};
+use crate::ownership::{Arbiter, FileArbiter, HostIdentity, Known, Record, Standing};
 use crate::primary::{PrimaryHandle, layout, protect_back};
 use crate::ram::Ram;
 use crate::testing::{Machine, MemoryBuilder, MemoryGuest, Recorder, counters, memory};
@@ -104,7 +104,9 @@ impl Handed {
         let events = Arc::new(Recorder::default());
         let guest = MemoryGuest(Arc::clone(&self.moved));
         let identity = self.b.handle.identity();
-        let handle = protect_back(guest, self.way_back.clone(), identity, events.clone()).unwrap();
+        let handle =
+            protect_back(guest, self.way_back.clone(), identity, &Known::default(), events.clone())
+                .unwrap();
         (handle, events)
     }
 }
@@ -316,7 +318,8 @@ fn a_reversed_pair_whose_old_host_has_nothing_known_is_not_begun() {
     let way_back = WayBack { base: None, ..handed.way_back.clone() };
     let guest = MemoryGuest(Arc::clone(&handed.moved));
     let identity = handed.b.handle.identity();
-    let begun = protect_back(guest, way_back, identity, Arc::new(Recorder::default()));
+    let observer = Arc::new(Recorder::default());
+    let begun = protect_back(guest, way_back, identity, &Known::default(), observer);
     assert!(begun.is_err());
     assert_eq!(handed.moved.released_count(), 0);
 }
@@ -403,4 +406,156 @@ fn a_prepared_backup_has_its_address_until_it_is_dropped() {
     assert!(prepare(options.clone()).is_err(), "its address is taken");
     drop(prepared);
     prepare(options).unwrap();
+}
+
+/// A backup whose peer is not patient, and the directory of the records as the backup sees it.
+fn impatient() -> (tempfile::TempDir, std::path::PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let records = dir.path().join("records");
+    std::fs::create_dir(&records).unwrap();
+    std::os::unix::fs::symlink(&records, dir.path().join("seen")).unwrap();
+    (dir, records)
+}
+
+fn short(url: &str, records: &Path) -> ReplicateData {
+    ReplicateData { timeout_ms: 400, heartbeat_ms: 100, ..replicate(url, Some(records)) }
+}
+
+#[test]
+fn a_switch_over_that_the_backup_does_not_end_is_ended_by_the_arbiter() {
+    let (dir, records) = impatient();
+    let b = Backup::start(Some(&dir.path().join("seen")));
+    let machine = small_machine();
+    let workers = Workers::start(&machine, 2, 14);
+    let a = Primary::with(&machine, short(&b.url(), &records), HostIdentity::random()).unwrap();
+    a.events.wait(|event| *event == Event::Synced).unwrap();
+    // B acknowledges the last epoch, and does not come to claim the VM.
+    std::fs::remove_file(dir.path().join("seen")).unwrap();
+    let refused = a.handle.failover(false).unwrap_err();
+    assert!(refused.to_string().contains("did not take the VM over"), "{refused}");
+    a.events.wait(|event| matches!(event, Event::Degraded { .. })).unwrap();
+    let standing = Standing::Solo { owner: a.handle.identity().host };
+    assert_eq!(record(&records).standing, standing);
+    a.handle.join();
+    assert!(machine.is_running() && !machine.is_holding());
+    machine.power_off();
+    workers.join();
+}
+
+#[test]
+fn a_person_ends_a_switch_over_that_the_backup_does_not_end() {
+    let (dir, records) = impatient();
+    let b = Backup::start(Some(&dir.path().join("seen")));
+    let machine = small_machine();
+    let workers = Workers::start(&machine, 2, 15);
+    let options = ReplicateData { timeout_ms: 20_000, ..replicate(&b.url(), Some(&records)) };
+    let a = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    a.events.wait(|event| *event == Event::Synced).unwrap();
+    std::fs::remove_file(dir.path().join("seen")).unwrap();
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| a.handle.failover(false));
+        b.events.wait(|event| matches!(event, Event::Undecided { .. })).unwrap();
+        a.handle.stop().unwrap();
+        let refused = asked.join().unwrap().unwrap_err();
+        assert!(refused.to_string().contains("by a person"), "{refused}");
+    });
+    a.handle.join();
+    assert_eq!(a.events.events().last(), Some(&Event::Stopped));
+    assert!(machine.is_running() && !machine.is_holding());
+    machine.power_off();
+    workers.join();
+    // B learns that it lost, and waits for the next one.
+    std::os::unix::fs::symlink(&records, dir.path().join("seen")).unwrap();
+    b.events.wait(|event| matches!(event, Event::OwnershipLost { .. })).unwrap();
+    assert!(b.log.started.lock().unwrap().is_none());
+}
+
+/// The backup owns the VM and does not come to start it: whatever the old host has is nobody's.
+#[test]
+fn a_switch_over_whose_claim_was_won_is_the_backup_s_however_long_it_takes() {
+    let (_dir, records) = impatient();
+    let b = Backup::start(Some(&records));
+    let machine = small_machine();
+    let workers = Workers::start(&machine, 2, 16);
+    let a = Primary::with(&machine, short(&b.url(), &records), HostIdentity::random()).unwrap();
+    a.events.wait(|event| *event == Event::Synced).unwrap();
+    let starting = b.log.starting.lock().unwrap();
+    assert!(a.handle.failover(false).is_err());
+    a.events.wait(|event| matches!(event, Event::OwnershipLost { .. })).unwrap();
+    a.handle.join();
+    assert!(machine.is_destroyed());
+    drop(starting);
+    b.handle.join();
+    workers.join();
+    assert_eq!(b.wrong(), Vec::<String>::new());
+    let image = b.log.started.lock().unwrap().clone().expect("the replica runs");
+    nothing_is_lost(&image, &[&machine]);
+}
+
+/// What the last epoch is too large for is copied anew, as with any epoch, and the VM is protected again.
+#[test]
+fn a_last_epoch_that_does_not_fit_fails_the_switch_over_and_not_the_protection() {
+    for arbiter in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let records = arbiter.then(|| dir.path());
+        let mut receive = receive_options(records);
+        receive.staging_size = 1 << 20;
+        let builder = MemoryBuilder { lenient: true, ..MemoryBuilder::default() };
+        let b = Backup::with(builder, receive);
+        let machine = Machine::new(memory(&[(0, 1024)]));
+        let mut options = replicate(&b.url(), records);
+        // The burst is found by the switch-over, not by an epoch before it.
+        options.epoch_ms = 10_000;
+        let a = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+        a.events.wait(|event| *event == Event::Synced).unwrap();
+        machine.run(|ram| {
+            (1..900).for_each(|page| {
+                assert!(ram.write_page(PageIndex(page), &[7; PAGE_SIZE]));
+            })
+        });
+        let refused = a.handle.failover(false).unwrap_err();
+        assert!(refused.to_string().contains("exceeds the backup's staging"), "{refused}");
+        let failed = a.events.wait(|event| matches!(event, Event::FailoverFailed { .. })).unwrap();
+        assert!(format!("{failed:?}").contains("exceeds the backup's staging"), "{failed:?}");
+        a.events.wait(|event| *event == Event::Resynced).unwrap();
+        assert!(machine.is_running() && machine.is_holding());
+        machine.work(0, PageIndex(3), 5).unwrap();
+        a.handle.failover(false).unwrap();
+        a.handle.join();
+        b.handle.join();
+        assert_eq!(b.wrong(), Vec::<String>::new());
+        let image = b.log.started.lock().unwrap().clone().expect("the replica runs");
+        assert_eq!(crate::testing::checksum(&image), crate::testing::checksum(machine.ram()));
+    }
+}
+
+/// The host that is to take it over lacks a tap: nothing is claimed, and the VM stays where it runs.
+#[test]
+fn a_switch_over_to_a_host_that_could_not_run_the_vm_is_refused() {
+    for arbiter in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let records = arbiter.then(|| dir.path());
+        let b = Backup::start(records);
+        b.log.lacking.store(true, Ordering::Release);
+        let machine = small_machine();
+        let workers = Workers::start(&machine, 2, 17);
+        let options = ReplicateData { reconnect: true, ..replicate(&b.url(), records) };
+        let a = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+        let warned = b.handle.info().last_error.expect("a warning while there is time");
+        assert!(warned.contains("The tap is in use"), "{warned}");
+        a.events.wait(|event| *event == Event::Synced).unwrap();
+        let refused = a.handle.failover(false).unwrap_err();
+        assert!(refused.to_string().contains("The tap is in use"), "{refused}");
+        a.events.wait(|event| *event == Event::Resynced).unwrap();
+        assert_eq!(b.log.reused.load(Ordering::Acquire), 1, "its memory was gone on from");
+        assert!(machine.is_running() && machine.is_holding());
+        b.log.lacking.store(false, Ordering::Release);
+        a.handle.failover(false).unwrap();
+        a.handle.join();
+        b.handle.join();
+        workers.join();
+        assert_eq!(b.wrong(), Vec::<String>::new());
+        let image = b.log.started.lock().unwrap().clone().expect("the replica runs");
+        nothing_is_lost(&image, &[&machine]);
+    }
 }

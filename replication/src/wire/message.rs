@@ -159,7 +159,8 @@ pub enum Message {
     Welcome(Welcome),
     /// The sender ends the session and says why.
     Abort(String),
-    /// The backup does not serve this primary, and will not as long as neither changes: why.
+    /// The backup does not serve this primary, and will not as long as neither changes: why. In a session:
+    /// it acknowledges neither the pair that it was told, nor the last epoch of a switch-over.
     Refuse(String),
     /// The arbiter's record says PAIR with this generation (without an arbiter: the session's).
     Paired(Generation),

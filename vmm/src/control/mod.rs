@@ -26,7 +26,7 @@ use api::config::VmConfig;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use hypervisor::{Hypervisor, OpenError};
 use replication::primary::PrimaryHandle;
-use replication::{Event, HostIdentity};
+use replication::{Event, HostIdentity, Known};
 use thiserror::Error;
 
 use crate::device_manager::taps::TapDescriptors;
@@ -140,6 +140,8 @@ struct Controller {
     /// The names that this process and its VM go under in the arbiter's records. They outlive a
     /// protection, so that the VM's owner is recognised when it protects it again.
     identity: HostIdentity,
+    /// What this process knows of those records; it outlives protections as well.
+    known: Known,
     notices: Sender<Notice>,
     ending: Option<Ending>,
 }
@@ -169,6 +171,7 @@ pub fn run(options: Options) -> Result<(), Error> {
         protection: Protection::None,
         protections: 0,
         identity: HostIdentity::random(),
+        known: Known::default(),
         notices,
         ending: None,
     };

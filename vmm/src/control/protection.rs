@@ -259,14 +259,18 @@ impl Controller {
         let called_for = Arc::clone(&machine);
         let before = std::mem::replace(&mut self.protection, Protection::None);
         let stays = before.replaceable().map(Box::new);
-        let identity = self.identity;
+        let (identity, known) = (self.identity, self.known.clone());
         let observer = self.observer();
         let notices = self.notices.clone();
         let lost = reply.clone();
         let started = std::thread::Builder::new().name("repl-connect".into()).spawn(move || {
             let result = end_before(before).and_then(|()| match plan {
-                Plan::Asked(options) => primary::protect(guest, options, identity, observer),
-                Plan::Back(way_back) => primary::protect_back(guest, way_back, identity, observer),
+                Plan::Asked(options) => {
+                    primary::protect(guest, options, identity, &known, observer)
+                }
+                Plan::Back(way_back) => {
+                    primary::protect_back(guest, way_back, identity, &known, observer)
+                }
             });
             let handle = result.map(Arc::new).map_err(|error| failure(&error));
             // A closed channel means that the VMM is on its way out.
@@ -533,6 +537,7 @@ impl Controller {
             self.taps = std::mem::take(taps);
             // A later protection of this VM goes under the names that the record knows.
             self.identity = handle.identity();
+            handle.tell(&self.known);
         }
         self.monitor.emit("vm", "resumed", None);
         if let Some(way_back) = way_back {

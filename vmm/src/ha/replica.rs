@@ -218,6 +218,10 @@ impl Replica for ReplicaVm {
         Ok(captured)
     }
 
+    fn ready(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.devices().try_attach()?)
+    }
+
     fn track(&mut self) -> Result<(), GuestError> {
         self.machine.set_tracking(true)?;
         self.forget_written()?;

@@ -175,6 +175,19 @@ impl Net {
         self.shared.mac()
     }
 
+    /// Whether the host would lend the tap now; one that is attached has it.
+    ///
+    /// # Errors
+    /// Why it would not.
+    pub fn try_attach(&self) -> Result<(), AttachError> {
+        let Attachment::Missing(source) = &*self.attachment() else { return Ok(()) };
+        tap::try_open(source, self.shared.pairs.len()).map_err(|error| {
+            let AttachError { what, source } = AttachError::from(error);
+            let what = format!("Cannot attach network device {}: {what}", self.shared.id);
+            AttachError { what, source }
+        })
+    }
+
     /// Starts the threads on the queues of a tap, one for each pair.
     fn start(&self, taps: &[Arc<dyn TapQueue>]) -> Result<(), AttachError> {
         let mut workers = Vec::with_capacity(taps.len());

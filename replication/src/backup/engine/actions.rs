@@ -46,6 +46,7 @@ impl<B: ReplicaBuilder> Engine<B> {
                 }
                 self.reason.clone_from(reason);
             }
+            Event::Unpaired(reason) => self.status.failed(reason),
             Event::FailoverAsked { force } => {
                 let insists = if *force { " and insists" } else { "" };
                 self.reason = format!("A person asks for it{insists}");
@@ -80,6 +81,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             Action::Apply(epoch) => self.apply(epoch),
             Action::DropStaging => self.drop_staging(),
             Action::TellAbort(reason) => self.tell_last(Message::Abort(reason)),
+            Action::TellRefused(reason) => self.tell_last(Message::Refuse(reason)),
             Action::TellStopDone => self.tell_last(Message::StopDone),
             Action::TellHandedOver { generation, reversed } => {
                 // Before anybody is told that it is over.

@@ -209,10 +209,15 @@ impl<B: ReplicaBuilder> Engine<B> {
             timeout,
             last_word: false,
         });
+        // It may be there by the time that it is needed: a person has until then to see to it.
+        let lacks = self.lacks();
+        if let Some(lacks) = &lacks {
+            tracing::warn!("{lacks}");
+        }
         let mut gathered = self.status.lock();
         gathered.info.peer = Some(peer);
         gathered.info.rdma = None;
-        gathered.info.last_error = None;
+        gathered.info.last_error = lacks;
         if self.rdma.is_some() {
             let has_tls = self.options.tls_dir.is_some();
             gathered.info.transport = Some(carrier(offer.rdma, has_tls).to_owned());

@@ -52,6 +52,13 @@ impl<B: ReplicaBuilder> Engine<B> {
         }
     }
 
+    /// What this host lacks to run the replica, if anything.
+    pub(super) fn lacks(&mut self) -> Option<String> {
+        let source = self.replica.as_mut()?.ready().err()?;
+        let error = Error::Guest { what: "run the VM on this host, as it is now", source };
+        Some(error.chain())
+    }
+
     /// For whoever protects the VM from here.
     pub(super) fn leave_way_back(&mut self, generation: Generation, reversed: bool) {
         let Some(options) = self.way_back.take() else { return };

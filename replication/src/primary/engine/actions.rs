@@ -1,7 +1,8 @@
 //! What the engine does when its machine says so.
 
 use super::{
-    Action, Degrade, Engine, Error, Event, Guest, Message, Report, Standing, State, Told, Work,
+    Action, Degrade, Engine, Error, Event, Guest, HANDOVER_TIMEOUTS, Instant, Message, Report,
+    Standing, State, Told, Work,
 };
 use crate::checking::reach;
 use crate::handover::Legacy;
@@ -29,6 +30,10 @@ impl<G: Guest> Engine<'_, G> {
                 self.show();
             }
             self.act(action);
+        }
+        if self.machine.is_protected() {
+            // The backup has seen the pair in the record, too, or what this side won in its place.
+            self.seen.raise(self.machine.generation());
         }
         self.show();
     }
@@ -75,6 +80,7 @@ impl<G: Guest> Engine<'_, G> {
             }
             Action::Handed(epoch) => {
                 self.guest.hand_over_output(epoch);
+                self.handover_due = Some(Instant::now() + self.timeout() * HANDOVER_TIMEOUTS);
                 reach("handed");
                 self.status.lock().info.epoch_committed = epoch.0;
             }
@@ -192,7 +198,7 @@ impl<G: Guest> Engine<'_, G> {
     }
 
     /// Nobody will acknowledge them; whether the backup has them nobody knows.
-    fn forget_in_flight(&mut self) {
+    pub(super) fn forget_in_flight(&mut self) {
         for epoch in self.in_flight.drain(..) {
             self.unacknowledged.union(&epoch.set);
         }

@@ -143,7 +143,9 @@ impl<G: Guest> Engine<'_, G> {
         let reason = format!("An epoch of {bytes} bytes exceeds the backup's staging of {most}");
         self.too_large += 1;
         self.good = 0;
-        if self.too_large > TOO_LARGE_MAX || self.handover {
+        // It was not sealed: a switch-over that it was to be the last of comes to nothing.
+        (self.handover, self.reverses) = (false, false);
+        if self.too_large > TOO_LARGE_MAX {
             self.step(Event::GiveUp(reason));
         } else {
             self.step(Event::TooLarge(reason));

@@ -40,6 +40,8 @@ enum Unreached {
 impl<G: Guest> Keeper<G> {
     /// Works until the protection has ended for good.
     pub(in crate::primary) fn run_reversed(mut self, machine: Primary, queue: Receiver<Input>) {
+        // It was won in place of a pair that both sides had seen.
+        self.seen.raise(machine.generation());
         let (unreached, queue) = match self.reach(&machine, queue) {
             Ok((called, queue)) => match self.reversed_session(called, &machine, &queue) {
                 Ok(goes_on) => return self.keep_if(goes_on.then_some(queue)),
@@ -121,7 +123,7 @@ impl<G: Guest> Keeper<G> {
             (std::sync::Arc::clone(&self.observer), self.status.clone()),
             (self.mailbox.inputs(), queue.clone()),
             Begin::Reversed(machine.clone()),
-            &mut self.rest,
+            (&mut self.rest, self.seen.clone()),
         )?;
         match engine.run() {
             Some(ended) => {
@@ -149,6 +151,7 @@ impl<G: Guest> Keeper<G> {
         while matches!(deciding.machine.state(), State::Claiming(_)) {
             self.claim_on(&mut deciding, queue);
         }
+        self.seen.raise(deciding.machine.generation());
         let state = deciding.machine.state();
         for answer in deciding.stops {
             let answered = match state {
@@ -199,7 +202,7 @@ impl<G: Guest> Keeper<G> {
             Some(Next::Wait { ms }) => {
                 deciding.retry_at = Some(Instant::now() + Duration::from_millis(ms));
             }
-            Some(Next::Decided(verdict)) => self.step(deciding, Step::Verdict(verdict)),
+            Some(Next::Decided(verdict)) => self.step(deciding, Step::of(verdict, self.identity)),
             Some(Next::Call(..) | Next::Nothing | Next::Record(_) | Next::ReadFailed) | None => {}
         }
     }

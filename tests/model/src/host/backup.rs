@@ -30,6 +30,8 @@ pub enum Input<C> {
     Spoiled,
     /// The machine will not start.
     Doomed,
+    /// The host lacks what the machine needs, and knows it.
+    Lacking,
     Stop,
     Failover {
         force: bool,
@@ -62,6 +64,7 @@ pub struct Engine<V: Vm> {
     pairing: Option<Generation>,
     spoiled: bool,
     doomed: bool,
+    lacking: bool,
     /// The new primary of a pair that was reversed, whose backup this is.
     heir_of: Option<HostId>,
     /// What was started is the primary of such a pair, with this backup.
@@ -86,6 +89,7 @@ impl<V: Vm> Engine<V> {
             pairing: None,
             spoiled: false,
             doomed: false,
+            lacking: false,
             heir_of: None,
             reversed: None,
             waits: false,
@@ -201,6 +205,7 @@ impl<V: Vm> Engine<V> {
             Input::ImageFailed => self.image_failed(around),
             Input::Spoiled => self.spoiled = true,
             Input::Doomed => self.doomed = true,
+            Input::Lacking => self.lacking = true,
             Input::Stop if matches!(self.machine.state(), State::Claiming | State::Starting) => {}
             Input::Stop => self.step(Event::StopAsked, around),
             Input::Failover { force } => self.step(Event::FailoverAsked { force }, around),
@@ -250,7 +255,7 @@ impl<V: Vm> Engine<V> {
         let (Some(session), Some(vm)) = (&self.session, self.vm) else { return };
         let standing = Standing::Pair { primary: session.primary, backup: self.me };
         if record != Some(Record { generation, vm, standing }) {
-            return self.step(Event::Bad("another record".into()), around);
+            return self.step(Event::Unpaired("another record".into()), around);
         }
         self.step(Event::Paired(generation), around);
     }
@@ -277,6 +282,9 @@ impl<V: Vm> Engine<V> {
         let Some(session) = &mut self.session else { return };
         let Some(seal) = session.seals.pop_front() else { return };
         let Seal { epoch, generation, handover, .. } = seal;
+        if handover != Handover::No && self.lacking {
+            return self.step(Event::Unready("lacking".into()), around);
+        }
         let before = self.machine.committed();
         if around.broken == Some(Broken::StartOlder) {
             self.before = self.image.clone().zip(self.state);
@@ -305,7 +313,7 @@ impl<V: Vm> Engine<V> {
             Next::Record(record) => self.record(record, around),
             Next::ReadFailed => {
                 if self.pairing.take().is_some() {
-                    self.step(Event::Bad("no answer".into()), around);
+                    self.step(Event::Unpaired("no answer".into()), around);
                 }
             }
             next => self.claim_went(next, around),
@@ -356,6 +364,7 @@ impl<V: Vm> Engine<V> {
             Action::Apply(epoch) => self.apply(epoch),
             Action::DropStaging => self.drop_staging(around),
             Action::TellAbort(_) => self.tell(Message::Abort, around),
+            Action::TellRefused(_) => self.tell(Message::Refuse, around),
             Action::TellStopDone => self.tell(Message::StopDone, around),
             Action::TellResyncReady if self.spoiled => self.image_failed(around),
             Action::TellResyncReady => self.tell(Message::ResyncReady, around),

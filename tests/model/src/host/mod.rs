@@ -34,6 +34,7 @@ pub enum Message<C> {
     Resync,
     Stop,
     Abort,
+    Refuse,
     Ack { epoch: EpochId, generation: Generation },
     ResyncReady,
     StopDone,

@@ -78,9 +78,7 @@ impl Engine {
     ) -> Option<Self> {
         let generation = match record {
             None => Generation(0),
-            Some(record) if record.vm == identity.vm && record.runs_on() == identity.host => {
-                record.generation
-            }
+            Some(record) if record.is_of(identity) => record.generation,
             Some(_) => return None,
         };
         Some(Self::around(Primary::new(arbiter, generation), identity, backup, arbiter, reverses))
@@ -251,6 +249,7 @@ impl Engine {
             Message::HandedOver { generation, reversed } => {
                 self.step(Event::HandedOver { generation, reversed }, around);
             }
+            Message::Refuse => self.step(Event::Refused("refused".into()), around),
             Message::Abort => self.step(Event::PeerLost("aborted".into()), around),
             _ if self.connected => self.step(Event::PeerLost("unexpected".into()), around),
             _ => {}
@@ -281,8 +280,8 @@ impl Engine {
             // With epochs in flight there may be room for it once they are acknowledged.
             if self.in_flight == 0 {
                 self.large = false;
-                let event = if self.handover { Event::GiveUp } else { Event::TooLarge };
-                self.step(event("large".to_owned()), around);
+                self.handover = false;
+                self.step(Event::TooLarge("large".to_owned()), around);
             }
             return;
         }
@@ -428,7 +427,7 @@ impl Engine {
                 self.waits = true;
                 around.effects.push(Effect::Wait(ms));
             }
-            Next::Decided(verdict) => self.step(Event::Verdict(verdict), around),
+            Next::Decided(verdict) => self.step(Event::of(verdict, self.identity), around),
         }
     }
 }

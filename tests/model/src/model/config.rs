@@ -66,9 +66,11 @@ impl Config {
             },
             Self {
                 name: "people",
-                about: "stops, switch-overs, take-overs by command",
+                about: "stops, switch-overs that end early or not, take-overs by command",
                 crashes: 1,
                 asks: 2,
+                too_large: 1,
+                image_failures: 1,
                 ..Self::BASE
             },
             Self {

@@ -30,6 +30,7 @@ pub fn act(world: &World, act: Act) -> String {
             format!("{} has an image that is not whole, and does not know it", host(at))
         }
         Act::Dooms(at) => format!("{} will not be able to start", host(at)),
+        Act::Lacks(at) => format!("{} lacks what the machine would need", host(at)),
         Act::Stop(at) => format!("{} is asked to stop", host(at)),
         Act::Failover(at) => format!("{} is asked to fail over", host(at)),
         Act::Force(at) => format!("{} is forced to take over", host(at)),

@@ -85,6 +85,8 @@ pub enum Act {
     Spoils(At),
     /// A machine that will not start.
     Dooms(At),
+    /// A host that lacks what the machine would need.
+    Lacks(At),
     Stop(At),
     Failover(At),
     Force(At),
@@ -246,7 +248,7 @@ impl World {
             && let Some(backup) = host.backup()
             && (backup.is_receiving() || backup.machine.state() == BackupState::Orphan)
         {
-            acts.extend([Act::ImageFails(at), Act::Spoils(at), Act::Dooms(at)]);
+            acts.extend([Act::ImageFails(at), Act::Spoils(at), Act::Dooms(at), Act::Lacks(at)]);
         }
     }
 
@@ -302,7 +304,9 @@ impl World {
             Act::Crash(_) => budget.crashes -= 1,
             Act::TooLarge(_) => budget.too_large -= 1,
             Act::GiveUp(_) => budget.give_ups -= 1,
-            Act::ImageFails(_) | Act::Spoils(_) | Act::Dooms(_) => budget.image_failures -= 1,
+            Act::ImageFails(_) | Act::Spoils(_) | Act::Dooms(_) | Act::Lacks(_) => {
+                budget.image_failures -= 1
+            }
             Act::Stop(_) | Act::Failover(_) | Act::Force(_) => budget.asks -= 1,
             Act::Call(_, fate) if fate != Fate::Well => budget.arbiter_faults -= 1,
             _ => {}
@@ -339,6 +343,8 @@ impl World {
                 self.ghost.gives_up(at);
                 self.tell_backup(at, config, backup::Input::Doomed);
             }
+            // Who lacks it refuses a switch-over, and takes over all the same where it has to.
+            Act::Lacks(at) => self.tell_backup(at, config, backup::Input::Lacking),
             Act::Stop(at) => {
                 self.ghost.gives_up(at);
                 self.input(at, config, || primary::Input::Stop, || backup::Input::Stop);

@@ -165,7 +165,23 @@ fn tun_offloads(offloads: GuestOffloads) -> u32 {
     .fold(0, |bits, (_, bit)| bits | bit)
 }
 
+/// Whether [`open`] would get the tap as things are: one with a name is opened and let go, and nothing is set.
+pub fn try_open(source: &TapSource, pairs: usize) -> Result<(), TapError> {
+    match source {
+        TapSource::Named(name) => bind_named(name, pairs).map(drop),
+        // What whoever gave it has opened is there, and a new one is nobody else's.
+        TapSource::Descriptors(_) | TapSource::Unnamed => Ok(()),
+    }
+}
+
 fn open_named(name: &str, pairs: usize, settings: &TapSettings) -> Result<Vec<Queue>, TapError> {
+    let (queues, bytes) = bind_named(name, pairs)?;
+    configure(&bytes, settings)?;
+    Ok(queues)
+}
+
+/// The queues of a tap, and its name as the kernel has it.
+fn bind_named(name: &str, pairs: usize) -> Result<(Vec<Queue>, [u8; NAME_BYTES]), TapError> {
     let mut bytes = name_bytes(name)?;
     let mut queues = Vec::with_capacity(pairs);
     for _ in 0..pairs {
@@ -187,8 +203,7 @@ fn open_named(name: &str, pairs: usize, settings: &TapSettings) -> Result<Vec<Qu
         prepare(&file).map_err(|source| configure_error(&bytes, "the header", source))?;
         queues.push(Queue(file));
     }
-    configure(&bytes, settings)?;
-    Ok(queues)
+    Ok((queues, bytes))
 }
 
 /// A tap of one queue may have been made for several; the kernel wants that said.

@@ -42,7 +42,14 @@ fn packets_pass_between_a_real_tap_and_the_guest() {
         let options = NetOptions { tap, host: settings(), mtu: Some(1400), ..options(1) };
         let net = Net::new(options).unwrap();
         assert!(!std::path::Path::new("/proc/self/net/dev_snmp6/utap0").exists());
+        net.try_attach().unwrap();
+        assert!(!std::path::Path::new("/proc/self/net/dev_snmp6/utap0").exists(), "it was let go");
         net.attach().unwrap();
+        net.try_attach().unwrap();
+        let tap = TapSource::Named("utap0".to_owned());
+        let busy = Net::new(NetOptions { tap, ..self::options(1) }).unwrap();
+        let refused = busy.try_attach().unwrap_err();
+        assert!(refused.to_string().contains("utap0"), "{refused}");
         let again = net.attach().unwrap_err();
         assert!(again.to_string().contains("attached before"), "{again}");
 

@@ -106,7 +106,8 @@ impl Run {
             2 => self.after(on_its_way_us, Event::LostSoon(at)),
             3 => self.after(on_its_way_us, Event::LostSoon(1 - at)),
             4 => self.after(on_its_way_us, Event::CrashSoon(1 - at)),
-            _ => self.after(on_its_way_us, Event::FailoverSoon(1 - at)),
+            5 => self.after(on_its_way_us, Event::FailoverSoon(1 - at)),
+            _ => self.after(on_its_way_us, Event::FailoverSoon(at)),
         }
     }
 
@@ -133,8 +134,9 @@ impl Run {
             return Ok(());
         }
         self.ghost.gives_up(at);
-        let input = match self.rng.random_range(0..6) {
+        let input = match self.rng.random_range(0..7) {
             0 => backup::Input::Doomed,
+            6 => backup::Input::Lacking,
             1..3 => backup::Input::Spoiled,
             _ => backup::Input::ImageFailed,
         };
