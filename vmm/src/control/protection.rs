@@ -582,6 +582,7 @@ impl Controller {
                     memory: machine.memory().clone(),
                     config: machine.config().memory.clone(),
                     before,
+                    machine: Arc::clone(machine),
                 });
                 // A VM that is being ended leaves no backup behind, which nobody would have a handle to.
                 let way_back = way_back.filter(|_| !self.winding_down);

@@ -55,6 +55,29 @@ pub struct Kept {
     /// Its protection, which has the old machine until it has ended: sockets, taps and locks are free only
     /// then.
     pub before: Arc<PrimaryHandle>,
+    /// The old machine, which ends where this is let go of: whoever was busy with it as it was destroyed, a
+    /// reset for one, may have it until it has noticed, and is not to end it in its own time.
+    pub machine: Arc<Machine>,
+}
+
+/// How long those are waited for.
+const NOTICED: Duration = Duration::from_secs(1);
+
+impl Kept {
+    /// Waits until nobody else has the old machine any more; its memory and what that was asked for, once all
+    /// else of it is gone. `None` if its protection does not end.
+    fn free(self) -> Option<(Memory, MemoryConfig)> {
+        if !self.before.join_in_time() {
+            return None;
+        }
+        let until = Instant::now() + NOTICED;
+        while Arc::strong_count(&self.machine) > 1 && Instant::now() < until {
+            // As for the engine's end: once, and there is nothing to wait on.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(self.machine);
+        Some((self.memory, self.config))
+    }
 }
 
 /// Builds machines after primaries' descriptions.
@@ -136,12 +159,10 @@ impl ReplicaBuilder for ReplicaVms {
         let config = self.configure(description)?;
         check_host(&config)?;
         let memory = match kept {
-            Some(Kept { memory, config: of, before }) => {
+            Some(kept) => {
                 // One that hangs in a device keeps its memory. Nobody is heard here until this returns, not the
                 // new primary either: it is given up, and copied back.
-                if !before.join_in_time() {
-                    return Err(ReplicaError::Busy.into());
-                }
+                let (memory, of) = kept.free().ok_or(ReplicaError::Busy)?;
                 if of != config.memory {
                     return Err(ReplicaError::Memory.into());
                 }
