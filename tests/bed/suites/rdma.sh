@@ -338,14 +338,19 @@ pinned_kib() { sed -n 's/^VmPin:[^0-9]*\([0-9]*\).*/\1/p' "/proc/$(pid_of "$1")/
 
 has_given_back() { [ "$(pinned_kib b)" -le 8192 ]; }
 
+kill_primary() {
+    pinned=$(pinned_kib b)
+    kill -KILL "$pid"
+}
+
 # A primary that dies in the middle of a copy leaves nothing that could run, and the next one is served.
 primary_dies_in_the_copy() {
     rxe
     pair 2
     local pinned pid
     pid=$(pid_of a)
-    mid_copy kill -KILL "$pid"
-    pinned=$(pinned_kib b)
+    mid_copy kill_primary
+    [ "$pinned" -ge $((256 << 10)) ] || fail "the backup's memory was not open: VmPin $pinned kB"
     wait_for 120 "the backup to make its memory its own" has_given_back
     usleep 5000000
     still_up b
