@@ -196,7 +196,10 @@ impl Vcpus {
     /// state then, which changes nothing in the guest's memory; [`Vcpus::saved`] has the states.
     pub fn stop_and_save(&self) -> Result<(), CpuError> {
         let slots: Slots = self.threads.iter().map(|_| Mutex::new(None)).collect();
-        self.queue(false, |id| {
+        // In one step with the jobs: a vCPU that is about to run must not save before it does.
+        let mut control = self.shared.lock();
+        control.run = false;
+        control.queue(false, |id| {
             let slots = Arc::clone(&slots);
             Box::new(move |vcpu| {
                 // Whoever collects it hears of a failure, and nobody else.
@@ -204,6 +207,7 @@ impl Vcpus {
                 Ok(())
             })
         });
+        drop(control);
         *self.saves() = Some(slots);
         self.kick()?;
         drop(self.wait_while(self.shared.lock(), |control| control.running > 0));
@@ -245,7 +249,7 @@ impl Vcpus {
             return Err(CpuError::Count { given, expected });
         }
         let mut states: Vec<_> = states.into_iter().map(Some).collect();
-        self.queue(true, |id| {
+        self.shared.lock().queue(true, |id| {
             let state = states[id].take();
             Box::new(move |vcpu| state.map_or(Ok(()), |state| vcpu.restore(&state)))
         });
@@ -261,19 +265,12 @@ impl Vcpus {
         job: impl Fn(usize, &mut Vcpu) -> Result<(), VcpuError> + Send + Sync + 'static,
     ) -> Result<(), CpuError> {
         let job = Arc::new(job);
-        self.queue(revives, |id| {
+        self.shared.lock().queue(revives, |id| {
             let job = Arc::clone(&job);
             Box::new(move |vcpu| job(id, vcpu))
         });
         self.shared.wanted.notify_all();
         self.settle()
-    }
-
-    fn queue(&self, revives: bool, mut task: impl FnMut(usize) -> Task) {
-        let mut control = self.shared.lock();
-        for (id, seat) in control.seats.iter_mut().enumerate() {
-            seat.jobs.push_back(Job { task: task(id), revives });
-        }
     }
 
     fn kick(&self) -> Result<(), CpuError> {
@@ -322,6 +319,12 @@ impl Drop for Vcpus {
 }
 
 impl Control {
+    fn queue(&mut self, revives: bool, mut task: impl FnMut(usize) -> Task) {
+        for (id, seat) in self.seats.iter_mut().enumerate() {
+            seat.jobs.push_back(Job { task: task(id), revives });
+        }
+    }
+
     fn is_settled(&self) -> bool {
         self.seats.iter().all(Seat::is_settled)
     }

@@ -348,8 +348,7 @@ impl Machine {
 
     /// The state at the last quiesce. Only between quiesce and release.
     pub fn capture(&self) -> Result<MachineState, MachineError> {
-        // Before the vCPUs, which are still saved meanwhile. What KVM's timer raises between the two
-        // is then in a LAPIC's state and raised again, and never in neither.
+        // Before the vCPUs are waited for, which may still be saving.
         let (vm, devices) = (self.vm.save_state()?, self.devices.save());
         Ok(MachineState { vcpus: self.vcpus.saved()?, vm, devices })
     }

@@ -458,7 +458,10 @@ impl<'g, G: Guest> Engine<'g, G> {
                     unreachable!("the engine holds a sender itself")
                 }
             }
-            self.timers();
+            // What is over has nothing due, and must not stop the guest once more.
+            if !self.is_over() {
+                self.timers();
+            }
         }
         let goes_on = self.options.reconnect && self.machine.may_go_on();
         let no_rdma = self.no_rdma.take();
@@ -664,6 +667,7 @@ impl<'g, G: Guest> Engine<'g, G> {
                 self.step(Event::Refused(format!("The backup refuses it: {reason}")));
                 // Nothing is waited for: a backup that lives is listened to until the VM is owned.
                 self.forget_in_flight();
+                self.refused();
             }
             Message::ResyncReady => self.step(Event::ResyncReady),
             Message::StopDone => {}
@@ -678,6 +682,16 @@ impl<'g, G: Guest> Engine<'g, G> {
                 let error = WireError::Unexpected { found, expected: "an acknowledgement" };
                 self.lost(error);
             }
+        }
+    }
+
+    /// A switch-over that the backup refuses is over before anything of it was acknowledged. The guest
+    /// runs, unheard, while the arbiter is asked, and should that not answer in time the backup may claim.
+    fn refused(&mut self) {
+        if matches!(self.machine.state(), State::Claiming(_)) {
+            self.handover = false;
+            self.claim_due.get_or_insert(Instant::now() + self.timeout());
+            self.go_on_in_doubt();
         }
     }
 

@@ -140,3 +140,47 @@ fn a_copy_catches_up_with_a_guest_that_writes_faster_than_the_link() {
     assert!(info.throttled_us > 0, "{info:?}");
     assert_eq!(backup.wrong(), Vec::<String>::new());
 }
+
+/// The guest stands for most of the time in which a copy catches up with it: whoever ends the replication then
+/// ends that, too.
+#[test]
+fn a_stop_in_a_copy_leaves_the_guest_running() {
+    const PAGES: u64 = 2048;
+    let backup = Backup::start(None);
+    let link = Proxy::slow(backup.port(), 4 << 20);
+    let machine = Machine::new(memory(&[(0, PAGES)]));
+    let writer = {
+        let machine = Arc::clone(&machine);
+        std::thread::spawn(move || {
+            let (mut noise, mut page) = (Random(9), 0);
+            let mut write = |page| {
+                let mut bytes = [0; PAGE_SIZE];
+                bytes
+                    .chunks_mut(8)
+                    .for_each(|word| word.copy_from_slice(&noise.next().to_le_bytes()));
+                machine.run(|ram| ram.write_page(PageIndex(page), &bytes))
+            };
+            while write(page).is_some() {
+                page = (page + 1) % PAGES;
+            }
+        })
+    };
+    while machine.ram().written() < PAGES {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut options = replicate(&link.url(), None);
+    (options.connections, options.compression) = (1, Compression::None);
+    options.timeout_ms = 20_000;
+    let primary = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while machine.is_running() {
+        assert!(Instant::now() < deadline, "the guest was never slowed");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    assert!(primary.handle.info().epoch_sealed == 0, "it is a copy that it stands for");
+    primary.handle.stop().unwrap();
+    primary.handle.join();
+    assert!(machine.is_running(), "the guest stands");
+    machine.power_off();
+    writer.join().unwrap();
+}

@@ -41,6 +41,14 @@ fn has_gone() -> Failure {
     Failure::new(FailureKind::Conflict, "The VM's backup has it: it goes on there")
 }
 
+/// A switch-over began meanwhile.
+fn done_here(mut failure: Failure) -> Failure {
+    failure
+        .chain
+        .push("It was done here all the same, and the VM may go on so where it goes".into());
+    failure
+}
+
 fn internal(error: &dyn std::error::Error) -> Failure {
     Failure::from_error(FailureKind::Internal, error)
 }
@@ -166,7 +174,7 @@ impl Controller {
         }
         self.monitor.emit("vm", "pausing", None);
         machine.pause().map_err(|error| internal(&error))?;
-        self.stays_here()?;
+        self.stays_here().map_err(done_here)?;
         self.monitor.emit("vm", "paused", None);
         Ok(Reply::Empty)
     }
@@ -178,7 +186,7 @@ impl Controller {
         }
         self.monitor.emit("vm", "resuming", None);
         machine.resume().map_err(|error| internal(&error))?;
-        self.stays_here()?;
+        self.stays_here().map_err(done_here)?;
         self.monitor.emit("vm", "resumed", None);
         Ok(Reply::Empty)
     }
@@ -274,7 +282,7 @@ impl Controller {
 
     pub(super) fn power_button(&mut self) -> Answer {
         self.running()?.devices().power_button().map_err(|error| internal(&error))?;
-        self.stays_here()?;
+        self.stays_here().map_err(done_here)?;
         Ok(Reply::Empty)
     }
 

@@ -559,8 +559,11 @@ impl Controller {
         match event {
             Event::OwnershipLost { owner } => self.ownership_lost(&owner, true),
             Event::FailoverFinished { .. } => self.failover_finished(),
-            Event::Degraded { .. } => self.stays(),
-            Event::ReceiveFailed { .. } | Event::Stopped => self.replica_gone(),
+            Event::Degraded { .. } | Event::FailoverFailed { .. } => self.stays(),
+            Event::ReceiveFailed { .. } | Event::Stopped => {
+                self.stays();
+                self.replica_gone();
+            }
             _ => {}
         }
     }

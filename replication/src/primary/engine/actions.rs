@@ -312,6 +312,10 @@ impl<G: Guest> Engine<'_, G> {
     /// The last things to do, in whatever state it ended.
     pub(super) fn end(mut self, goes_on: bool) -> Option<Rest> {
         let state = self.machine.state();
+        if !matches!(state, State::Gone | State::Heir) {
+            // For a copy, an epoch or room it stood in this session only.
+            self.release();
+        }
         let rest = if goes_on { self.rest() } else { None };
         if let Some(disks) = &self.disks {
             disks.detach();

@@ -246,8 +246,11 @@ impl<G: Guest> Engine<'_, G> {
         match self.work {
             Work::Copying { pass, pages, since } => {
                 // A link that is slow is known to be so before the first epoch.
-                self.cadence.sent(pages, since.elapsed());
-                self.copied(pass);
+                // But for pages that were left out.
+                if !(pass == 0 && self.opens_zero && self.straight.is_some()) {
+                    self.cadence.sent(pages, since.elapsed());
+                }
+                self.copied(pass, pages);
             }
             Work::Surplus => {
                 self.work = Work::Epochs;
@@ -298,13 +301,15 @@ impl<G: Guest> Engine<'_, G> {
         self.sealer.prepare();
     }
 
-    fn copied(&mut self, pass: u32) {
+    fn copied(&mut self, pass: u32, pages: u64) {
         self.end_brake();
         if let Err(error) = self.sealer.harvest(self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         let rest = self.sealer.dirty.pages().len();
-        if rest > self.rest_max() && pass + 1 < PASSES_MAX {
+        // What the brake does not make smaller is what the guest writes between two looks.
+        let shrinks = pass == 0 || rest < pages - pages / 4;
+        if rest > self.rest_max() && shrinks && pass + 1 < PASSES_MAX {
             return self.copy(pass + 1);
         }
         // Not open for longer than it is of use: disks may take their time.
@@ -384,7 +389,7 @@ impl<G: Guest> Engine<'_, G> {
             self.guest.hold_output();
         }
         self.work = Work::Epochs;
-        self.last_seal = Instant::now();
+        (self.last_seal, self.waited) = (Instant::now(), self.sealer.waited());
         self.seal();
     }
 
