@@ -11,16 +11,17 @@ use super::stretch::Stretch;
 use crate::ids::PAGE_SIZE;
 
 /// Longest epochs that an epoch's sending may take: what the guest may have to wait.
-const SEND_EPOCHS_MAX: u32 = 4;
+const SEND_EPOCHS_MAX: u32 = 2;
 /// Least time for it, so that short epochs are not all pause.
 const SEND_TIME_MIN: Duration = Duration::from_millis(20);
 /// Fewer pages say little about the link: latency is most of their time.
 const TELLING_PAGES: u64 = 256;
 /// Pages that an epoch may have on any link.
 const PAGES_MIN: u64 = 256;
-/// An epoch that lasts longer than `epoch_ms` has at most this part of what staging and link bear: its
+/// An epoch that lasts longer than `epoch_ms` has at most these parts of what staging and link bear: its
 /// sending takes half of `epoch_ms`, which output that begins meanwhile has to wait for.
-const STRETCHED_PARTS: u64 = 8;
+const STRETCHED_STAGING_PARTS: u64 = 8;
+const STRETCHED_LINK_PARTS: u64 = 2 * SEND_EPOCHS_MAX as u64;
 
 /// The rule and what it has learnt.
 #[derive(Clone, Debug)]
@@ -95,7 +96,8 @@ impl Cadence {
 
     /// Most pages of an epoch that is longer than `longest`.
     fn small(&self) -> u64 {
-        self.staging_pages.min(self.link_pages()) / STRETCHED_PARTS
+        let staging = self.staging_pages / STRETCHED_STAGING_PARTS;
+        staging.min(self.link_pages() / STRETCHED_LINK_PARTS)
     }
 
     /// Learns from an epoch whose pages are all out.
@@ -171,13 +173,13 @@ mod tests {
         let mut cadence = Cadence::new(MS, 25 * MS, None, 65536 * PAGE_SIZE as u64);
         cadence.sealed(10_000, 0, 25 * MS, Duration::ZERO);
         assert_eq!(cadence.interval(false), 25 * MS);
-        // 100 MiB/s: 2560 pages in 100 ms.
+        // 100 MiB/s: 1280 pages in 50 ms.
         cadence.sent(2560, 100 * MS);
-        assert!(cadence.is_near_full(2560) && !cadence.is_near_full(2559));
+        assert!(cadence.is_near_full(1280) && !cadence.is_near_full(1279));
         cadence.sealed(10_000, 0, 25 * MS, Duration::ZERO);
-        assert_eq!(cadence.interval(false), Duration::from_micros(3200));
+        assert_eq!(cadence.interval(false), Duration::from_micros(1600));
         cadence.sent(10, 1000 * MS);
-        assert!(!cadence.is_near_full(2559), "a few pages say nothing");
+        assert!(!cadence.is_near_full(1279), "a few pages say nothing");
         for _ in 0..20 {
             cadence.sent(1_000_000, MS);
         }
@@ -209,9 +211,9 @@ mod tests {
         assert_eq!(cadence.interval(false), 100 * MS);
         // More than the link bears: shorter than epoch_ms.
         cadence.sealed(20_000, 0, 200 * MS, MS);
-        assert_eq!(cadence.interval(false), 25 * MS);
+        assert_eq!(cadence.interval(false), 16 * MS);
         cadence.sealed(20_000, 0, 25 * MS, MS);
-        assert_eq!(cadence.interval(false), 4 * MS);
+        assert_eq!(cadence.interval(false), 2 * MS);
         assert!(!cadence.is_stretched());
         seal(&mut cadence, 50, 100);
         assert!(cadence.is_stretched());

@@ -112,6 +112,8 @@ struct Said {
     per_s: f64,
     /// In the tick in which it wrote the least.
     least_per_s: f64,
+    /// In the tick in which the VM became protected, which does not count.
+    first_per_s: f64,
     stood_ms: f64,
 }
 
@@ -121,19 +123,22 @@ impl Said {
             let (_, rest) = line.split_once(key)?;
             rest.split_whitespace().next()?.parse::<u64>().ok().map(float)
         };
+        let all = |key| lines.iter().filter_map(move |line| number(line, key));
+        // The first tick began before the VM was protected.
+        let first_per_s = all("per_s=").next()?;
         let (mut rates, mut stood) = (Samples::default(), Samples::default());
-        rates.add(lines.iter().filter_map(|line| number(line, "per_s=")).collect());
-        stood.add(lines.iter().filter_map(|line| number(line, "standstill_us max=")).collect());
+        rates.add(all("per_s=").skip(1).collect());
+        stood.add(all("standstill_us max=").skip(1).collect());
         let (rates, stood) = (rates.stats()?, stood.stats()?);
         let stood_ms = stood.max / 1000.0;
-        Some(Self { per_s: rates.median, least_per_s: rates.min, stood_ms })
+        Some(Self { per_s: rates.median, least_per_s: rates.min, first_per_s, stood_ms })
     }
 
     fn note(&self) -> String {
-        let Self { per_s, least_per_s, stood_ms } = self;
+        let Self { per_s, least_per_s, first_per_s, stood_ms } = self;
         format!(
-            "the guest wrote {per_s:.0} pages/s (least in a tick {least_per_s:.0}), and stood still \
-             for {stood_ms:.0} ms at most"
+            "the guest wrote {per_s:.0} pages/s (least in a tick {least_per_s:.0}; {first_per_s:.0} in \
+             that in which it became protected), and stood still for {stood_ms:.0} ms at most"
         )
     }
 }
