@@ -91,6 +91,29 @@ fn a_long_epoch_ends_when_the_guest_begins_to_write() {
     guest.join().unwrap();
 }
 
+/// A guest that writes noise to all of its `pages` again and again, as fast as it can at first and one in each
+/// `nap` once it is protected, until the machine is off. How long it stood at most.
+fn noisy(machine: &Arc<Machine>, pages: u64, nap: Duration) -> std::thread::JoinHandle<Duration> {
+    let machine = Arc::clone(machine);
+    std::thread::spawn(move || {
+        let (mut longest, mut last, mut page) = (Duration::ZERO, Instant::now(), 0);
+        let mut noise = Random(7);
+        let mut write = |page| {
+            let mut bytes = [0; PAGE_SIZE];
+            bytes.chunks_mut(8).for_each(|word| word.copy_from_slice(&noise.next().to_le_bytes()));
+            machine.run(|ram| ram.write_page(PageIndex(page), &bytes))
+        };
+        while write(page).is_some() {
+            if machine.is_tracking() && !nap.is_zero() {
+                std::thread::sleep(nap);
+            }
+            longest = longest.max(last.elapsed());
+            (last, page) = (Instant::now(), (page + 1) % pages);
+        }
+        longest
+    })
+}
+
 /// A guest that writes all of its memory again and again, some times faster than the link carries it,
 /// stands in small turns while it becomes protected, and not for as long as its memory takes.
 #[test]
@@ -100,28 +123,7 @@ fn a_copy_catches_up_with_a_guest_that_writes_faster_than_the_link() {
     let backup = Backup::start(None);
     let link = Proxy::slow(backup.port(), LINK_BYTES_S);
     let machine = Machine::new(memory(&[(0, PAGES)]));
-    let writer = {
-        let machine = Arc::clone(&machine);
-        std::thread::spawn(move || {
-            let (mut longest, mut last, mut page) = (Duration::ZERO, Instant::now(), 0);
-            let mut noise = Random(7);
-            let mut write = |page| {
-                let mut bytes = [0; PAGE_SIZE];
-                bytes
-                    .chunks_mut(8)
-                    .for_each(|word| word.copy_from_slice(&noise.next().to_le_bytes()));
-                machine.run(|ram| ram.write_page(PageIndex(page), &bytes))
-            };
-            while write(page).is_some() {
-                if machine.is_tracking() {
-                    std::thread::sleep(Duration::from_micros(100));
-                }
-                longest = longest.max(last.elapsed());
-                (last, page) = (Instant::now(), (page + 1) % PAGES);
-            }
-            longest
-        })
-    };
+    let writer = noisy(&machine, PAGES, Duration::from_micros(100));
     // All of it is written before it is copied.
     while machine.ram().written() < PAGES {
         std::thread::sleep(Duration::from_millis(1));
@@ -149,22 +151,7 @@ fn a_stop_in_a_copy_leaves_the_guest_running() {
     let backup = Backup::start(None);
     let link = Proxy::slow(backup.port(), 4 << 20);
     let machine = Machine::new(memory(&[(0, PAGES)]));
-    let writer = {
-        let machine = Arc::clone(&machine);
-        std::thread::spawn(move || {
-            let (mut noise, mut page) = (Random(9), 0);
-            let mut write = |page| {
-                let mut bytes = [0; PAGE_SIZE];
-                bytes
-                    .chunks_mut(8)
-                    .for_each(|word| word.copy_from_slice(&noise.next().to_le_bytes()));
-                machine.run(|ram| ram.write_page(PageIndex(page), &bytes))
-            };
-            while write(page).is_some() {
-                page = (page + 1) % PAGES;
-            }
-        })
-    };
+    let writer = noisy(&machine, PAGES, Duration::ZERO);
     while machine.ram().written() < PAGES {
         std::thread::sleep(Duration::from_millis(1));
     }
