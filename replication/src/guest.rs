@@ -5,7 +5,7 @@
 //! simulator implements them with plain memory, so the subsystem runs without KVM.
 //!
 //! ```text
-//! primary, an epoch:   quiesce -> harvest -> capture -> seal_output -> release
+//! primary, an epoch:   (hold ->) quiesce -> harvest -> capture -> seal_output -> release
 //!                      ... encode, send, wait for the backup's software ...
 //!                      commit_output
 //! backup:              build -> (ram written) -> parse -> ... -> start
@@ -62,6 +62,12 @@ pub trait Guest: Send + 'static {
     /// guest memory and no device state changes until [`Guest::release`]. Waits for nothing that
     /// the host's disks or network could delay. Has no side effect that a client can see.
     fn quiesce(&mut self) -> Result<(), GuestError>;
+
+    /// As [`Guest::quiesce`], for a guest that only has to wait: nothing of it is going to be captured
+    /// before a [`Guest::quiesce`] that follows, or that ends with the next release.
+    fn hold(&mut self) -> Result<(), GuestError> {
+        self.quiesce()
+    }
 
     /// Adds to `dirty` every page that was written since the last harvest (the set may be larger
     /// than the truth, never smaller) and re-arms the tracking. Allowed while the guest runs.

@@ -319,13 +319,23 @@ impl Machine {
     /// Stops the guest for an epoch. Its memory is final when this returns; the vCPUs are read
     /// meanwhile, each on its own thread, until [`Machine::capture`].
     pub fn quiesce(&self) -> Result<(), MachineError> {
+        self.stand(|vcpus| vcpus.stop_and_save())
+    }
+
+    /// Stops the guest for a while: nothing is read. A [`Machine::quiesce`] may follow, or a
+    /// [`Machine::release`].
+    pub fn hold(&self) -> Result<(), MachineError> {
+        self.stand(Vcpus::park)
+    }
+
+    fn stand(&self, stop: impl FnOnce(&Vcpus) -> Result<(), CpuError>) -> Result<(), MachineError> {
         let life = self.life();
         let busy = |life: &mut Life| life.exclusive && !life.destroyed;
         let mut life = self.changed.wait_while(life, busy).expect("no holder panics");
         self.alive(&life)?;
         life.quiesced = true;
         self.devices.park();
-        if let Err(error) = self.vcpus.stop_and_save() {
+        if let Err(error) = stop(&self.vcpus) {
             life.quiesced = false;
             self.devices.unpark();
             drop(life);

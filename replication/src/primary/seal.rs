@@ -218,18 +218,12 @@ impl Sealer {
         copied.map_err(|error| Error::Memory(chain(&error)))
     }
 
-    /// Makes the guest stand still.
-    pub(super) fn quiesce(&mut self, guest: &mut impl Guest) -> Result<(), Error> {
-        if self.stands.is_none() {
-            self.stands = Some(Instant::now());
-            guest.quiesce().map_err(failed("stop the vCPUs"))?;
-        }
-        Ok(())
-    }
-
     /// Has the guest wait until there is room for what it writes.
     pub(super) fn hold_up(&mut self, guest: &mut impl Guest) -> Result<(), Error> {
-        self.quiesce(guest)?;
+        if self.stands.is_none() {
+            self.stands = Some(Instant::now());
+            guest.hold().map_err(failed("stop the vCPUs"))?;
+        }
         self.waits = true;
         Ok(())
     }
@@ -267,7 +261,8 @@ impl Sealer {
         quiet: impl FnOnce(),
     ) -> Result<Pause<G::State>, Error> {
         self.end_wait();
-        self.quiesce(guest)?;
+        self.stands.get_or_insert_with(Instant::now);
+        guest.quiesce().map_err(failed("stop the vCPUs"))?;
         let mut steps = Steps::since(self.stands.unwrap_or_else(Instant::now));
         steps.done();
         if stay {

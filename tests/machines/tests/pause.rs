@@ -66,3 +66,35 @@ fn states_are_those_of_the_last_stop() -> Result<()> {
     }
     Ok(())
 }
+
+/// A guest that was held until there was room is sealed where it stands: the pause that follows reads
+/// what the vCPUs are then, and one release ends both.
+#[test]
+fn a_guest_that_was_held_is_read_by_the_pause_that_follows() -> Result<()> {
+    let folder = Folder::new()?;
+    let machine = machine(&folder)?;
+    for _ in 0..5 {
+        machine.quiesce()?;
+        let before = machine.capture()?.vcpus;
+        machine.release()?;
+        std::thread::sleep(Duration::from_millis(20));
+        machine.hold()?;
+        // No save of the stop that only held it: what it says would be as old as that.
+        std::thread::sleep(Duration::from_millis(20));
+        machine.quiesce()?;
+        let held = machine.capture()?.vcpus;
+        machine.release()?;
+        std::thread::sleep(Duration::from_millis(20));
+        machine.quiesce()?;
+        let after = machine.capture()?.vcpus;
+        machine.release()?;
+        for ((before, held), after) in before.iter().zip(&held).zip(&after) {
+            for (first, second, least_ms) in [(before, held, 39), (held, after, 19)] {
+                let passed = ticks(second)?.saturating_sub(ticks(first)?);
+                let least = u64::from(first.tsc_khz) * least_ms;
+                ensure!(passed >= least, "{passed} ticks of {least}");
+            }
+        }
+    }
+    Ok(())
+}

@@ -73,6 +73,10 @@ impl Guest for ProtectedVm {
         Ok(self.machine.quiesce()?)
     }
 
+    fn hold(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.hold()?)
+    }
+
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         Ok(self.machine.harvest(dirty)?)
     }

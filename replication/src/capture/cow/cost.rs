@@ -3,7 +3,7 @@
 //! Protecting costs a system call a run and little a page, and a fault of the guest for each page
 //! that it writes before a sender took it; copying costs the same for each page. Nothing is assumed
 //! of the machine: the costs are measured on memory of the same kind when protection begins, and
-//! corrected by what each pause took. A page's heat is the chance, in 256ths, that it is written
+//! corrected by what each pause took, and each fault. A page's heat is the chance, in 256ths, that it is written
 //! while it is protected, learnt from what became of it before.
 
 use std::fs::File;
@@ -34,6 +34,27 @@ pub(super) struct Costs {
     pub(super) touch: f64,
     /// Of a write to a protected page, until it goes on.
     pub(super) fault: f64,
+    /// The part of that in which the handler serves it. The rest, two wake-ups, nobody sees but the
+    /// writer.
+    pub(super) serve: f64,
+}
+
+/// What a pause copied.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Copying {
+    pub(super) pages: u32,
+    /// Those of them for which the room had to come from the host.
+    pub(super) touched: u32,
+    pub(super) took: Duration,
+}
+
+/// Mean of past and present, within bounds: one pause that was interrupted says little.
+fn learn(cost: f64, seen: f64) -> f64 {
+    INERTIA * cost + (1.0 - INERTIA) * seen.clamp(cost / 4.0, cost * 4.0)
+}
+
+fn nanos(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e9
 }
 
 /// What a heat of all ones stands for.
@@ -98,13 +119,9 @@ impl Costs {
         }
     }
 
-    /// Learns from a pause: `calls` that protected `pages`, and `copies`.
-    pub(super) fn correct(
-        &mut self,
-        (calls, pages, took): (u32, u32, Duration),
-        (copies, copying): (u32, Duration),
-    ) {
-        let nanos = |time: Duration| time.as_secs_f64() * 1e9;
+    /// Learns from a pause: `calls` that protected `pages`, and copies.
+    pub(super) fn correct(&mut self, (calls, pages, took): (u32, u32, Duration), copied: Copying) {
+        let copies = copied.pages;
         // What was not tried seems a little cheaper each time, until it is tried again: a cost that
         // was measured while the machine was busy is not believed for ever.
         if calls == 0 && copies > 0 {
@@ -116,14 +133,25 @@ impl Costs {
         }
         if calls > 0 {
             let expected = self.call * f64::from(calls) + self.protect * f64::from(pages);
-            let scale = (nanos(took) / expected).clamp(0.25, 4.0);
-            let scale = INERTIA + (1.0 - INERTIA) * scale;
+            let scale = learn(1.0, nanos(took) / expected);
             self.call *= scale;
             self.protect *= scale;
         }
-        if copies >= 16 {
-            let seen = (nanos(copying) / f64::from(copies)).clamp(self.copy / 4.0, self.copy * 4.0);
-            self.copy = INERTIA * self.copy + (1.0 - INERTIA) * seen;
+        let (took, pages) = (nanos(copied.took), f64::from(copies));
+        if copied.touched >= 16 {
+            let touching = (took - pages * self.copy).max(0.0);
+            self.touch = learn(self.touch.max(LEAST_NS), touching / f64::from(copied.touched));
+        } else if copied.touched == 0 && copies >= 16 {
+            self.copy = learn(self.copy, took / pages);
+        }
+    }
+
+    /// Learns from `faults` that were served, in `serving` together.
+    pub(super) fn correct_faults(&mut self, faults: u32, serving: Duration) {
+        if faults > 0 {
+            let serve = learn(self.serve, nanos(serving) / f64::from(faults));
+            self.fault += serve - self.serve;
+            self.serve = serve;
         }
     }
 
@@ -140,9 +168,11 @@ impl Costs {
         let mut room = PageBuffer::touched(SCRATCH_PAGES);
         let pages = &mut room.all_mut()[..SCRATCH_PAGES];
         let copy = copies(&memory, pages).map_err(CowError::Measure)?;
-        let fault = faults(&memory, &userfault)?;
+        let (fault, serve) = faults(&memory, &userfault)?;
         let touch = (touched - copy).max(0.0);
-        Ok(Self { call: (single - protect).max(1.0), protect, copy, touch, fault })
+        // A fault lasts longer than it is served, whatever the clock says.
+        let (serve, call) = (serve.max(LEAST_NS), (single - protect).max(1.0));
+        Ok(Self { call, protect, copy, touch, fault: fault.max(serve), serve })
     }
 }
 
@@ -203,8 +233,8 @@ fn copies(memory: &Memory, into: &mut [Page]) -> io::Result<f64> {
     Ok(median(times))
 }
 
-/// Time of a write that waits for another thread to end the protection.
-fn faults(memory: &Arc<Memory>, userfault: &Userfault) -> Result<f64, CowError> {
+/// Time of a write that waits for another thread to end the protection, and how long that serves it.
+fn faults(memory: &Arc<Memory>, userfault: &Userfault) -> Result<(f64, f64), CowError> {
     userfault.protect(0, FAULTS).map_err(CowError::Protect)?;
     let writer = Arc::clone(memory);
     let done = Arc::new(AtomicBool::new(false));
@@ -223,14 +253,18 @@ fn faults(memory: &Arc<Memory>, userfault: &Userfault) -> Result<f64, CowError> 
             times
         })
         .map_err(CowError::Thread)?;
-    let mut pages = Vec::new();
+    let (mut pages, mut serving) = (Vec::new(), Vec::new());
     let mut served = Ok(());
     while !done.load(Ordering::Acquire) && served.is_ok() {
         served = super::handler::wait(userfault, None, FAULT_WAIT_MS).map(drop);
         served = served.and_then(|()| {
+            let began = Instant::now();
             userfault.faults(&mut pages).map_err(CowError::Protect)?;
-            let mut all = pages.iter().map(|page| userfault.unprotect(*page, 1));
-            all.try_for_each(|one| one.map_err(CowError::Protect))
+            for page in &pages {
+                userfault.unprotect(*page, 1).map_err(CowError::Protect)?;
+                serving.push(began.elapsed());
+            }
+            Ok(())
         });
     }
     if served.is_err() {
@@ -239,7 +273,7 @@ fn faults(memory: &Arc<Memory>, userfault: &Userfault) -> Result<f64, CowError> 
     }
     let times = writes.join().map_err(|_| CowError::Measure(io::ErrorKind::Other.into()))?;
     served?;
-    Ok(median(times))
+    Ok((median(times), median(serving)))
 }
 
 /// Longest wait for a fault before the end is looked for.
@@ -249,8 +283,18 @@ const FAULT_WAIT_MS: u16 = 5;
 mod tests {
     use super::*;
 
-    const COSTS: Costs =
-        Costs { call: 1500.0, protect: 100.0, copy: 800.0, touch: 8000.0, fault: 30_000.0 };
+    const COSTS: Costs = Costs {
+        call: 1500.0,
+        protect: 100.0,
+        copy: 800.0,
+        touch: 8000.0,
+        fault: 30_000.0,
+        serve: 5000.0,
+    };
+
+    fn copied(pages: u32, touched: u32, ns: u64) -> Copying {
+        Copying { pages, touched, took: Duration::from_nanos(ns) }
+    }
 
     fn heat(hot: u64) -> Vec<AtomicU8> {
         (0..64).map(|bit| AtomicU8::new(if hot & (1 << bit) == 0 { 0 } else { 200 })).collect()
@@ -319,23 +363,54 @@ mod tests {
         let mut costs = COSTS;
         let ns = Duration::from_nanos;
         for _ in 0..200 {
-            costs.correct((1, 0, ns(3000)), (100, ns(40_000)));
+            costs.correct((1, 0, ns(3000)), copied(100, 0, 40_000));
         }
         assert!((costs.call - 3000.0).abs() < 30.0, "{costs:?}");
         assert!((costs.copy - 400.0).abs() < 4.0, "{costs:?}");
         let before = costs;
-        costs.correct((1, 0, ns(3000)), (3, ns(5)));
+        costs.correct((1, 0, ns(3000)), copied(3, 0, 5));
         assert!((costs.copy - before.copy).abs() < 1.0, "too few to tell");
         for _ in 0..300 {
-            costs.correct((0, 0, ns(0)), (16, ns(6400)));
+            costs.correct((0, 0, ns(0)), copied(16, 0, 6400));
         }
         assert!(costs.call < before.call / 3.0, "what is not tried is tried again: {costs:?}");
     }
 
     #[test]
+    fn a_pause_that_had_to_ask_for_room_teaches_what_that_costs() {
+        let mut costs = COSTS;
+        for _ in 0..200 {
+            // 100 copies of 800 ns, and 50 times room for 2000.
+            costs.correct((0, 0, Duration::ZERO), copied(100, 50, 180_000));
+        }
+        assert!((costs.touch - 2000.0).abs() < 20.0, "{costs:?}");
+        assert!((costs.copy - 800.0).abs() < 1.0, "that was not the copies' time: {costs:?}");
+    }
+
+    #[test]
+    fn faults_that_are_served_later_are_avoided() {
+        // A page that is written one time in fifty: a run of such is cheaper protected.
+        let warm: Vec<AtomicU8> = (0..64).map(|_| AtomicU8::new(5)).collect();
+        let mut costs = COSTS;
+        assert_eq!(costs.choose(u64::MAX, &warm, false, 64), u64::MAX);
+        for _ in 0..200 {
+            costs.correct_faults(10, Duration::from_micros(400));
+        }
+        assert!((costs.fault - 65_000.0).abs() < 100.0, "{costs:?}");
+        assert_eq!(costs.choose(u64::MAX, &warm, false, 64), 0);
+        for _ in 0..200 {
+            costs.correct_faults(10, Duration::from_micros(50));
+        }
+        assert!((costs.fault - 30_000.0).abs() < 100.0, "{costs:?}");
+        costs.correct_faults(0, Duration::ZERO);
+        assert_eq!(costs.choose(u64::MAX, &warm, false, 64), u64::MAX);
+    }
+
+    #[test]
     fn this_machine_s_costs_can_be_measured() {
-        let Costs { call, protect, copy, touch, fault } = Costs::measure().unwrap();
-        for cost in [call, protect, copy, fault] {
+        let Costs { call, protect, copy, touch, fault, serve } = Costs::measure().unwrap();
+        assert!(serve <= fault, "{serve} of {fault}");
+        for cost in [call, protect, copy, serve] {
             assert!(cost > 0.0, "{cost}");
         }
         assert!(touch >= 0.0);

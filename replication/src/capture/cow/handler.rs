@@ -78,13 +78,20 @@ fn serve(table: &Table, stop: &EventFd) {
             Err(error) => table.fatal(&error),
         }
         loop {
+            let began = Instant::now();
             if let Err(error) = table.userfault().faults(&mut pages) {
                 table.fatal(&CowError::Protect(error));
             }
             if pages.is_empty() {
                 break;
             }
-            pages.iter().for_each(|page| table.fault(*page));
+            let (mut faults, mut waited) = (0, Duration::ZERO);
+            for page in &pages {
+                table.fault(*page);
+                faults += 1;
+                waited += began.elapsed();
+            }
+            table.served(faults, waited);
         }
     }
 }

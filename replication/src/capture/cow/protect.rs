@@ -8,7 +8,7 @@ use userfault::Userfault;
 
 use super::buffer::Buffer;
 use super::copy::copy_group;
-use super::cost::{self, Costs};
+use super::cost::{self, Copying, Costs};
 use super::handler::Handler;
 use super::rooms::{Rooms, Use};
 use super::table::{SLOTS, Table};
@@ -228,6 +228,7 @@ impl Freezer for ProtectFreezer {
         let mut held = Held { shared: Arc::clone(&self.shared), slot, parts, ahead };
         let mut copies = Copies::new(held.ahead.as_ref(), late);
         let mut arming = Arming::new(&self.shared.table, self.is_broken);
+        let room = held.parts.buffer.room();
         let began = Instant::now();
         for (group, word) in pages.groups() {
             let buffer = &mut held.parts.buffer;
@@ -263,9 +264,15 @@ impl Freezer for ProtectFreezer {
         self.kept.copied += copies as u64;
         self.kept.protected += pages.len() - copies as u64 - good;
         if let Some(costs) = &mut self.costs {
-            let copying = began.elapsed().saturating_sub(arming.took);
-            let copies = u32::try_from(copies).unwrap_or(u32::MAX);
-            costs.correct((arming.calls, arming.pages, arming.took), (copies, copying));
+            let count = |pages: usize| u32::try_from(pages).unwrap_or(u32::MAX);
+            let copied = Copying {
+                pages: count(copies),
+                touched: count(copies.saturating_sub(room)),
+                took: began.elapsed().saturating_sub(arming.took),
+            };
+            costs.correct((arming.calls, arming.pages, arming.took), copied);
+            let (faults, serving) = self.shared.table.take_served();
+            costs.correct_faults(faults, serving);
         }
         Ok(Arc::new(held))
     }

@@ -77,6 +77,8 @@ pub(super) struct Table {
     aside: [Aside; SLOTS],
     spare: Mutex<Vec<Box<Copied>>>,
     faults: AtomicU64,
+    /// What the handler served since it was last asked.
+    served: Mutex<(u32, Duration)>,
     /// Since when somebody waits for pages that are borrowed.
     waits: Mutex<HashMap<u64, Instant>>,
     /// How long anybody does.
@@ -104,6 +106,7 @@ impl Table {
             aside: Default::default(),
             spare: Mutex::default(),
             faults: AtomicU64::new(0),
+            served: Mutex::default(),
             waits: Mutex::default(),
             patience,
             revoked: AtomicBool::new(false),
@@ -126,6 +129,17 @@ impl Table {
 
     pub(super) fn faults(&self) -> u64 {
         self.faults.load(Ordering::Relaxed)
+    }
+
+    /// The handler served `faults` writers, who waited for it `waited` together.
+    pub(super) fn served(&self, faults: u32, waited: Duration) {
+        let mut served = lock(&self.served);
+        *served = (served.0.saturating_add(faults), served.1.saturating_add(waited));
+    }
+
+    /// What was served since this was called last.
+    pub(super) fn take_served(&self) -> (u32, Duration) {
+        std::mem::take(&mut lock(&self.served))
     }
 
     /// Of the 64 pages of a group.
