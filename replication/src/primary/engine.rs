@@ -642,7 +642,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         if self.machine.state() == State::HandingOver {
             let seconds = (self.timeout() * HANDOVER_TIMEOUTS).as_secs_f32();
             let what = format!("The backup did not take the VM over within {seconds:.1} s");
-            self.step(Event::PeerLost(what));
+            self.step(Event::HandoverLate(what));
         }
     }
 

@@ -114,6 +114,8 @@ pub enum Event {
     /// The backup does not see the pair in the record, or does not take the VM over in a planned switch-over:
     /// it has not acknowledged the epoch that waits for that, and will not.
     Refused(String),
+    /// The peer lives, and does not end the switch-over in time.
+    HandoverLate(String),
     /// Nothing comes to the peer any more, which may be well: there is another way to it.
     DataLost(String),
     /// The epoch to be sealed does not fit the backup's staging.
@@ -325,6 +327,7 @@ impl Primary {
             Event::Acked { epoch, generation } => self.acked(epoch, generation),
             Event::PeerLost(reason) => self.peer_lost(reason),
             Event::Refused(reason) => self.refused(reason),
+            Event::HandoverLate(reason) => self.handover_late(reason),
             Event::DataLost(reason) => self.data_lost(reason),
             Event::TooLarge(reason) => self.too_large(reason),
             Event::GiveUp(reason) => self.give_up(reason),
@@ -518,8 +521,19 @@ impl Primary {
                 self.go(State::Claiming(Purpose::PeerLost));
                 vec![Action::Close]
             }
+            State::Undecided => vec![Action::Close],
             _ => vec![],
         }
+    }
+
+    /// Without an arbiter its word is all that can still say whose the VM is: it is waited for.
+    fn handover_late(&mut self, reason: String) -> Vec<Action> {
+        if self.state != State::HandingOver || !self.handed || self.arbiter {
+            return self.peer_lost(reason);
+        }
+        let mut actions = self.undecided(reason);
+        actions.retain(|action| *action != Action::Close);
+        actions
     }
 
     /// The switch-over comes to nothing, unless the record says otherwise.
@@ -613,7 +627,7 @@ impl Primary {
             State::Claiming(Purpose::Stop) => vec![],
             State::Undecided => {
                 self.go(State::Stopped);
-                vec![Action::Pass, Action::Release, Action::Report(Report::Stopped)]
+                vec![Action::Close, Action::Pass, Action::Release, Action::Report(Report::Stopped)]
             }
             State::Alone => {
                 self.go(State::Stopped);

@@ -164,8 +164,40 @@ fn a_switch_over_without_arbiter_that_is_cut_is_for_a_person() {
         let report = Action::Report(Report::Undecided("cut".into()));
         assert_eq!(cut, [Action::EndEpochs, Action::Close, report]);
         let stop = primary.step(Event::StopAsked);
-        assert_eq!(stop, [Action::Pass, Action::Release, Action::Report(Report::Stopped)]);
+        assert_eq!(
+            stop,
+            [Action::Close, Action::Pass, Action::Release, Action::Report(Report::Stopped)]
+        );
     }
+}
+
+/// One whose last epoch the backup has.
+fn acknowledged(arbiter: bool) -> Primary {
+    let mut primary = handing_over(arbiter);
+    primary.step(Event::Sealed(EpochId(2)));
+    primary.step(ack(2));
+    primary
+}
+
+#[test]
+fn a_switch_over_that_is_late_waits_for_the_backup_s_word_where_nobody_else_has_one() {
+    let late = || Event::HandoverLate("late".into());
+    let word = Event::HandedOver { generation: Generation(2), reversed: false };
+    let mut primary = acknowledged(false);
+    let report = Action::Report(Report::Undecided("late".into()));
+    assert_eq!(primary.step(late()), [Action::EndEpochs, report]);
+    assert_eq!(primary.step(word)[0], Action::Destroy);
+    assert_eq!(primary.state(), State::Gone);
+
+    let mut cut = acknowledged(false);
+    cut.step(late());
+    assert_eq!(cut.step(Event::PeerLost("cut".into())), [Action::Close]);
+    assert_eq!(cut.state(), State::Undecided);
+    assert_eq!(cut.step(Event::StopAsked)[0], Action::Close);
+    assert_eq!(cut.state(), State::Stopped);
+
+    let mut decided = acknowledged(true);
+    assert!(decided.step(late()).contains(&Action::Claim { expected: Generation(1) }));
 }
 
 #[test]

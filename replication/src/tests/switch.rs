@@ -493,6 +493,32 @@ fn a_switch_over_whose_claim_was_won_is_the_backup_s_however_long_it_takes() {
     nothing_is_lost(&image, &[&machine]);
 }
 
+/// Without an arbiter the backup's word says whose the VM is, and it is heard however late it comes.
+#[test]
+fn without_an_arbiter_a_backup_that_starts_late_is_still_heard() {
+    let b = Backup::start(None);
+    let machine = small_machine();
+    let workers = Workers::start(&machine, 2, 17);
+    let options = ReplicateData { timeout_ms: 400, heartbeat_ms: 100, ..replicate(&b.url(), None) };
+    let a = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    a.events.wait(|event| *event == Event::Synced).unwrap();
+    let starting = b.log.starting.lock().unwrap();
+    let refused = a.handle.failover(false).unwrap_err();
+    assert!(refused.to_string().contains("did not take the VM over"), "{refused}");
+    a.events.wait(|event| matches!(event, Event::Undecided { .. })).unwrap();
+    assert!(!machine.is_destroyed());
+    drop(starting);
+    a.handle.join();
+    assert!(machine.is_destroyed());
+    let ended = a.events.events();
+    assert!(matches!(ended.last(), Some(Event::FailoverFinished { .. })), "{ended:?}");
+    b.handle.join();
+    workers.join();
+    assert_eq!(b.wrong(), Vec::<String>::new());
+    let image = b.log.started.lock().unwrap().clone().expect("the replica runs");
+    nothing_is_lost(&image, &[&machine]);
+}
+
 /// The guest runs, but for the pauses of epochs, and its output is held.
 fn goes_on_unheard(machine: &Machine) {
     let deadline = Instant::now() + Duration::from_secs(60);
