@@ -97,6 +97,8 @@ struct Life {
     alone_paused: bool,
     quiesced: bool,
     exclusive: bool,
+    /// A pause has ended of which the guest was not told, since an epoch's went on.
+    untold: bool,
     /// The vCPUs have a state to run from.
     started: bool,
     destroyed: bool,
@@ -263,12 +265,9 @@ impl Machine {
     pub fn resume(&self) -> Result<(), MachineError> {
         let mut life = self.life();
         self.alive(&life)?;
-        if life.is_paused() && life.started && !life.quiesced && !life.exclusive {
-            self.tell_pause()?;
-        }
+        life.untold |= life.is_paused() && life.started;
         (life.user_paused, life.alone_paused) = (false, false);
-        self.run_if_free(&life);
-        Ok(())
+        self.run_if_free(&mut life)
     }
 
     /// Stops the guest for want of a backup. A person's resume ends that, too.
@@ -288,15 +287,13 @@ impl Machine {
         if !std::mem::take(&mut life.alone_paused) || life.user_paused {
             return Ok(());
         }
-        if life.started && !life.quiesced && !life.exclusive {
-            self.tell_pause()?;
-        }
-        self.run_if_free(&life);
-        Ok(())
+        life.untold |= life.started;
+        self.run_if_free(&mut life)
     }
 
     /// Tells the guest that it stood still, so that its watchdogs do not take a long pause for a
-    /// lockup. Not for an epoch's pause, which no watchdog sees.
+    /// lockup. Not for an epoch's pause, which no watchdog sees. Only while it stands still and no epoch
+    /// is in its pause.
     fn tell_pause(&self) -> Result<(), MachineError> {
         Ok(self.vcpus.each(false, |_, vcpu| {
             vcpu.signal_guest_paused();
@@ -350,10 +347,10 @@ impl Machine {
         let mut life = self.life();
         life.quiesced = false;
         self.devices.unpark();
-        self.run_if_free(&life);
+        let result = self.run_if_free(&mut life);
         drop(life);
         self.changed.notify_all();
-        Ok(())
+        result
     }
 
     /// The state at the last quiesce. Only between quiesce and release.
@@ -424,10 +421,11 @@ impl Machine {
         self.vm.dirty_log().tracking()
     }
 
-    /// Turns KVM's dirty log on or off. With it on, all pages count as dirty at first.
+    /// Turns KVM's dirty log on or off. With it on, all pages count as dirty at first, also where it
+    /// was on before: to KVM that is no change, and its log names what was written only.
     pub fn set_tracking(&self, on: bool) -> Result<(), MachineError> {
         tracking::set(&self.vm, &self.memory, on)?;
-        if on && !self.vm.dirty_log().begins_full() {
+        if on {
             self.memory.mark_all_written();
         }
         Ok(())
@@ -458,11 +456,15 @@ impl Machine {
         if life.destroyed { Err(MachineError::Destroyed) } else { Ok(()) }
     }
 
-    fn run_if_free(&self, life: &Life) {
+    fn run_if_free(&self, life: &mut Life) -> Result<(), MachineError> {
         let held = life.is_paused() || life.quiesced || life.exclusive || life.destroyed;
         if life.started && !held {
+            if std::mem::take(&mut life.untold) {
+                self.tell_pause()?;
+            }
             self.vcpus.release();
         }
+        Ok(())
     }
 
     /// Runs `work` with the vCPUs parked and no epoch in its pause.
@@ -482,10 +484,10 @@ impl Machine {
         let mut life = self.life();
         life.exclusive = false;
         self.devices.unpark();
-        self.run_if_free(&life);
+        let runs = self.run_if_free(&mut life);
         drop(life);
         self.changed.notify_all();
-        result
+        result.and_then(|done| runs.map(|()| done))
     }
 }
 

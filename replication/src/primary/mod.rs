@@ -104,7 +104,7 @@ pub fn protect<G: Guest>(
 /// only that no thread can be started, or that what the old host has is not known. Nobody decides about such a
 /// guest then: it is to be destroyed, and its old host goes on.
 pub fn protect_back<G: Guest>(
-    guest: G,
+    mut guest: G,
     way_back: WayBack,
     identity: HostIdentity,
     known: &Known,
@@ -141,7 +141,12 @@ pub fn protect_back<G: Guest>(
         let thread = spawn("repl-engine", None, move || keeper.run_reversed(machine, queue))?;
         return Ok(handle.with(thread));
     }
-    let checked = Checked::new(options, None)?;
+    let checked = Checked::new(options, None).inspect_err(|_| {
+        // Nobody asks for what is noted.
+        if let Err(error) = guest.stop_tracking() {
+            tracing::warn!("pages that the guest writes are noted for nobody: {error}");
+        }
+    })?;
     let (handle, mut keeper, queue) = prepared(guest, &checked, (identity, known), observer);
     {
         let mut gathered = handle.status.lock();

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hypervisor::{Hypervisor, VcpuState};
+use replication::ram::PageSet;
 use serde_json::json;
 use understudy_tests::interrupt::Folder;
 use vmm::device_manager::taps::TapDescriptors;
@@ -96,5 +97,24 @@ fn a_guest_that_was_held_is_read_by_the_pause_that_follows() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// Where the log is on already KVM takes turning it on for no change, and names what was written since:
+/// a first copy of that would be a VM of zeroes.
+#[test]
+fn tracking_that_is_turned_on_again_names_every_page() -> Result<()> {
+    let folder = Folder::new()?;
+    let machine = machine(&folder)?;
+    let pages = machine.memory().ram().pages();
+    for turn in 0..3 {
+        machine.set_tracking(true)?;
+        let mut dirty = PageSet::new(pages);
+        machine.harvest(&mut dirty)?;
+        ensure!(dirty.len() == pages, "turn {turn}: {} of {pages} pages", dirty.len());
+    }
+    let mut dirty = PageSet::new(pages);
+    machine.harvest(&mut dirty)?;
+    ensure!(dirty.len() < pages, "what nobody wrote is named as well");
     Ok(())
 }

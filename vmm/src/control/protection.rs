@@ -254,7 +254,7 @@ impl Controller {
         let is_held = plan.is_held();
         let holds = holds(plan.options());
         let way_back = Return::of(plan.options());
-        let guest = ProtectedVm::new(Arc::clone(&machine), holds);
+        let mut guest = ProtectedVm::new(Arc::clone(&machine), holds);
         let shares_disks = holds.disks && !machine.devices().writable_disks().is_empty();
         let called_for = Arc::clone(&machine);
         let before = std::mem::replace(&mut self.protection, Protection::None);
@@ -264,7 +264,8 @@ impl Controller {
         let notices = self.notices.clone();
         let lost = reply.clone();
         let started = std::thread::Builder::new().name("repl-connect".into()).spawn(move || {
-            let result = end_before(before).and_then(|()| match plan {
+            let ready = end_before(before).and_then(|()| guest.keep_durable());
+            let result = ready.and_then(|()| match plan {
                 Plan::Asked(options) => {
                     primary::protect(guest, options, identity, &known, observer)
                 }
@@ -599,11 +600,21 @@ impl Controller {
                 }
             }
             Protection::Backup { handle, .. } => {
-                if let Some(way_back) = handle.take_way_back() {
-                    self.protect_back(way_back);
+                match handle.take_way_back() {
+                    Some(way_back) => self.protect_back(way_back),
+                    // Nobody asks for what is noted, should an earlier switch-over have begun to.
+                    None => self.stop_tracking(),
                 }
             }
             Protection::None | Protection::Connecting { .. } => {}
+        }
+    }
+
+    fn stop_tracking(&self) {
+        if let Some(machine) = &self.machine
+            && let Err(error) = machine.set_tracking(false)
+        {
+            tracing::warn!("pages that the guest writes are noted for nobody: {error}");
         }
     }
 

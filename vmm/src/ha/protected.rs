@@ -1,8 +1,11 @@
 //! A machine as replication protects it.
 
+use std::io;
 use std::sync::Arc;
 
 use api::replication::{ConsoleOutput, DiskMode, ReplicateData};
+use devices::virtio::blk::KeptDurable;
+use replication::Error;
 use replication::disk::Disks;
 use replication::guest::{Guest, GuestError, Waker};
 use replication::ids::EpochId;
@@ -28,6 +31,8 @@ pub struct ProtectedVm {
     /// Those whose images are to be on both hosts.
     disks: Option<Arc<ReplicatedDisks>>,
     holds: Holds,
+    /// What was answered on a disk that both hosts see is on it, also when this host is gone.
+    durable: Vec<KeptDurable>,
     /// Whether the last capture said that a person had paused the VM.
     captured_paused: bool,
 }
@@ -38,7 +43,23 @@ impl ProtectedVm {
         // Disks whose changes wait are those of one image that both hosts see.
         let disks = if holds.disks { vec![] } else { machine.devices().writable_disks() };
         let disks = (!disks.is_empty()).then(|| Arc::new(ReplicatedDisks(disks)));
-        Self { machine, disks, holds, captured_paused: false }
+        Self { machine, disks, holds, durable: vec![], captured_paused: false }
+    }
+
+    /// Makes what the guest was told durable, and keeps it so while this guest is protected: on disks that
+    /// the backup sees as well. Waits for the storage.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub fn keep_durable(&mut self) -> Result<(), Error> {
+        if self.holds.disks {
+            let what = "make what its disks have durable on the storage";
+            let disks = self.machine.devices().writable_disks();
+            let kept = disks.iter().map(|disk| disk.keep_durable());
+            let kept: io::Result<Vec<_>> = kept.collect();
+            self.durable = kept.map_err(|error| Error::Guest { what, source: error.into() })?;
+        }
+        Ok(())
     }
 }
 

@@ -1,5 +1,6 @@
 //! The device: what the transport and the VMM see of a disk.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use tracing::warn;
 
 use super::config::{BlkConfig, BlkError};
-use super::engine::{Engine, ThreadPool};
+use super::engine::{Engine, KeptDurable, ThreadPool};
 use super::image::{Image, OpenError, open};
 use super::layout::{SECTOR_SHIFT, config_space, features};
 use super::session::Session;
@@ -72,7 +73,7 @@ impl Disk {
         let what = || format!("Cannot start the threads of disk {}", self.config.id);
         let count = self.config.num_queues.saturating_mul(THREADS_PER_QUEUE).min(THREADS_MAX);
         let names = (0..count).map(|at| self.config.thread_name(&format!("_io{at}"))).collect();
-        let pool = ThreadPool::start(image, names)
+        let pool = ThreadPool::start(image, names, &self.core.durability)
             .map_err(|source| AttachError { what: what(), source: Some(source) })?;
         self.attach_engine(Arc::new(pool))?;
         *self.image_slot() = Some(Arc::clone(image));
@@ -124,6 +125,19 @@ impl Disk {
     /// Records every change that ends from now on in `log`, or in none.
     pub fn set_write_log(&self, log: Option<Arc<dyn WriteLog>>) {
         *self.core.log.write().unwrap_or_else(PoisonError::into_inner) = log;
+    }
+
+    /// Makes durable what was answered, and from now on each change before it is answered: whoever goes
+    /// on with the guest elsewhere has its memory, in which these pages are clean, and not this host's
+    /// page cache. Waits for the host's storage.
+    ///
+    /// # Errors
+    /// What the storage says; nothing is kept then.
+    pub fn keep_durable(&self) -> io::Result<KeptDurable> {
+        let kept = self.core.durability.keep();
+        let image = self.image_slot().clone();
+        image.map_or(Ok(()), |image| image.flush())?;
+        Ok(kept)
     }
 
     /// Bytes of the disk that the guest sees.

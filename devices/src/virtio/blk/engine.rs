@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use super::image::Image;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     Read,
-    /// Durable before it is done, if the guest has no way to ask for a flush.
+    /// Durable before it is done, if the guest has no way to ask for a flush. (Or if [`KeptDurable`].)
     Write {
         durable: bool,
     },
@@ -63,6 +64,35 @@ struct Shared {
     jobs: Mutex<Jobs>,
     /// A job, a close, or the end of a thread.
     changed: Condvar,
+    /// See [`Durability`].
+    durability: Durability,
+}
+
+/// Whether each change is durable before it is done, whatever the guest may ask for: while anybody
+/// keeps it so.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Durability(Arc<AtomicUsize>);
+
+/// Keeps changes of a disk durable, until it is dropped.
+#[derive(Debug)]
+pub struct KeptDurable(Durability);
+
+impl Durability {
+    /// For changes that reach the image from here on; what reached it before is for a flush that follows.
+    pub(super) fn keep(&self) -> KeptDurable {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        KeptDurable(self.clone())
+    }
+
+    fn is_kept(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 0
+    }
+}
+
+impl Drop for KeptDurable {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl Shared {
@@ -78,8 +108,13 @@ pub(super) struct ThreadPool {
 
 impl ThreadPool {
     /// Starts a thread for each name. On an error none is left.
-    pub(super) fn start(image: &Arc<dyn Image>, names: Vec<String>) -> io::Result<Self> {
-        let pool = Self { shared: Arc::default() };
+    pub(super) fn start(
+        image: &Arc<dyn Image>,
+        names: Vec<String>,
+        durability: &Durability,
+    ) -> io::Result<Self> {
+        let shared = Shared { durability: durability.clone(), ..Shared::default() };
+        let pool = Self { shared: Arc::new(shared) };
         for name in names {
             let (shared, image) = (Arc::clone(&pool.shared), Arc::clone(image));
             pool.shared.lock().threads += 1;
@@ -107,7 +142,7 @@ fn serve(shared: &Shared, image: Arc<dyn Image>) {
         let job = jobs.list.pop_front();
         drop(jobs);
         if let Some((mut io, done)) = job {
-            let result = perform(image.as_ref(), &mut io);
+            let result = perform(image.as_ref(), &mut io, &shared.durability);
             done(io, result);
         }
     }
@@ -118,8 +153,9 @@ fn serve(shared: &Shared, image: Arc<dyn Image>) {
 }
 
 /// Carries out one I/O.
-fn perform(image: &dyn Image, io: &mut Io) -> io::Result<()> {
-    let flush_if = |durable| if durable { image.flush() } else { Ok(()) };
+fn perform(image: &dyn Image, io: &mut Io, durability: &Durability) -> io::Result<()> {
+    // Looked at once the image has the change: who begins to keep it so after that flushes.
+    let flush_if = |durable| if durable || durability.is_kept() { image.flush() } else { Ok(()) };
     match io.operation {
         Operation::Read => image.read_at(io.offset, io.buffer.bytes_mut()),
         Operation::Write { durable } => {

@@ -18,6 +18,8 @@
 //!   [`schedule::RUNNING_BYTES_MAX`] bytes; long requests go piece by piece.
 //! - In hold mode ([`Disk::hold`]) nothing of an uncommitted epoch reaches the image. The request
 //!   stays in flight meanwhile, so a replica has it in its state and carries it out itself.
+//! - While anybody keeps the disk durable ([`Disk::keep_durable`]) what was answered is on the storage,
+//!   and not only in this host's page cache.
 
 /// Buffers for the host's I/O.
 mod buffer;
@@ -56,7 +58,7 @@ mod tests;
 pub use buffer::Buffer;
 pub use config::{BlkConfig, BlkError, IN_FLIGHT_MAX, ImageType, QUEUE_SIZE_MAX, QUEUES_MAX};
 pub use disk::Disk;
-pub use engine::{Done, Engine, Io, Operation};
+pub use engine::{Done, Engine, Io, KeptDurable, Operation};
 pub use image::{Image, ImageError};
 pub use layout::SECTOR_BYTES;
 pub use schedule::Held;

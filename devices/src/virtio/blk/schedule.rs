@@ -114,6 +114,9 @@ pub(super) struct Schedule<T> {
     ready: BTreeSet<Ticket>,
     running_bytes: usize,
     waker: Option<Waker>,
+    /// Requests that were looked at for the sake of others.
+    #[cfg(test)]
+    looked_at: std::cell::Cell<u64>,
 }
 
 impl<T: Clone> Schedule<T> {
@@ -125,6 +128,8 @@ impl<T: Clone> Schedule<T> {
             ready: BTreeSet::new(),
             running_bytes: 0,
             waker: None,
+            #[cfg(test)]
+            looked_at: std::cell::Cell::default(),
         }
     }
 
@@ -159,7 +164,7 @@ impl<T: Clone> Schedule<T> {
                 payload,
             },
         );
-        self.link(ticket);
+        self.link(ticket, ticket);
         (ticket, self.waker.clone().filter(|_| first))
     }
 
@@ -201,8 +206,9 @@ impl<T: Clone> Schedule<T> {
         if let Some(before) = entry.behind.and_then(|at| self.entries.get_mut(&at)) {
             before.followers.retain(|follower| *follower != ticket);
         }
+        // What lies between is nothing that a follower must wait for, or it would be behind that.
         for follower in entry.followers {
-            self.link(follower);
+            self.link(follower, ticket);
         }
     }
 
@@ -288,6 +294,11 @@ impl<T: Clone> Schedule<T> {
         self.waker = Some(waker);
     }
 
+    #[cfg(test)]
+    pub(super) fn looked_at(&self) -> u64 {
+        self.looked_at.get()
+    }
+
     fn sum(&self, which: impl Fn(Hold) -> bool) -> Held {
         let mut held = Held::default();
         for entry in self.entries.values().filter(|entry| which(entry.hold)) {
@@ -311,11 +322,13 @@ impl<T: Clone> Schedule<T> {
         !self.ready.is_empty()
     }
 
-    /// Puts a request behind the last before it that it must not overtake.
-    fn link(&mut self, ticket: Ticket) {
+    /// Puts a request behind the last before `end` that it must not overtake.
+    fn link(&mut self, ticket: Ticket, end: Ticket) {
         let Some(entry) = self.entries.get(&ticket) else { return };
         let access = &entry.access;
-        let before = self.entries.range(..ticket).rev();
+        let before = self.entries.range(..end).rev();
+        #[cfg(test)]
+        let before = before.inspect(|_| self.looked_at.set(self.looked_at.get() + 1));
         let behind =
             before.filter(|(_, other)| access.conflicts(&other.access)).map(|(at, _)| *at).next();
         if let Some(other) = behind.and_then(|at| self.entries.get_mut(&at)) {

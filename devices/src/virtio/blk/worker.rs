@@ -22,7 +22,7 @@ use tracing::debug;
 
 use super::buffer::{BUFFER_BYTES_MAX, Buffer, BufferPool, cost_bytes};
 use super::chain::{Table, walk};
-use super::engine::{Engine, Io, Operation};
+use super::engine::{Durability, Engine, Io, Operation};
 use super::image::Image;
 use super::layout::{F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
 use super::request::{Parsed, Request, Rules, Status, Task, parse};
@@ -76,6 +76,7 @@ pub(super) struct Core {
     pub(super) image: Mutex<Option<Arc<dyn Image>>>,
     pub(super) counters: BlkCounters,
     pub(super) identification: [u8; 20],
+    pub(super) durability: Durability,
     schedule: Mutex<Schedule<Work>>,
     pub(super) buffers: BufferPool,
 }
@@ -121,6 +122,7 @@ impl Core {
             image: Mutex::default(),
             counters: BlkCounters::default(),
             identification,
+            durability: Durability::default(),
             schedule: Mutex::new(Schedule::new()),
             buffers: BufferPool::default(),
         }

@@ -313,6 +313,36 @@ fn without_flush_a_write_is_durable_when_it_is_answered() {
 }
 
 #[test]
+fn a_disk_that_is_kept_durable_answers_what_would_outlive_its_host() {
+    let image = TestImage::new();
+    let mut rig = Rig::on(&image, 1);
+    let answered = rig.drivers[0].write(0, &[1; 512]);
+    rig.drivers[0].end(answered);
+    image.block();
+    let under_way = rig.drivers[0].write(1, &[2; 512]);
+    until("the write", || image.begun().len() == 2);
+    image.unblock();
+    // What was answered before, and what is under way whatever it was begun as.
+    let kept = rig.disk.keep_durable().unwrap();
+    let driver = &mut rig.drivers[0];
+    driver.end(under_way);
+    let begun = image.begun();
+    assert!(begun[2..].contains(&Op::Flush), "{begun:?}");
+    let also = rig.disk.keep_durable().unwrap();
+    drop(kept);
+    let before = image.begun().len();
+    let sent = rig.drivers[0].write(2, &[3; 512]);
+    rig.drivers[0].end(sent);
+    assert_eq!(image.begun()[before..], [Op::Write(1024, 512), Op::Flush]);
+    drop(also);
+    let sent = rig.drivers[0].write(3, &[4; 512]);
+    rig.drivers[0].end(sent);
+    assert_eq!(image.begun().last(), Some(&Op::Write(1536, 512)));
+    *image.broken.lock().unwrap() = Some(Op::Flush);
+    assert!(rig.disk.keep_durable().is_err());
+}
+
+#[test]
 fn the_configuration_space_is_that_of_the_specification() {
     let file = file();
     let disk = Disk::new(BlkConfig { num_queues: 4, ..config(&file) }).unwrap();

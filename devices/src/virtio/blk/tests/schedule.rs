@@ -225,3 +225,22 @@ fn epochs_do_not_descend() {
     schedule.seal(2);
     schedule.seal(1);
 }
+
+/// Each of thousands of reads behind a change is looked at once when that ends, however many a guest
+/// queues: the schedule's lock is held meanwhile, and an epoch's pause waits for it.
+#[test]
+fn the_end_of_a_change_looks_at_what_lies_before_it_only() {
+    const READS: u64 = 2000;
+    let access = |class| Access { class, range: 0..512, data_bytes: 512 };
+    let mut schedule = Schedule::new();
+    let (change, _) = schedule.insert(0, access(Class::Change), 512, ());
+    assert_eq!(schedule.start(true).map(|(ticket, ())| ticket), Some(change));
+    for _ in 0..READS {
+        schedule.insert(0, access(Class::Read), 0, ());
+    }
+    let before = schedule.looked_at();
+    schedule.finish(change);
+    assert!(schedule.looked_at() - before <= READS, "{}", schedule.looked_at() - before);
+    let started = std::iter::from_fn(|| schedule.start(true)).count();
+    assert_eq!(u64::try_from(started).unwrap(), READS);
+}

@@ -3,6 +3,7 @@
 
 use anyhow::{Result, ensure};
 use api::replication::ReplicationState;
+use understudy_tests::network::run;
 
 use crate::row::{Does, End, Expect, Row};
 use crate::scene::{LIMIT, Scene};
@@ -14,6 +15,7 @@ const CONFLICT: u16 = 409;
 pub fn rows() -> Vec<Row> {
     let mut rows = refused();
     rows.push(reboot());
+    rows.push(without_tap());
     rows.extend(heirs());
     rows
 }
@@ -86,6 +88,37 @@ fn reboot() -> Row {
     Row::new("switch-over-reboot", what, Expect::Only(End::B), act)
         .fault(Place::A, "reset", Does::Wait)
         .fault(Place::B, "claim", Does::Wait)
+}
+
+/// B lost its tap since it became the backup, which nobody can know before B looks again.
+fn without_tap() -> Row {
+    let act = |scene: &mut Scene| {
+        let tap = scene.world.b.tap;
+        scene.blow();
+        rename(scene, tap, "elsewhere")?;
+        let is_done = scene.ask_failover().join().unwrap_or_default();
+        ensure!(!is_done, "a switch-over to a host without the VM's tap is answered as done");
+        ensure!(scene.has_event(Place::A, "failover-failed"), "A does not say that it failed");
+        scene.wait_served()?;
+        scene.wait_protected()?;
+        rename(scene, "elsewhere", tap)?;
+        let waits = scene.ask_failover();
+        scene.wait_b_took_over()?;
+        ensure!(waits.join().unwrap_or_default(), "the switch-over is not answered as done");
+        Ok(End::B)
+    };
+    let what = "B's tap is gone as the VM is handed over: refused, and A goes on and is protected again; \
+                with the tap back it goes to B";
+    Row::new("switch-over-no-tap", what, Expect::Only(End::B), act)
+}
+
+/// An interface that is up cannot be renamed everywhere.
+fn rename(scene: &Scene, from: &str, to: &str) -> Result<()> {
+    scene.world.b.network.within(|| {
+        run("ip", &format!("link set {from} down"))?;
+        run("ip", &format!("link set {from} name {to}"))?;
+        run("ip", &format!("link set {to} up"))
+    })?
 }
 
 /// The pair is reversed, both hosts live, and one is lost as they connect.
