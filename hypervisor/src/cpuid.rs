@@ -14,6 +14,7 @@ use crate::vcpu::{Vcpu, VcpuError};
 const LEAF_VENDOR: u32 = 0;
 const LEAF_FEATURES: u32 = 1;
 const LEAF_CACHES_INTEL: u32 = 4;
+const LEAF_FEATURES_STRUCTURED: u32 = 7;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_KVM: u32 = 0x4000_0000;
@@ -28,6 +29,8 @@ const LEAF_TOPOLOGY_AMD_V2: u32 = 0x8000_0026;
 const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
+/// Of the structured features (Intel SDM vol. 2, CPUID leaf 7).
+const ECX_SHADOW_STACK: u32 = 1 << 7;
 const ECX_VMX: u32 = 1 << 5;
 const ECX_SVM: u32 = 1 << 2;
 const ECX_CMP_LEGACY: u32 = 1 << 1;
@@ -191,6 +194,11 @@ fn adapt(entry: &mut kvm_cpuid_entry2, identity: &Identity, amd: bool) {
             set(&mut entry.ecx, ECX_TSC_DEADLINE, identity.tsc_deadline);
             set(&mut entry.edx, EDX_HTT, threads > 1);
         }
+        // Its pointer is no MSR, and is not among what a state has: a process with a shadow stack would not
+        // survive a take-over.
+        LEAF_FEATURES_STRUCTURED if entry.index == 0 => {
+            set(&mut entry.ecx, ECX_SHADOW_STACK, false);
+        }
         LEAF_CACHES_INTEL if entry.eax & 0x1f != 0 => {
             let cores = 1u32 << (topology.package_shift() - topology.core_shift());
             entry.eax = (entry.eax & 0x3fff) | sharing(entry.eax, topology) << 14;
@@ -308,6 +316,7 @@ mod tests {
             leaf(1, 0, [0x123, 0xff04_0800, ECX_TSC_DEADLINE, EDX_HTT]),
             leaf(4, 0, [0xfc00_c121, 0, 0, 0]),
             leaf(4, 3, [0xffff_c163, 0, 0, 0]),
+            leaf(LEAF_FEATURES_STRUCTURED, 0, [2, 1, ECX_SHADOW_STACK | 4, 1 << 20]),
             leaf(0xb, 0, [9, 9, 0x100, 9]),
             leaf(0x1f, 0, [9, 9, 0x100, 9]),
             leaf(LEAF_KVM, 0, [0x4000_0001, 0, 0, 0]),
@@ -332,6 +341,15 @@ mod tests {
         let topology = SIX;
         let apic_id = topology.apic_id(vcpu);
         Identity { apic_id, topology, tsc_khz: Some(2_000_000), tsc_deadline: false }
+    }
+
+    #[test]
+    fn a_register_that_no_state_has_is_not_offered() {
+        let identity =
+            Identity { apic_id: 0, topology: Topology::flat(1), tsc_khz: None, tsc_deadline: true };
+        let composed = compose(&base(b"Genu", 0x1f), &identity).unwrap();
+        let features = of(&composed, LEAF_FEATURES_STRUCTURED, 0).unwrap();
+        assert_eq!([features.ebx, features.ecx, features.edx], [1, 4, 1 << 20]);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! a vCPU can read, and take back. KVM_GET_MSRS and KVM_SET_MSRS stop at the first MSR that they
 //! refuse and return how many they did.
 
-use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno;
 
@@ -21,9 +21,24 @@ pub(crate) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
 /// The MSRs of KVM's own interface: clock, steal time, asynchronous faults.
 const KVM_PV: [std::ops::RangeInclusive<u32>; 2] = [0x11..=0x12, 0x4b56_4d00..=0x4b56_4dff];
+/// What a nested hypervisor may use of VMX (Intel SDM vol. 3, appendix A): fixed once a vCPU is in VMX operation.
+const VMX: std::ops::RangeInclusive<u32> = 0x480..=0x491;
+
+/// Whether an MSR is loaded before all other registers: what nested VMX may be, and the lock of feature
+/// control, which takes a vCPU out of VMX operation where it is 0. Control registers are checked against both.
+pub(crate) fn is_early(index: u32) -> bool {
+    index == IA32_FEATURE_CONTROL || VMX.contains(&index)
+}
+
+/// Takes a vCPU out of VMX operation, in which it may be from a state that was loaded before.
+pub(crate) const LEAVE_VMX: Msr = Msr { index: IA32_FEATURE_CONTROL, data: 0 };
+
 /// The MSRs of Hyper-V's interface, which no guest of ours is offered. Merely touching one makes
 /// KVM set up its Hyper-V emulation.
 const HYPERV: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
+
+/// Most MSRs in a call: KVM takes fewer than its MAX_IO_MSRS, 256.
+const MSRS_A_CALL: usize = 255;
 
 /// The MSRs that are a vCPU's state, in the order in which they are loaded.
 pub(crate) struct MsrSet {
@@ -46,7 +61,7 @@ impl MsrSet {
 
     /// Buffers for [`read_into`]: as many MSRs in each as one call takes.
     pub(crate) fn buffers(&self) -> Result<Vec<Msrs>, errno::Error> {
-        self.indices.chunks(KVM_MAX_MSR_ENTRIES).map(buffer).collect()
+        self.indices.chunks(MSRS_A_CALL).map(buffer).collect()
     }
 }
 
@@ -67,8 +82,7 @@ fn candidates(listed: &[u32]) -> Vec<u32> {
 /// Whether writing an MSR's own value on a fresh vCPU changes nothing: not so for time, and
 /// KVM's interface need not be tried.
 fn may_write_back(index: u32) -> bool {
-    !matches!(index, IA32_TSC | IA32_TSC_ADJUST | IA32_TSC_DEADLINE)
-        && !KVM_PV.iter().any(|range| range.contains(&index))
+    !matches!(index, IA32_TSC | IA32_TSC_ADJUST | IA32_TSC_DEADLINE) && !is_paravirtual(index)
 }
 
 /// The place of an MSR in the order of loading. Feature control unlocks others; the TSC comes
@@ -78,9 +92,14 @@ fn load_order(index: u32) -> u8 {
         IA32_FEATURE_CONTROL => 0,
         IA32_TSC => 1,
         IA32_TSC_DEADLINE => 4,
-        index if KVM_PV.iter().any(|range| range.contains(&index)) => 3,
+        index if is_paravirtual(index) => 3,
         _ => 2,
     }
+}
+
+/// Whether KVM writes guest memory for an MSR of its own interface: at once, or when the vCPU stops.
+pub(crate) fn is_paravirtual(index: u32) -> bool {
+    KVM_PV.iter().any(|range| range.contains(&index))
 }
 
 fn buffer(indices: &[u32]) -> Result<Msrs, errno::Error> {
@@ -99,7 +118,7 @@ fn read_back(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, errno::Error> {
     let mut found = Vec::new();
     let mut rest = indices;
     while !rest.is_empty() {
-        let chunk = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let chunk = &rest[..rest.len().min(MSRS_A_CALL)];
         let mut msrs = buffer(chunk)?;
         let count = vcpu.get_msrs(&mut msrs)?;
         found.extend(msrs.as_slice().iter().take(count).map(from_entry));
@@ -128,7 +147,7 @@ pub(crate) fn write_each(
 ) -> Result<(), errno::Error> {
     let mut rest = msrs;
     while !rest.is_empty() {
-        let chunk = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let chunk = &rest[..rest.len().min(MSRS_A_CALL)];
         let entries: Vec<_> = chunk.iter().map(to_entry).collect();
         let count = vcpu.set_msrs(&wrap(&entries)?)?.min(chunk.len());
         for &msr in &chunk[..count] {

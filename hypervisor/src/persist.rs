@@ -9,12 +9,14 @@
 //!
 //! Order at load (CPUID, the VM's clock and interrupt controllers have been loaded):
 //! 1. TSC frequency, since TSC values are scaled by it.
-//! 2. Special registers: paging, EFER, APIC base, on which the rest depends.
-//! 3. XCR0 before the extended registers that it enables.
-//! 4. General registers, nested state (it needs EFER.SVME), debug registers.
-//! 5. MSRs: TSC first, KVM's clock late, all but the deadline.
-//! 6. LAPIC, then the deadline: KVM ignores one while the timer's mode is another.
-//! 7. MP state, then events last: loading registers drops pending exceptions.
+//! 2. IA32_FEATURE_CONTROL and the VMX capabilities: KVM refuses them, and a CR4 without VMXE, while the vCPU
+//!    is in VMX operation; a feature control of 0 ends that of the state before.
+//! 3. Special registers: paging, EFER, APIC base, on which the rest depends.
+//! 4. XCR0 before the extended registers that it enables.
+//! 5. General registers, nested state (it needs EFER.SVME), debug registers.
+//! 6. MSRs: TSC first, KVM's clock late, all but the deadline.
+//! 7. LAPIC, then the deadline: KVM ignores one while the timer's mode is another.
+//! 8. MP state, then events last: loading registers drops pending exceptions.
 
 use kvm_bindings::{
     KVM_SREGS2_FLAGS_PDPTRS_VALID, KVM_SYNC_X86_VALID_FIELDS, kvm_mp_state, kvm_sregs,
@@ -22,7 +24,7 @@ use kvm_bindings::{
 use kvm_ioctls::KvmNestedStateBuffer;
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::msr::{self, IA32_TSC_DEADLINE};
+use crate::msr::{self, IA32_TSC, IA32_TSC_DEADLINE};
 use crate::state::{Blob, Msr, VcpuState};
 use crate::sys;
 use crate::vcpu::{Vcpu, VcpuError};
@@ -154,6 +156,10 @@ impl Vcpu {
         self.loaded = Some(state.position());
         (self.io_pending, self.unseen) = (false, false);
         self.restore_tsc_khz(state.tsc_khz);
+        let (early, others): (Vec<Msr>, Vec<Msr>) =
+            state.msrs.iter().partition(|msr| msr::is_early(msr.index));
+        self.restore_msrs(&[msr::LEAVE_VMX])?;
+        self.restore_msrs(&early)?;
         self.restore_sregs(state)?;
         if self.shared.capabilities.xcrs && state.xcrs.0.nr_xcrs > 0 {
             self.fd
@@ -169,7 +175,7 @@ impl Vcpu {
                 .map_err(|e| self.set_error("debug registers", e))?;
         }
         let (deadline, others): (Vec<Msr>, Vec<Msr>) =
-            state.msrs.iter().partition(|msr| msr.index == IA32_TSC_DEADLINE);
+            others.into_iter().partition(|msr| msr.index == IA32_TSC_DEADLINE);
         self.restore_msrs(&others)?;
         self.fd.set_lapic(&state.lapic.0).map_err(|e| self.set_error("the LAPIC", e))?;
         self.restore_msrs(&deadline)?;
@@ -177,6 +183,22 @@ impl Vcpu {
             .set_mp_state(kvm_mp_state { mp_state: state.mp_state })
             .map_err(|e| self.set_error("the run state", e))?;
         self.fd.set_vcpu_events(&state.events.0).map_err(|e| self.set_error("pending events", e))
+    }
+
+    /// Parts the TSC from the vCPU's creation, before all vCPUs are restored: KVM before Linux 6.7 takes a value
+    /// that is less than a second from what the clock would show by then for an attempt to synchronise, and keeps
+    /// its own. The guest's time would step back by what lies between. Of one vCPU only, so that the others,
+    /// whose values are close to each other, are synchronised still.
+    ///
+    /// # Errors
+    /// KVM refuses the TSC.
+    pub fn part_tsc(&self, state: &VcpuState) -> Result<(), VcpuError> {
+        // Hours at any frequency.
+        const AWAY: u64 = 1 << 45;
+        let of = state.msrs.iter().find(|msr| msr.index == IA32_TSC);
+        of.map_or(Ok(()), |tsc| {
+            self.restore_msrs(&[Msr { index: IA32_TSC, data: tsc.data.wrapping_add(AWAY) }])
+        })
     }
 
     /// Best effort: without TSC scaling a guest of another frequency runs at this host's, which

@@ -159,6 +159,11 @@ impl VcpuState {
         )
     }
 
+    /// Leaves out what KVM writes guest memory for when it is loaded, or when the vCPU stops after that.
+    pub fn forget_paravirtual(&mut self) {
+        self.msrs.retain(|msr| !crate::msr::is_paravirtual(msr.index));
+    }
+
     /// Checks what KVM would not: every length that our own calls rely on.
     pub fn validate(&self) -> Result<(), StateError> {
         let size = self.xsave.0.len();

@@ -375,6 +375,22 @@ impl Machine {
         Ok(self.devices.check(&state.devices)?)
     }
 
+    /// Loads vCPU states and then what the machine powers on with again: whether this host's KVM takes them,
+    /// whatever it differs in from the one that saved them. Of a machine that has not run; its memory is not
+    /// written.
+    ///
+    /// # Errors
+    /// What a vCPU refuses.
+    pub fn try_vcpus(&self, states: &[VcpuState]) -> Result<(), MachineError> {
+        let mut tried = states.to_vec();
+        tried.iter_mut().for_each(VcpuState::forget_paravirtual);
+        self.exclusively(|| {
+            let result = self.vcpus.load(tried);
+            self.vcpus.load(self.power_on.vcpus.clone())?;
+            Ok(result?)
+        })
+    }
+
     /// Takes what the host lends the devices; [`Machine::restore`] does so by itself. A second call
     /// takes what the first could not get.
     pub fn attach(&self) -> Result<(), MachineError> {
@@ -390,6 +406,12 @@ impl Machine {
             self.devices.attach()?;
             // Before the vCPUs: their kvmclock MSRs refer to the VM's clock.
             self.vm.restore_state(&state.vm)?;
+            if let Some(first) = state.vcpus.first().cloned() {
+                self.vcpus.each(false, move |id, vcpu| match id {
+                    0 => vcpu.part_tsc(&first),
+                    _ => Ok(()),
+                })?;
+            }
             self.vcpus.load(state.vcpus)?;
             // Last: devices raise again what may have been under way to an interrupt controller,
             // and loading those would undo it.

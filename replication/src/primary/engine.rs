@@ -244,8 +244,7 @@ pub(super) struct Engine<'g, G: Guest> {
     fresh: bool,
     first: bool,
     handover: bool,
-    /// The switch-over under way is to reverse the pair; the state of its last epoch.
-    reverses: bool,
+    /// The state of the last epoch of a switch-over that reverses the pair.
     last_state: Option<Vec<u8>>,
     /// The session goes on from a pair that was reversed.
     is_reversed: bool,
@@ -379,7 +378,6 @@ impl<'g, G: Guest> Engine<'g, G> {
             // Nothing goes straight into an image that is a committed epoch's.
             first: !is_reversed,
             handover: false,
-            reverses: false,
             last_state: None,
             is_reversed,
             too_large: 0,
@@ -783,7 +781,6 @@ impl<'g, G: Guest> Engine<'g, G> {
             Ask::Failover { reverses } => {
                 self.failover_answer.push(answer);
                 let reversal = if reverses { self.reversal() } else { None };
-                self.reverses |= reversal.is_some();
                 self.step(Event::FailoverAsked { reversal });
             }
         }

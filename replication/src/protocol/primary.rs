@@ -317,6 +317,12 @@ impl Primary {
         self.state == State::Alone && !self.gave_up
     }
 
+    /// Whether the switch-over that was asked for is to reverse the pair.
+    #[must_use]
+    pub fn reverses(&self) -> bool {
+        self.reversal.is_some()
+    }
+
     /// What to do about `event`.
     pub fn step(&mut self, event: Event) -> Vec<Action> {
         match event {

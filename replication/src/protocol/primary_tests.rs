@@ -171,6 +171,20 @@ fn a_switch_over_without_arbiter_that_is_cut_is_for_a_person() {
     }
 }
 
+#[test]
+fn a_refused_switch_over_reverses_no_later_one() {
+    let mut primary = paired();
+    let refused = primary.step(Event::FailoverAsked { reversal: Some(reversal()) });
+    assert!(matches!(refused[..], [Action::Refuse(_)]), "{refused:?}");
+    assert!(!primary.reverses());
+    let mut alone = protected();
+    alone.step(Event::FailoverAsked { reversal: None });
+    // Another one, while that waits for its last epoch.
+    let refused = alone.step(Event::FailoverAsked { reversal: Some(reversal()) });
+    assert!(matches!(refused[..], [Action::Refuse(_)]), "{refused:?}");
+    assert!(!alone.reverses() && reversing().reverses());
+}
+
 /// One whose last epoch the backup has.
 fn acknowledged(arbiter: bool) -> Primary {
     let mut primary = handing_over(arbiter);

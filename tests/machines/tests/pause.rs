@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hypervisor::{Hypervisor, VcpuState};
-use replication::ram::PageSet;
+use replication::ids::{PAGE_SIZE, PageIndex};
+use replication::ram::{PageSet, Ram};
 use serde_json::json;
 use understudy_tests::interrupt::Folder;
+use understudy_tests::serial::Serial;
 use vmm::device_manager::taps::TapDescriptors;
 use vmm::machine::Machine;
 
@@ -16,6 +18,12 @@ const TSC: u32 = 0x10;
 const VCPUS: u32 = 4;
 
 fn machine(folder: &Folder) -> Result<Machine> {
+    let machine = build(folder)?;
+    machine.boot()?;
+    Ok(machine)
+}
+
+fn build(folder: &Folder) -> Result<Machine> {
     let config = json!({
         "payload": {"kernel": guest_image::PATH, "cmdline": "workload=verify tick_ms=20"},
         "cpus": {"boot_vcpus": VCPUS, "max_vcpus": VCPUS},
@@ -25,9 +33,7 @@ fn machine(folder: &Folder) -> Result<Machine> {
     });
     let hypervisor = Arc::new(Hypervisor::open()?);
     let config = serde_json::from_value(config)?;
-    let machine = Machine::build(&hypervisor, config, TapDescriptors::default())?;
-    machine.boot()?;
-    Ok(machine)
+    Ok(Machine::build(&hypervisor, config, TapDescriptors::default())?)
 }
 
 /// By the vCPU's own clock.
@@ -116,5 +122,45 @@ fn tracking_that_is_turned_on_again_names_every_page() -> Result<()> {
     let mut dirty = PageSet::new(pages);
     machine.harvest(&mut dirty)?;
     ensure!(dirty.len() < pages, "what nobody wrote is named as well");
+    Ok(())
+}
+
+fn bytes(ram: &Ram) -> Vec<u8> {
+    let (mut all, mut page) = (vec![], [0; PAGE_SIZE]);
+    for at in 0..ram.pages() {
+        assert!(ram.read_page(PageIndex(at), &mut page));
+        all.extend_from_slice(&page);
+    }
+    all
+}
+
+/// What a backup finds out before it acknowledges the first epoch: after that the primary may be gone.
+#[test]
+fn vcpu_states_that_this_host_does_not_take_are_found_and_leave_nothing() -> Result<()> {
+    let folder = Folder::new()?;
+    let source = machine(&folder)?;
+    std::thread::sleep(Duration::from_millis(50));
+    source.quiesce()?;
+    let states = source.capture()?.vcpus;
+    source.destroy();
+    drop(source);
+
+    let twin = build(&folder)?;
+    let before = bytes(twin.memory().ram());
+    twin.try_vcpus(&states)?;
+    let mut unknown = states.clone();
+    let mut msr = *unknown[1].msrs.first().context("a state without a register")?;
+    (msr.index, msr.data) = (0xdead_beef, 1);
+    unknown[1].msrs.push(msr);
+    ensure!(twin.try_vcpus(&unknown).is_err(), "a register that no processor has was taken");
+    let mut longer = states;
+    longer[2].xsave.0.resize(64 << 10, 0);
+    ensure!(twin.try_vcpus(&longer).is_err(), "registers that this host lacks were taken");
+    ensure!(bytes(twin.memory().ram()) == before, "memory was written");
+    // What it powers on with is there again.
+    twin.boot()?;
+    let limit = Duration::from_secs(30);
+    let serial = Serial::connect(&folder.path().join("serial"), limit)?;
+    serial.wait_line("the guest's first words", 0, limit, |line| !line.is_empty())?;
     Ok(())
 }

@@ -121,7 +121,7 @@ impl Controller {
     /// The VM ends; `answer` is for the client who asked for it.
     fn ended_with(&mut self, after: After, answer: Answer) {
         self.winding_down = false;
-        self.protection = Protection::None;
+        self.unprotect();
         match after {
             After::Shutdown(reply) => {
                 self.destroy();
@@ -152,7 +152,7 @@ impl Controller {
             Protection::Primary { handle, .. } => no_order(stop_primary(handle)),
             Protection::Backup { handle, .. } => no_order(handle.stop()),
         }
-        self.protection = Protection::None;
+        self.unprotect();
         self.winding_down = false;
         self.forget();
     }

@@ -1,7 +1,7 @@
 //! The VM's life: create, boot, pause, resume, reboot, shutdown, delete, snapshot, restore.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use api::config::{DiskConfig, NetConfig, RestoreConfig, SnapshotConfig, VmConfig};
@@ -51,6 +51,15 @@ fn done_here(mut failure: Failure) -> Failure {
 
 fn internal(error: &dyn std::error::Error) -> Failure {
     Failure::from_error(FailureKind::Internal, error)
+}
+
+/// A snapshot is being written for as long as this is there, whatever becomes of its thread.
+struct UnderWay(Arc<AtomicBool>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 /// Everything that can be said against a configuration without building it.
@@ -148,6 +157,8 @@ impl Controller {
         }
         self.machine = None;
         self.guest_is_down = false;
+        // What a reset of the old machine comes to is none of the new one's.
+        self.resetting = false;
         self.monitor.emit("vm", "booting", None);
         let taps = self.taps.duplicate().map_err(|error| internal(&error))?;
         let machine = Machine::build(&self.hypervisor, config, taps)
@@ -249,6 +260,13 @@ impl Controller {
             return;
         };
         self.resetting = false;
+        if self.winding_down {
+            // It ends as it was asked to, whatever became of its reset.
+            if let Some(reply) = reply {
+                let _ = reply.send(Err(not_running()));
+            }
+            return;
+        }
         match (result, reply) {
             (Ok(()), reply) => {
                 self.monitor.emit("vm", "rebooted", None);
@@ -317,11 +335,11 @@ impl Controller {
             Ok(machine) => machine,
             Err(failure) => return drop(reply.send(Err(failure))),
         };
-        let (monitor, under_way) = (self.monitor.clone(), Arc::clone(&self.snapshots));
+        let (monitor, under_way) = (self.monitor.clone(), UnderWay(Arc::clone(&self.snapshots)));
         Self::beside("snapshot", reply, move || {
             monitor.emit("vm", "snapshotting", None);
             let saved = snapshot::save(&machine, &config.destination_url);
-            under_way.store(false, Ordering::Release);
+            drop(under_way);
             saved.map_err(|error| Failure::from_error(snapshot_failure_kind(&error), &error))?;
             monitor.emit("vm", "snapshotted", None);
             Ok(Reply::Empty)
@@ -354,8 +372,13 @@ impl Controller {
         }
         match event {
             MachineEvent::PowerOff => {
-                tracing::info!("the guest shut down");
-                self.guest_ended();
+                // A client's reset may have begun the guest anew since.
+                let machine = self.machine.as_ref();
+                if machine.is_some_and(|machine| machine.devices().wish() == Some(PowerEvent::Off))
+                {
+                    tracing::info!("the guest shut down");
+                    self.guest_ended();
+                }
             }
             MachineEvent::Reset => {
                 if let (false, Some(machine)) = (self.resetting, self.machine.clone())

@@ -224,6 +224,12 @@ impl Controller {
         let never = crossbeam_channel::never();
         let calls = if self.has_api { calls } else { &never };
         while self.ending.is_none() {
+            // What has come about before what is asked for: a VM that was taken over is this process's, and
+            // no room for another one.
+            if let Ok(notice) = notices.try_recv() {
+                self.notice(notice);
+                continue;
+            }
             // Not the machine itself: serving a call may have to let go of it.
             let events = self.machine.as_ref().map(|machine| machine.events().clone());
             let events = events.unwrap_or_else(crossbeam_channel::never);

@@ -302,10 +302,16 @@ impl Controller {
         if let Some(machine) = &self.machine {
             machine.destroy();
         }
-        self.protection = Protection::None;
+        self.unprotect();
         self.guest_is_down = false;
         self.resetting = false;
         self.ownership_lost("its old host", true);
+    }
+
+    /// Whatever an engine that still claims comes to say is of no VM that this process has from here on.
+    pub(super) fn unprotect(&mut self) {
+        self.protection = Protection::None;
+        self.protections += 1;
     }
 
     /// The VM was handed over to this host, and its old one is its backup, or is about to be.
@@ -446,7 +452,7 @@ impl Controller {
                 if handle.info().state == ReplicationState::Stopped =>
             {
                 if handle.is_finished() {
-                    self.protection = Protection::None;
+                    self.unprotect();
                 }
                 let _ = reply.send(Err(no_replication()));
             }
@@ -464,7 +470,7 @@ impl Controller {
             }
             // The VM runs on without protection, as it does already.
             ended if ended.is_over() => {
-                self.protection = Protection::None;
+                self.unprotect();
                 let _ = reply.send(Ok(Reply::Empty));
             }
             Protection::Primary { handle, .. } => {

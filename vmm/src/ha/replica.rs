@@ -179,7 +179,12 @@ impl ReplicaBuilder for ReplicaVms {
         // memory and sockets must be free before another is built. A closed channel means that
         // the VMM is on its way out.
         let _ = self.notices.send(Notice::ReplicaBuilt(Arc::downgrade(&machine)));
-        Ok(ReplicaVm { machine, notices: self.notices.clone(), is_tracked: false })
+        Ok(ReplicaVm {
+            machine,
+            notices: self.notices.clone(),
+            is_tracked: false,
+            is_loadable: false,
+        })
     }
 
     fn is_same(&self, one: &[u8], other: &[u8]) -> bool {
@@ -205,6 +210,8 @@ pub struct ReplicaVm {
     notices: Sender<Notice>,
     /// Whether what is written is noted.
     is_tracked: bool,
+    /// Whether this host's KVM took a state of this VM's vCPUs.
+    is_loadable: bool,
 }
 
 impl ReplicaVm {
@@ -236,6 +243,12 @@ impl Replica for ReplicaVm {
         let captured = codec::decode(state)?;
         check(&captured, self.machine.config())?;
         self.machine.check(&captured.machine)?;
+        // Once, before the first acknowledgement: a primary whose vCPUs this host cannot run must hear of it
+        // while it lives, and what the two hosts differ in does not change after that.
+        if !self.is_loadable {
+            self.machine.try_vcpus(&captured.machine.vcpus)?;
+            self.is_loadable = true;
+        }
         Ok(captured)
     }
 

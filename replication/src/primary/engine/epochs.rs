@@ -144,7 +144,7 @@ impl<G: Guest> Engine<'_, G> {
         self.too_large += 1;
         self.good = 0;
         // It was not sealed: a switch-over that it was to be the last of comes to nothing.
-        (self.handover, self.reverses) = (false, false);
+        self.handover = false;
         if self.too_large > TOO_LARGE_MAX {
             self.step(Event::GiveUp(reason));
         } else {
@@ -187,7 +187,7 @@ impl<G: Guest> Engine<'_, G> {
         self.status.counters.raw_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.status.counters.wire_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let generation = self.machine.generation();
-        let kind = match (handover, self.reverses) {
+        let kind = match (handover, self.machine.reverses()) {
             (false, _) => Handover::No,
             (true, false) => Handover::Leave,
             (true, true) => Handover::Reverse,

@@ -1,7 +1,10 @@
 //! The network between the hosts and their arbiter.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
 use api::replication::ReplicationState;
+use api::response::VmState;
 
 use crate::row::{EACH, ETCD, ETCD_3, End, Expect, Row};
 use crate::scene::{LIMIT, Scene, TIMEOUT};
@@ -102,8 +105,44 @@ fn slow(rate: &'static str, latency: &'static str, expect: Expect) -> Row {
     })
 }
 
+/// The engine of a VM that was ended while nobody could say whose it was lives on, and hears in the end.
+fn late_verdict() -> Row {
+    let act = |scene: &mut Scene| {
+        scene.blow();
+        scene.arbiter.cut(&scene.world, A)?;
+        scene.world.cut(A, B)?;
+        scene.wait_b_took_over()?;
+        scene.wait_holds(A)?;
+        let answer = scene.a.put("vm.delete", None)?;
+        ensure!(answer.body.contains("its backup may run it"), "it says {}", answer.body);
+        let config = serde_json::json!({
+            "payload": {"kernel": guest_image::PATH, "cmdline": "workload=verify"},
+            "memory": {"size": 32 << 20},
+            "serial": {"mode": "Null"},
+            "console": {"mode": "Off"},
+        });
+        scene.a.put_ok("vm.create", Some(&config.to_string()))?;
+        scene.a.put_ok("vm.boot", None)?;
+        heal(scene, A)?;
+        let start = Instant::now();
+        while !scene.has_event(A, "replication-lost") {
+            ensure!(start.elapsed() < LIMIT, "A does not hear that it lost its VM");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // What the verdict does is done once this is answered.
+        let state = scene.a.vm_state()?;
+        ensure!(state == VmState::Running, "the next VM of A is {state:?}");
+        scene.a.kill()?;
+        Ok(End::B)
+    };
+    let what = "A is cut off from both, and B has the VM; vm.delete on A answers that B may run it, and A runs \
+                another VM: the verdict on the first is none on that";
+    Row::new("isolate-a-next-vm", what, Expect::Only(End::B), act)
+}
+
 fn with_the_arbiter() -> Vec<Row> {
     let rows = vec![
+        late_verdict(),
         Row::new(
             "isolate-a",
             "A is cut from B and the arbiter, and healed once B has the VM",
