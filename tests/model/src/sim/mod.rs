@@ -2,7 +2,9 @@
 //! by a seed, which reproduces it exactly.
 
 pub mod coverage;
+pub mod image;
 pub mod machine;
+pub mod memory;
 pub mod oracle;
 pub mod plan;
 pub mod run;

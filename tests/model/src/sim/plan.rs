@@ -23,6 +23,9 @@ pub struct Plan {
     pub ask_every_us: u64,
     /// How often a call to the arbiter goes wrong.
     pub arbiter_wrong: u32,
+    /// Connections for pages, and what a backup can stage of them.
+    pub connections: usize,
+    pub staging_pages: u64,
 }
 
 const S: u64 = 1_000_000;
@@ -46,6 +49,8 @@ impl Plan {
             fault_every_us: rng.random_range(S / 2..4 * S),
             ask_every_us: rng.random_range(S / 2..4 * S),
             arbiter_wrong: rng.random_range(0..400),
+            connections: rng.random_range(1..=2),
+            staging_pages: rng.random_range(24..100),
         }
     }
 }

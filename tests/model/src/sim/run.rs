@@ -1,6 +1,7 @@
 //! One run: a seed, a clock that is ours, and whatever the seed makes happen.
 
 mod connection;
+mod control;
 mod engines;
 mod trouble;
 
@@ -14,10 +15,12 @@ use replication::ownership::{HostId, HostIdentity, Standing};
 use replication::protocol::backup::State as BackupState;
 use replication::protocol::ownership::{self as claim};
 use replication::protocol::primary::State as PrimaryState;
+use replication::wire;
 use uuid::Uuid;
 
 use super::coverage::Coverage;
-use super::machine::{CLIENTS, Content, Machine};
+use super::image::Content;
+use super::machine::{CLIENTS, Machine};
 use super::oracle::Oracle;
 use super::plan::Plan;
 use crate::arbiter::{Arbiter, Fate};
@@ -25,22 +28,25 @@ use crate::broken::Broken;
 use crate::ghost::Ghost;
 use crate::host::{Around, Effect, Host, Message, Role, Step, backup, primary};
 use crate::vm::Vm;
+use control::Control;
 
 /// Positions of a history are counted in 16 bits.
 const SEALS_MAX: u16 = 60_000;
 /// Peer timeouts without an acknowledgement after which a living backup is given up.
 const STALL_TIMEOUTS: u64 = 4;
 const MS: u64 = 1000;
+/// How long a guest may stand for room in its backup's staging when a run is to end.
+const STAND_US: u64 = 3_000 * MS;
 
 const VM: VmId = VmId(Uuid::from_u128(0xace));
 
 /// What reaches a host, by the connection.
 #[derive(Clone, Debug)]
 enum Item {
-    Message(Message<Content>),
-    /// An epoch's pages, by a connection of their own.
-    Pages,
-    Heartbeat,
+    /// Of the control connection: a frame.
+    Control(Vec<u8>),
+    /// Of a data connection: any part of what was written.
+    Data(usize, Vec<u8>),
     End,
 }
 
@@ -50,7 +56,10 @@ enum Event {
     Beat(usize, u64),
     Check(usize, u64),
     Due(usize, u64),
-    Copied(usize, u64),
+    /// A connection sends what is next.
+    Sends(usize, u64, usize),
+    /// The writer of a console writes.
+    Prints(usize),
     Timer(usize, u64),
     Call(usize, u64),
     Answer(usize, u64, claim::Event),
@@ -107,7 +116,7 @@ impl Ord for Entry {
 struct Way {
     /// When the last item arrives, of the control connection and of the pages'.
     last_us: u64,
-    pages_us: u64,
+    data_us: [u64; 2],
     /// Nothing passes; what is sent waits.
     cut: bool,
     waiting: Vec<Item>,
@@ -119,7 +128,7 @@ struct Way {
 }
 
 /// Beside the host itself.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 struct Beside {
     process: u128,
     /// Grows with every process and engine: events of an older one are nothing.
@@ -130,9 +139,12 @@ struct Beside {
     calls: VecDeque<(u64, claim::Action)>,
     calling: bool,
     arbiter_cut: bool,
-    /// Pages of epochs that are here before their turn.
-    pages: u32,
-    copying: bool,
+    /// Connections that are about to send.
+    sends: [bool; 2],
+    /// A bit of what comes next on a data connection is turned over.
+    garbles: bool,
+    /// The control connection's frames, out and in.
+    control: Option<Control>,
 }
 
 /// What a run came to.
@@ -144,6 +156,12 @@ pub struct Summary {
     pub responses: u64,
     pub lines: u64,
     pub takeovers: u64,
+    /// Sessions that went on from what a backup had kept.
+    pub bases: u64,
+    /// Bits that were turned over on their way.
+    pub garbled: u64,
+    /// Of pages, with what is around them.
+    pub wire_bytes: u64,
     pub failure: Option<String>,
     pub trace: Vec<String>,
     /// Of all that happened, in its order.
@@ -224,11 +242,13 @@ impl Run {
             self.after(MS, Event::Client(client));
         }
         self.after(MS, Event::Compute);
+        self.after(MS, Event::Prints(0));
+        self.after(MS, Event::Prints(1));
         self.after(self.plan.fault_every_us, Event::Fault);
         self.after(self.plan.ask_every_us, Event::Ask);
         self.after(500 * MS, Event::Repair);
         while let Some(Reverse(Entry(at_us, _, event))) = self.queue.pop() {
-            if at_us > self.plan.end_us {
+            if at_us > self.plan.end_us && (self.goes_on() || at_us > self.plan.end_us + STAND_US) {
                 break;
             }
             self.now_us = at_us;
@@ -301,16 +321,21 @@ impl Run {
             Event::Arrives(to, session, item) => self.arrives(to, session, item),
             Event::Beat(at, life) => {
                 if self.is_current(at, life) && self.hosts[at].is_connected() {
-                    self.send(at, Item::Heartbeat);
+                    self.speaks(at, &wire::Message::Heartbeat);
                     self.after(self.plan.heartbeat_us, Event::Beat(at, life));
                 }
                 Ok(())
             }
             Event::Check(at, life) => self.check(at, life),
             Event::Due(at, life) => self.due(at, life),
-            Event::Copied(at, life) if self.is_current(at, life) => {
-                self.beside[at].copying = false;
-                self.tell_primary(at, primary::Input::Copied)
+            Event::Sends(at, life, connection) if self.is_current(at, life) => {
+                self.sends(at, connection)
+            }
+            Event::Prints(at) => {
+                self.prints(at)?;
+                let next_us = self.about(5 * MS);
+                self.after(next_us, Event::Prints(at));
+                Ok(())
             }
             Event::Timer(at, life) if self.is_current(at, life) => {
                 self.input(at, || primary::Input::Timer, || backup::Input::Timer)
@@ -320,7 +345,7 @@ impl Run {
                 Ok(())
             }
             Event::Answer(at, life, event) if self.is_current(at, life) => self.answers(at, event),
-            Event::Copied(..) | Event::Timer(..) | Event::Call(..) | Event::Answer(..) => Ok(()),
+            Event::Sends(..) | Event::Timer(..) | Event::Call(..) | Event::Answer(..) => Ok(()),
             Event::Stray(action) => {
                 self.arbiter.call(&action, Fate::Well);
                 Ok(())
@@ -398,7 +423,8 @@ fn of(event: &Event) -> Option<usize> {
         | Event::Beat(at, _)
         | Event::Check(at, _)
         | Event::Due(at, _)
-        | Event::Copied(at, _)
+        | Event::Sends(at, ..)
+        | Event::Prints(at)
         | Event::Timer(at, _)
         | Event::Answer(at, ..)
         | Event::Reach(at, _)

@@ -13,6 +13,9 @@ pub struct Total {
     pub responses: u64,
     pub lines: u64,
     pub takeovers: u64,
+    pub bases: u64,
+    pub garbled: u64,
+    pub wire_bytes: u64,
     pub coverage: Coverage,
     failure: Option<(u64, String)>,
 }
@@ -25,6 +28,9 @@ impl Total {
         self.responses += summary.responses;
         self.lines += summary.lines;
         self.takeovers += summary.takeovers;
+        self.bases += summary.bases;
+        self.garbled += summary.garbled;
+        self.wire_bytes += summary.wire_bytes;
         self.coverage.add(&summary.coverage);
         if let Some(failure) = summary.failure
             && self.failed().is_none_or(|first| seed < first)
@@ -52,6 +58,10 @@ impl Total {
             println!("{count:>12}  {name}{mark}");
         }
         let made = counts.iter().filter(|(_, count)| *count > 0).count();
+        println!(
+            "{} bytes of pages' frames, {} bits garbled, {} copies from what was kept",
+            self.wire_bytes, self.garbled, self.bases
+        );
         println!(
             "{} seeds, {} events, {} epochs committed and compared, {} take-overs, {} answers, \
              {} lines, {made} of {} transitions, {:.1} s",

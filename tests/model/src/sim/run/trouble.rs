@@ -68,7 +68,7 @@ impl Run {
         }
         let at = self.rng.random_range(0..2);
         let long_us = self.about(2 * self.plan.timeout_us);
-        match self.rng.random_range(0..13) {
+        match self.rng.random_range(0..14) {
             0 | 1 => self.crash(at),
             2 | 3 => self.beside[at].asleep_us = self.now_us + long_us,
             4 => self.cut(at, long_us),
@@ -91,6 +91,8 @@ impl Run {
                 self.tell_primary(at, primary::Input::GiveUp)?;
                 self.and_more(at);
             }
+            // What no checksum of the network's finds.
+            12 => self.beside[at].garbles = true,
             _ => self.image_fails(at)?,
         }
         Ok(())
@@ -237,8 +239,10 @@ impl Run {
         let undecided = self.hosts[at]
             .primary()
             .is_some_and(|primary| primary.machine.state() == PrimaryState::Undecided);
-        let goes_on =
-            self.hosts[at].vm.as_ref().is_some_and(|vm| self.ghost.is_continued(&vm.history));
+        let goes_on = self.hosts[at]
+            .vm
+            .as_ref()
+            .is_some_and(|vm| self.ghost.is_continued(&vm.inside.history));
         if undecided && (self.hosts[1 - at].alive || goes_on) {
             return Ok(());
         }
