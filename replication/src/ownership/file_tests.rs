@@ -1,4 +1,7 @@
+use std::fs;
 use std::sync::Barrier;
+
+use uuid::Uuid;
 
 use super::*;
 use crate::ownership::{HostId, Standing, VmId};

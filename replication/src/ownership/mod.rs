@@ -7,6 +7,7 @@
 
 pub mod etcd;
 mod file;
+mod folder;
 mod known;
 mod record;
 
@@ -18,6 +19,7 @@ use thiserror::Error;
 
 pub use etcd::{EtcdArbiter, EtcdError};
 pub use file::FileArbiter;
+pub use folder::{Directory, Folder};
 pub use known::{Known, Seen};
 pub use record::{HostId, HostIdentity, Record, Standing, VmId};
 
