@@ -81,11 +81,13 @@ impl<F: Folder> FileArbiter<F> {
         self.folder.create(name, &text)
     }
 
-    /// Won only when the record would survive a crash of this host.
-    fn settled(&self, generation: Generation) -> Result<Outcome, ArbiterError> {
-        let failed = |error| ArbiterError::Write(self.path(generation), error);
-        self.folder.sync().map_err(failed)?;
-        Ok(Outcome::Won)
+    /// Won only when the record would survive a crash of this host, and was not lost before it would: by
+    /// storage that went on anew, of which a sync after that says nothing.
+    fn settled(&self, next: &Record) -> Result<Outcome, ArbiterError> {
+        let path = self.path(next.generation);
+        self.folder.sync().map_err(|error| ArbiterError::Write(path, error))?;
+        let standing = self.load(next.generation)?;
+        Ok(if standing == *next { Outcome::Won } else { Outcome::Lost(Some(standing)) })
     }
 }
 
@@ -107,7 +109,7 @@ impl<F: Folder + Send> Arbiter for FileArbiter<F> {
             return Err(ArbiterError::Vanished(expected));
         }
         if standing == Some(*next) {
-            return self.settled(next.generation);
+            return self.settled(next);
         }
         if found > expected {
             return Ok(Outcome::Lost(standing));
@@ -131,7 +133,7 @@ impl<F: Folder + Send> Arbiter for FileArbiter<F> {
             }
             Err(error) => return Err(failed(error)),
         }
-        self.settled(next.generation)
+        self.settled(next)
     }
 }
 
