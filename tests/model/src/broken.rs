@@ -50,6 +50,12 @@ pub enum Broken {
     RestForgets,
     /// The gates let out what the next epoch is to commit.
     GateLetsNextOut,
+    /// A record counts as won that a power cut of the arbiter's storage may take.
+    WonBeforeItLasts,
+    /// A record takes the place of one of the same generation.
+    SwapOverwrites,
+    /// A write of a record whose outcome is unknown counts as refused.
+    UnknownWriteIsLost,
 }
 
 impl Broken {
@@ -74,9 +80,20 @@ impl Broken {
         Self::SpeaksBeforeReached,
     ];
 
-    /// Those of what the model has nothing of: memory's way to the backup, the gates.
-    pub const SIMULATED: [Self; 4] =
-        [Self::DeltaOfAnother, Self::AppliedBeforeItsEnd, Self::RestForgets, Self::GateLetsNextOut];
+    /// Those of what the model has nothing of: memory's way to the backup, the gates, the arbiter's storage.
+    pub const SIMULATED: [Self; 7] = [
+        Self::DeltaOfAnother,
+        Self::AppliedBeforeItsEnd,
+        Self::RestForgets,
+        Self::GateLetsNextOut,
+        Self::WonBeforeItLasts,
+        Self::SwapOverwrites,
+        Self::UnknownWriteIsLost,
+    ];
+
+    /// Of these, those of the arbiter in a directory.
+    pub const OF_FILES: [Self; 3] =
+        [Self::WonBeforeItLasts, Self::SwapOverwrites, Self::UnknownWriteIsLost];
 
     /// All that the simulator is to find.
     pub fn every() -> impl Iterator<Item = Self> {
@@ -108,6 +125,9 @@ impl Broken {
             Self::AppliedBeforeItsEnd => "applied-before-its-end",
             Self::RestForgets => "rest-forgets",
             Self::GateLetsNextOut => "gate-lets-next-out",
+            Self::WonBeforeItLasts => "won-before-it-lasts",
+            Self::SwapOverwrites => "swap-overwrites",
+            Self::UnknownWriteIsLost => "unknown-write-is-lost",
         }
     }
 }

@@ -132,6 +132,9 @@ pub fn breaks(broken: Broken) -> &'static str {
         Broken::DeltaOfAnother
         | Broken::AppliedBeforeItsEnd
         | Broken::RestForgets
-        | Broken::GateLetsNextOut => unreachable!("the model has nothing of it"),
+        | Broken::GateLetsNextOut
+        | Broken::WonBeforeItLasts
+        | Broken::SwapOverwrites
+        | Broken::UnknownWriteIsLost => unreachable!("the model has nothing of it"),
     }
 }

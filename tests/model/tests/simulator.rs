@@ -11,7 +11,7 @@ use protocol_model::sim::oracle::Oracle;
 use protocol_model::sim::run::run;
 use protocol_model::sim::total::Total;
 
-const SEEDS: u64 = 3000;
+const SEEDS: u64 = 2000;
 const THREADS: usize = 2;
 
 /// What the simulator cannot bring about, with the reason.

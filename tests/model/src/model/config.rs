@@ -221,7 +221,10 @@ impl Config {
             Broken::DeltaOfAnother
             | Broken::AppliedBeforeItsEnd
             | Broken::RestForgets
-            | Broken::GateLetsNextOut => unreachable!("the model has nothing of it"),
+            | Broken::GateLetsNextOut
+            | Broken::WonBeforeItLasts
+            | Broken::SwapOverwrites
+            | Broken::UnknownWriteIsLost => unreachable!("the model has nothing of it"),
         }
     }
 }

@@ -8,4 +8,5 @@ pub mod memory;
 pub mod oracle;
 pub mod plan;
 pub mod run;
+pub mod storage;
 pub mod total;

@@ -7,6 +7,8 @@ use rand::rngs::StdRng;
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub arbiter: bool,
+    /// Whether it is a directory, by the client that ships, or one that answers in any way an arbiter may.
+    pub files: bool,
     /// Whether switch-overs reverse the pair, where there is an arbiter.
     pub reverses: bool,
     /// When faults stop, and when the run ends.
@@ -36,6 +38,7 @@ impl Plan {
         let faults_end_us = rng.random_range(2 * S..12 * S);
         Self {
             arbiter: rng.random_ratio(2, 3),
+            files: rng.random_ratio(1, 2),
             reverses: rng.random_ratio(1, 2),
             faults_end_us,
             // A claim waits for 5 s at most between its tries, a host sleeps for 1.5 s at most, and a

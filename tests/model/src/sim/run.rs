@@ -3,15 +3,17 @@
 mod connection;
 mod control;
 mod engines;
+mod files;
 mod trouble;
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use replication::VmId;
-use replication::ownership::{HostId, HostIdentity, Standing};
+use replication::ids::Generation;
+use replication::ownership::{HostId, HostIdentity, Record, Standing};
 use replication::protocol::backup::State as BackupState;
 use replication::protocol::ownership::{self as claim};
 use replication::protocol::primary::State as PrimaryState;
@@ -23,6 +25,7 @@ use super::image::Content;
 use super::machine::{CLIENTS, Machine};
 use super::oracle::Oracle;
 use super::plan::Plan;
+use super::storage::{Client, Storage};
 use crate::arbiter::{Arbiter, Fate};
 use crate::broken::Broken;
 use crate::ghost::Ghost;
@@ -64,6 +67,11 @@ enum Event {
     Call(usize, u64),
     Answer(usize, u64, claim::Event),
     Stray(claim::Action),
+    /// The arbiter's storage does what the client of this number asked.
+    Storage(u64),
+    PowerCut,
+    /// A record's file gets its name long after its writer was told that it did not.
+    LateLink(String, Vec<u8>),
     Client(usize),
     Compute,
     Fault,
@@ -143,6 +151,8 @@ struct Beside {
     sends: [bool; 2],
     /// A bit of what comes next on a data connection is turned over.
     garbles: bool,
+    /// Nothing is mounted where the arbiter's directory is to be.
+    is_unmounted: bool,
     /// The control connection's frames, out and in.
     control: Option<Control>,
 }
@@ -160,6 +170,10 @@ pub struct Summary {
     pub bases: u64,
     /// Bits that were turned over on their way.
     pub garbled: u64,
+    /// Calls of the arbiter's storage, those that went wrong, and records that a power cut took.
+    pub storage_calls: u64,
+    pub storage_faults: u64,
+    pub records_lost: u64,
     /// Of pages, with what is around them.
     pub wire_bytes: u64,
     pub failure: Option<String>,
@@ -180,6 +194,10 @@ pub struct Run {
     ways: [Way; 2],
     session: u64,
     arbiter: Arbiter,
+    /// Of the `file:` arbiter, and the clients that are at it.
+    storage: Storage,
+    clients: BTreeMap<u64, Client>,
+    clients_made: u64,
     ghost: Ghost,
     oracle: Oracle,
     summary: Summary,
@@ -193,6 +211,7 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
     let mut plan = Plan::draw(&mut rng);
     if let Some(broken) = broken {
         plan.arbiter = broken != Broken::OrphanStarts;
+        plan.files |= Broken::OF_FILES.contains(&broken);
         plan.reverses |=
             matches!(broken, Broken::HeirStartsWithoutSwap | Broken::SpeaksBeforeReached);
     }
@@ -211,6 +230,9 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
         ways: [Way::default(), Way::default()],
         session: 0,
         arbiter: Arbiter::default(),
+        storage: Storage::default(),
+        clients: BTreeMap::new(),
+        clients_made: 0,
         ghost: Ghost::default(),
         oracle: Oracle::default(),
         summary: Summary::default(),
@@ -247,7 +269,7 @@ impl Run {
         self.after(self.plan.fault_every_us, Event::Fault);
         self.after(self.plan.ask_every_us, Event::Ask);
         self.after(500 * MS, Event::Repair);
-        while let Some(Reverse(Entry(at_us, _, event))) = self.queue.pop() {
+        while let Some(Reverse(Entry(at_us, made, event))) = self.queue.pop() {
             if at_us > self.plan.end_us && (self.goes_on() || at_us > self.plan.end_us + STAND_US) {
                 break;
             }
@@ -256,7 +278,8 @@ impl Run {
                 && self.beside[host].asleep_us > at_us
             {
                 let wakes_us = self.beside[host].asleep_us;
-                self.at(wakes_us, event);
+                // In the order in which they were made, however often it falls asleep again.
+                self.queue.push(Reverse(Entry(wakes_us, made, event)));
                 continue;
             }
             self.summary.events += 1;
@@ -350,6 +373,18 @@ impl Run {
                 self.arbiter.call(&action, Fate::Well);
                 Ok(())
             }
+            Event::Storage(number) => {
+                self.storage(number);
+                Ok(())
+            }
+            Event::PowerCut => {
+                self.power_cut();
+                Ok(())
+            }
+            Event::LateLink(to, bytes) => {
+                self.late_link(&to, bytes);
+                Ok(())
+            }
             Event::Client(client) => self.client(client),
             Event::Compute => self.compute(),
             Event::Fault => self.fault(),
@@ -370,6 +405,7 @@ impl Run {
             }
             Event::ArbiterHeals(at) => {
                 self.beside[at].arbiter_cut = false;
+                self.beside[at].is_unmounted = false;
                 Ok(())
             }
             Event::Ask => self.ask(),
@@ -381,6 +417,15 @@ impl Run {
             }
             Event::Reach(..) | Event::Forsaken(..) => Ok(()),
         }
+    }
+
+    /// The record that stands.
+    fn record(&self) -> Option<Record> {
+        if self.plan.files { self.storage.standing() } else { self.arbiter.standing() }
+    }
+
+    fn generation(&self) -> Generation {
+        self.record().map_or(Generation(0), |record| record.generation)
     }
 
     fn is_current(&self, at: usize, life: u64) -> bool {
@@ -408,7 +453,7 @@ impl Run {
             return self.hosts.iter().any(undecided) || self.hosts.iter().all(|h| h.vm.is_none());
         }
         let alive = |owner: HostId| self.hosts.iter().any(|h| h.alive && h.identity.host == owner);
-        match self.arbiter.standing().map(|record| record.standing) {
+        match self.record().map(|record| record.standing) {
             Some(Standing::Solo { owner }) => !alive(owner),
             Some(Standing::Pair { primary, .. }) => !alive(primary) && self.ghost.owes.is_none(),
             None => self.hosts.iter().all(|host| host.vm.is_none()),
@@ -432,6 +477,9 @@ fn of(event: &Event) -> Option<usize> {
         | Event::Connect(at) => Some(*at),
         Event::Call(..)
         | Event::Stray(_)
+        | Event::Storage(_)
+        | Event::LateLink(..)
+        | Event::PowerCut
         | Event::Client(_)
         | Event::Compute
         | Event::Fault

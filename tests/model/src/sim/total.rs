@@ -16,6 +16,9 @@ pub struct Total {
     pub bases: u64,
     pub garbled: u64,
     pub wire_bytes: u64,
+    pub storage_calls: u64,
+    pub storage_faults: u64,
+    pub records_lost: u64,
     pub coverage: Coverage,
     failure: Option<(u64, String)>,
 }
@@ -31,6 +34,9 @@ impl Total {
         self.bases += summary.bases;
         self.garbled += summary.garbled;
         self.wire_bytes += summary.wire_bytes;
+        self.storage_calls += summary.storage_calls;
+        self.storage_faults += summary.storage_faults;
+        self.records_lost += summary.records_lost;
         self.coverage.add(&summary.coverage);
         if let Some(failure) = summary.failure
             && self.failed().is_none_or(|first| seed < first)
@@ -61,6 +67,10 @@ impl Total {
         println!(
             "{} bytes of pages' frames, {} bits garbled, {} copies from what was kept",
             self.wire_bytes, self.garbled, self.bases
+        );
+        println!(
+            "{} calls of the arbiter's storage, {} of them wrong, {} records lost in power cuts",
+            self.storage_calls, self.storage_faults, self.records_lost
         );
         println!(
             "{} seeds, {} events, {} epochs committed and compared, {} take-overs, {} answers, \

@@ -239,7 +239,7 @@ impl Run {
             return Ok(());
         }
         let backup = self.hosts[other].identity.host;
-        let record = self.arbiter.standing();
+        let record = self.record();
         let (arbiter, reverses) = (self.plan.arbiter, self.plan.reverses);
         let (base, again) = self.hosts[at].vm.as_ref().map_or((None, false), Machine::calls);
         let opened = primary::Engine::open(me, backup, arbiter, reverses, record, again);
@@ -315,7 +315,7 @@ impl Run {
         let Some(primary) = host.primary().filter(|primary| primary.is_calling()) else {
             return Ok(());
         };
-        let stands = self.arbiter.generation() == primary.machine.generation();
+        let stands = self.generation() == primary.machine.generation();
         let awaited = other.backup().and_then(backup::Engine::awaits) == Some(host.identity.host);
         let is_cut = self.ways.iter().any(|way| way.cut);
         let sleeps = self.beside[1 - at].asleep_us > self.now_us;

@@ -210,7 +210,16 @@ impl Run {
         let beside = &mut self.beside[at];
         beside.life += 1;
         (beside.calling, beside.sends) = (false, [false; 2]);
-        for (_, action) in std::mem::take(&mut beside.calls) {
+        let (life, alive) = (beside.life - 1, self.hosts[at].alive);
+        let calls = std::mem::take(&mut beside.calls);
+        if self.plan.files {
+            // The arbiter's thread goes on with what it was asked, for nobody.
+            for (_, action) in calls.into_iter().skip(1).filter(|_| alive) {
+                self.begins_client(at, life, action);
+            }
+            return;
+        }
+        for (_, action) in calls {
             if self.rng.random_ratio(2, 3) {
                 let later_us = self.up_to(2_000 * MS);
                 self.after(later_us, Event::Stray(action));
@@ -228,6 +237,9 @@ impl Run {
 
     pub(super) fn calls(&mut self, at: usize) {
         let Some((_, action)) = self.beside[at].calls.front().cloned() else { return };
+        if self.plan.files {
+            return self.begins_client(at, self.beside[at].life, action);
+        }
         let fate = self.fate(at);
         let answer = self.arbiter.call(&action, fate);
         if fate == Fate::Late {
