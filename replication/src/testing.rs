@@ -7,6 +7,7 @@
 
 mod disks;
 mod stream;
+mod tape;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -18,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 pub use disks::{MemoryDisks, MemoryImage, Request};
 pub use stream::{Lent, Placed, Plain};
+pub use tape::Tape;
 
 use crate::disk::{Disks, ReplicaDisk};
 use crate::guest::{Guest, GuestError, MachineState, Replica, ReplicaBuilder, Waker};

@@ -25,6 +25,8 @@ mod commit;
 mod disks;
 mod engine;
 mod receive;
+#[cfg(any(test, feature = "testing"))]
+pub mod simulated;
 mod staging;
 pub(crate) mod suspects;
 

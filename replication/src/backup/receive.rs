@@ -135,21 +135,7 @@ impl DataConnection {
         closer.set_read_timeout(None).map_err(io)?;
         // Those in flight, and one that is being filled.
         let (spare, spares) = bounded(3);
-        let receiver = Receiving {
-            reader: listening(reader, shared.heard.clone()),
-            share,
-            pages: share.pages_of(shared.ram.pages()),
-            by_rdma: shared.rdma.as_ref().is_some_and(rdma::Adapter::is_fake),
-            closed_round: shared.is_whole.then_some(0),
-            shared,
-            spares,
-            needs: Needs::default(),
-            part: Part::default(),
-            unpacked: Frame::default(),
-            header: PagesHeader::default(),
-            suspects: Suspects::default(),
-            counted: 0,
-        };
+        let receiver = Receiving::new(share, reader, shared, spares);
         let thread = spawn("repl-recv", Some(share.index), move || receiver.run(deliver))?;
         Ok(Self { spare, closer, thread })
     }
@@ -168,7 +154,8 @@ struct Frame {
     bytes: Vec<u8>,
 }
 
-struct Receiving {
+/// What one of the threads does.
+pub(super) struct Receiving {
     reader: FrameReader<Listening<Box<dyn Stream>>>,
     share: Share,
     /// Of the share: an epoch has none of them twice.
@@ -189,9 +176,38 @@ struct Receiving {
 }
 
 impl Receiving {
+    /// Parts that were applied come back by `spares`.
+    pub(super) fn new(
+        share: Share,
+        reader: FrameReader<Box<dyn Stream>>,
+        shared: Shared,
+        spares: Receiver<Part>,
+    ) -> Self {
+        Self {
+            reader: listening(reader, shared.heard.clone()),
+            share,
+            pages: share.pages_of(shared.ram.pages()),
+            by_rdma: shared.rdma.as_ref().is_some_and(rdma::Adapter::is_fake),
+            closed_round: shared.is_whole.then_some(0),
+            shared,
+            spares,
+            needs: Needs::default(),
+            part: Part::default(),
+            unpacked: Frame::default(),
+            header: PagesHeader::default(),
+            suspects: Suspects::default(),
+            counted: 0,
+        }
+    }
+
+    /// Room for the contents of a frame.
+    pub(super) fn scratch() -> Vec<u8> {
+        vec![0; RAW_PAGES_MAX * PAGE_SIZE]
+    }
+
     fn run(mut self, mut deliver: impl FnMut(Delivery) -> bool) {
         let under_way = OnItsWay::none();
-        let mut scratch = vec![0; RAW_PAGES_MAX * PAGE_SIZE];
+        let mut scratch = Self::scratch();
         loop {
             match self.frame(&mut scratch) {
                 Ok(None) => {}
@@ -217,7 +233,8 @@ impl Receiving {
         }
     }
 
-    fn frame(&mut self, scratch: &mut [u8]) -> Result<Option<Part>, ReceiveError> {
+    /// Reads a frame; a part is whole once its end is read.
+    pub(super) fn frame(&mut self, scratch: &mut [u8]) -> Result<Option<Part>, ReceiveError> {
         let header = self.reader.begin()?;
         if self.shared.rdma.is_some() && !self.by_rdma && header.kind != Kind::Verbs {
             return Err(ReceiveError::Transport { offered: "RDMA", sent: "by TCP" });

@@ -117,6 +117,12 @@ impl Encoder {
         }
     }
 
+    /// What is done from here on; without `auto` it is what the options say.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn choose(&mut self, choice: Choice) {
+        self.choice = choice;
+    }
+
     /// What follows belongs to `epoch`.
     pub(crate) fn begin(&mut self, epoch: EpochId) {
         self.is_copy = epoch == EpochId(0);

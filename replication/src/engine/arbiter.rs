@@ -5,8 +5,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use super::spawn;
 use crate::checking::reach;
 use crate::error::{Error, chain};
-use crate::ids::Generation;
-use crate::ownership::{Arbiter, ArbiterError, Record};
+use crate::ownership::{Arbiter, carry_out};
 use crate::protocol::asking::Asking;
 pub(crate) use crate::protocol::asking::Next;
 use crate::protocol::ownership::{Action, Claim, Event};
@@ -81,28 +80,20 @@ impl Asker {
     }
 }
 
-fn read(arbiter: &dyn Arbiter, expected: Generation) -> Result<Option<Record>, ArbiterError> {
-    let record = arbiter.read()?;
-    let found = record.map_or(Generation(0), |record| record.generation);
-    if found < expected { Err(ArbiterError::Vanished(expected)) } else { Ok(record) }
-}
-
 fn work(
     arbiter: &dyn Arbiter,
     queue: &Receiver<(u64, Action)>,
     mut deliver: impl FnMut(Report) -> bool,
 ) {
     for (claim, action) in queue {
-        let answer = match action {
-            Action::Read { expected } => read(arbiter, expected).map(Event::Read),
-            Action::Swap { expected, next } => {
-                reach("swap");
-                let swapped = arbiter.compare_and_swap(expected, &next).map(Event::Swapped);
-                reach("swapped");
-                swapped
-            }
-            Action::Wait { .. } | Action::Decide(_) => continue,
-        };
+        let is_swap = matches!(action, Action::Swap { .. });
+        if is_swap {
+            reach("swap");
+        }
+        let answer = carry_out(arbiter, &action);
+        if is_swap {
+            reach("swapped");
+        }
         let report = match answer {
             Ok(event) => Report { claim, event, error: None },
             Err(error) => Report { claim, event: Event::Failed, error: Some(chain(&error)) },

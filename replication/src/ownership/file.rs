@@ -4,12 +4,10 @@
 //! its name: link(2) fails if the name exists, on NFS too, which makes it the compare-and-swap.
 //! Records are never changed, deleted or expired; the highest number stands.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 
-use uuid::Uuid;
-
+use super::folder::{Directory, Folder};
 use super::{Arbiter, ArbiterError, Outcome, Record};
 use crate::ids::Generation;
 
@@ -18,29 +16,41 @@ const RECORD_BYTES_MAX: u64 = 4096;
 
 /// The arbiter in a directory.
 #[derive(Clone, Debug)]
-pub struct FileArbiter {
+pub struct FileArbiter<F = Directory> {
+    /// For messages.
     dir: PathBuf,
+    folder: F,
+}
+
+fn name(generation: Generation) -> String {
+    format!("gen-{generation}")
 }
 
 impl FileArbiter {
     #[must_use]
     pub fn new(dir: PathBuf) -> Self {
-        Self { dir }
+        let folder = Directory(dir.clone());
+        Self { dir, folder }
+    }
+}
+
+impl<F: Folder> FileArbiter<F> {
+    /// In a directory that somebody else looks after.
+    #[must_use]
+    pub fn over(folder: F) -> Self {
+        Self { dir: PathBuf::new(), folder }
     }
 
     fn path(&self, generation: Generation) -> PathBuf {
-        self.dir.join(format!("gen-{generation}"))
+        self.dir.join(name(generation))
     }
 
     /// The highest generation that has a file.
     fn newest(&self) -> Result<Option<Generation>, ArbiterError> {
         let failed = |error| ArbiterError::List(self.dir.clone(), error);
         let mut newest = None;
-        for entry in fs::read_dir(&self.dir).map_err(failed)? {
-            let name = entry.map_err(failed)?.file_name();
-            let Some(number) = name.to_str().and_then(|name| name.strip_prefix("gen-")) else {
-                continue;
-            };
+        for name in self.folder.names().map_err(failed)? {
+            let Some(number) = name.strip_prefix("gen-") else { continue };
             let number = number.parse().ok().filter(|number| *number < u64::MAX);
             let number = number.ok_or_else(|| ArbiterError::Damaged {
                 path: self.dir.join(&name),
@@ -53,10 +63,8 @@ impl FileArbiter {
 
     fn load(&self, generation: Generation) -> Result<Record, ArbiterError> {
         let path = self.path(generation);
-        let mut text = Vec::new();
-        File::open(&path)
-            .and_then(|file| file.take(RECORD_BYTES_MAX).read_to_end(&mut text))
-            .map_err(|error| ArbiterError::Read(path.clone(), error))?;
+        let text = self.folder.read(&name(generation), RECORD_BYTES_MAX);
+        let text = text.map_err(|error| ArbiterError::Read(path.clone(), error))?;
         let record: Record = serde_json::from_slice(&text).map_err(|error| {
             ArbiterError::Damaged { path: path.clone(), reason: error.to_string() }
         })?;
@@ -67,23 +75,23 @@ impl FileArbiter {
         Ok(record)
     }
 
-    fn write_beside(&self, path: &Path, record: &Record) -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    fn write_beside(&self, name: &str, record: &Record) -> io::Result<()> {
         let mut text = serde_json::to_vec(record)?;
         text.push(b'\n');
-        file.write_all(&text)?;
-        file.sync_all()
+        self.folder.create(name, &text)
     }
 
-    /// Won only when the record would survive a crash of this host.
-    fn settled(&self, generation: Generation) -> Result<Outcome, ArbiterError> {
-        let failed = |error| ArbiterError::Write(self.path(generation), error);
-        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
-        Ok(Outcome::Won)
+    /// Won only when the record would survive a crash of this host, and was not lost before it would: by
+    /// storage that went on anew, of which a sync after that says nothing.
+    fn settled(&self, next: &Record) -> Result<Outcome, ArbiterError> {
+        let path = self.path(next.generation);
+        self.folder.sync().map_err(|error| ArbiterError::Write(path, error))?;
+        let standing = self.load(next.generation)?;
+        Ok(if standing == *next { Outcome::Won } else { Outcome::Lost(Some(standing)) })
     }
 }
 
-impl Arbiter for FileArbiter {
+impl<F: Folder + Send> Arbiter for FileArbiter<F> {
     fn read(&self) -> Result<Option<Record>, ArbiterError> {
         self.newest()?.map(|newest| self.load(newest)).transpose()
     }
@@ -101,18 +109,18 @@ impl Arbiter for FileArbiter {
             return Err(ArbiterError::Vanished(expected));
         }
         if standing == Some(*next) {
-            return self.settled(next.generation);
+            return self.settled(next);
         }
         if found > expected {
             return Ok(Outcome::Lost(standing));
         }
         let path = self.path(next.generation);
         let failed = |error| ArbiterError::Write(path.clone(), error);
-        let beside = self.dir.join(format!(".{}.new", Uuid::new_v4()));
+        let beside = self.folder.fresh();
         let written = self.write_beside(&beside, next);
-        let linked = written.and_then(|()| fs::hard_link(&beside, &path));
+        let linked = written.and_then(|()| self.folder.link(&beside, &name(next.generation)));
         // The link is what counts; a temporary file left behind harms nobody.
-        let _ = fs::remove_file(&beside);
+        let _ = self.folder.remove(&beside);
         match linked {
             Ok(()) => {}
             // Somebody was first; or NFS repeated a request of ours that had succeeded.
@@ -125,7 +133,7 @@ impl Arbiter for FileArbiter {
             }
             Err(error) => return Err(failed(error)),
         }
-        self.settled(next.generation)
+        self.settled(next)
     }
 }
 

@@ -1,4 +1,7 @@
+use std::fs;
 use std::sync::Barrier;
+
+use uuid::Uuid;
 
 use super::*;
 use crate::ownership::{HostId, Standing, VmId};
@@ -102,4 +105,50 @@ fn a_record_with_a_wrong_generation_is_damage() {
     let record = serde_json::to_vec(&solo(7, host(), VmId(Uuid::new_v4()))).unwrap();
     fs::write(dir.path().join("gen-8"), record).unwrap();
     assert!(matches!(arbiter.read(), Err(ArbiterError::Damaged { .. })));
+}
+
+/// Storage that goes on anew between a record's name and the sync that would have kept it.
+struct Forgetful(Directory);
+
+impl Folder for Forgetful {
+    fn names(&self) -> io::Result<Vec<String>> {
+        self.0.names()
+    }
+
+    fn read(&self, name: &str, most: u64) -> io::Result<Vec<u8>> {
+        self.0.read(name, most)
+    }
+
+    fn fresh(&self) -> String {
+        self.0.fresh()
+    }
+
+    fn create(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        self.0.create(name, bytes)
+    }
+
+    fn link(&self, from: &str, to: &str) -> io::Result<()> {
+        self.0.link(from, to)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.0.remove(name)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.remove("gen-1")?;
+        self.0.sync()
+    }
+}
+
+#[test]
+fn a_record_that_was_lost_before_it_was_synced_is_not_won() {
+    let dir = tempfile::tempdir().unwrap();
+    let arbiter = FileArbiter::over(Forgetful(Directory(dir.path().to_owned())));
+    let first = solo(1, host(), VmId(Uuid::new_v4()));
+    let error = arbiter.compare_and_swap(Generation(0), &first).unwrap_err();
+    assert!(matches!(error, ArbiterError::Read(..)), "{error}");
+    // The next try is as the first.
+    let arbiter = FileArbiter::new(dir.path().to_owned());
+    assert_eq!(arbiter.compare_and_swap(Generation(0), &first).unwrap(), Outcome::Won);
 }

@@ -7,6 +7,7 @@
 
 pub mod etcd;
 mod file;
+mod folder;
 mod known;
 mod record;
 
@@ -18,11 +19,13 @@ use thiserror::Error;
 
 pub use etcd::{EtcdArbiter, EtcdError};
 pub use file::FileArbiter;
+pub use folder::{Directory, Folder};
 pub use known::{Known, Seen};
 pub use record::{HostId, HostIdentity, Record, Standing, VmId};
 
 use crate::error::chain;
 use crate::ids::Generation;
+use crate::protocol::ownership::{Action, Event};
 
 /// Why the arbiter gave no answer. Whether a swap took place is unknown after any of these.
 #[derive(Debug, Error)]
@@ -74,6 +77,29 @@ pub trait Arbiter: Send {
         expected: Generation,
         next: &Record,
     ) -> Result<Outcome, ArbiterError>;
+}
+
+/// Makes a call that a claim asks for, or that a look at the record is. What a claim does by itself (waits,
+/// verdicts) is no call: it has no answer.
+///
+/// # Errors
+/// [`ArbiterError`]: whether a swap took place is unknown.
+pub fn carry_out(arbiter: &dyn Arbiter, action: &Action) -> Result<Event, ArbiterError> {
+    match action {
+        Action::Read { expected } => {
+            let record = arbiter.read()?;
+            let found = record.map_or(Generation(0), |record| record.generation);
+            // Records are never deleted: nothing is mounted there, or this is an old view.
+            if found < *expected {
+                return Err(ArbiterError::Vanished(*expected));
+            }
+            Ok(Event::Read(record))
+        }
+        Action::Swap { expected, next } => {
+            arbiter.compare_and_swap(*expected, next).map(Event::Swapped)
+        }
+        Action::Wait { .. } | Action::Decide(_) => Ok(Event::Failed),
+    }
 }
 
 /// Opens the arbiter of an option value; `tls_dir` and `credentials` are for `etcd:` only. No

@@ -1,6 +1,5 @@
 //! The primary's engine: carries out what [`crate::protocol::primary`] decides.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -9,9 +8,10 @@ use api::replication::{Cow, Degrade, ReplicateData};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::disk::{self, DiskError, DiskSender};
+use super::in_flight::{InFlight, InFlights};
 use super::options::Checked;
 use super::patience::{Patience, Verdict};
-use super::rest::Rest;
+use super::rest::{self, Rest};
 use super::seal::{Pause, Sealer};
 use super::send::{Job, Senders, Sent, Source};
 use super::session::{self, Session};
@@ -30,7 +30,6 @@ use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Seen, Standing};
 use crate::protocol::ownership::{Claim, Verdict as Owner};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Purpose, Report, State};
 use crate::protocol::window::Approach;
-use crate::ram::PageSet;
 use crate::transport::rdma;
 use crate::wire::{Message, Offer, SessionId, WireError};
 use braking::Braking;
@@ -112,17 +111,6 @@ enum Ending {
     Pages(WireError),
     /// That of the disks, which goes by TCP.
     Disks(WireError),
-}
-
-/// An epoch that waits for its acknowledgement, and what it needs of the backup's staging.
-struct InFlight {
-    sealed_at: Instant,
-    /// Its pages: what may differ should it never be acknowledged.
-    set: Arc<PageSet>,
-    pages: u64,
-    log_bytes: u64,
-    /// That an image has to write, zero or discard.
-    touched_bytes: u64,
 }
 
 /// Which session of the VM it is.
@@ -227,14 +215,11 @@ pub(super) struct Engine<'g, G: Guest> {
     unsent: usize,
     /// What stands to be sealed does not fit beside what is in flight.
     awaits_room: bool,
-    /// In their order.
-    in_flight: VecDeque<InFlight>,
+    in_flight: InFlights,
     sealed: EpochId,
     id: SessionId,
     /// The generation of the present epochs.
     paired: Generation,
-    /// Pages of epochs that nobody will acknowledge any more.
-    unacknowledged: PageSet,
     /// The tracking of dirty pages goes on from an earlier session.
     is_tracking: bool,
     last_seal: Instant,
@@ -320,12 +305,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         };
         let rest = rest.take();
         let is_tracking = rest.is_some();
-        let has_base = welcome.has_base && is_tracking;
-        if let Some(rest) = rest.filter(|_| has_base) {
-            sealer.dirty.add(&rest.pages);
-        } else if is_tracking {
-            sealer.dirty.add_all();
-        }
+        let has_base = rest::go_on(rest, welcome.has_base, &mut sealer.dirty);
         let is_reversed = matches!(begin, Begin::Reversed(_));
         let machine = match begin {
             Begin::First => Primary::new(asker.exists(), generation),
@@ -337,7 +317,6 @@ impl<'g, G: Guest> Engine<'g, G> {
             disks,
             id,
             paired: Generation(0),
-            unacknowledged: PageSet::new(pages),
             is_tracking,
             disk_job: 0,
             disks_copy: false,
@@ -371,7 +350,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             job: 0,
             unsent: 0,
             awaits_room: false,
-            in_flight: VecDeque::new(),
+            in_flight: InFlights::new(pages),
             last_seal: Instant::now(),
             last_look: Instant::now(),
             fresh: !has_base,
@@ -664,7 +643,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             Message::Refuse(reason) => {
                 self.step(Event::Refused(format!("The backup refuses it: {reason}")));
                 // Nothing is waited for: a backup that lives is listened to until the VM is owned.
-                self.forget_in_flight();
+                self.in_flight.forget();
                 self.refused();
             }
             Message::ResyncReady => self.step(Event::ResyncReady),
@@ -702,7 +681,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             return;
         }
         self.awaits_room = false;
-        if let Some(in_flight) = self.in_flight.pop_front() {
+        if let Some(in_flight) = self.in_flight.acked() {
             let mut gathered = self.status.lock();
             gathered.commit_us.add_time(in_flight.sealed_at.elapsed());
             drop(gathered);

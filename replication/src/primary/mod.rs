@@ -18,6 +18,7 @@
 mod bell;
 mod disk;
 mod engine;
+mod in_flight;
 mod keeper;
 mod options;
 mod patience;
@@ -25,6 +26,8 @@ mod rest;
 mod seal;
 mod send;
 mod session;
+#[cfg(any(test, feature = "testing"))]
+pub mod simulated;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;

@@ -20,6 +20,7 @@
 //! The set may be larger than the truth. What it costs when it is wrong is what a dirty set that is too
 //! small costs, which is why the same test looks for both (`UNDERSTUDY_TEST_EQUALITY`).
 
+use crate::capture::dirty::Dirty;
 use crate::ids::{EpochId, Generation};
 use crate::ram::PageSet;
 use crate::wire::{Base, SessionId};
@@ -44,5 +45,22 @@ impl Rest {
             committed: self.committed,
             sealed: self.sealed,
         }
+    }
+}
+
+/// Begins a session in which `rest`, if the tracking of pages went on, may differ. Adds to `dirty` what has
+/// to be copied beside what it has; whether that is less than everything.
+pub(super) fn go_on(rest: Option<Rest>, has_base: bool, dirty: &mut Dirty) -> bool {
+    match rest {
+        Some(rest) if has_base => {
+            dirty.add(&rest.pages);
+            true
+        }
+        Some(_) => {
+            dirty.add_all();
+            false
+        }
+        // The first harvest has everything.
+        None => false,
     }
 }

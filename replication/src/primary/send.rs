@@ -90,18 +90,8 @@ impl Senders {
             senders.closers.push(closer.map_err(|error| Error::Wire(WireError::Io(error)))?);
             let (jobs, queue) = unbounded();
             senders.jobs.push(jobs);
-            let sender = OneSender {
-                share: Share { index, of },
-                ram: ram.clone(),
-                writer,
-                encoder: Encoder::new(compression, of),
-                counters: Arc::clone(counters),
-                runs: Runs::default(),
-                head: Vec::new(),
-                counted: 0,
-                waited: Duration::ZERO,
-                delays: Delays::from_environment(),
-            };
+            let share = Share { index, of };
+            let sender = OneSender::new(share, ram, writer, compression, counters);
             let deliver = deliver.clone();
             let body = move || sender.run(&queue, deliver);
             senders.threads.push(spawn("repl-send", Some(index), body)?);
@@ -156,11 +146,12 @@ impl Placing {
     }
 }
 
-struct OneSender {
+/// What one of the threads does.
+pub(super) struct OneSender {
     share: Share,
     ram: Ram,
     writer: FrameWriter<Box<dyn Stream>>,
-    encoder: Encoder,
+    pub(super) encoder: Encoder,
     counters: Arc<Counters>,
     runs: Runs,
     head: Vec<u8>,
@@ -172,32 +163,38 @@ struct OneSender {
 }
 
 impl OneSender {
+    pub(super) fn new(
+        share: Share,
+        ram: &Ram,
+        writer: FrameWriter<Box<dyn Stream>>,
+        compression: Compression,
+        counters: &Arc<Counters>,
+    ) -> Self {
+        Self {
+            share,
+            ram: ram.clone(),
+            writer,
+            encoder: Encoder::new(compression, share.of),
+            counters: Arc::clone(counters),
+            runs: Runs::default(),
+            head: Vec::new(),
+            counted: 0,
+            waited: Duration::ZERO,
+            delays: Delays::from_environment(),
+        }
+    }
+
+    /// Room for the pages of a frame, and for those of a group.
+    pub(super) fn scratch() -> PageBuffer {
+        PageBuffer::touched(RAW_PAGES_MAX.max(GROUP_PAGES))
+    }
+
     fn run(mut self, queue: &Receiver<Job>, deliver: impl Fn(Sent) -> bool) {
-        let mut scratch = PageBuffer::touched(RAW_PAGES_MAX.max(GROUP_PAGES));
+        let mut scratch = Self::scratch();
         for job in queue {
-            self.encoder.begin(job.epoch);
-            self.encoder.arrived(|| self.writer.get_ref().delivery());
-            let sent = match &job.source {
-                Source::Live(pages) => self.send_live(job.epoch, pages, false, scratch.all_mut()),
-                // The guest goes on once this is out: nothing of its memory may be under way then.
-                Source::Still(pages) => self
-                    .send_live(job.epoch, pages, self.writer.get_ref().gathers(), scratch.all_mut())
-                    .and_then(|()| self.writer.flush()),
-                Source::Frozen(frozen) if self.writer.get_ref().gathers() => {
-                    self.send_lent(job.epoch, frozen.as_ref(), scratch.all_mut())
-                }
-                Source::Frozen(frozen) => {
-                    self.send_frozen(job.epoch, frozen.as_ref(), scratch.all_mut())
-                }
-                Source::Straight(straight) => {
-                    self.send_straight(straight, &mut scratch.all_mut()[0])
-                }
-            };
-            let number = job.number;
-            // What was frozen is free before the engine hears that it is out.
-            drop(job);
+            let sent = self.send(job, &mut scratch);
             let failed = sent.is_err();
-            if !deliver(sent.map(|()| number)) || failed {
+            if !deliver(sent) || failed {
                 return;
             }
             // Where a write returns before the peer's host has the bytes, a failure shows only now.
@@ -206,6 +203,27 @@ impl OneSender {
                 return;
             }
         }
+    }
+
+    /// Sends this connection's share of a job. What was frozen is free when this returns.
+    pub(super) fn send(&mut self, job: Job, scratch: &mut PageBuffer) -> Sent {
+        self.encoder.begin(job.epoch);
+        self.encoder.arrived(|| self.writer.get_ref().delivery());
+        let scratch = scratch.all_mut();
+        match &job.source {
+            Source::Live(pages) => self.send_live(job.epoch, pages, false, scratch)?,
+            // The guest goes on once this is out: nothing of its memory may be under way then.
+            Source::Still(pages) => {
+                self.send_live(job.epoch, pages, self.writer.get_ref().gathers(), scratch)?;
+                self.writer.flush()?;
+            }
+            Source::Frozen(frozen) if self.writer.get_ref().gathers() => {
+                self.send_lent(job.epoch, frozen.as_ref(), scratch)?;
+            }
+            Source::Frozen(frozen) => self.send_frozen(job.epoch, frozen.as_ref(), scratch)?,
+            Source::Straight(straight) => self.send_straight(straight, &mut scratch[0])?,
+        }
+        Ok(job.number)
     }
 
     fn send_live(

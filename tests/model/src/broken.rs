@@ -41,9 +41,25 @@ pub enum Broken {
     HeirStartsWithoutSwap,
     /// The new host of a reversed pair lets output out before its old one has acknowledged anything.
     SpeaksBeforeReached,
+    /// What a connection remembers of pages outlives a copy anew: a delta is of another content than the
+    /// backup has.
+    DeltaOfAnother,
+    /// A part of an epoch goes into the image as it comes.
+    AppliedBeforeItsEnd,
+    /// What may differ does not have the pages of epochs that nobody acknowledged.
+    RestForgets,
+    /// The gates let out what the next epoch is to commit.
+    GateLetsNextOut,
+    /// A record counts as won that a power cut of the arbiter's storage may take.
+    WonBeforeItLasts,
+    /// A record takes the place of one of the same generation.
+    SwapOverwrites,
+    /// A write of a record whose outcome is unknown counts as refused.
+    UnknownWriteIsLost,
 }
 
 impl Broken {
+    /// Those of the protocol, which the model is to find as well.
     pub const ALL: [Self; 17] = [
         Self::ReleaseBeforeAck,
         Self::TakeOverWithoutSwap,
@@ -63,6 +79,26 @@ impl Broken {
         Self::HeirStartsWithoutSwap,
         Self::SpeaksBeforeReached,
     ];
+
+    /// Those of what the model has nothing of: memory's way to the backup, the gates, the arbiter's storage.
+    pub const SIMULATED: [Self; 7] = [
+        Self::DeltaOfAnother,
+        Self::AppliedBeforeItsEnd,
+        Self::RestForgets,
+        Self::GateLetsNextOut,
+        Self::WonBeforeItLasts,
+        Self::SwapOverwrites,
+        Self::UnknownWriteIsLost,
+    ];
+
+    /// Of these, those of the arbiter in a directory.
+    pub const OF_FILES: [Self; 3] =
+        [Self::WonBeforeItLasts, Self::SwapOverwrites, Self::UnknownWriteIsLost];
+
+    /// All that the simulator is to find.
+    pub fn every() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().chain(Self::SIMULATED)
+    }
 
     /// Its name on the command line.
     #[must_use]
@@ -85,6 +121,13 @@ impl Broken {
             Self::FailedClaimDiscards => "failed-claim-discards",
             Self::HeirStartsWithoutSwap => "heir-starts-without-swap",
             Self::SpeaksBeforeReached => "speaks-before-reached",
+            Self::DeltaOfAnother => "delta-of-another",
+            Self::AppliedBeforeItsEnd => "applied-before-its-end",
+            Self::RestForgets => "rest-forgets",
+            Self::GateLetsNextOut => "gate-lets-next-out",
+            Self::WonBeforeItLasts => "won-before-it-lasts",
+            Self::SwapOverwrites => "swap-overwrites",
+            Self::UnknownWriteIsLost => "unknown-write-is-lost",
         }
     }
 }

@@ -129,5 +129,12 @@ pub fn breaks(broken: Broken) -> &'static str {
         Broken::StartUnacknowledged => p::ACKNOWLEDGED,
         Broken::UnknownIsLost | Broken::FailedClaimDiscards => p::PROGRESS,
         Broken::HandedIsSaid => p::SAID_ONCE,
+        Broken::DeltaOfAnother
+        | Broken::AppliedBeforeItsEnd
+        | Broken::RestForgets
+        | Broken::GateLetsNextOut
+        | Broken::WonBeforeItLasts
+        | Broken::SwapOverwrites
+        | Broken::UnknownWriteIsLost => unreachable!("the model has nothing of it"),
     }
 }

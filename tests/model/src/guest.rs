@@ -4,7 +4,8 @@
 //! starts is a new incarnation that goes on from the position it has. Output is produced in every
 //! interval. What a position holds needs no bytes: a state contains what came before it.
 
-use replication::ids::EpochId;
+use replication::ids::{EpochId, Generation};
+use replication::protocol::backup::Handover;
 
 use crate::vm::Vm;
 
@@ -48,6 +49,18 @@ impl Guest {
         Self { incarnation, from, open, tags: vec![], held: false, stands: false, said, frames }
     }
 
+    /// The state at the end of the interval, which this is.
+    pub fn interval(&mut self, epoch: EpochId, handover: bool) -> Position {
+        let at = self.open;
+        self.tags.push((epoch, at));
+        self.open += 1;
+        self.stands = handover;
+        if !self.held {
+            self.release_all();
+        }
+        Position { incarnation: self.incarnation, at, handover }
+    }
+
     fn release_all(&mut self) {
         (self.said, self.frames) = (self.open, self.open);
     }
@@ -67,15 +80,8 @@ impl Vm for Guest {
         None
     }
 
-    fn seal(&mut self, epoch: EpochId, handover: bool) -> Position {
-        let at = self.open;
-        self.tags.push((epoch, at));
-        self.open += 1;
-        self.stands = handover;
-        if !self.held {
-            self.release_all();
-        }
-        Position { incarnation: self.incarnation, at, handover }
+    fn seal(&mut self, epoch: EpochId, _: Generation, handover: Handover) -> Option<Position> {
+        Some(self.interval(epoch, handover != Handover::No))
     }
 
     fn hold(&mut self) {

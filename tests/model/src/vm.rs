@@ -4,21 +4,48 @@
 use std::fmt::Debug;
 use std::hash::Hash;
 
-use replication::ids::EpochId;
+use replication::ids::{EpochId, Generation};
+use replication::protocol::backup::Handover;
+use replication::protocol::primary::Primary;
+use replication::wire::Base;
 
-/// A machine that runs on a host; the part of `replication::guest::Guest` that matters to order.
-pub trait Vm: Clone + Debug + PartialEq + Eq + Hash {
+/// A machine that runs on a host; the part of `replication::guest::Guest` that matters to order, and how
+/// its memory comes to a backup.
+pub trait Vm: Debug {
     /// What a copy or an epoch carries.
     type Content: Clone + Debug + PartialEq + Eq + Hash;
     /// What a backup has of it.
     type Image: Clone + Debug + PartialEq + Eq + Hash + Default;
 
-    /// All of it as it is now; `None` where a copy alone is of no consequence.
+    /// Whether what either side has of a session that ended counts in the next one.
+    const CALLS_AGAIN: bool = false;
+
+    /// All of it as it is now; `None` where a copy alone is of no consequence, or goes by itself.
     fn copy(&mut self) -> Option<Self::Content>;
 
     /// Quiesces, captures what changed since the last seal, tags all output since then with `epoch`,
-    /// and lets the guest run on, unless this is the last epoch of a switch-over.
-    fn seal(&mut self, epoch: EpochId, handover: bool) -> Self::Content;
+    /// and lets the guest run on, unless this is the last epoch of a switch-over. `None`: the backup has no
+    /// room for it beside what is in flight, and the guest stands.
+    fn seal(
+        &mut self,
+        epoch: EpochId,
+        generation: Generation,
+        handover: Handover,
+    ) -> Option<Self::Content>;
+
+    /// The oldest epoch in flight is acknowledged.
+    fn acked(&mut self) {}
+
+    /// The guest waits for room.
+    fn hold_up(&mut self) {}
+
+    /// Nothing more is sent to this backup, nor heard from it.
+    fn close(&mut self) {}
+
+    /// The session is over, as its machine says.
+    fn ends(&mut self, machine: &Primary) {
+        let _ = machine;
+    }
 
     /// Output is held from here on.
     fn hold(&mut self);
@@ -40,6 +67,17 @@ pub trait Vm: Clone + Debug + PartialEq + Eq + Hash {
 
     /// Whether output leaves at once.
     fn is_free(&self) -> bool;
+
+    /// Whether an image that was left behind with this epoch is what a primary would go on from.
+    fn fits(image: &Self::Image, base: &Base, generation: Generation, committed: EpochId) -> bool {
+        let _ = (image, base, generation, committed);
+        false
+    }
+
+    /// Nothing that is staged for an image will be acknowledged.
+    fn drop_staging(image: &mut Self::Image) {
+        let _ = image;
+    }
 
     /// Brings a copy or an epoch into an image.
     fn receive(image: &mut Self::Image, content: &Self::Content);

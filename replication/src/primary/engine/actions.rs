@@ -6,11 +6,9 @@ use super::{
 };
 use crate::checking::reach;
 use crate::handover::Legacy;
-use crate::ids::EpochId;
 use crate::primary::rest::Rest;
 use crate::protocol::ownership::Verdict;
 use crate::protocol::primary::Purpose;
-use crate::ram::PageSet;
 use api::replication::{Cow, ReplicationState};
 
 impl<G: Guest> Engine<'_, G> {
@@ -155,7 +153,7 @@ impl<G: Guest> Engine<'_, G> {
     fn degrade(&mut self) {
         self.handover = false;
         self.last_state = None;
-        self.forget_in_flight();
+        self.in_flight.forget();
         if self.options.degrade == Degrade::Pause
             && let Err(source) = self.guest.suspend()
         {
@@ -194,31 +192,13 @@ impl<G: Guest> Engine<'_, G> {
         // What the senders still report belongs to nothing any more.
         self.job += 1;
         self.unsent = 0;
-        self.forget_in_flight();
-    }
-
-    /// Nobody will acknowledge them; whether the backup has them nobody knows.
-    pub(super) fn forget_in_flight(&mut self) {
-        for epoch in self.in_flight.drain(..) {
-            self.unacknowledged.union(&epoch.set);
-        }
+        self.in_flight.forget();
     }
 
     /// What the backup may have of this session, for a copy that goes on from there.
     fn rest(&mut self) -> Option<Rest> {
-        self.forget_in_flight();
-        let committed = self.machine.committed();
-        // A copy anew goes straight into the image: what was committed before is gone.
-        if !self.machine.is_protected() || committed == EpochId(0) {
-            return None;
-        }
-        let universe = self.unacknowledged.universe();
-        let mut pages = std::mem::replace(&mut self.unacknowledged, PageSet::new(universe));
-        pages.union(self.sealer.dirty.pages());
-        // Taken for an epoch that may have come to nothing.
-        pages.union(self.sealer.sealed());
-        let (session, generation, sealed) = (self.id, self.paired, self.sealed);
-        Some(Rest { session, generation, committed, sealed, pages })
+        let (last, dirty) = (self.sealer.sealed(), self.sealer.dirty.pages());
+        self.in_flight.rest(&self.machine, self.id, self.paired, self.sealed, (last, dirty))
     }
 
     fn report(&mut self, report: Report) {

@@ -130,11 +130,9 @@ impl<G: Guest> Engine<'_, G> {
 
     /// What the backup can stage beside what is in flight.
     fn room(&self) -> Room {
-        let pages: u64 = self.in_flight.iter().map(|epoch| epoch.pages).sum();
-        let log_bytes: u64 = self.in_flight.iter().map(|epoch| epoch.log_bytes).sum();
         Room {
-            pages: self.cadence.staging_pages().saturating_sub(pages),
-            log_bytes: self.log_bytes_max.saturating_sub(log_bytes),
+            pages: self.cadence.staging_pages().saturating_sub(self.in_flight.pages()),
+            log_bytes: self.log_bytes_max.saturating_sub(self.in_flight.log_bytes()),
         }
     }
 
@@ -198,7 +196,7 @@ impl<G: Guest> Engine<'_, G> {
         let seal = Seal { epoch, generation, handover: kind, pages: counts, changes, state: bytes };
         self.tell(Message::Seal(seal));
         reach("given");
-        self.in_flight.push_back(InFlight { sealed_at, set, pages, log_bytes, touched_bytes });
+        self.in_flight.sealed(InFlight { sealed_at, set, pages, log_bytes, touched_bytes });
         let mut gathered = self.status.lock();
         if handover || self.options.cow != Cow::Off {
             gathered.pause_us.add_time(stood);
@@ -264,7 +262,7 @@ impl<G: Guest> Engine<'_, G> {
                 }
             }
             Work::Epochs => {
-                if let Some(last) = self.in_flight.back() {
+                if let Some(last) = self.in_flight.last() {
                     self.cadence.sent(last.pages, last.sealed_at.elapsed());
                 }
             }

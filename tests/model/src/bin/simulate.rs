@@ -33,8 +33,8 @@ struct Options {
 }
 
 fn rule(name: &str) -> Result<Broken, String> {
-    let known = || Broken::ALL.map(Broken::name).join(", ");
-    let found = Broken::ALL.into_iter().find(|broken| broken.name() == name);
+    let known = || Broken::every().map(Broken::name).collect::<Vec<_>>().join(", ");
+    let found = Broken::every().find(|broken| broken.name() == name);
     found.ok_or_else(|| format!("expected one of {}", known()))
 }
 

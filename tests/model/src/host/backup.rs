@@ -9,6 +9,7 @@ use replication::protocol::asking::{Asking, Next};
 use replication::protocol::backup::{Action, Backup, Event, Handover, State, is_transition_valid};
 use replication::protocol::ownership::{self as claim, Claim, Verdict};
 use replication::protocol::primary::IN_FLIGHT_MAX;
+use replication::wire::Base;
 
 use super::{Around, Effect, Message, Seal, Step, asked, misread};
 use crate::broken::Broken;
@@ -17,8 +18,11 @@ use crate::vm::Vm;
 /// What reaches the engine.
 #[derive(Clone, Debug)]
 pub enum Input<C> {
-    /// A primary's connection, and the machine that was built for it.
-    Arrival(HostIdentity),
+    /// A primary's connection, and the machine that was built for it, around what was kept of an earlier
+    /// session if that is what the primary would go on from.
+    Arrival(HostIdentity, Option<Base>),
+    /// What came is nothing that a primary sends.
+    Bad(String),
     Message(Message<C>),
     /// The pages of the epoch that is due are here.
     Whole,
@@ -47,6 +51,14 @@ struct Session<C> {
     seals: VecDeque<Seal<C>>,
 }
 
+/// What a lost claim left behind, for its primary to go on from: nobody can start it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Kept<I> {
+    image: I,
+    generation: Generation,
+    committed: EpochId,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Engine<V: Vm> {
     pub machine: Backup,
@@ -56,6 +68,9 @@ pub struct Engine<V: Vm> {
     asking: Asking,
     session: Option<Session<V::Content>>,
     image: Option<V::Image>,
+    kept: Option<Kept<V::Image>>,
+    /// The present session goes on from what was kept.
+    has_base: bool,
     /// The last acknowledged machine state, and whether it is the last of a switch-over.
     state: Option<(EpochId, bool)>,
     /// Kept for one broken rule only.
@@ -83,6 +98,8 @@ impl<V: Vm> Engine<V> {
             asking: Asking::default(),
             session: None,
             image: None,
+            kept: None,
+            has_base: false,
             state: None,
             before: None,
             verified: None,
@@ -141,6 +158,12 @@ impl<V: Vm> Engine<V> {
         self.session.as_ref().map(|session| session.primary)
     }
 
+    /// Whether this session goes on from what was kept of another one.
+    #[must_use]
+    pub fn has_base(&self) -> bool {
+        self.has_base
+    }
+
     /// What it has of the machine.
     #[must_use]
     pub fn image(&self) -> Option<&V::Image> {
@@ -179,13 +202,21 @@ impl<V: Vm> Engine<V> {
 
     pub fn input(&mut self, input: Input<V::Content>, around: &mut Around<'_, V>) {
         match input {
-            Input::Arrival(primary) if self.welcomes(primary.vm) => {
+            Input::Arrival(primary, base) if self.welcomes(primary.vm) => {
                 self.step(Event::Accepted, around);
                 self.vm = Some(primary.vm);
-                self.image = Some(V::Image::default());
+                let fits = |kept: &Kept<V::Image>| {
+                    base.is_some_and(|base| {
+                        V::fits(&kept.image, &base, kept.generation, kept.committed)
+                    })
+                };
+                let kept = self.kept.take().filter(fits);
+                self.has_base = kept.is_some();
+                self.image = Some(kept.map(|kept| kept.image).unwrap_or_default());
                 self.session = Some(Session { primary: primary.host, seals: VecDeque::default() });
             }
-            Input::Arrival(primary) if self.awaits() == Some(primary.host) => {
+            Input::Bad(reason) if self.session.is_some() => self.step(Event::Bad(reason), around),
+            Input::Arrival(primary, _) if self.awaits() == Some(primary.host) => {
                 self.step(Event::Accepted, around);
                 self.session = Some(Session { primary: primary.host, seals: VecDeque::default() });
             }
@@ -399,9 +430,16 @@ impl<V: Vm> Engine<V> {
                 let standing = Standing::Pair { primary: self.me, backup: session.primary };
                 self.claim(expected, standing, around);
             }
-            // What is kept for a primary that calls again is nothing that runs; no primary here does.
+            Action::Keep { generation, committed } if V::CALLS_AGAIN => {
+                let keep = |image| Kept { image, generation, committed };
+                self.kept = self.image.take().map(keep);
+                self.state = None;
+                self.spoiled = false;
+            }
+            // What is kept for a primary that calls again is nothing that runs; in the model none does.
             Action::Discard | Action::Keep { .. } => {
                 self.image = None;
+                self.kept = None;
                 self.state = None;
                 self.spoiled = false;
             }
@@ -446,6 +484,9 @@ impl<V: Vm> Engine<V> {
         self.pairing = None;
         if around.broken == Some(Broken::AckAfterSuspecting) {
             return;
+        }
+        if let Some(image) = &mut self.image {
+            V::drop_staging(image);
         }
         if let Some(session) = &mut self.session {
             session.seals.clear();

@@ -152,6 +152,9 @@ impl<V: Vm> Host<V> {
             Role::None => (None, false),
         };
         if over {
+            if let (Role::Primary(engine), Some(vm)) = (&self.role, &mut self.vm) {
+                vm.ends(&engine.machine);
+            }
             if matches!(next, Some(Role::Backup(_))) {
                 self.vm = None;
             }

@@ -38,6 +38,8 @@ pub enum Input<C> {
 pub enum Work {
     Nothing,
     Copying,
+    /// What does not fit the first epoch goes into the image, while the guest stands.
+    Surplus,
     Epochs,
 }
 
@@ -62,6 +64,8 @@ pub struct Engine {
     reverses: bool,
     /// The next epoch does not fit.
     large: bool,
+    /// What stands to be sealed does not fit beside what is in flight.
+    awaits_room: bool,
     /// A claim waits for its timer.
     pub waits: bool,
 }
@@ -75,13 +79,18 @@ impl Engine {
         arbiter: bool,
         reverses: bool,
         record: Option<Record>,
+        again: bool,
     ) -> Option<Self> {
         let generation = match record {
             None => Generation(0),
             Some(record) if record.is_of(identity) => record.generation,
             Some(_) => return None,
         };
-        Some(Self::around(Primary::new(arbiter, generation), identity, backup, arbiter, reverses))
+        let machine = match again {
+            true => Primary::again(arbiter, generation),
+            false => Primary::new(arbiter, generation),
+        };
+        Some(Self::around(machine, identity, backup, arbiter, reverses))
     }
 
     fn around(
@@ -106,6 +115,7 @@ impl Engine {
             handover: false,
             reverses,
             large: false,
+            awaits_room: false,
             waits: false,
         }
     }
@@ -170,7 +180,7 @@ impl Engine {
 
     #[must_use]
     pub fn is_copying(&self) -> bool {
-        self.work == Work::Copying
+        matches!(self.work, Work::Copying | Work::Surplus)
     }
 
     #[must_use]
@@ -201,6 +211,10 @@ impl Engine {
             Input::Message(message) => self.message(message, around),
             Input::Lost if self.connected || self.is_calling() => {
                 self.step(Event::PeerLost("lost".into()), around)
+            }
+            Input::Copied if self.work == Work::Surplus => {
+                self.work = Work::Epochs;
+                self.seal(around);
             }
             Input::Copied if self.is_copying() => {
                 self.work = Work::Nothing;
@@ -269,6 +283,10 @@ impl Engine {
             return;
         }
         self.in_flight -= 1;
+        around.vm(Vm::acked);
+        if std::mem::take(&mut self.awaits_room) && self.work == Work::Epochs {
+            return self.seal(around);
+        }
         let waits = (self.handover || self.large) && self.in_flight == 0;
         if self.work == Work::Epochs && waits {
             self.seal(around);
@@ -287,16 +305,18 @@ impl Engine {
         }
         let epoch = self.sealed.next();
         let handover = self.handover;
-        let Some(vm) = around.vm else { return };
-        let content = vm.seal(epoch, handover);
-        self.sealed = epoch;
-        self.first = false;
         let generation = self.machine.generation();
         let kind = match (handover, self.reversal()) {
             (false, _) => Handover::No,
             (true, None) => Handover::Leave,
             (true, Some(_)) => Handover::Reverse,
         };
+        let Some(vm) = around.vm else { return };
+        let Some(content) = vm.seal(epoch, generation, kind) else {
+            return self.does_not_fit(around);
+        };
+        self.sealed = epoch;
+        self.first = false;
         around.send(Message::Seal(Seal { epoch, generation, handover: kind, content }));
         self.in_flight += 1;
         if handover {
@@ -305,6 +325,21 @@ impl Engine {
         self.step(Event::Sealed(epoch), around);
         if around.broken == Some(Broken::ReleaseBeforeAck) {
             around.vm(|vm| vm.commit(epoch));
+        }
+    }
+
+    /// The guest stands for what the backup has no room for.
+    fn does_not_fit<V: Vm>(&mut self, around: &mut Around<'_, V>) {
+        if self.in_flight > 0 {
+            self.awaits_room = true;
+            around.vm(Vm::hold_up);
+        } else if self.first {
+            // Nothing is committed yet, so what an epoch cannot carry goes into the image.
+            self.copy(around);
+            self.work = Work::Surplus;
+        } else {
+            self.handover = false;
+            self.step(Event::TooLarge("large".to_owned()), around);
         }
     }
 
@@ -352,7 +387,13 @@ impl Engine {
                 self.work = Work::Epochs;
                 self.seal(around);
             }
-            Action::EndEpochs => self.work = Work::Nothing,
+            Action::EndEpochs => {
+                self.work = Work::Nothing;
+                // It stood for room or for an epoch that is not sealed: who owns it may take for ever.
+                if V::CALLS_AGAIN && !self.handover {
+                    around.vm(Vm::release);
+                }
+            }
             Action::SealHandover => {
                 self.handover = true;
                 if self.in_flight == 0 {
@@ -369,6 +410,8 @@ impl Engine {
             Action::Degrade => {
                 self.handover = false;
                 self.in_flight = 0;
+                self.awaits_room = false;
+                around.vm(Vm::close);
                 around.vm(Vm::release);
             }
             Action::Destroy if around.broken == Some(Broken::LoserGoesOn) => {
@@ -384,6 +427,8 @@ impl Engine {
                 }
                 self.connected = false;
                 self.in_flight = 0;
+                self.awaits_room = false;
+                around.vm(Vm::close);
             }
             // A VM that is alone is not protected again here, and no guest is paused.
             Action::Regain | Action::Refuse(_) | Action::Report(_) => {}

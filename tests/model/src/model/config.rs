@@ -218,6 +218,13 @@ impl Config {
             Broken::HeirStartsWithoutSwap | Broken::SpeaksBeforeReached => {
                 Self { asks: 1, crashes: 1, reverses: true, ..base }
             }
+            Broken::DeltaOfAnother
+            | Broken::AppliedBeforeItsEnd
+            | Broken::RestForgets
+            | Broken::GateLetsNextOut
+            | Broken::WonBeforeItLasts
+            | Broken::SwapOverwrites
+            | Broken::UnknownWriteIsLost => unreachable!("the model has nothing of it"),
         }
     }
 }

@@ -417,13 +417,14 @@ impl World {
         let record = self.arbiter.standing();
         let (me, backup) = (self.hosts[at].identity, self.hosts[1 - at].identity.host);
         let (arbiter, reverses) = (config.arbiter, config.reverses);
-        let Some(engine) = primary::Engine::open(me, backup, arbiter, reverses, record) else {
+        let Some(engine) = primary::Engine::open(me, backup, arbiter, reverses, record, false)
+        else {
             return;
         };
         self.link = Link { open: [true; 2], ..Link::default() };
         self.hosts[at].role = Role::Primary(engine);
         self.ghost.accepts(1 - at);
-        self.tell_backup(1 - at, config, backup::Input::Arrival(me));
+        self.tell_backup(1 - at, config, backup::Input::Arrival(me, None));
         let mut effects = vec![];
         let host = &mut self.hosts[at];
         let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: config.broken };
@@ -446,7 +447,7 @@ impl World {
     fn reach(&mut self, at: At, config: &Config) {
         self.link = Link { open: [true; 2], ..Link::default() };
         let me = self.hosts[at].identity;
-        self.tell_backup(1 - at, config, backup::Input::Arrival(me));
+        self.tell_backup(1 - at, config, backup::Input::Arrival(me, None));
         self.tell_primary(at, config, primary::Input::Reached);
     }
 

@@ -2,8 +2,11 @@
 //! by a seed, which reproduces it exactly.
 
 pub mod coverage;
+pub mod image;
 pub mod machine;
+pub mod memory;
 pub mod oracle;
 pub mod plan;
 pub mod run;
+pub mod storage;
 pub mod total;

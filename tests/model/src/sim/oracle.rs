@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use super::machine::{CLIENTS, Output, Pages};
+use replication::ram::Ram;
+
+use super::machine::{CLIENTS, Output};
+use super::memory::{self, Snapshot};
 use crate::guest::Position;
 
 /// A client: one request at a time, sent again until it is answered.
@@ -19,8 +22,8 @@ pub struct Client {
 #[derive(Debug, Default)]
 pub struct Oracle {
     pub clients: [Client; CLIENTS],
-    /// Memory at each seal.
-    sealed: HashMap<(u16, u16), Pages>,
+    /// Memory at each seal, from the last one that was committed on.
+    sealed: HashMap<(u16, u16), Snapshot>,
     /// The last line that was read.
     line: u64,
     pub lines: u64,
@@ -83,20 +86,36 @@ impl Oracle {
     }
 
     /// A machine was sealed.
-    pub fn sealed(&mut self, position: Position, pages: Pages) {
-        self.sealed.insert((position.incarnation, position.at), pages);
+    pub fn sealed(&mut self, position: Position, ram: &Ram) {
+        self.sealed.insert((position.incarnation, position.at), memory::snapshot(ram));
     }
 
     /// A backup has applied an epoch that it acknowledged.
     ///
     /// # Errors
     /// Its image is not what was sealed.
-    pub fn committed(&mut self, position: Position, pages: &Pages) -> Result<(), String> {
+    pub fn committed(&mut self, position: Position, ram: &Ram) -> Result<(), String> {
         self.commits += 1;
-        match self.sealed.get(&(position.incarnation, position.at)) {
-            Some(sealed) if sealed == pages => Ok(()),
-            Some(_) => Err(format!("the image at {position:?} is not what was sealed")),
-            None => Err(format!("nothing was sealed at {position:?}")),
+        self.is_as_sealed(position, ram)?;
+        self.sealed.retain(|(incarnation, at), _| {
+            *incarnation != position.incarnation || *at >= position.at
+        });
+        Ok(())
+    }
+
+    /// A machine begins with what was sealed there.
+    ///
+    /// # Errors
+    /// Its memory is another one.
+    pub fn is_as_sealed(&self, position: Position, ram: &Ram) -> Result<(), String> {
+        let Some(sealed) = self.sealed.get(&(position.incarnation, position.at)) else {
+            return Err(format!("nothing was sealed at {position:?}"));
+        };
+        match memory::differs(ram, sealed) {
+            None => Ok(()),
+            Some(page) => {
+                Err(format!("page {page} of the image at {position:?} is not what was sealed"))
+            }
         }
     }
 }

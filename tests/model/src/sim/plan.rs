@@ -7,6 +7,8 @@ use rand::rngs::StdRng;
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub arbiter: bool,
+    /// Whether it is a directory, by the client that ships, or one that answers in any way an arbiter may.
+    pub files: bool,
     /// Whether switch-overs reverse the pair, where there is an arbiter.
     pub reverses: bool,
     /// When faults stop, and when the run ends.
@@ -23,6 +25,9 @@ pub struct Plan {
     pub ask_every_us: u64,
     /// How often a call to the arbiter goes wrong.
     pub arbiter_wrong: u32,
+    /// Connections for pages, and what a backup can stage of them.
+    pub connections: usize,
+    pub staging_pages: u64,
 }
 
 const S: u64 = 1_000_000;
@@ -33,6 +38,7 @@ impl Plan {
         let faults_end_us = rng.random_range(2 * S..12 * S);
         Self {
             arbiter: rng.random_ratio(2, 3),
+            files: rng.random_ratio(1, 2),
             reverses: rng.random_ratio(1, 2),
             faults_end_us,
             // A claim waits for 5 s at most between its tries, a host sleeps for 1.5 s at most, and a
@@ -46,6 +52,8 @@ impl Plan {
             fault_every_us: rng.random_range(S / 2..4 * S),
             ask_every_us: rng.random_range(S / 2..4 * S),
             arbiter_wrong: rng.random_range(0..400),
+            connections: rng.random_range(1..=2),
+            staging_pages: rng.random_range(24..100),
         }
     }
 }

@@ -1,46 +1,55 @@
 //! One run: a seed, a clock that is ours, and whatever the seed makes happen.
 
 mod connection;
+mod control;
 mod engines;
+mod files;
 mod trouble;
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use replication::VmId;
-use replication::ownership::{HostId, HostIdentity, Standing};
+use replication::ids::Generation;
+use replication::ownership::{HostId, HostIdentity, Record, Standing};
 use replication::protocol::backup::State as BackupState;
 use replication::protocol::ownership::{self as claim};
 use replication::protocol::primary::State as PrimaryState;
+use replication::wire;
 use uuid::Uuid;
 
 use super::coverage::Coverage;
-use super::machine::{CLIENTS, Content, Machine};
+use super::image::Content;
+use super::machine::{CLIENTS, Machine};
 use super::oracle::Oracle;
 use super::plan::Plan;
+use super::storage::{Client, Storage};
 use crate::arbiter::{Arbiter, Fate};
 use crate::broken::Broken;
 use crate::ghost::Ghost;
 use crate::host::{Around, Effect, Host, Message, Role, Step, backup, primary};
 use crate::vm::Vm;
+use control::Control;
 
 /// Positions of a history are counted in 16 bits.
 const SEALS_MAX: u16 = 60_000;
 /// Peer timeouts without an acknowledgement after which a living backup is given up.
 const STALL_TIMEOUTS: u64 = 4;
 const MS: u64 = 1000;
+/// How long a guest may stand for room in its backup's staging when a run is to end.
+const STAND_US: u64 = 3_000 * MS;
 
 const VM: VmId = VmId(Uuid::from_u128(0xace));
 
 /// What reaches a host, by the connection.
 #[derive(Clone, Debug)]
 enum Item {
-    Message(Message<Content>),
-    /// An epoch's pages, by a connection of their own.
-    Pages,
-    Heartbeat,
+    /// Of the control connection: a frame.
+    Control(Vec<u8>),
+    /// Of a data connection: any part of what was written.
+    Data(usize, Vec<u8>),
     End,
 }
 
@@ -50,11 +59,19 @@ enum Event {
     Beat(usize, u64),
     Check(usize, u64),
     Due(usize, u64),
-    Copied(usize, u64),
+    /// A connection sends what is next.
+    Sends(usize, u64, usize),
+    /// The writer of a console writes.
+    Prints(usize),
     Timer(usize, u64),
     Call(usize, u64),
     Answer(usize, u64, claim::Event),
     Stray(claim::Action),
+    /// The arbiter's storage does what the client of this number asked.
+    Storage(u64),
+    PowerCut,
+    /// A record's file gets its name long after its writer was told that it did not.
+    LateLink(String, Vec<u8>),
     Client(usize),
     Compute,
     Fault,
@@ -107,7 +124,7 @@ impl Ord for Entry {
 struct Way {
     /// When the last item arrives, of the control connection and of the pages'.
     last_us: u64,
-    pages_us: u64,
+    data_us: [u64; 2],
     /// Nothing passes; what is sent waits.
     cut: bool,
     waiting: Vec<Item>,
@@ -119,7 +136,7 @@ struct Way {
 }
 
 /// Beside the host itself.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 struct Beside {
     process: u128,
     /// Grows with every process and engine: events of an older one are nothing.
@@ -130,9 +147,14 @@ struct Beside {
     calls: VecDeque<(u64, claim::Action)>,
     calling: bool,
     arbiter_cut: bool,
-    /// Pages of epochs that are here before their turn.
-    pages: u32,
-    copying: bool,
+    /// Connections that are about to send.
+    sends: [bool; 2],
+    /// A bit of what comes next on a data connection is turned over.
+    garbles: bool,
+    /// Nothing is mounted where the arbiter's directory is to be.
+    is_unmounted: bool,
+    /// The control connection's frames, out and in.
+    control: Option<Control>,
 }
 
 /// What a run came to.
@@ -144,6 +166,16 @@ pub struct Summary {
     pub responses: u64,
     pub lines: u64,
     pub takeovers: u64,
+    /// Sessions that went on from what a backup had kept.
+    pub bases: u64,
+    /// Bits that were turned over on their way.
+    pub garbled: u64,
+    /// Calls of the arbiter's storage, those that went wrong, and records that a power cut took.
+    pub storage_calls: u64,
+    pub storage_faults: u64,
+    pub records_lost: u64,
+    /// Of pages, with what is around them.
+    pub wire_bytes: u64,
     pub failure: Option<String>,
     pub trace: Vec<String>,
     /// Of all that happened, in its order.
@@ -162,6 +194,10 @@ pub struct Run {
     ways: [Way; 2],
     session: u64,
     arbiter: Arbiter,
+    /// Of the `file:` arbiter, and the clients that are at it.
+    storage: Storage,
+    clients: BTreeMap<u64, Client>,
+    clients_made: u64,
     ghost: Ghost,
     oracle: Oracle,
     summary: Summary,
@@ -175,6 +211,7 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
     let mut plan = Plan::draw(&mut rng);
     if let Some(broken) = broken {
         plan.arbiter = broken != Broken::OrphanStarts;
+        plan.files |= Broken::OF_FILES.contains(&broken);
         plan.reverses |=
             matches!(broken, Broken::HeirStartsWithoutSwap | Broken::SpeaksBeforeReached);
     }
@@ -193,6 +230,9 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
         ways: [Way::default(), Way::default()],
         session: 0,
         arbiter: Arbiter::default(),
+        storage: Storage::default(),
+        clients: BTreeMap::new(),
+        clients_made: 0,
         ghost: Ghost::default(),
         oracle: Oracle::default(),
         summary: Summary::default(),
@@ -224,11 +264,13 @@ impl Run {
             self.after(MS, Event::Client(client));
         }
         self.after(MS, Event::Compute);
+        self.after(MS, Event::Prints(0));
+        self.after(MS, Event::Prints(1));
         self.after(self.plan.fault_every_us, Event::Fault);
         self.after(self.plan.ask_every_us, Event::Ask);
         self.after(500 * MS, Event::Repair);
-        while let Some(Reverse(Entry(at_us, _, event))) = self.queue.pop() {
-            if at_us > self.plan.end_us {
+        while let Some(Reverse(Entry(at_us, made, event))) = self.queue.pop() {
+            if at_us > self.plan.end_us && (self.goes_on() || at_us > self.plan.end_us + STAND_US) {
                 break;
             }
             self.now_us = at_us;
@@ -236,7 +278,8 @@ impl Run {
                 && self.beside[host].asleep_us > at_us
             {
                 let wakes_us = self.beside[host].asleep_us;
-                self.at(wakes_us, event);
+                // In the order in which they were made, however often it falls asleep again.
+                self.queue.push(Reverse(Entry(wakes_us, made, event)));
                 continue;
             }
             self.summary.events += 1;
@@ -301,16 +344,21 @@ impl Run {
             Event::Arrives(to, session, item) => self.arrives(to, session, item),
             Event::Beat(at, life) => {
                 if self.is_current(at, life) && self.hosts[at].is_connected() {
-                    self.send(at, Item::Heartbeat);
+                    self.speaks(at, &wire::Message::Heartbeat);
                     self.after(self.plan.heartbeat_us, Event::Beat(at, life));
                 }
                 Ok(())
             }
             Event::Check(at, life) => self.check(at, life),
             Event::Due(at, life) => self.due(at, life),
-            Event::Copied(at, life) if self.is_current(at, life) => {
-                self.beside[at].copying = false;
-                self.tell_primary(at, primary::Input::Copied)
+            Event::Sends(at, life, connection) if self.is_current(at, life) => {
+                self.sends(at, connection)
+            }
+            Event::Prints(at) => {
+                self.prints(at)?;
+                let next_us = self.about(5 * MS);
+                self.after(next_us, Event::Prints(at));
+                Ok(())
             }
             Event::Timer(at, life) if self.is_current(at, life) => {
                 self.input(at, || primary::Input::Timer, || backup::Input::Timer)
@@ -320,9 +368,21 @@ impl Run {
                 Ok(())
             }
             Event::Answer(at, life, event) if self.is_current(at, life) => self.answers(at, event),
-            Event::Copied(..) | Event::Timer(..) | Event::Call(..) | Event::Answer(..) => Ok(()),
+            Event::Sends(..) | Event::Timer(..) | Event::Call(..) | Event::Answer(..) => Ok(()),
             Event::Stray(action) => {
                 self.arbiter.call(&action, Fate::Well);
+                Ok(())
+            }
+            Event::Storage(number) => {
+                self.storage(number);
+                Ok(())
+            }
+            Event::PowerCut => {
+                self.power_cut();
+                Ok(())
+            }
+            Event::LateLink(to, bytes) => {
+                self.late_link(&to, bytes);
                 Ok(())
             }
             Event::Client(client) => self.client(client),
@@ -345,6 +405,7 @@ impl Run {
             }
             Event::ArbiterHeals(at) => {
                 self.beside[at].arbiter_cut = false;
+                self.beside[at].is_unmounted = false;
                 Ok(())
             }
             Event::Ask => self.ask(),
@@ -356,6 +417,15 @@ impl Run {
             }
             Event::Reach(..) | Event::Forsaken(..) => Ok(()),
         }
+    }
+
+    /// The record that stands.
+    fn record(&self) -> Option<Record> {
+        if self.plan.files { self.storage.standing() } else { self.arbiter.standing() }
+    }
+
+    fn generation(&self) -> Generation {
+        self.record().map_or(Generation(0), |record| record.generation)
     }
 
     fn is_current(&self, at: usize, life: u64) -> bool {
@@ -383,7 +453,7 @@ impl Run {
             return self.hosts.iter().any(undecided) || self.hosts.iter().all(|h| h.vm.is_none());
         }
         let alive = |owner: HostId| self.hosts.iter().any(|h| h.alive && h.identity.host == owner);
-        match self.arbiter.standing().map(|record| record.standing) {
+        match self.record().map(|record| record.standing) {
             Some(Standing::Solo { owner }) => !alive(owner),
             Some(Standing::Pair { primary, .. }) => !alive(primary) && self.ghost.owes.is_none(),
             None => self.hosts.iter().all(|host| host.vm.is_none()),
@@ -398,7 +468,8 @@ fn of(event: &Event) -> Option<usize> {
         | Event::Beat(at, _)
         | Event::Check(at, _)
         | Event::Due(at, _)
-        | Event::Copied(at, _)
+        | Event::Sends(at, ..)
+        | Event::Prints(at)
         | Event::Timer(at, _)
         | Event::Answer(at, ..)
         | Event::Reach(at, _)
@@ -406,6 +477,9 @@ fn of(event: &Event) -> Option<usize> {
         | Event::Connect(at) => Some(*at),
         Event::Call(..)
         | Event::Stray(_)
+        | Event::Storage(_)
+        | Event::LateLink(..)
+        | Event::PowerCut
         | Event::Client(_)
         | Event::Compute
         | Event::Fault

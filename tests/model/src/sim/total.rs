@@ -13,6 +13,12 @@ pub struct Total {
     pub responses: u64,
     pub lines: u64,
     pub takeovers: u64,
+    pub bases: u64,
+    pub garbled: u64,
+    pub wire_bytes: u64,
+    pub storage_calls: u64,
+    pub storage_faults: u64,
+    pub records_lost: u64,
     pub coverage: Coverage,
     failure: Option<(u64, String)>,
 }
@@ -25,6 +31,12 @@ impl Total {
         self.responses += summary.responses;
         self.lines += summary.lines;
         self.takeovers += summary.takeovers;
+        self.bases += summary.bases;
+        self.garbled += summary.garbled;
+        self.wire_bytes += summary.wire_bytes;
+        self.storage_calls += summary.storage_calls;
+        self.storage_faults += summary.storage_faults;
+        self.records_lost += summary.records_lost;
         self.coverage.add(&summary.coverage);
         if let Some(failure) = summary.failure
             && self.failed().is_none_or(|first| seed < first)
@@ -52,6 +64,14 @@ impl Total {
             println!("{count:>12}  {name}{mark}");
         }
         let made = counts.iter().filter(|(_, count)| *count > 0).count();
+        println!(
+            "{} bytes of pages' frames, {} bits garbled, {} copies from what was kept",
+            self.wire_bytes, self.garbled, self.bases
+        );
+        println!(
+            "{} calls of the arbiter's storage, {} of them wrong, {} records lost in power cuts",
+            self.storage_calls, self.storage_faults, self.records_lost
+        );
         println!(
             "{} seeds, {} events, {} epochs committed and compared, {} take-overs, {} answers, \
              {} lines, {made} of {} transitions, {:.1} s",

@@ -1,10 +1,19 @@
 //! The connection between the hosts.
 
+use rand::Rng;
+use replication::backup::simulated::Reception;
+use replication::ids::{EpochId, PAGE_SIZE};
+use replication::primary::simulated::Terms;
+use replication::wire::{self, SessionId};
+
+use super::control::{self, Control};
 use super::{
-    Around, Event, Item, MS, Message, Role, Run, SEALS_MAX, STALL_TIMEOUTS, VM, Way, backup,
-    primary,
+    Around, Content, Event, Item, MS, Machine, Message, Role, Run, SEALS_MAX, STALL_TIMEOUTS, VM,
+    Way, backup, primary,
 };
 use crate::broken::Broken;
+use crate::host::Seal;
+use crate::vm::Vm;
 
 impl Run {
     pub(super) fn send(&mut self, from: usize, item: Item) {
@@ -18,11 +27,23 @@ impl Run {
         }
         let way_us = self.up_to(self.plan.delay_us_max);
         let way = &mut self.ways[to];
-        let is_pages = matches!(item, Item::Pages);
-        let last = if is_pages { &mut way.pages_us } else { &mut way.last_us };
+        let last = match item {
+            Item::Data(connection, _) => &mut way.data_us[connection],
+            Item::Control(_) | Item::End => &mut way.last_us,
+        };
         *last = (*last).max(self.now_us + way_us);
         let at_us = *last;
         self.at(at_us, Event::Arrives(to, self.session, item));
+    }
+
+    /// Something is said by the control connection.
+    pub(super) fn speaks(&mut self, from: usize, message: &wire::Message) {
+        if self.ways[from].open
+            && let Some(control) = &mut self.beside[from].control
+        {
+            let frame = control.write(message);
+            self.send(from, Item::Control(frame));
+        }
     }
 
     pub(super) fn heal(&mut self, to: usize) {
@@ -44,36 +65,124 @@ impl Run {
         }
         self.beside[to].heard_us = self.now_us;
         match item {
-            Item::Heartbeat => Ok(()),
             Item::End => self.input(to, || primary::Input::Lost, || backup::Input::Lost),
-            Item::Pages => {
-                self.beside[to].pages += 1;
-                self.look(to)
-            }
-            Item::Message(message) => {
-                if matches!(message, Message::Ack { .. }) {
-                    self.beside[to].progress_us = self.now_us;
-                }
-                self.input(
-                    to,
-                    || primary::Input::Message(message.clone()),
-                    || backup::Input::Message(message.clone()),
-                )?;
-                self.look(to)
-            }
+            Item::Data(connection, bytes) => self.takes(to, connection, bytes),
+            Item::Control(frame) => self.hears(to, &frame),
         }
     }
 
-    /// Epochs whose seal and pages are both here.
+    fn hears(&mut self, to: usize, frame: &[u8]) -> Result<(), String> {
+        let Some(control) = &mut self.beside[to].control else { return Ok(()) };
+        // Nothing garbles this connection.
+        let Some(message) = control::heard(control.read(frame)?)? else { return Ok(()) };
+        match &message {
+            Message::Ack { .. } => self.beside[to].progress_us = self.now_us,
+            Message::Seal(seal) => {
+                if let Some(reason) = self.gathers(to, seal) {
+                    return self.tell_backup(to, backup::Input::Bad(reason));
+                }
+            }
+            _ => {}
+        }
+        self.input(
+            to,
+            || primary::Input::Message(message.clone()),
+            || backup::Input::Message(message.clone()),
+        )?;
+        self.look(to)
+    }
+
+    /// A seal is staged beside its pages; why it cannot be.
+    fn gathers(&mut self, to: usize, seal: &Seal<Content>) -> Option<String> {
+        let late = self.broken == Some(Broken::AckAfterSuspecting);
+        let backup = self.hosts[to].backup().filter(|backup| backup.is_receiving() || late)?;
+        let Seal { epoch, generation, handover, content } = seal.clone();
+        let Content { pages, state } = content;
+        let seal = wire::Seal { epoch, generation, handover, pages, changes: 0, state };
+        let due = backup.machine.expected();
+        let image = backup.image()?;
+        image.with(|reception| reception.sealed(seal, due))?.err()
+    }
+
+    /// Bytes of a data connection.
+    fn takes(&mut self, to: usize, connection: usize, mut bytes: Vec<u8>) -> Result<(), String> {
+        if !bytes.is_empty() && std::mem::take(&mut self.beside[to].garbles) {
+            let bit = self.rng.random_range(0..bytes.len() * 8);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            self.summary.garbled += 1;
+        }
+        let late = self.broken == Some(Broken::AckAfterSuspecting);
+        let Some(backup) = self.hosts[to].backup().filter(|of| of.is_receiving() || late) else {
+            return Ok(());
+        };
+        let due = backup.machine.expected();
+        let image = backup.image();
+        let staged = image.and_then(|image| image.with(|of| of.arrived(connection, &bytes, due)));
+        match staged {
+            Some(Err(reason)) => self.tell_backup(to, backup::Input::Bad(reason)),
+            Some(Ok(())) => self.look(to),
+            None => Ok(()),
+        }
+    }
+
+    /// Epochs that are whole.
     pub(super) fn look(&mut self, at: usize) -> Result<(), String> {
         let late = self.broken == Some(Broken::AckAfterSuspecting);
-        while self.beside[at].pages > 0
-            && self.hosts[at].backup().is_some_and(|backup| backup.awaits_pages() || late)
-        {
-            self.beside[at].pages -= 1;
-            self.tell_backup(at, backup::Input::Whole)?;
+        while let Some(backup) = self.hosts[at].backup().filter(|of| of.awaits_pages() || late) {
+            let Some(image) = backup.image() else { return Ok(()) };
+            match image.with(Reception::is_whole) {
+                Some(Ok(true)) => self.tell_backup(at, backup::Input::Whole)?,
+                Some(Ok(false)) | None => return Ok(()),
+                Some(Err(reason)) => return self.tell_backup(at, backup::Input::Bad(reason)),
+            }
         }
         Ok(())
+    }
+
+    /// A data connection of the primary sends what is next.
+    pub(super) fn sends(&mut self, at: usize, connection: usize) -> Result<(), String> {
+        self.beside[at].sends[connection] = false;
+        let Some(sending) = self.hosts[at].vm.as_mut().and_then(Machine::sending) else {
+            return Ok(());
+        };
+        if !sending.is_unsent(connection) {
+            return Ok(());
+        }
+        let bytes = sending.send(connection);
+        let is_over = !sending.is_sending();
+        self.summary.wire_bytes += bytes.len() as u64;
+        // A stream knows no frames.
+        let cut = self.rng.random_range(0..=bytes.len());
+        for part in [&bytes[..cut], &bytes[cut..]] {
+            self.send(at, Item::Data(connection, part.to_vec()));
+        }
+        let copies = self.hosts[at].primary().is_some_and(primary::Engine::is_copying);
+        if copies && is_over {
+            // What was written meanwhile is copied in another pass, or is for the first epoch.
+            if self.rng.random_ratio(1, 4)
+                && let Some(vm) = &mut self.hosts[at].vm
+            {
+                vm.copy();
+                self.pump(at);
+                return Ok(());
+            }
+            return self.tell_primary(at, primary::Input::Copied);
+        }
+        self.pump(at);
+        Ok(())
+    }
+
+    /// Connections that have something to send do so soon.
+    pub(super) fn pump(&mut self, at: usize) {
+        let copies = self.hosts[at].primary().is_some_and(primary::Engine::is_copying);
+        for connection in 0..self.plan.connections {
+            let sending = self.hosts[at].vm.as_mut().and_then(Machine::sending);
+            let has_more = sending.is_some_and(|sending| sending.is_unsent(connection));
+            if has_more && !std::mem::replace(&mut self.beside[at].sends[connection], true) {
+                let soon_us = self.up_to(if copies { 30 * MS } else { self.plan.delay_us_max / 2 });
+                self.after(soon_us, Event::Sends(at, self.beside[at].life, connection));
+            }
+        }
     }
 
     pub(super) fn check(&mut self, at: usize, life: u64) -> Result<(), String> {
@@ -113,7 +222,7 @@ impl Run {
         let stalled_us = STALL_TIMEOUTS * self.plan.timeout_us;
         if primary.is_connected() && self.now_us - self.beside[at].progress_us > stalled_us {
             self.tell_primary(at, primary::Input::Lost)?;
-        } else if primary.may_seal() {
+        } else if primary.may_seal() && !(primary.has_in_flight() && self.is_sending(at)) {
             self.tell_primary(at, primary::Input::Due)?;
         }
         let next_us = self.about(self.plan.epoch_us);
@@ -125,20 +234,25 @@ impl Run {
         let other = 1 - at;
         let me = self.hosts[at].identity;
         let welcome = self.hosts[other].backup().is_some_and(|backup| backup.welcomes(VM));
-        let idle = self.hosts[at].vm.as_ref().is_some_and(|vm| vm.history.open < SEALS_MAX);
+        let idle = self.hosts[at].vm.as_ref().is_some_and(|vm| vm.inside.history.open < SEALS_MAX);
         if !welcome || !idle || !matches!(self.hosts[at].role, Role::None) {
             return Ok(());
         }
         let backup = self.hosts[other].identity.host;
-        let record = self.arbiter.standing();
+        let record = self.record();
         let (arbiter, reverses) = (self.plan.arbiter, self.plan.reverses);
-        let Some(engine) = primary::Engine::open(me, backup, arbiter, reverses, record) else {
+        let (base, again) = self.hosts[at].vm.as_ref().map_or((None, false), Machine::calls);
+        let opened = primary::Engine::open(me, backup, arbiter, reverses, record, again);
+        let Some(engine) = opened else {
             return Ok(());
         };
         self.link();
         self.hosts[at].role = Role::Primary(engine);
         self.ghost.accepts(other);
-        self.tell_backup(other, backup::Input::Arrival(me))?;
+        self.tell_backup(other, backup::Input::Arrival(me, base))?;
+        let has_base = self.hosts[other].backup().is_some_and(backup::Engine::has_base);
+        self.summary.bases += u64::from(has_base);
+        self.agree(at, EpochId(0), has_base, false);
         let mut effects = vec![];
         let host = &mut self.hosts[at];
         let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: self.broken };
@@ -158,8 +272,31 @@ impl Run {
             self.ways[host] = Way { open: true, cut, ..Way::default() };
             let beside = &mut self.beside[host];
             (beside.heard_us, beside.progress_us) = (self.now_us, self.now_us);
-            beside.pages = 0;
+            beside.sends = [false; 2];
+            beside.garbles = false;
+            beside.control = Some(Control::new(SessionId(self.session)));
         }
+    }
+
+    /// Both sides of a session of this primary begin with the memory that they have.
+    fn agree(&mut self, primary: usize, sealed: EpochId, has_base: bool, is_whole: bool) {
+        let terms = Terms {
+            session: SessionId(self.session),
+            connections: self.plan.connections,
+            staging_bytes: self.plan.staging_pages * PAGE_SIZE as u64,
+        };
+        let image = self.hosts[1 - primary].backup().and_then(backup::Engine::image);
+        if let Some(image) = image {
+            image.open(terms, is_whole, self.broken);
+        }
+        let choice = (self.rng.random(), self.rng.random());
+        if let Some(vm) = &mut self.hosts[primary].vm {
+            vm.open(terms, sealed, has_base, choice, self.broken);
+        }
+    }
+
+    fn is_sending(&self, at: usize) -> bool {
+        self.hosts[at].vm.as_ref().is_some_and(Machine::is_sending)
     }
 
     /// What goes on by itself in a session of this primary.
@@ -178,7 +315,7 @@ impl Run {
         let Some(primary) = host.primary().filter(|primary| primary.is_calling()) else {
             return Ok(());
         };
-        let stands = self.arbiter.generation() == primary.machine.generation();
+        let stands = self.generation() == primary.machine.generation();
         let awaited = other.backup().and_then(backup::Engine::awaits) == Some(host.identity.host);
         let is_cut = self.ways.iter().any(|way| way.cut);
         let sleeps = self.beside[1 - at].asleep_us > self.now_us;
@@ -189,7 +326,9 @@ impl Run {
         }
         let me = host.identity;
         self.link();
-        self.tell_backup(1 - at, backup::Input::Arrival(me))?;
+        let sealed = self.hosts[at].primary().map_or(EpochId(0), primary::Engine::sealed);
+        self.tell_backup(1 - at, backup::Input::Arrival(me, None))?;
+        self.agree(at, sealed, true, true);
         self.tell_primary(at, primary::Input::Reached)?;
         self.beats(at);
         Ok(())

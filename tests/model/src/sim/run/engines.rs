@@ -1,7 +1,10 @@
 //! Inputs of the engines, and what they do to the world.
 
 use rand::Rng;
+use replication::backup::simulated::Reception;
 
+use super::super::image::State;
+use super::control;
 use super::{
     Around, Broken, Content, Effect, Event, Fate, Item, MS, Message, Role, Run, Step, backup,
     claim, mix, primary,
@@ -71,7 +74,8 @@ impl Run {
                 }
                 Effect::Started { epoch, handover } => {
                     if let Some(vm) = &mut self.hosts[at].vm {
-                        self.ghost.starts(at, &mut vm.history, epoch, handover);
+                        self.oracle.is_as_sealed(vm.inside.history.from, vm.ram())?;
+                        self.ghost.starts(at, &mut vm.inside.history, epoch, handover);
                     }
                 }
                 Effect::StartFailed => self.ghost.is_start_lost = true,
@@ -85,11 +89,7 @@ impl Run {
         }
         self.outside(at)?;
         self.settle(at);
-        let copies = self.hosts[at].primary().is_some_and(primary::Engine::is_copying);
-        if copies && !std::mem::replace(&mut self.beside[at].copying, true) {
-            let copy_us = self.about(40 * MS);
-            self.after(copy_us, Event::Copied(at, self.beside[at].life));
-        }
+        self.pump(at);
         Ok(())
     }
 
@@ -107,22 +107,28 @@ impl Run {
                 let image = host.backup().and_then(backup::Engine::image);
                 let early = self.broken == Some(Broken::AckBeforeWhole)
                     || self.broken == Some(Broken::AckAfterSuspecting);
-                match (image, &host.vm) {
-                    (Some(image), _) if !early => {
-                        self.oracle.committed(image.position, &image.pages)?;
-                    }
-                    _ => {}
+                if let Some((image, state)) = image.and_then(|of| Some((of, of.state.as_ref()?)))
+                    && !early
+                {
+                    self.oracle.committed(state.position, &image.ram())?;
                 }
             }
             Message::Seal(seal) => {
+                let (epoch, generation) = (seal.epoch, seal.generation);
+                let state = State::parse(&seal.content.state, epoch, generation)?;
                 if let Some(vm) = &self.hosts[at].vm {
-                    self.oracle.sealed(seal.content.position, vm.pages);
+                    self.oracle.sealed(state.position, vm.ram());
                 }
-                self.send(at, Item::Pages);
+            }
+            Message::ResyncReady => {
+                let image = self.hosts[at].backup().and_then(backup::Engine::image);
+                image.and_then(|image| image.with(Reception::begin_anew));
             }
             _ => {}
         }
-        self.send(at, Item::Message(message));
+        if let Some(message) = control::of(message) {
+            self.speaks(at, &message);
+        }
         Ok(())
     }
 
@@ -130,8 +136,17 @@ impl Run {
     pub(super) fn outside(&mut self, at: usize) -> Result<(), String> {
         let generation = self.hosts[at].generation();
         let Some(vm) = &mut self.hosts[at].vm else { return Ok(()) };
-        self.ghost.observe(at, generation, &vm.history);
-        for output in std::mem::take(&mut vm.out) {
+        self.ghost.observe(at, generation, &vm.inside.history);
+        for output in vm.leaves(false) {
+            self.oracle.left(output)?;
+        }
+        Ok(())
+    }
+
+    /// The console's writer has its turn.
+    pub(super) fn prints(&mut self, at: usize) -> Result<(), String> {
+        let Some(vm) = &mut self.hosts[at].vm else { return Ok(()) };
+        for output in vm.leaves(true) {
             self.oracle.left(output)?;
         }
         Ok(())
@@ -194,8 +209,17 @@ impl Run {
         self.ways[at].grace_us = 0;
         let beside = &mut self.beside[at];
         beside.life += 1;
-        (beside.calling, beside.copying, beside.pages) = (false, false, 0);
-        for (_, action) in std::mem::take(&mut beside.calls) {
+        (beside.calling, beside.sends) = (false, [false; 2]);
+        let (life, alive) = (beside.life - 1, self.hosts[at].alive);
+        let calls = std::mem::take(&mut beside.calls);
+        if self.plan.files {
+            // The arbiter's thread goes on with what it was asked, for nobody.
+            for (_, action) in calls.into_iter().skip(1).filter(|_| alive) {
+                self.begins_client(at, life, action);
+            }
+            return;
+        }
+        for (_, action) in calls {
             if self.rng.random_ratio(2, 3) {
                 let later_us = self.up_to(2_000 * MS);
                 self.after(later_us, Event::Stray(action));
@@ -213,6 +237,9 @@ impl Run {
 
     pub(super) fn calls(&mut self, at: usize) {
         let Some((_, action)) = self.beside[at].calls.front().cloned() else { return };
+        if self.plan.files {
+            return self.begins_client(at, self.beside[at].life, action);
+        }
         let fate = self.fate(at);
         let answer = self.arbiter.call(&action, fate);
         if fate == Fate::Late {

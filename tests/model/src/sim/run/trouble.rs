@@ -53,6 +53,7 @@ impl Run {
             for to in [0, 1] {
                 self.heal(to);
                 self.beside[to].arbiter_cut = false;
+                self.beside[to].is_unmounted = false;
             }
             return Ok(());
         }
@@ -68,9 +69,13 @@ impl Run {
         }
         let at = self.rng.random_range(0..2);
         let long_us = self.about(2 * self.plan.timeout_us);
-        match self.rng.random_range(0..13) {
+        match self.rng.random_range(0..14) {
             0 | 1 => self.crash(at),
-            2 | 3 => self.beside[at].asleep_us = self.now_us + long_us,
+            2 | 3 => {
+                // What waits for its waking would come after what comes later, if it woke earlier.
+                let asleep_us = &mut self.beside[at].asleep_us;
+                *asleep_us = (*asleep_us).max(self.now_us + long_us);
+            }
             4 => self.cut(at, long_us),
             5 => {
                 self.cut(0, long_us);
@@ -80,7 +85,11 @@ impl Run {
             // A data connection ended, say: what the other one brought is still dealt with.
             7 => self.input(at, || primary::Input::Lost, || backup::Input::Lost)?,
             8 => {
-                self.beside[at].arbiter_cut = true;
+                match self.rng.random_range(0..3) {
+                    0 => self.beside[at].is_unmounted = true,
+                    1 if self.plan.files => self.power_cut(),
+                    _ => self.beside[at].arbiter_cut = true,
+                }
                 self.after(2 * long_us, Event::ArbiterHeals(at));
             }
             9 | 10 => {
@@ -91,6 +100,8 @@ impl Run {
                 self.tell_primary(at, primary::Input::GiveUp)?;
                 self.and_more(at);
             }
+            // What no checksum of the network's finds.
+            12 => self.beside[at].garbles = true,
             _ => self.image_fails(at)?,
         }
         Ok(())
@@ -152,7 +163,7 @@ impl Run {
             matches!(primary.machine.state(), Calling | Protected | HandingOver)
         });
         let pair = !self.plan.arbiter
-            || self.arbiter.standing().is_some_and(|record| {
+            || self.record().is_some_and(|record| {
                 let runs = record.runs_on() == self.hosts[at].identity.host;
                 runs && matches!(record.standing, Standing::Pair { .. })
             });
@@ -172,11 +183,11 @@ impl Run {
         let inherits = self.hosts[1 - at].primary().is_some_and(|primary| {
             let backup = self.hosts[1 - at].identity.host;
             let standing = Standing::Pair { primary: primary.backup(), backup };
-            self.arbiter.standing().is_some_and(|record| record.standing == standing)
+            self.record().is_some_and(|record| record.standing == standing)
         });
         let replica = replica || inherits;
         self.ghost.gives_up(at);
-        let runs = self.arbiter.standing();
+        let runs = self.record();
         if runs.is_none_or(|record| record.runs_on() == self.hosts[at].identity.host) {
             let owes = pair && replica && (protected || self.plan.arbiter);
             self.ghost.owes = owes.then_some(1 - at);
@@ -237,8 +248,10 @@ impl Run {
         let undecided = self.hosts[at]
             .primary()
             .is_some_and(|primary| primary.machine.state() == PrimaryState::Undecided);
-        let goes_on =
-            self.hosts[at].vm.as_ref().is_some_and(|vm| self.ghost.is_continued(&vm.history));
+        let goes_on = self.hosts[at]
+            .vm
+            .as_ref()
+            .is_some_and(|vm| self.ghost.is_continued(&vm.inside.history));
         if undecided && (self.hosts[1 - at].alive || goes_on) {
             return Ok(());
         }
