@@ -59,7 +59,7 @@ use self::aside::drop_aside;
 use self::flight::{Flight, Leases};
 use self::gather::{Chunk, Limits, Place, Rest};
 pub(crate) use self::lent::Lent;
-pub(crate) use self::opened::Opened;
+pub(crate) use self::opened::{NotOpened, Opened};
 use self::pace::Pace;
 pub(crate) use self::pieces::{LendError, patience as registering_patience};
 use self::ring::{Incoming, Outgoing, RING_BYTES};

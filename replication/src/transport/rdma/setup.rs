@@ -420,8 +420,8 @@ impl Lender {
     /// Registers all of `ram`, piece by piece, `done` bytes so far. Asks the device, so not for an engine's thread.
     ///
     /// # Errors
-    /// [`LendError`].
-    pub(crate) fn lend(&self, ram: &Ram, done: impl FnMut(u64)) -> Result<(), LendError> {
+    /// [`LendError`]; see [`Lent::give_up`].
+    pub(crate) fn lend(&self, ram: &Ram, done: impl FnMut(u64) + Send) -> Result<(), LendError> {
         let Some(adapter) = &self.adapter else { return Err(LendError::Ended) };
         adapter.0.lent.lend(ram, &adapter.domain()?, done)
     }
