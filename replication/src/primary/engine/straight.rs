@@ -100,12 +100,10 @@ impl<G: Guest> Engine<'_, G> {
 
     /// Goes on with the copy as far as it is known which way that goes.
     pub(super) fn approached(&mut self) {
-        if self.work != Work::Opening {
-            return;
-        }
+        // Of a session that has ended pieces may still come.
+        let Some(lent) = self.lent.as_ref().filter(|_| self.work == Work::Opening) else { return };
         let all = self.sealer.ram.pages();
-        let lent = self.lent.as_ref().map_or(0, |lent| lent.ready_pages());
-        let here = Side { pages: lent, is_over: !self.lending };
+        let here = Side { pages: lent.ready_pages(), is_over: !self.lending };
         let open = self.straight.as_ref().map_or(0, |copying| copying.window.open_pages());
         // Nothing is waited for once all is open, it says that there is no more, or is late.
         let there = Side { pages: open, is_over: self.window_due.is_none() };

@@ -7,9 +7,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use ::rdma::{ProtectionDomain, Segment};
+use ::rdma::Segment;
 
 use super::pieces::{LendError, Pieces, Purpose};
+use super::registrar::Registrar;
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::ram::Ram;
 
@@ -65,6 +66,16 @@ impl Lent {
         self.with(segment).unwrap_or_else(|| Err(outside()))
     }
 
+    /// What the device has of a page.
+    #[cfg(test)]
+    pub(super) fn look<T>(
+        &self,
+        page: PageIndex,
+        look: impl FnOnce(&super::registrar::Memory) -> T,
+    ) -> Option<T> {
+        self.with(|pieces| pieces.of(page).map(|(_, memory)| look(memory))).flatten()
+    }
+
     /// The session is over: what is not registered yet will not be.
     pub(crate) fn end(&self) {
         self.ended.store(true, Ordering::Release);
@@ -77,12 +88,12 @@ impl Lent {
     pub(super) fn lend(
         &self,
         ram: &Ram,
-        domain: &Arc<ProtectionDomain>,
+        registrar: &Registrar,
         mut done: impl FnMut(u64) + Send,
     ) -> Result<(), LendError> {
-        let pieces = Arc::new(Pieces::new(ram));
+        let pieces = Arc::new(Pieces::new(ram, registrar));
         self.put(Some(Arc::clone(&pieces)));
-        pieces.register(ram, domain, Purpose::Reading, &self.ended, |step| done(step.bytes))
+        pieces.register(ram, registrar, Purpose::Reading, &self.ended, |step| done(step.bytes))
     }
 
     /// Not all of it could be registered, and no request reads what is.

@@ -28,6 +28,8 @@
 //! does: nothing here is an acknowledgement.
 
 mod aside;
+#[cfg(test)]
+pub(crate) mod fake;
 mod flight;
 mod gather;
 mod lent;
@@ -35,6 +37,7 @@ mod opened;
 mod opening;
 mod pace;
 mod pieces;
+mod registrar;
 mod ring;
 mod setup;
 #[cfg(test)]

@@ -53,9 +53,9 @@ impl Adapter {
         ended: &AtomicBool,
         mut done: impl FnMut(u64, Vec<Grant>) + Send,
     ) -> Result<Opened, NotOpened> {
-        let domain = self.domain().map_err(LendError::Device)?;
-        let pieces = Pieces::new(ram);
-        let registered = pieces.register(ram, &domain, Purpose::Opened, ended, |step| {
+        let registrar = self.registrar().map_err(LendError::Device)?;
+        let pieces = Pieces::new(ram, &registrar);
+        let registered = pieces.register(ram, &registrar, Purpose::Opened, ended, |step| {
             done(step.bytes, step.ready.iter().filter_map(Piece::grant).collect());
         });
         match pieces.opened(registered) {

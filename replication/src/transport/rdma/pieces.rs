@@ -16,15 +16,15 @@
 use std::mem::ManuallyDrop;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use ::rdma::{LentMemory, ProtectionDomain};
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
 use super::aside::{aside, give_back};
+use super::registrar::{Memory, Registrar};
 use crate::error::chain;
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::ram::{Pin, Ram};
@@ -33,7 +33,7 @@ use crate::wire::{GRANTS_MAX, Grant, REGIONS_MAX};
 
 /// Bytes that are registered at a time, unless that were more than [`PIECES_MAX`]: a copy goes on, progress is seen,
 /// and an end is heard, after each. Some WRITEs of the largest size, and far more than what it costs to ask a device.
-const PIECE_BYTES_MIN: u64 = 8 << 20;
+pub(super) const PIECE_BYTES_MIN: u64 = 8 << 20;
 /// What a larger one is a multiple of: no huge page is in two.
 const PIECE_BYTES_UNIT: u64 = 2 << 20;
 /// Beside those that are smaller because a region of memory ends.
@@ -77,14 +77,8 @@ pub(super) trait Region: Send + Sync + Sized + 'static {
     fn end(self) -> Result<(), ::rdma::Error>;
 }
 
-impl Region for LentMemory {
-    fn end(self) -> Result<(), ::rdma::Error> {
-        LentMemory::end(self)
-    }
-}
-
 /// A piece of a memory, registered or not yet.
-pub(super) struct Piece<R = LentMemory> {
+pub(super) struct Piece<R = Memory> {
     pub(super) first: PageIndex,
     pub(super) pages: u64,
     start: GuestAddress,
@@ -106,7 +100,7 @@ impl Piece {
 }
 
 /// That a piece more is registered.
-pub(super) struct Step<'a, R = LentMemory> {
+pub(super) struct Step<'a, R = Memory> {
     /// Registered so far.
     pub(super) bytes: u64,
     /// Those that are ready by it.
@@ -114,7 +108,7 @@ pub(super) struct Step<'a, R = LentMemory> {
 }
 
 /// All of a memory.
-pub(super) struct Pieces<R: Region = LentMemory> {
+pub(super) struct Pieces<R: Region = Memory> {
     /// Ascending, side by side.
     list: Vec<Piece<R>>,
     /// Pages from the first on that are registered, without a gap.
@@ -126,7 +120,7 @@ pub(super) struct Pieces<R: Region = LentMemory> {
 }
 
 /// What became of a memory that was to be opened to a peer.
-pub(super) enum Filled<R: Region = LentMemory> {
+pub(super) enum Filled<R: Region = Memory> {
     All(Pieces<R>),
     /// Of some the peer was told, and it may be at them: they stay until it says that it is not.
     Short(Pieces<R>, LendError),
@@ -143,9 +137,9 @@ struct Turn<D> {
 }
 
 impl Pieces {
-    pub(super) fn new(ram: &Ram) -> Self {
+    pub(super) fn new(ram: &Ram, registrar: &Registrar) -> Self {
         // Before the first piece: a hole would take pages from the guest and not from the device.
-        Self::of_layout(layout(ram), ram.pin(), patience)
+        Self::of_layout(layout(ram, registrar.piece_bytes_min()), ram.pin(), patience)
     }
 
     /// Registers all of `ram`, whose pieces these are, and tells `done` of each that is. Gives up after the pieces
@@ -156,23 +150,19 @@ impl Pieces {
     pub(super) fn register(
         &self,
         ram: &Ram,
-        domain: &Arc<ProtectionDomain>,
+        registrar: &Registrar,
         purpose: Purpose,
         ended: &AtomicBool,
         done: impl FnMut(Step<'_>) + Send,
     ) -> Result<(), LendError> {
         self.fill(threads(), ended, done, |start, bytes| {
-            let (domain, mapping) = (Arc::clone(domain), Arc::clone(ram.mapping()));
-            let len = usize::try_from(bytes).unwrap_or(usize::MAX);
-            move || match purpose {
-                Purpose::Reading => LentMemory::register(&domain, &mapping, start, len),
-                Purpose::Opened => LentMemory::open(&domain, &mapping, start, len),
-            }
+            let (registrar, ram) = (registrar.clone(), ram.clone());
+            move || registrar.register(&ram, purpose, start, bytes / PAGE_SIZE as u64)
         })
     }
 
     /// The piece that a page is in, and what the device has of it, if it is ready.
-    pub(super) fn of(&self, page: PageIndex) -> Option<(&Piece, &LentMemory)> {
+    pub(super) fn of(&self, page: PageIndex) -> Option<(&Piece, &Memory)> {
         if page.0 >= self.ready() {
             return None;
         }
@@ -375,19 +365,20 @@ pub(crate) fn patience(bytes: u64) -> Duration {
 }
 
 /// The pieces of a memory: first page, pages, guest address.
-fn layout(ram: &Ram) -> Vec<(PageIndex, u64, GuestAddress)> {
+fn layout(ram: &Ram, least: u64) -> Vec<(PageIndex, u64, GuestAddress)> {
     let regions: Vec<_> =
         ram.regions().iter().map(|region| (region.first, region.pages, region.start)).collect();
-    layout_of(ram.pages(), &regions)
+    layout_of(ram.pages(), &regions, least)
 }
 
 fn layout_of(
     all: u64,
     regions: &[(PageIndex, u64, GuestAddress)],
+    least: u64,
 ) -> Vec<(PageIndex, u64, GuestAddress)> {
     let page = PAGE_SIZE as u64;
-    let most = (all * page).div_ceil(PIECES_MAX).next_multiple_of(PIECE_BYTES_UNIT);
-    let most = most.max(PIECE_BYTES_MIN) / page;
+    let most = (all * page).div_ceil(PIECES_MAX);
+    let most = if most <= least { least } else { most.next_multiple_of(PIECE_BYTES_UNIT) } / page;
     let mut pieces = vec![];
     for (first, count, start) in regions {
         let mut done = 0;
@@ -402,7 +393,7 @@ fn layout_of(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Barrier, mpsc};
+    use std::sync::{Arc, Barrier, mpsc};
 
     use super::*;
     use crate::testing::memory;
@@ -410,7 +401,7 @@ mod tests {
     #[test]
     fn a_memory_is_registered_in_pieces_that_lie_side_by_side() {
         let ram = memory(&[(0, 90), (1 << 32, 317)]);
-        let pieces = layout(&ram);
+        let pieces = layout(&ram, PIECE_BYTES_MIN);
         assert_eq!(
             pieces,
             [(PageIndex(0), 90, GuestAddress(0)), (PageIndex(90), 317, GuestAddress(1 << 32))]
@@ -423,13 +414,13 @@ mod tests {
         let unit = PIECE_BYTES_UNIT / PAGE_SIZE as u64;
         for (gib, pages, count) in [(1, 2048, 128), (8, 2048, 1024), (9, 2560, 922)] {
             let all = gib << 18;
-            let pieces = layout_of(all, &[(PageIndex(0), all, GuestAddress(0))]);
+            let pieces = layout_of(all, &[(PageIndex(0), all, GuestAddress(0))], PIECE_BYTES_MIN);
             assert_eq!((pieces[0].1, pieces.len()), (pages, count), "{gib} GiB");
             assert!(pieces.iter().all(|(first, ..)| first.0 % unit == 0), "{gib} GiB");
             assert_eq!(pieces.iter().map(|(_, pages, _)| pages).sum::<u64>(), all);
         }
         let all = (1 << 40) / PAGE_SIZE as u64 + 3;
-        let pieces = layout_of(all, &[(PageIndex(0), all, GuestAddress(0))]);
+        let pieces = layout_of(all, &[(PageIndex(0), all, GuestAddress(0))], PIECE_BYTES_MIN);
         assert!(pieces.len() <= usize::try_from(PIECES_MAX).unwrap(), "{}", pieces.len());
     }
 
