@@ -23,8 +23,25 @@ const ALL: u64 = 1000;
 const PIECES: usize = 7 + 11;
 const BYTES: u64 = (LAYOUT[0].1 + LAYOUT[1].1) * PAGE_SIZE as u64;
 
-fn device(pieces: u64) -> Option<String> {
-    Some(format!("{FAKE} {pieces}"))
+/// A device with room for so many pieces, which may be late.
+#[derive(Clone, Copy, Debug)]
+struct Device {
+    pieces: u64,
+    is_late: bool,
+}
+
+impl From<u64> for Device {
+    fn from(pieces: u64) -> Self {
+        Self { pieces, is_late: false }
+    }
+}
+
+const LATE: Device = Device { pieces: ALL, is_late: true };
+
+impl Device {
+    fn name(self) -> Option<String> {
+        Some(format!("{FAKE} {}{}", self.pieces, if self.is_late { " late" } else { "" }))
+    }
 }
 
 /// A backup whose device has room for so many pieces, and its image.
@@ -35,21 +52,21 @@ struct Backup {
 }
 
 impl Backup {
-    fn start(pieces: u64) -> Self {
+    fn start(device: impl Into<Device>) -> Self {
         let image = memory(&LAYOUT);
         let builder = MemoryBuilder { kept: Some(image.clone()), ..MemoryBuilder::default() };
         let log = Arc::clone(&builder.log);
         let mut options = receive_options(None);
-        options.rdma_device = device(pieces);
+        options.rdma_device = device.into().name();
         let address = Address::Rdma { host: "127.0.0.1".to_owned(), port: 0 };
         let events = Arc::new(Recorder::default());
         let handle = receive_at(builder, &address, options, HostIdentity::random(), events);
         Self { handle: handle.unwrap(), log, image }
     }
 
-    fn asked(&self, pieces: u64) -> ReplicateData {
+    fn asked(&self, device: impl Into<Device>) -> ReplicateData {
         let url = self.handle.local_address().to_string();
-        ReplicateData { rdma_device: device(pieces), ..replicate(&url, None) }
+        ReplicateData { rdma_device: device.into().name(), ..replicate(&url, None) }
     }
 
     fn wrong(&self) -> Vec<String> {
@@ -88,7 +105,12 @@ fn protect(machine: &Arc<Machine>, options: ReplicateData) -> Primary {
 }
 
 /// A pair is protected and goes on for some epochs; what went straight, and the last error.
-fn protected(here: u64, there: u64, seed: u64) -> (u64, Option<String>) {
+fn protected(
+    here: impl Into<Device>,
+    there: impl Into<Device>,
+    seed: u64,
+) -> (u64, Option<String>) {
+    let (here, there) = (here.into(), there.into());
     let backup = Backup::start(there);
     let (machine, workers) = guest(seed);
     let primary = protect(&machine, backup.asked(here));
@@ -97,11 +119,11 @@ fn protected(here: u64, there: u64, seed: u64) -> (u64, Option<String>) {
     let info = until(|| primary.handle.info(), |info| info.epoch_committed > 5);
     assert_eq!(info.state, ReplicationState::Protected);
     let path = info.rdma.unwrap();
-    assert_eq!(path.registered_bytes, if here >= PIECES as u64 { BYTES } else { 0 });
+    assert_eq!(path.registered_bytes, if here.pieces >= PIECES as u64 { BYTES } else { 0 });
     primary.handle.stop().unwrap();
     machine.power_off();
     workers.join();
-    assert_eq!(backup.wrong(), Vec::<String>::new(), "{here} pieces here, {there} there");
+    assert_eq!(backup.wrong(), Vec::<String>::new(), "{here:?} here, {there:?} there");
     (path.straight_bytes, info.last_error)
 }
 
@@ -111,6 +133,17 @@ fn a_copy_goes_straight_piece_by_piece() {
         let (straight, error) = protected(ALL, ALL, seed);
         // But for pages that are zero.
         assert!(straight > BYTES / 2, "{straight} bytes");
+        assert_eq!(error, None);
+    }
+}
+
+/// The copy does not wait for pieces that come late, on either side: these wait for the copy.
+#[test]
+fn pieces_go_before_the_last_one_is_registered() {
+    let early = Device::from(ALL);
+    for (here, there) in [(LATE, early), (early, LATE), (LATE, LATE)] {
+        let (straight, error) = protected(here, there, 5);
+        assert!(straight > BYTES / 2, "{straight} bytes: {here:?} here, {there:?} there");
         assert_eq!(error, None);
     }
 }

@@ -1,10 +1,11 @@
 //! A device that is none: both sides are in one process, and a WRITE is a copy of pages. It takes its time for each
-//! piece that it registers, has room for so many, and does a queue pair's requests late, in their order.
+//! piece that it registers, has room for so many, and does a queue pair's requests late, in their order. One that is
+//! *late* registers some, and the others not before it was seen that something was written.
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ::rdma::{Error, Remote};
@@ -23,14 +24,23 @@ use crate::transport::Stream;
 pub(super) const PIECE_BYTES: u64 = 16 * PAGE_SIZE as u64;
 /// How long a piece takes.
 const PIECE_TIME: Duration = Duration::from_millis(1);
+/// Pieces that one which is late registers at once.
+const EARLY_PIECES: u64 = 3;
 const BASE: u64 = 1 << 40;
 
 /// Of all devices, by key: a WRITE names that of a piece that is open.
 static OPEN: Mutex<BTreeMap<u32, (Ram, PageIndex, u64)>> = Mutex::new(BTreeMap::new());
+/// WRITEs that were done.
+static WRITES: Mutex<u64> = Mutex::new(0);
+static WRITTEN: Condvar = Condvar::new();
 static KEYS: AtomicU32 = AtomicU32::new(1);
 
 fn open() -> MutexGuard<'static, BTreeMap<u32, (Ram, PageIndex, u64)>> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn writes() -> MutexGuard<'static, u64> {
+    WRITES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How many pieces of this memory peers may write.
@@ -57,6 +67,8 @@ pub(super) fn path() -> RdmaPath {
 pub(crate) struct Plan {
     /// Pieces that it has room for.
     left: AtomicU64,
+    /// Pieces that it registers before it waits, and the WRITEs that there were.
+    late: Option<(AtomicU64, u64)>,
 }
 
 /// A piece that is registered.
@@ -67,8 +79,22 @@ pub(super) struct Memory {
 }
 
 impl Plan {
-    pub(super) fn new(pieces: u64) -> Self {
-        Self { left: AtomicU64::new(pieces) }
+    /// What is behind a blank in the device's name: a number of pieces, and perhaps that it is late.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let (pieces, is_late) = match text.strip_suffix(" late") {
+            Some(pieces) => (pieces, true),
+            None => (text, false),
+        };
+        let late = is_late.then(|| (AtomicU64::new(EARLY_PIECES), *writes()));
+        Some(Self { left: AtomicU64::new(pieces.parse().ok()?), late })
+    }
+
+    fn wait(&self) {
+        let less = |early: u64| early.checked_sub(1);
+        let Some((early, before)) = &self.late else { return };
+        if early.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).is_err() {
+            drop(WRITTEN.wait_while(writes(), |writes| writes == before));
+        }
     }
 
     pub(super) fn register(
@@ -79,6 +105,7 @@ impl Plan {
         pages: u64,
     ) -> Result<Memory, Error> {
         std::thread::sleep(PIECE_TIME);
+        self.wait();
         let less = |left: u64| left.checked_sub(1);
         if self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).is_err() {
             return Err(Error::Option { what: "there is no room for another piece".to_owned() });
@@ -142,6 +169,8 @@ impl Writer {
                 assert!(here.read_page(PageIndex(write.first.0 + page), &mut bytes));
                 assert!(there.write_page(PageIndex(at.0 + page), &bytes));
             }
+            *writes() += 1;
+            WRITTEN.notify_all();
         }
         Ok(())
     }

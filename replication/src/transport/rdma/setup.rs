@@ -87,8 +87,8 @@ impl Asked {
     }
 
     #[cfg(test)]
-    fn fake_pieces(&self) -> Option<u64> {
-        self.device.as_deref()?.strip_prefix(FAKE)?.strip_prefix(' ')?.parse().ok()
+    fn plan(&self) -> Option<super::fake::Plan> {
+        super::fake::Plan::parse(self.device.as_deref()?.strip_prefix(FAKE)?.strip_prefix(' ')?)
     }
 
     fn wanted(&self) -> Wanted {
@@ -251,8 +251,8 @@ impl Adapter {
     /// That of the device of the connections that were made.
     pub(super) fn registrar(&self) -> Result<Registrar, TransportError> {
         #[cfg(test)]
-        if let Some(pieces) = self.0.asked.fake_pieces() {
-            return Ok(Registrar::Fake(Arc::new(super::fake::Plan::new(pieces))));
+        if let Some(plan) = self.0.asked.plan() {
+            return Ok(Registrar::Fake(Arc::new(plan)));
         }
         let none = || Err(::rdma::Error::Option { what: "no device is opened".to_owned() });
         let opened = self.0.opening.get(self.patience(), none)?;
@@ -304,7 +304,7 @@ impl Adapter {
         mut control: FrameWriter<Box<dyn Stream>>,
     ) -> Result<FrameWriter<Box<dyn Stream>>, SetupError> {
         #[cfg(test)]
-        if self.0.asked.fake_pieces().is_some() {
+        if self.0.asked.plan().is_some() {
             (self.0.report)(super::fake::path());
             let lent = Arc::clone(&self.0.lent);
             let wrap = |stream| super::fake::Writer { stream, lent, posted: vec![] };
