@@ -187,7 +187,8 @@ impl<B: ReplicaBuilder> Engine<B> {
                     let _ = pieces.send(Input::Widened(number, grants));
                 }
             });
-            let opened = opened.map_err(|rdma::NotOpened { error, rest }| {
+            let opened = opened.map_err(|why_not| {
+                let rdma::NotOpened { error, rest } = *why_not;
                 let why = || {
                     format!(
                         "The image cannot be registered with the RDMA device: {}",

@@ -1,6 +1,6 @@
 //! A device that is none: both sides are in one process, and a WRITE is a copy of pages. It takes its time for each
 //! piece that it registers, has room for so many, and does a queue pair's requests late, in their order. One that is
-//! *late* registers some, and the others not before it was seen that something was written.
+//! *late* registers each after something was written that may have been in the one before.
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
@@ -24,8 +24,6 @@ use crate::transport::Stream;
 pub(super) const PIECE_BYTES: u64 = 16 * PAGE_SIZE as u64;
 /// How long a piece takes.
 const PIECE_TIME: Duration = Duration::from_millis(1);
-/// Pieces that one which is late registers at once.
-const EARLY_PIECES: u64 = 3;
 const BASE: u64 = 1 << 40;
 
 /// Of all devices, by key: a WRITE names that of a piece that is open.
@@ -67,8 +65,15 @@ pub(super) fn path() -> RdmaPath {
 pub(crate) struct Plan {
     /// Pieces that it has room for.
     left: AtomicU64,
-    /// Pieces that it registers before it waits, and the WRITEs that there were.
-    late: Option<(AtomicU64, u64)>,
+    late: Option<Mutex<Late>>,
+}
+
+/// What one that is late has registered: pages from the first on, and how many WRITEs there were before the last
+/// piece of these was ready.
+#[derive(Default)]
+struct Late {
+    pages: u64,
+    writes: u64,
 }
 
 /// A piece that is registered.
@@ -85,16 +90,21 @@ impl Plan {
             Some(pieces) => (pieces, true),
             None => (text, false),
         };
-        let late = is_late.then(|| (AtomicU64::new(EARLY_PIECES), *writes()));
+        let late = is_late.then(Mutex::default);
         Some(Self { left: AtomicU64::new(pieces.parse().ok()?), late })
     }
 
-    fn wait(&self) {
-        let less = |early: u64| early.checked_sub(1);
-        let Some((early, before)) = &self.late else { return };
-        if early.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).is_err() {
-            drop(WRITTEN.wait_while(writes(), |writes| writes == before));
-        }
+    /// In the order of the pages, whichever thread asks first.
+    fn wait(&self, first: PageIndex, pages: u64) {
+        let Some(late) = &self.late else { return };
+        let late = || late.lock().unwrap_or_else(PoisonError::into_inner);
+        let waits = |writes: &mut u64| {
+            let late = late();
+            late.pages != first.0 || late.pages > 0 && late.writes == *writes
+        };
+        let writes = WRITTEN.wait_while(writes(), waits).unwrap_or_else(PoisonError::into_inner);
+        *late() = Late { pages: first.0 + pages, writes: *writes };
+        WRITTEN.notify_all();
     }
 
     pub(super) fn register(
@@ -105,13 +115,13 @@ impl Plan {
         pages: u64,
     ) -> Result<Memory, Error> {
         std::thread::sleep(PIECE_TIME);
-        self.wait();
+        let region = ram.regions().iter().rev().find(|region| region.start.0 <= start.0).unwrap();
+        let page = region.first.0 + (start.0 - region.start.0) / PAGE_SIZE as u64;
+        self.wait(PageIndex(page), pages);
         let less = |left: u64| left.checked_sub(1);
         if self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).is_err() {
             return Err(Error::Option { what: "there is no room for another piece".to_owned() });
         }
-        let region = ram.regions().iter().rev().find(|region| region.start.0 <= start.0).unwrap();
-        let page = region.first.0 + (start.0 - region.start.0) / PAGE_SIZE as u64;
         let (ram, first) = (ram.clone(), PageIndex(page));
         let key = (purpose == Purpose::Opened).then(|| {
             // None is used again.

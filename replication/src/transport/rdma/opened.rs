@@ -23,9 +23,9 @@ pub(crate) struct NotOpened {
     pub(crate) rest: Option<Opened>,
 }
 
-impl From<LendError> for NotOpened {
+impl From<LendError> for Box<NotOpened> {
     fn from(error: LendError) -> Self {
-        Self { error, rest: None }
+        Self::new(NotOpened { error, rest: None })
     }
 }
 
@@ -52,7 +52,7 @@ impl Adapter {
         ram: &Ram,
         ended: &AtomicBool,
         mut done: impl FnMut(u64, Vec<Grant>) + Send,
-    ) -> Result<Opened, NotOpened> {
+    ) -> Result<Opened, Box<NotOpened>> {
         let registrar = self.registrar().map_err(LendError::Device)?;
         let pieces = Pieces::new(ram, &registrar);
         let registered = pieces.register(ram, &registrar, Purpose::Opened, ended, |step| {
@@ -60,7 +60,9 @@ impl Adapter {
         });
         match pieces.opened(registered) {
             Filled::All(pieces) => Ok(Opened(pieces)),
-            Filled::Short(pieces, error) => Err(NotOpened { error, rest: Some(Opened(pieces)) }),
+            Filled::Short(pieces, error) => {
+                Err(Box::new(NotOpened { error, rest: Some(Opened(pieces)) }))
+            }
             Filled::Nothing(error) => Err(error.into()),
         }
     }
