@@ -24,7 +24,7 @@ use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing, VmId};
 use crate::protocol::backup::{Backup, Event, Handover, State};
 use crate::protocol::window::OUT_OF_TURN;
 use crate::transport::{Stream, rdma};
-use crate::wire::{Message, SessionId, WireError};
+use crate::wire::{Grant, Message, SessionId, WireError};
 use opening::{Opening, Registered};
 
 mod actions;
@@ -50,7 +50,9 @@ pub(super) enum Input {
     Part(u64, usize, Part, OnItsWay),
     DiskPart(u64, DiskPart, OnItsWay),
     DataLost(u64, ReceiveError),
-    /// A session's image is registered for the primary's WRITEs, or is not; it is given back, or is not.
+    /// Some more of a session's image is registered for the primary's WRITEs; all of it is, or is not; it is given back,
+    /// or is not.
+    Widened(u64, Vec<Grant>),
     Opened(u64, Registered),
     Closed(u64, Result<(), String>),
     /// The images of a replica have taken an epoch, or cannot.
@@ -277,6 +279,9 @@ impl<B: ReplicaBuilder> Engine<B> {
                     self.gathered(gathered);
                 }
             }
+            Input::Widened(number, grants) if self.is_current(number) => {
+                self.window_widened(grants);
+            }
             Input::Opened(number, registered) if self.is_current(number) => {
                 self.window_opened(registered);
             }
@@ -307,7 +312,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             }
             Input::Message(..) | Input::Lost(..) | Input::DataLost(..) | Input::Bell(_) => {}
             // Of a session that is gone: what was open is closed as it is dropped.
-            Input::Opened(..) | Input::Closed(..) => {}
+            Input::Widened(..) | Input::Opened(..) | Input::Closed(..) => {}
             Input::Arbiter(report) => self.arbiter(&report),
             Input::Ask(ask, answer) => self.asked(ask, answer),
         }

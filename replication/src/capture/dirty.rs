@@ -78,4 +78,16 @@ impl Dirty {
         spare.clear();
         std::mem::replace(&mut self.pending, spare)
     }
+
+    /// Hands out those of `count` pages from `first` on, and keeps the others.
+    ///
+    /// # Panics
+    /// If a page lies past the memory.
+    pub fn take_range(&mut self, first: u64, count: u64) -> PageSet {
+        let mut range = PageSet::new(self.pending.universe());
+        range.insert_range(PageIndex(first), count);
+        range.intersect(&self.pending);
+        self.pending.subtract(&range);
+        range
+    }
 }

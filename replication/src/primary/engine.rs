@@ -71,6 +71,8 @@ pub(super) enum Input {
     Lost(WireError),
     Sent(Sent),
     Disk(disk::Sent),
+    /// Some more of guest memory is registered.
+    Lending,
     /// Guest memory is registered, or is not.
     Lent(Result<(), rdma::LendError>),
     Arbiter(Asked),
@@ -84,7 +86,7 @@ pub(super) enum Input {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
     Nothing,
-    /// Memory is registered, on both sides, so that a copy can go straight into the backup's.
+    /// Memory is registered, on both sides, so that a copy can go, or go on, straight into the backup's.
     Opening,
     /// A pass of a copy is under way.
     Copying {
@@ -94,8 +96,10 @@ enum Work {
     },
     /// Memory is copied; the disks are not yet, or the memory is not registered.
     AwaitingRest,
-    /// It makes its memory its own again.
-    Shutting,
+    /// It makes its memory its own again; this pass is next.
+    Shutting {
+        pass: u32,
+    },
     /// Paired, and the blocks that were written meanwhile are copied.
     Settling,
     /// Changes of disks are logged, and the last blocks are sent.
@@ -571,6 +575,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             Input::Disk(Ok(_)) => {}
             Input::Disk(Err(DiskError::Wire(error))) => self.data_lost(error, Ending::Disks),
             Input::Disk(Err(error)) => self.step(Event::GiveUp(crate::error::chain(&error))),
+            Input::Lending => self.approached(),
             Input::Lent(lent) => self.was_lent(lent),
             Input::Arbiter(report) => {
                 if let Some(error) = &report.error {

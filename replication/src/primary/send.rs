@@ -668,7 +668,9 @@ mod tests {
         let senders = Senders::start(vec![writer], &ram, Compression::None, &counters, deliver);
         let senders = senders.unwrap();
         let grant = Grant { pages: PAGES, address: 1 << 30, key: 7 };
-        let window = Arc::new(Window::new(&[grant], PAGES).unwrap());
+        let mut window = Window::new(PAGES);
+        assert!(window.widen(&[grant]));
+        let window = Arc::new(window);
         let straight = Straight { pages: Arc::new(pages.clone()), window, is_zero };
         let source = Source::Straight(Arc::new(straight));
         senders.send(&Job { number: 1, epoch: EpochId(0), source });

@@ -10,6 +10,7 @@ mod failover;
 mod fake_backup;
 mod fallback;
 mod orphan;
+mod overlap;
 mod pace;
 mod pair;
 mod scripted;

@@ -187,12 +187,12 @@ pub enum Message {
     },
     /// The primary wants to write a copy straight into the backup's memory; numbered from 1 on.
     WindowAsk(u64),
-    /// The backup has opened its memory for the copy of this number: all of it, in the order of its pages.
+    /// The backup has opened more of its memory for the copy of this number, in the order of its pages.
     WindowOpen {
         number: u64,
         grants: Vec<Grant>,
     },
-    /// It has not, and does not: why.
+    /// It does not open any, or any more: why. What is open stays so until `WindowEnd`.
     WindowNone {
         number: u64,
         reason: String,

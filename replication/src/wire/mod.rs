@@ -20,7 +20,8 @@
 //! base of a copy anew, and the way back of a switch-over. Version 8: a switch-over that reverses the
 //! pair; the last seal and the word after it say of which kind it is, and the offer of the way back that the
 //! pair stands. Also a copy straight into the backup's
-//! memory, and checksums of its pages; the offer says why data comes by TCP.
+//! memory; the offer says why data comes by TCP. Version 9: checksums of the pages of such a copy come beside it.
+//! Version 10: the memory for it is opened piece by piece.
 
 mod changes;
 mod contents;
@@ -50,7 +51,7 @@ pub use verbs::Verbs;
 /// First bytes of every frame: "USTD".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"USTD");
 /// The version that this build speaks.
-pub const VERSION: u16 = 9;
+pub const VERSION: u16 = 10;
 /// Most data connections of a session.
 pub const CONNECTIONS_MAX: u32 = 128;
 

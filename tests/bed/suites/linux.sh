@@ -16,7 +16,7 @@ pair() { # VCPUS
     mkdir "$CASE/arbiter"
     replicate="destination_url=$LINUX_URL,arbiter=file:$CASE/arbiter,$(
         )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=$LINUX_TIMEOUT_MS${PAIR_OPTIONS:-}"
-    start b "$VMM" --api-socket "path=$CASE/b.sock" \
+    start b ${PAIR_RUN_BACKUP:-} "$VMM" --api-socket "path=$CASE/b.sock" \
         --receive-replica "receiver_url=${LINUX_URL_BACKUP:-$LINUX_URL},arbiter=file:$CASE/arbiter$(
         )${PAIR_OPTIONS_BACKUP:-}" \
         --serial "file=$CASE/b.serial" --console off ${PAIR_MORE_BACKUP:-}

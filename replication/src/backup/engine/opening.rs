@@ -1,7 +1,8 @@
 //! Opening the image to the primary's device, for a copy that nobody could start yet.
 //!
-//! Enters: what the primary asks, what became of registering. Leaves: what it is told. Always holds: an engine
-//! does not wait for a device: threads `repl-open` and `repl-shut` do; no epoch is verified, and so none
+//! Enters: what the primary asks, each piece that is registered, what became of registering. Leaves: what it is told.
+//! Always holds: an engine does not wait for a device: threads `repl-open` and `repl-shut` do; a piece that the primary
+//! was told of stays open until it ends the window, unless the session ends before; no epoch is verified, and so none
 //! acknowledged, before the image is this side's alone ([`Gate`]); a device that does not give it back ends the
 //! session, and the image with it.
 
@@ -13,8 +14,9 @@ use super::{Engine, Event, Input, Message, ReplicaBuilder};
 use crate::engine::spawn;
 use crate::error::chain;
 use crate::protocol::backup::State;
-use crate::protocol::window::{Gate, OUT_OF_TURN, Work};
+use crate::protocol::window::{Gate, OUT_OF_TURN, Outcome, Work};
 use crate::transport::rdma;
+use crate::wire::Grant;
 
 /// What became of registering an image: it, or why not.
 pub(in crate::backup) type Registered = Result<rdma::Opened, Unopened>;
@@ -23,6 +25,8 @@ pub(in crate::backup) type Registered = Result<rdma::Opened, Unopened>;
 pub(in crate::backup) enum Unopened {
     /// Nobody writes it.
     Refused(String),
+    /// No more than this, at which the primary may be.
+    Short(rdma::Opened, String),
     /// A device has some of it, and the peer may write that.
     Kept(String),
 }
@@ -86,21 +90,43 @@ impl<B: ReplicaBuilder> Engine<B> {
         self.window_work(ended);
     }
 
+    /// Some more of it is registered.
+    pub(super) fn window_widened(&mut self, grants: Vec<Grant>) {
+        let Some(session) = &mut self.session else { return };
+        match session.opening.gate.widened() {
+            Some(Work::TellOpen(number)) => self.tell(Message::WindowOpen { number, grants }),
+            work => self.window_work(work.ok_or(OUT_OF_TURN)),
+        }
+    }
+
     /// Registering is over; `registered` is closed again if the session it is for is gone.
     pub(super) fn window_opened(&mut self, registered: Registered) {
-        self.show_opened(0);
         let Some(session) = &mut self.session else { return };
-        let is_open = registered.is_ok();
-        let mut reason = String::new();
-        match registered {
-            Ok(opened) => session.opening.opened = Some(opened),
-            Err(Unopened::Refused(why)) => reason = why,
+        let opening = &mut session.opening;
+        let (outcome, reason) = match registered {
+            Ok(opened) => {
+                opening.opened = Some(opened);
+                (Outcome::All, None)
+            }
+            Err(Unopened::Short(opened, why)) => {
+                opening.opened = Some(opened);
+                (Outcome::Some, Some(why))
+            }
+            Err(Unopened::Refused(why)) => (Outcome::Nothing, Some(why)),
             // Not shut, and not to be.
             Err(Unopened::Kept(why)) => return self.step(Event::Bad(why)),
+        };
+        let work = opening.gate.opened(outcome);
+        if outcome == Outcome::Nothing {
+            self.show_opened(0);
         }
-        let work = session.opening.gate.opened(is_open);
-        if let Some(Work::TellNone(number)) = work {
-            tracing::warn!("the first copy comes through the rings: {reason}");
+        if let (Some(Work::TellNone(number)), Some(reason)) = (work, reason) {
+            let what = if outcome == Outcome::Some {
+                "the rest of the first copy"
+            } else {
+                "the first copy"
+            };
+            tracing::warn!("{what} comes through the rings: {reason}");
             self.status.failed(&reason);
             return self.tell(Message::WindowNone { number, reason });
         }
@@ -128,16 +154,8 @@ impl<B: ReplicaBuilder> Engine<B> {
                 }
             }
             Ok(Work::Shut) => self.shut_image(),
-            Ok(Work::TellOpen(number)) => {
-                let opened =
-                    self.session.as_ref().and_then(|session| session.opening.opened.as_ref());
-                let grants = opened.map(rdma::Opened::grants).unwrap_or_default();
-                let bytes = self.session.as_ref().map_or(0, |session| session.shared.ram.bytes());
-                self.show_opened(bytes);
-                self.tell(Message::WindowOpen { number, grants });
-            }
-            // Told with the reason, see `window_opened`.
-            Ok(Work::TellNone(_)) => {}
+            // What is told with more is told where that is known.
+            Ok(Work::Nothing | Work::TellOpen(_) | Work::TellNone(_)) => {}
             Ok(Work::TellClosed(number)) => self.tell(Message::WindowClosed(number)),
             Err(reason) => self.step(Event::Bad(reason.to_owned())),
         }
@@ -149,6 +167,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         session.opening.is_called_off = Arc::default();
         let called_off = Arc::clone(&session.opening.is_called_off);
         let (number, deliver) = (session.number, self.inputs.clone());
+        let pieces = deliver.clone();
         let (adapter, ram) = (session.shared.rdma.clone(), session.shared.ram.clone());
         let (counters, status) = (Arc::clone(&self.status.counters), self.status.clone());
         let Some(adapter) = adapter else {
@@ -157,20 +176,30 @@ impl<B: ReplicaBuilder> Engine<B> {
         let body = move || {
             let began = Instant::now();
             let mut before = 0;
-            let opened = adapter.open(&ram, &called_off, |bytes| {
+            let opened = adapter.open(&ram, &called_off, |bytes, grants| {
                 // The primary hears that this goes on.
                 counters.opened_bytes.fetch_add(bytes - before, Ordering::Relaxed);
                 before = bytes;
                 if let Some(path) = &mut status.lock().info.rdma {
                     path.registered_bytes = bytes;
                 }
+                if !grants.is_empty() {
+                    let _ = pieces.send(Input::Widened(number, grants));
+                }
             });
-            let opened = opened.map_err(|error| match &error {
-                rdma::LendError::Kept(_) => Unopened::Kept(not_alone(&chain(&error))),
-                _ => Unopened::Refused(format!(
-                    "The image cannot be registered with the RDMA device: {}",
-                    chain(&error)
-                )),
+            let opened = opened.map_err(|why_not| {
+                let rdma::NotOpened { error, rest } = *why_not;
+                let why = || {
+                    format!(
+                        "The image cannot be registered with the RDMA device: {}",
+                        chain(&error)
+                    )
+                };
+                match (&error, rest) {
+                    (rdma::LendError::Kept(_), _) => Unopened::Kept(not_alone(&chain(&error))),
+                    (_, Some(rest)) => Unopened::Short(rest, why()),
+                    (_, None) => Unopened::Refused(why()),
+                }
             });
             if opened.is_ok() {
                 let mib = ram.bytes() >> 20;

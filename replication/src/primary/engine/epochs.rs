@@ -268,7 +268,11 @@ impl<G: Guest> Engine<'_, G> {
             }
             // The memory of a guest that stands has been read.
             Work::Nothing => self.go_on_in_doubt(),
-            Work::Opening | Work::AwaitingRest | Work::Shutting | Work::Settling | Work::Rest => {}
+            Work::Opening
+            | Work::AwaitingRest
+            | Work::Shutting { .. }
+            | Work::Settling
+            | Work::Rest => {}
         }
     }
 
@@ -284,10 +288,7 @@ impl<G: Guest> Engine<'_, G> {
         let set = self.sealer.take();
         let pages = set.len();
         if pass == 0 {
-            let counters = &self.status.counters;
-            counters.synced_pages.store(0, Ordering::Relaxed);
-            counters.to_sync_pages.store(pages.max(1), Ordering::Relaxed);
-            self.status.lock().info.sync_progress = 0.0;
+            self.begin_progress(pages);
         }
         self.work = Work::Copying { pass, pages, since: Instant::now() };
         if pass > 0 {
@@ -299,8 +300,21 @@ impl<G: Guest> Engine<'_, G> {
         self.sealer.prepare();
     }
 
+    /// So many pages are to be copied.
+    pub(super) fn begin_progress(&self, pages: u64) {
+        let counters = &self.status.counters;
+        counters.synced_pages.store(0, Ordering::Relaxed);
+        counters.to_sync_pages.store(pages.max(1), Ordering::Relaxed);
+        self.status.lock().info.sync_progress = 0.0;
+    }
+
     fn copied(&mut self, pass: u32, pages: u64) {
         self.end_brake();
+        if self.is_part() {
+            // Pieces may have become ready meanwhile.
+            self.work = Work::Opening;
+            return self.approached();
+        }
         if let Err(error) = self.sealer.harvest(self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
@@ -315,7 +329,7 @@ impl<G: Guest> Engine<'_, G> {
             return self.end_straight();
         }
         if !self.approach.is_over() {
-            return self.end_window();
+            return self.end_window(1);
         }
         if self.disks_copy || self.lending {
             self.work = Work::AwaitingRest;
@@ -365,7 +379,7 @@ impl<G: Guest> Engine<'_, G> {
             | Work::Opening
             | Work::Copying { .. }
             | Work::AwaitingRest
-            | Work::Shutting
+            | Work::Shutting { .. }
             | Work::Surplus
             | Work::Epochs => {}
         }

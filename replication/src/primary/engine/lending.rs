@@ -1,4 +1,4 @@
-//! Registering guest memory with the RDMA device, beside the first copy.
+//! Registering guest memory with the RDMA device, beside the first copy, which has each piece as soon as it is there.
 //!
 //! Nothing is protected before it is done, or failed: a page that is protected when its place is looked up
 //! may be taken for written. Where it fails pages are copied to be sent, unless the options want
@@ -32,7 +32,8 @@ impl<G: Guest> Engine<'_, G> {
             let all = ram.pages() * PAGE_SIZE as u64;
             tracing::info!("registering {} MiB of guest memory with the RDMA device", all >> 20);
             let (began, told) = (Instant::now(), AtomicU64::new(0));
-            let lent = lender.lend(&ram, |bytes| {
+            let pieces = inputs.clone();
+            let lent = lender.lend(&ram, move |bytes| {
                 if let Some(path) = &mut status.lock().info.rdma {
                     path.registered_bytes = bytes;
                 }
@@ -40,6 +41,7 @@ impl<G: Guest> Engine<'_, G> {
                 if told.swap(part, Ordering::Relaxed) < part {
                     tracing::info!("registered {} of {} MiB", bytes >> 20, all >> 20);
                 }
+                let _ = pieces.send(Input::Lending);
             });
             if lent.is_ok() {
                 tracing::info!("guest memory is registered, after {:?}", began.elapsed());
@@ -67,10 +69,20 @@ impl<G: Guest> Engine<'_, G> {
         if self.is_over() {
             return;
         }
+        if self.straight.is_none() {
+            self.unlend();
+        }
         match self.work {
             Work::Opening => self.approached(),
             Work::AwaitingRest if !self.disks_copy => self.copy(1),
             _ => {}
+        }
+    }
+
+    /// Where not all could be registered what is has no use. No WRITE is under way that reads it.
+    pub(super) fn unlend(&mut self) {
+        if let Some(lent) = self.lent.as_ref().filter(|lent| !self.lending && !lent.is_ready()) {
+            lent.give_up();
         }
     }
 

@@ -1,24 +1,33 @@
 //! A copy by the device, straight from guest memory into the backup's.
 //!
 //! ```text
-//!   approach ──both sides have registered──> passes ──small──> the backup closes ──> a pass
-//!      └───────one of them has not──────────> passes ──────────────────┘       through the rings
+//!   approach ──a piece is registered on both sides──> a part of the first pass ──the last──> passes ──small──┐
+//!      │                         └─<───next piece──────┘  │                                                 v
+//!      │                                                  └──one side comes short──────> the backup closes ──> passes
+//!      └───────one side has none of it────────────────────────────────────────────────────────────> through the rings
 //! ```
 //!
-//! Why a page that the guest writes while the device reads it does no harm: what is in a pass was harvested
+//! Why a page that the guest writes while the device reads it does no harm: what is in a pass, or in a part of the first
+//! one, was harvested
 //! before the device began to read, so a write after that is in a later harvest, at the latest in that of the
-//! seal, for which the guest stands; the page goes again, in a later pass or in the first epoch. A pass
+//! seal, for which the guest stands; the page goes again, in a later pass or in the first epoch. A pass, or a part,
 //! is over when its WRITEs have completed, on every connection, and the next harvest comes after that. So of a page that is
 //! in no later harvest the last WRITE read bytes that nobody was writing.
+//!
+//! A part takes the pages of the pieces that have become ready, and no others ([`advance`]); what is left, and what the
+//! guest writes meanwhile, stays in the dirty set. So all parts together are one pass, and whatever does not
+//! go straight is in what goes through the rings.
 //!
 //! The checksum of a page is made just before the device reads it, and follows it on the same connection, so the
 //! backup compares while the rest is copied; what it finds of a page that comes again counts no more.
 //!
-//! Where nothing was sent before, the backup's memory reads as zero: the first pass leaves out pages that do, too.
+//! Where nothing was sent before, the backup's memory reads as zero: the first pass, whose parts have no page twice,
+//! leaves out pages that do, too.
 //! One that is written after it was looked at is in a later harvest, as above.
 //!
-//! A copy goes one way: what goes through the rings is put into the image by software, at its time, and
-//! a WRITE does not wait for that.
+//! A copy turns once: what goes through the rings is put into the image by software, at its time, and
+//! a WRITE does not wait for that. So after the last WRITE the window is closed, and only then is
+//! something sent through the rings, where WRITEs were made.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -26,8 +35,9 @@ use std::time::Instant;
 use api::replication::{Compression, Cow, RdmaPin};
 
 use super::{Engine, Error, Event, Guest, Message, Source, WireError, Work};
-use crate::ids::PAGE_SIZE;
+use crate::ids::{EpochId, PAGE_SIZE};
 use crate::primary::send::Straight;
+use crate::protocol::advance::{self, Next, Side};
 use crate::ram::PageSet;
 use crate::transport::rdma::{Window, registering_patience};
 use crate::wire::{Grant, Kind};
@@ -38,8 +48,20 @@ const WORTH_PART: u64 = 4;
 /// A copy that goes straight.
 pub(super) struct Copying {
     window: Arc<Window>,
+    /// Pages from the first on that the parts of the first pass had.
+    sent: u64,
     /// What went so.
     copied: PageSet,
+}
+
+impl Copying {
+    fn new(pages: u64) -> Self {
+        Self { window: Arc::new(Window::new(pages)), sent: 0, copied: PageSet::new(pages) }
+    }
+
+    fn is_whole(&self) -> bool {
+        self.sent == self.copied.universe()
+    }
 }
 
 impl<G: Guest> Engine<'_, G> {
@@ -76,27 +98,56 @@ impl<G: Guest> Engine<'_, G> {
         self.window_due = Some(Instant::now() + registering_patience(self.sealer.ram.bytes()));
     }
 
-    /// Begins the copy once it is known which way it goes.
+    /// Goes on with the copy as far as it is known which way that goes.
     pub(super) fn approached(&mut self) {
-        let is_lent = self.lent.as_ref().is_some_and(|lent| lent.is_ready());
-        let is_open = self.straight.is_some();
-        if self.work != Work::Opening || self.lending {
-            return;
+        // Of a session that has ended pieces may still come.
+        let Some(lent) = self.lent.as_ref().filter(|_| self.work == Work::Opening) else { return };
+        let all = self.sealer.ram.pages();
+        let here = Side { pages: lent.ready_pages(), is_over: !self.lending };
+        let open = self.straight.as_ref().map_or(0, |copying| copying.window.open_pages());
+        // Nothing is waited for once all is open, it says that there is no more, or is late.
+        let there = Side { pages: open, is_over: self.window_due.is_none() };
+        let sent = self.straight.as_ref().map_or(0, |copying| copying.sent);
+        match advance::next(here, there, sent, all) {
+            Next::Wait => {}
+            Next::Straight { first, pages } => self.copy_part(first, pages),
+            Next::Close => {
+                tracing::info!("the copy goes on through the rings: not all could be registered");
+                self.end_straight();
+            }
+            Next::Rings => {
+                tracing::info!("the copy goes through the rings");
+                self.straight = None;
+                self.unlend();
+                self.tell_end();
+                self.copy(0);
+            }
         }
-        if is_lent && self.approach.awaits_answer() && self.window_due.is_some() {
-            return;
+    }
+
+    /// A part of the first pass: of pages that no part had, those that are ready on both sides by now.
+    fn copy_part(&mut self, first: u64, pages: u64) {
+        if let Err(error) = self.sealer.harvest(self.guest) {
+            return self.step(Event::GiveUp(error.chain()));
         }
-        if !(is_lent && is_open) {
-            self.straight = None;
-            self.tell_end();
+        if first == 0 {
+            tracing::info!("the copy goes straight into the backup's memory");
+            let to_sync = self.sealer.dirty.pages().len();
+            self.begin_progress(to_sync);
         }
-        let way = if self.straight.is_some() {
-            "straight into the backup's memory"
-        } else {
-            "through the rings"
-        };
-        tracing::info!("the copy goes {way}");
-        self.copy(0);
+        let Some(copying) = &mut self.straight else { return };
+        copying.sent = first + pages;
+        let set = Arc::new(self.sealer.dirty.take_range(first, pages));
+        copying.copied.union(&set);
+        let window = Arc::clone(&copying.window);
+        self.work = Work::Copying { pass: 0, pages: set.len(), since: Instant::now() };
+        let is_zero = self.opens_zero;
+        self.give(EpochId(0), Source::Straight(Arc::new(Straight { pages: set, window, is_zero })));
+    }
+
+    /// Whether more of the first pass is to come.
+    pub(super) fn is_part(&self) -> bool {
+        self.straight.as_ref().is_some_and(|copying| !copying.is_whole())
     }
 
     fn tell_end(&mut self) {
@@ -108,16 +159,25 @@ impl<G: Guest> Engine<'_, G> {
 
     pub(super) fn window_opened(&mut self, number: u64, grants: &[Grant]) {
         let pages = self.sealer.ram.pages();
-        match (self.approach.opened(number), Window::new(grants, pages)) {
-            (Some(true), Some(window)) => {
-                self.window_due = None;
-                self.straight =
-                    Some(Copying { window: Arc::new(window), copied: PageSet::new(pages) });
+        let mut window = self
+            .straight
+            .as_ref()
+            .map_or_else(|| Arc::new(Window::new(pages)), |copying| Arc::clone(&copying.window));
+        // Senders may be at what it was.
+        if !Arc::make_mut(&mut window).widen(grants) {
+            return self.bad_window(Kind::WindowOpen);
+        }
+        match self.approach.opened(number, window.is_whole()) {
+            Some(true) => {
+                if window.is_whole() {
+                    self.window_due = None;
+                }
+                self.straight.get_or_insert_with(|| Copying::new(pages)).window = window;
                 self.approached();
             }
             // It was ended before this came.
-            (Some(false), Some(_)) => {}
-            _ => self.bad_window(Kind::WindowOpen),
+            Some(false) => {}
+            None => self.bad_window(Kind::WindowOpen),
         }
     }
 
@@ -126,7 +186,7 @@ impl<G: Guest> Engine<'_, G> {
             return self.bad_window(Kind::WindowNone);
         }
         tracing::warn!("the backup does not open its memory for a copy: {reason}");
-        if self.approach.is_over() {
+        if self.approach.is_over() || self.approach.is_open() {
             self.window_due = None;
             self.approached();
         }
@@ -137,9 +197,9 @@ impl<G: Guest> Engine<'_, G> {
             return self.bad_window(Kind::WindowClosed);
         }
         self.window_due = None;
-        if self.work == Work::Shutting {
+        if let Work::Shutting { pass } = self.work {
             // The guest went on meanwhile.
-            self.copy(1);
+            self.copy(pass);
         }
     }
 
@@ -152,8 +212,10 @@ impl<G: Guest> Engine<'_, G> {
         if self.approach.is_over() || self.control.is_none() {
             return;
         }
-        if self.work == Work::Opening && self.straight.is_none() {
-            tracing::warn!("the backup does not say whether it opens its memory for a copy");
+        let is_copying = matches!(self.work, Work::Copying { .. }) && self.is_part();
+        // That it has closed is not to be done without.
+        if self.work == Work::Opening || is_copying {
+            tracing::warn!("the backup does not say whether it opens all of its memory for a copy");
             return self.approached();
         }
         let what = "The backup does not say that nobody writes its memory any more".to_owned();
@@ -163,28 +225,30 @@ impl<G: Guest> Engine<'_, G> {
     /// How the pages of a pass go.
     pub(super) fn live(&mut self, pages: Arc<PageSet>) -> Source {
         let Some(copying) = &mut self.straight else { return Source::Live(pages) };
-        // The first pass of all.
-        let is_zero = self.opens_zero && copying.copied.is_empty();
         copying.copied.union(&pages);
         let window = Arc::clone(&copying.window);
-        Source::Straight(Arc::new(Straight { pages, window, is_zero }))
+        // What is zero now may have been something else in a pass before.
+        Source::Straight(Arc::new(Straight { pages, window, is_zero: false }))
     }
 
-    /// The passes are over. What was written since the last one comes again.
+    /// What can go straight has gone. What was written since comes again, and what has not gone yet.
     pub(super) fn end_straight(&mut self) {
+        let mut pass = 1;
         if let Some(mut copying) = self.straight.take() {
+            pass = u32::from(copying.is_whole());
             copying.copied.subtract(self.sealer.dirty.pages());
             let mib = (copying.copied.len() * PAGE_SIZE as u64) >> 20;
             tracing::info!(
                 "{mib} MiB went straight into the backup's memory, which compares checksums"
             );
         }
-        self.end_window();
+        self.unlend();
+        self.end_window(pass);
     }
 
-    /// Has the backup make its memory its own again, and waits for that.
-    pub(super) fn end_window(&mut self) {
-        self.work = Work::Shutting;
+    /// Has the backup make its memory its own again, and waits for that; then goes on with this pass.
+    pub(super) fn end_window(&mut self, pass: u32) {
+        self.work = Work::Shutting { pass };
         self.tell_end();
     }
 }

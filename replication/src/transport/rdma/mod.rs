@@ -28,6 +28,8 @@
 //! does: nothing here is an acknowledgement.
 
 mod aside;
+#[cfg(test)]
+pub(crate) mod fake;
 mod flight;
 mod gather;
 mod lent;
@@ -35,6 +37,7 @@ mod opened;
 mod opening;
 mod pace;
 mod pieces;
+mod registrar;
 mod ring;
 mod setup;
 #[cfg(test)]
@@ -59,7 +62,7 @@ use self::aside::drop_aside;
 use self::flight::{Flight, Leases};
 use self::gather::{Chunk, Limits, Place, Rest};
 pub(crate) use self::lent::Lent;
-pub(crate) use self::opened::Opened;
+pub(crate) use self::opened::{NotOpened, Opened};
 use self::pace::Pace;
 pub(crate) use self::pieces::{LendError, patience as registering_patience};
 use self::ring::{Incoming, Outgoing, RING_BYTES};

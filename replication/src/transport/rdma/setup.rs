@@ -22,6 +22,7 @@ use super::lent::Lent;
 use super::opening::Opening;
 use super::pace::Pace;
 use super::pieces::LendError;
+use super::registrar::Registrar;
 use super::ring::{Incoming, Outgoing, RING_BYTES};
 use super::{CREDIT_BYTES, Device, End, Parts, Reader, Writer};
 use crate::checking::is_broken;
@@ -76,12 +77,18 @@ pub(crate) struct Asked {
     pub(crate) depth: Option<u32>,
 }
 
-/// In unit tests, a device that is none: data goes on by the TCP connection that it began with.
+/// In unit tests, a device that is none: data goes on by the TCP connection that it began with. With a blank and a
+/// number behind it, it registers so many pieces of memory (`fake.rs`), otherwise none.
 pub(crate) const FAKE: &str = "no device at all";
 
 impl Asked {
     fn is_fake(&self) -> bool {
-        cfg!(test) && self.device.as_deref() == Some(FAKE)
+        cfg!(test) && self.device.as_deref().is_some_and(|device| device.starts_with(FAKE))
+    }
+
+    #[cfg(test)]
+    fn plan(&self) -> Option<super::fake::Plan> {
+        super::fake::Plan::parse(self.device.as_deref()?.strip_prefix(FAKE)?.strip_prefix(' ')?)
     }
 
     fn wanted(&self) -> Wanted {
@@ -242,10 +249,14 @@ impl Adapter {
     }
 
     /// That of the device of the connections that were made.
-    pub(super) fn domain(&self) -> Result<Arc<ProtectionDomain>, TransportError> {
+    pub(super) fn registrar(&self) -> Result<Registrar, TransportError> {
+        #[cfg(test)]
+        if let Some(plan) = self.0.asked.plan() {
+            return Ok(Registrar::Fake(Arc::new(plan)));
+        }
         let none = || Err(::rdma::Error::Option { what: "no device is opened".to_owned() });
         let opened = self.0.opening.get(self.patience(), none)?;
-        Ok(Arc::clone(&opened.domain))
+        Ok(Registrar::Device(Arc::clone(&opened.domain)))
     }
 
     /// What lends guest memory to the connections that were made.
@@ -292,6 +303,13 @@ impl Adapter {
         &self,
         mut control: FrameWriter<Box<dyn Stream>>,
     ) -> Result<FrameWriter<Box<dyn Stream>>, SetupError> {
+        #[cfg(test)]
+        if self.0.asked.plan().is_some() {
+            (self.0.report)(super::fake::path());
+            let lent = Arc::clone(&self.0.lent);
+            let wrap = |stream| super::fake::Writer { stream, lent, posted: vec![] };
+            return Ok(control.map(|stream| Box::new(wrap(stream)) as Box<dyn Stream>));
+        }
         if self.is_fake() {
             return Ok(control);
         }
@@ -420,10 +438,10 @@ impl Lender {
     /// Registers all of `ram`, piece by piece, `done` bytes so far. Asks the device, so not for an engine's thread.
     ///
     /// # Errors
-    /// [`LendError`].
-    pub(crate) fn lend(&self, ram: &Ram, done: impl FnMut(u64)) -> Result<(), LendError> {
+    /// [`LendError`]; see [`Lent::give_up`].
+    pub(crate) fn lend(&self, ram: &Ram, done: impl FnMut(u64) + Send) -> Result<(), LendError> {
         let Some(adapter) = &self.adapter else { return Err(LendError::Ended) };
-        adapter.0.lent.lend(ram, &adapter.domain()?, done)
+        adapter.0.lent.lend(ram, &adapter.registrar()?, done)
     }
 }
 

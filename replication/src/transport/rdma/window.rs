@@ -7,24 +7,29 @@
 //!   writes   | 5, 6 | 7 | 8, 9 |             | 64 ...
 //! ```
 //!
-//! Enters: the backup's grants, runs of pages. Leaves: WRITEs. Always holds: a WRITE reads one piece of this side's
-//! memory and writes the same pages in one piece of the backup's; all of a run is written, and nothing else.
+//! Enters: the backup's grants, as they come, runs of pages. Leaves: WRITEs. Always holds: a WRITE reads one piece of
+//! this side's memory and writes the same pages in one piece of the backup's; all of a run is written, and nothing else;
+//! what was granted lies side by side from the first page on, and is no more than the memory.
 
 use ::rdma::Remote;
 
 use crate::ids::{PAGE_SIZE, PageIndex};
-use crate::wire::Grant;
+use crate::wire::{GRANTS_MAX, Grant};
 
 /// Most pages of one WRITE.
 const WRITE_PAGES_MAX: u64 = 256;
 /// Most pages that are worth putting into one list of runs: they may be one WRITE.
 pub(crate) const PLACED_PAGES_MAX: usize = 256;
 
-/// What the backup has opened: all of its memory.
-#[derive(Debug, PartialEq, Eq)]
+/// What the backup has opened of its memory so far.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {
     /// Ascending, side by side from the first page on.
     pieces: Vec<(PageIndex, Grant)>,
+    /// In all of them.
+    open: u64,
+    /// Of the memory.
+    pages: u64,
 }
 
 /// Pages that lie side by side on both sides.
@@ -36,21 +41,43 @@ pub(super) struct Placed {
 }
 
 impl Window {
-    /// What a backup says that it opened of a memory of so many pages; `None` if that makes no sense.
+    /// Nothing yet of a memory of so many pages.
     #[must_use]
-    pub fn new(grants: &[Grant], pages: u64) -> Option<Self> {
-        let mut next = 0u64;
+    pub fn new(pages: u64) -> Self {
+        Self { pieces: vec![], open: 0, pages }
+    }
+
+    /// What a backup says that it opened, too; `false` if that makes no sense, and then nothing is changed.
+    #[must_use]
+    pub fn widen(&mut self, grants: &[Grant]) -> bool {
+        let mut next = self.open;
         let mut pieces = Vec::with_capacity(grants.len());
         for grant in grants {
-            let bytes = grant.pages.checked_mul(PAGE_SIZE as u64)?;
-            grant.address.checked_add(bytes)?;
-            if grant.pages == 0 {
-                return None;
-            }
+            let bytes = grant.pages.checked_mul(PAGE_SIZE as u64);
+            let end = bytes.and_then(|bytes| grant.address.checked_add(bytes));
+            let after = next.checked_add(grant.pages).filter(|after| *after <= self.pages);
+            let (Some(_), Some(after), 1..) = (end, after, grant.pages) else { return false };
             pieces.push((PageIndex(next), *grant));
-            next = next.checked_add(grant.pages)?;
+            next = after;
         }
-        (next == pages).then_some(Self { pieces })
+        if pieces.is_empty() || self.pieces.len() + pieces.len() > GRANTS_MAX {
+            return false;
+        }
+        self.pieces.extend(pieces);
+        self.open = next;
+        true
+    }
+
+    /// Pages from the first on that are open.
+    #[must_use]
+    pub fn open_pages(&self) -> u64 {
+        self.open
+    }
+
+    /// Whether that is all.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.open == self.pages
     }
 
     /// Where a page is, and how many from it on lie side by side there.
@@ -99,7 +126,7 @@ mod tests {
 
     #[test]
     fn a_run_is_cut_where_either_sides_pieces_end() {
-        let window = Window::new(&[grant(8, 1 << 20, 7), grant(92, 1 << 30, 9)], 100).unwrap();
+        let window = window(&[grant(8, 1 << 20, 7), grant(92, 1 << 30, 9)], 100);
         let left = |page: PageIndex| if page.0 < 7 { 7 - page.0 } else { 100 - page.0 };
         let mut writes = vec![];
         assert!(window.writes((PageIndex(5), 5), left, &mut writes));
@@ -116,21 +143,57 @@ mod tests {
         assert!(!window.writes((PageIndex(5), 1), |_| 0, &mut vec![]), "not lent");
     }
 
+    fn window(grants: &[Grant], pages: u64) -> Window {
+        let mut window = Window::new(pages);
+        assert!(window.widen(grants));
+        window
+    }
+
     #[test]
-    fn a_window_is_all_of_the_memory_and_nothing_else() {
+    fn a_window_is_no_more_than_the_memory() {
         let end = u64::MAX - PAGE;
-        assert!(Window::new(&[grant(1, end, 0)], 1).is_some());
+        assert!(window(&[grant(1, end, 0)], 1).is_whole());
         for grants in [
             vec![],
-            vec![grant(9, 0, 0)],
             vec![grant(11, 0, 0)],
             vec![grant(10, 0, 0), grant(0, 0, 0)],
+            vec![grant(0, 0, 0)],
             vec![grant(10, u64::MAX - 9 * PAGE, 0)],
             vec![grant(u64::MAX, 0, 0), grant(11, 0, 0)],
             vec![grant(u64::MAX / PAGE, 0, 0), grant(u64::MAX / PAGE, 0, 0)],
         ] {
-            assert_eq!(Window::new(&grants, 10), None, "{grants:?}");
+            let mut window = Window::new(10);
+            assert!(!window.widen(&grants), "{grants:?}");
+            assert_eq!(window, Window::new(10), "{grants:?}");
         }
+    }
+
+    #[test]
+    fn a_window_opens_piece_by_piece_and_no_further_than_the_memory() {
+        let mut window = Window::new(10);
+        let mut writes = vec![];
+        for (pages, open) in [(4, 4), (5, 9)] {
+            assert!(window.widen(&[grant(pages, open * PAGE, 0)]));
+            assert_eq!((window.open_pages(), window.is_whole()), (open, false));
+            let left = |page: PageIndex| 10 - page.0;
+            assert!(window.writes((PageIndex(open - 1), 1), left, &mut writes));
+            assert!(!window.writes((PageIndex(open), 1), left, &mut vec![]), "not open yet");
+        }
+        let before = window.clone();
+        assert!(!window.widen(&[grant(1, 0, 0), grant(1, 0, 0)]) && !window.widen(&[]));
+        assert_eq!(window, before, "half of it was taken");
+        assert!(window.widen(&[grant(1, 0, 0)]) && window.is_whole());
+        assert!(!window.widen(&[grant(1, 0, 0)]) && !window.widen(&[grant(0, 0, 0)]));
+    }
+
+    /// Each costs this side some bytes, and a part of a copy.
+    #[test]
+    fn a_window_has_no_more_pieces_than_a_memory_is_cut_into() {
+        let mut window = Window::new(u64::MAX / PAGE);
+        for _ in 0..GRANTS_MAX {
+            assert!(window.widen(&[grant(1, 0, 0)]));
+        }
+        assert!(!window.widen(&[grant(1, 0, 0)]));
     }
 
     /// Sizes of pieces that lie side by side over so many pages.
@@ -160,7 +223,8 @@ mod tests {
             let grants: Vec<_> = granted.iter().enumerate().map(|(at, pages)| {
                 grant(*pages, base(at), u32::try_from(at).unwrap())
             }).collect();
-            let window = Window::new(&grants, 600).unwrap();
+            let mut window = Window::new(600);
+            grants.iter().for_each(|grant| assert!(window.widen(std::slice::from_ref(grant))));
             let left = |page: PageIndex| {
                 let mut end = 0;
                 lent.iter().map(|pages| { end += pages; end }).find(|end| *end > page.0).unwrap() - page.0
