@@ -96,11 +96,14 @@ fn without_tap() -> Row {
         let tap = scene.world.b.tap;
         scene.blow();
         rename(scene, tap, "elsewhere")?;
+        // A name that is free would be taken for a tap of its own.
+        scene.world.b.network.within(|| run("ip", &format!("link add {tap} type bridge")))??;
         let is_done = scene.ask_failover().join().unwrap_or_default();
         ensure!(!is_done, "a switch-over to a host without the VM's tap is answered as done");
         ensure!(scene.has_event(Place::A, "failover-failed"), "A does not say that it failed");
         scene.wait_served()?;
         scene.wait_protected()?;
+        scene.world.b.network.within(|| run("ip", &format!("link delete {tap}")))??;
         rename(scene, "elsewhere", tap)?;
         let waits = scene.ask_failover();
         scene.wait_b_took_over()?;
