@@ -41,6 +41,13 @@ impl Asker {
         Ok(Self { calls, asking: Asking::default() })
     }
 
+    /// Without a thread: who calls takes the calls, and reports.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn simulated(exists: bool) -> (Self, Receiver<(u64, Action)>) {
+        let (calls, queue) = unbounded();
+        (Self { calls: exists.then_some(calls), asking: Asking::default() }, queue)
+    }
+
     /// Whether there is an arbiter.
     pub(crate) fn exists(&self) -> bool {
         self.calls.is_some()
@@ -48,7 +55,7 @@ impl Asker {
 
     /// Begins a claim; an older one is forgotten.
     pub(crate) fn begin(&mut self, claim: Claim, first: Action) -> Next {
-        let next = self.asking.begin(claim, first);
+        let next = self.asked(|asking| asking.begin(claim, first));
         self.call(next)
     }
 
@@ -60,14 +67,23 @@ impl Asker {
 
     /// Goes on after a report.
     pub(crate) fn report(&mut self, report: &Report) -> Next {
-        let next = self.asking.answered(report.claim, report.event.clone());
+        let next = self.asked(|asking| asking.answered(report.claim, report.event.clone()));
         self.call(next)
     }
 
     /// Goes on after a wait.
     pub(crate) fn timer(&mut self) -> Next {
-        let next = self.asking.timer();
+        let next = self.asked(Asking::timer);
         self.call(next)
+    }
+
+    fn asked(&mut self, step: impl FnOnce(&mut Asking) -> Next) -> Next {
+        #[cfg(any(test, feature = "testing"))]
+        let before = self.asking.claim().map(Claim::state);
+        let next = step(&mut self.asking);
+        #[cfg(any(test, feature = "testing"))]
+        crate::engine::trace::claim(before, &self.asking, &next);
+        next
     }
 
     /// Makes a call on the thread, which will report.

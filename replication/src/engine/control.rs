@@ -26,6 +26,14 @@ const AHEAD_MAX: usize = 6;
 #[derive(Debug)]
 pub(crate) struct Credit(Sender<()>);
 
+#[cfg(any(test, feature = "testing"))]
+impl Credit {
+    /// Of a reader that never waits.
+    pub(crate) fn unlimited() -> Self {
+        Self(bounded(0).0)
+    }
+}
+
 impl Drop for Credit {
     fn drop(&mut self) {
         // A reader that is gone needs no place, and there is room for all places.
@@ -105,6 +113,14 @@ impl Control {
             })?,
         ];
         Ok(Self { outgoing, closer, written, threads })
+    }
+
+    /// Without threads: who carries messages takes them.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn simulated() -> (Self, Receiver<Message>) {
+        let (outgoing, queue) = unbounded();
+        let closer = Closer(Box::new(crate::testing::Tape::default()));
+        (Self { outgoing, closer, written: bounded(0).1, threads: vec![] }, queue)
     }
 
     /// Queues a message; lost if the connection is.

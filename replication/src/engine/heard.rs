@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::clock;
 use crate::ram::Slice;
 use crate::transport::Stream;
 
@@ -18,11 +19,11 @@ pub(crate) struct Heard {
 impl Heard {
     /// Heard just now.
     pub(crate) fn new() -> Self {
-        Self { start: Instant::now(), last_us: Arc::default() }
+        Self { start: clock::now(), last_us: Arc::default() }
     }
 
     pub(crate) fn now(&self) {
-        let us = u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let us = u64::try_from(clock::since(self.start).as_micros()).unwrap_or(u64::MAX);
         self.last_us.fetch_max(us, Ordering::Relaxed);
     }
 
@@ -35,7 +36,7 @@ impl Heard {
     /// stopped for so long that it says nothing about the peer, the peer gets another chance.
     pub(crate) fn is_silent(&self, timeout: Duration, slack: Duration) -> bool {
         let deadline = self.deadline(timeout);
-        let now = Instant::now();
+        let now = clock::now();
         if now < deadline {
             return false;
         }

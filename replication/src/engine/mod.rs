@@ -5,10 +5,13 @@
 //! happens reaches it as one stream of inputs; it never blocks on the peer or on the arbiter.
 
 pub(crate) mod arbiter;
+pub(crate) mod clock;
 pub(crate) mod control;
 pub(crate) mod heard;
 pub(crate) mod stats;
 pub(crate) mod status;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod trace;
 
 use std::thread::{Builder, JoinHandle};
 use std::time::{SystemTime, UNIX_EPOCH};

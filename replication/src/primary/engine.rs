@@ -19,6 +19,7 @@ use crate::capture::epoch::Cadence;
 use crate::checking::reach;
 use crate::disk::{Disks, Journal};
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
+use crate::engine::clock;
 use crate::engine::control::{Control, Credit, Greeted, Pace, Progress};
 use crate::engine::heard::Heard;
 use crate::engine::status::Status;
@@ -31,8 +32,10 @@ use crate::protocol::ownership::{Claim, Verdict as Owner};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Purpose, Report, State};
 use crate::protocol::window::Approach;
 use crate::transport::rdma;
-use crate::wire::{Message, Offer, SessionId, WireError};
+use crate::transport::Stream;
+use crate::wire::{FrameWriter, Message, Offer, SessionId, Welcome, WireError};
 use braking::Braking;
+use held::Held;
 use straight::Copying;
 
 /// Passes of a copy after which the rest goes into the first epoch, however large. Each leaves half of the
@@ -128,6 +131,17 @@ pub(super) enum Begin {
     Reversed(Primary),
 }
 
+impl Begin {
+    /// The machine of the session, where the record's generation is `generation`.
+    fn machine(self, arbiter: bool, generation: Generation) -> Primary {
+        match self {
+            Self::First => Primary::new(arbiter, generation),
+            Self::Again => Primary::again(arbiter, generation),
+            Self::Reversed(machine) => machine,
+        }
+    }
+}
+
 /// What a backup accepted that was called: a session without its threads.
 pub(super) struct Called {
     options: ReplicateData,
@@ -165,6 +179,31 @@ pub(super) fn call(
     Ok(Called { options, arbiter, generation, session })
 }
 
+/// Whom an engine works for and with: all that is not of one session.
+pub(super) struct Around {
+    pub(super) identity: HostIdentity,
+    pub(super) backup: HostId,
+    pub(super) observer: Arc<dyn Observer>,
+    pub(super) status: Status,
+    /// What this process knows of the record.
+    pub(super) seen: Seen,
+}
+
+/// What carries out what an engine wants: threads that run, or what a simulator has in their place.
+pub(super) struct Crew {
+    pub(super) id: SessionId,
+    pub(super) queue: Receiver<Input>,
+    /// Keeps the queue open when every other sender is gone.
+    pub(super) inputs: Sender<Input>,
+    pub(super) asker: Asker,
+    pub(super) control: Control,
+    pub(super) senders: Senders,
+    pub(super) heard: Heard,
+    /// What the backup says it has done.
+    pub(super) done: Arc<AtomicU64>,
+    pub(super) lender: Option<rdma::Lender>,
+}
+
 /// How a session ended that another one may follow.
 pub(super) struct Ended {
     /// What the backup may have of it, while the tracking of dirty pages goes on.
@@ -174,7 +213,7 @@ pub(super) struct Ended {
 }
 
 pub(super) struct Engine<'g, G: Guest> {
-    guest: &'g mut G,
+    guest: Held<'g, G>,
     options: ReplicateData,
     identity: HostIdentity,
     backup: HostId,
@@ -273,13 +312,6 @@ impl<'g, G: Guest> Engine<'g, G> {
     ) -> Result<Self, Error> {
         let Called { options, arbiter, generation, session } = called;
         let Session { id, control, data, disks, lender, backup, welcome } = session;
-        let falls_back = lender.is_some() && options.fallback && options.reconnect;
-        let millis = Duration::from_millis;
-        let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
-        let stretched = options.epoch_max_ms.map(millis);
-        let staging = welcome.staging_bytes;
-        let log_bytes_max = if disks.is_some() { log_share(staging)? } else { 0 };
-        let cadence = Cadence::new(shortest, longest, stretched, staging - log_bytes_max);
         let heard = Heard::new();
         let deliver = inputs.clone();
         let asker =
@@ -291,13 +323,40 @@ impl<'g, G: Guest> Engine<'g, G> {
         let deliver = inputs.clone();
         let deliver = move |sent| deliver.send(Input::Sent(sent)).is_ok();
         let senders = Senders::start(data, &ram, options.compression, &status.counters, deliver)?;
-        let patience = Patience::new(millis(options.timeout_ms), Instant::now());
-        let (output, waker) = Self::wake_by(guest, inputs.clone());
+        let from = (begin.machine(asker.exists(), generation), rest.take());
+        let disks = guest.disks().zip(disks);
+        let around = Around { identity, backup, observer, status, seen };
+        let crew = Crew { id, queue, inputs, asker, control, senders, heard, done, lender };
+        Self::around(Held::Lent(guest), options, from, &welcome, around, crew, disks)
+    }
+
+    /// An engine of a session whose crew is at work.
+    pub(super) fn around(
+        mut guest: Held<'g, G>,
+        options: ReplicateData,
+        (machine, rest): (Primary, Option<Rest>),
+        welcome: &Welcome,
+        around: Around,
+        crew: Crew,
+        disks: Option<(Arc<dyn Disks>, FrameWriter<Box<dyn Stream>>)>,
+    ) -> Result<Self, Error> {
+        let Around { identity, backup, observer, status, seen } = around;
+        let Crew { id, queue, inputs, asker, control, senders, heard, done, lender } = crew;
+        let falls_back = lender.is_some() && options.fallback && options.reconnect;
+        let millis = Duration::from_millis;
+        let (shortest, longest) = (millis(options.epoch_min_ms), millis(options.epoch_ms));
+        let stretched = options.epoch_max_ms.map(millis);
+        let staging = welcome.staging_bytes;
+        let log_bytes_max = if disks.is_some() { log_share(staging)? } else { 0 };
+        let cadence = Cadence::new(shortest, longest, stretched, staging - log_bytes_max);
+        let patience = Patience::new(millis(options.timeout_ms), clock::now());
+        let (output, waker) = Self::wake_by(&mut guest, inputs.clone());
+        let ram = guest.ram();
         let pages = ram.pages();
         let device = lender.as_ref().map_or(millis(options.timeout_ms), rdma::Lender::patience);
         let mut sealer = Sealer::new(ram, options.cow, cadence.staging_pages(), device)?;
-        let disks = match (guest.disks(), disks) {
-            (Some(disks), Some(writer)) => {
+        let disks = match disks {
+            Some((disks, writer)) => {
                 let journal = journal(&disks, waker);
                 sealer.journal = Some(Arc::clone(&journal));
                 let deliver = inputs.clone();
@@ -305,17 +364,11 @@ impl<'g, G: Guest> Engine<'g, G> {
                 let counters = &status.counters;
                 Some(DiskSender::start(disks, journal, writer, counters, deliver)?)
             }
-            _ => None,
+            None => None,
         };
-        let rest = rest.take();
         let is_tracking = rest.is_some();
         let has_base = rest::go_on(rest, welcome.has_base, &mut sealer.dirty);
-        let is_reversed = matches!(begin, Begin::Reversed(_));
-        let machine = match begin {
-            Begin::First => Primary::new(asker.exists(), generation),
-            Begin::Again => Primary::again(asker.exists(), generation),
-            Begin::Reversed(machine) => machine,
-        };
+        let is_reversed = machine.state() == State::Calling;
         Ok(Self {
             sealer,
             disks,
@@ -355,8 +408,8 @@ impl<'g, G: Guest> Engine<'g, G> {
             unsent: 0,
             awaits_room: false,
             in_flight: InFlights::new(pages),
-            last_seal: Instant::now(),
-            last_look: Instant::now(),
+            last_seal: clock::now(),
+            last_look: clock::now(),
             fresh: !has_base,
             // Nothing goes straight into an image that is a committed epoch's.
             first: !is_reversed,
@@ -401,7 +454,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     }
 
     /// The flag that waiting output raises, once for each seal, and who raises it.
-    fn wake_by(guest: &mut G, inputs: Sender<Input>) -> (Arc<AtomicBool>, Waker) {
+    fn wake_by(guest: &mut Held<'g, G>, inputs: Sender<Input>) -> (Arc<AtomicBool>, Waker) {
         let output = Arc::new(AtomicBool::new(false));
         let waiting = Arc::clone(&output);
         let waker = Waker::new(move || {
@@ -416,6 +469,25 @@ impl<'g, G: Guest> Engine<'g, G> {
 
     /// Works until the session ends one way or another. `None` if that was the last one.
     pub(super) fn run(mut self) -> Option<Ended> {
+        self.begin();
+        while !self.is_over() {
+            match self.queue.recv_deadline(self.deadline()) {
+                Ok(input) => self.input(input),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    unreachable!("the engine holds a sender itself")
+                }
+            }
+            // What is over has nothing due, and must not stop the guest once more.
+            if !self.is_over() {
+                self.timers();
+            }
+        }
+        self.ended()
+    }
+
+    /// What there is to do before anything is heard.
+    fn begin(&mut self) {
         // Of a VM that was alone the state is another one from here on.
         self.show();
         let started = if self.is_tracking { Ok(()) } else { self.guest.start_tracking() };
@@ -431,26 +503,17 @@ impl<'g, G: Guest> Engine<'g, G> {
             }
             Err(error) => self.step(Event::GiveUp(error.chain())),
         }
-        while !self.is_over() {
-            match self.queue.recv_deadline(self.deadline()) {
-                Ok(input) => self.input(input),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => {
-                    unreachable!("the engine holds a sender itself")
-                }
-            }
-            // What is over has nothing due, and must not stop the guest once more.
-            if !self.is_over() {
-                self.timers();
-            }
-        }
+    }
+
+    /// What the next session has of this one, if there may be one.
+    fn ended(mut self) -> Option<Ended> {
         let goes_on = self.options.reconnect && self.machine.may_go_on();
         let no_rdma = self.no_rdma.take();
         let rest = self.end(goes_on);
         goes_on.then_some(Ended { rest, no_rdma })
     }
 
-    fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         use State::{Alone, Failed, Gone, Heir, Stopped};
         matches!(self.machine.state(), Alone | Gone | Heir | Stopped | Failed)
     }
@@ -465,7 +528,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         let mut next = match self.control {
             Some(_) => silence,
             // Nobody is listened to: the clock matters to a claim only.
-            None => Instant::now() + Duration::from_secs(3600),
+            None => clock::now() + Duration::from_secs(3600),
         };
         next = next.min(self.retry_at.unwrap_or(next));
         next = next.min(self.window_due.unwrap_or(next));
@@ -492,7 +555,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     /// A peer whose heart beats but that takes nothing and acknowledges nothing is no backup, whatever
     /// it says that it does.
     fn is_given_up(&mut self) -> Option<(Verdict, String)> {
-        let now = Instant::now();
+        let now = clock::now();
         if !self.awaits_peer() {
             self.patience.nothing_due(now);
             return None;
@@ -545,7 +608,7 @@ impl<'g, G: Guest> Engine<'g, G> {
 
     /// When to seal, or, while that may not be, when to look at the dirty set.
     fn seal_due(&self) -> Instant {
-        let far = || Instant::now() + Duration::from_secs(3600);
+        let far = || clock::now() + Duration::from_secs(3600);
         if !self.in_flight.is_empty() && self.sealer.stands() {
             // The guest waits: as soon as it may be, and not before there is room.
             return if self.may_seal() && !self.awaits_room { self.last_seal } else { far() };
@@ -595,7 +658,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             return self.lost(error);
         }
         tracing::info!("a data connection ended: {}", crate::error::chain(&error));
-        self.data_lost.get_or_insert((of(error), Instant::now() + self.timeout()));
+        self.data_lost.get_or_insert((of(error), clock::now() + self.timeout()));
     }
 
     /// The backup lives, and data does not come to it by RDMA.
@@ -604,7 +667,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             return;
         }
         self.no_rdma = Some(reason.clone());
-        self.claim_due = Some(Instant::now() + self.timeout());
+        self.claim_due = Some(clock::now() + self.timeout());
         self.step(Event::DataLost(reason));
     }
 
@@ -672,7 +735,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     fn refused(&mut self) {
         if matches!(self.machine.state(), State::Claiming(_)) {
             self.handover = false;
-            self.claim_due.get_or_insert(Instant::now() + self.timeout());
+            self.claim_due.get_or_insert(clock::now() + self.timeout());
             self.go_on_in_doubt();
         }
     }
@@ -688,7 +751,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         self.awaits_room = false;
         if let Some(in_flight) = self.in_flight.acked() {
             let mut gathered = self.status.lock();
-            gathered.commit_us.add_time(in_flight.sealed_at.elapsed());
+            gathered.commit_us.add_time(clock::since(in_flight.sealed_at));
             drop(gathered);
             self.sealer.recycle(in_flight.set);
             self.good = self.good.saturating_add(1);
@@ -707,7 +770,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     }
 
     fn timers(&mut self) {
-        let now = Instant::now();
+        let now = clock::now();
         if self.control.is_some() && self.heard.is_silent(self.timeout(), self.timeout() / 2) {
             let silent_ms = self.options.timeout_ms;
             self.step(Event::PeerLost(Error::Silent { silent_ms }.chain()));
@@ -813,7 +876,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     fn claim_went(&mut self, next: Next) {
         match next {
             Next::Call(..) | Next::Nothing | Next::Record(_) | Next::ReadFailed => {}
-            Next::Wait { ms } => self.retry_at = Some(Instant::now() + Duration::from_millis(ms)),
+            Next::Wait { ms } => self.retry_at = Some(clock::now() + Duration::from_millis(ms)),
             Next::Decided(verdict) => {
                 self.undecided_told = false;
                 self.step(Event::of(verdict, self.identity));
@@ -859,5 +922,8 @@ fn journal(disks: &Arc<dyn Disks>, on_full: Waker) -> Arc<Journal> {
 mod actions;
 mod braking;
 mod epochs;
+mod held;
 mod lending;
+#[cfg(any(test, feature = "testing"))]
+pub mod simulated;
 mod straight;

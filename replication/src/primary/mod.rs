@@ -27,7 +27,7 @@ mod seal;
 mod send;
 mod session;
 #[cfg(any(test, feature = "testing"))]
-pub mod simulated;
+pub use engine::simulated;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;

@@ -12,6 +12,7 @@ use crate::capture::cow::{Freezer, Kept};
 use crate::capture::dirty::Dirty;
 use crate::checking::{self, Delays, Equality};
 use crate::disk::{Journal, Log};
+use crate::engine::clock;
 use crate::error::{Error, chain};
 use crate::guest::{Guest, GuestError};
 use crate::ids::{EpochId, PAGE_SIZE};
@@ -43,7 +44,7 @@ impl Steps {
 
     /// The next step is over.
     fn done(&mut self) {
-        let now = Instant::now();
+        let now = clock::now();
         self.steps[self.next] = now.duration_since(self.began);
         (self.began, self.next) = (now, self.next + 1);
     }
@@ -221,7 +222,7 @@ impl Sealer {
     /// Has the guest wait until there is room for what it writes.
     pub(super) fn hold_up(&mut self, guest: &mut impl Guest) -> Result<(), Error> {
         if self.stands.is_none() {
-            self.stands = Some(Instant::now());
+            self.stands = Some(clock::now());
             guest.hold().map_err(failed("stop the vCPUs"))?;
         }
         self.waits = true;
@@ -236,9 +237,9 @@ impl Sealer {
     /// From here on the guest stands for a seal.
     fn end_wait(&mut self) {
         if std::mem::take(&mut self.waits)
-            && let Some(since) = self.stands.replace(Instant::now())
+            && let Some(since) = self.stands.replace(clock::now())
         {
-            self.waited += since.elapsed();
+            self.waited += clock::since(since);
         }
     }
 
@@ -247,7 +248,7 @@ impl Sealer {
         self.end_wait();
         let Some(since) = self.stands.take() else { return Ok(Duration::ZERO) };
         guest.release().map_err(failed("let the vCPUs run"))?;
-        Ok(since.elapsed())
+        Ok(clock::since(since))
     }
 
     /// Seals `epoch`. The guest stands still while this runs and, unless `stay` (the last epoch of a
@@ -261,9 +262,9 @@ impl Sealer {
         quiet: impl FnOnce(),
     ) -> Result<Pause<G::State>, Error> {
         self.end_wait();
-        self.stands.get_or_insert_with(Instant::now);
+        self.stands.get_or_insert_with(clock::now);
         guest.quiesce().map_err(failed("stop the vCPUs"))?;
-        let mut steps = Steps::since(self.stands.unwrap_or_else(Instant::now));
+        let mut steps = Steps::since(self.stands.unwrap_or_else(clock::now));
         steps.done();
         if stay {
             guest.settle_output();
@@ -298,9 +299,9 @@ impl Sealer {
         if let Some(equality) = &self.equality {
             equality.sealed(&self.ram, epoch.0);
         }
-        let since = self.stands.unwrap_or_else(Instant::now);
+        let since = self.stands.unwrap_or_else(clock::now);
         let runs_on = (frozen.is_some() || self.is_thawed) && !stay;
-        let stood = if runs_on { self.release(guest)? } else { since.elapsed() };
+        let stood = if runs_on { self.release(guest)? } else { clock::since(since) };
         steps.done();
         let source = match frozen {
             Some(frozen) => Source::Frozen(frozen),

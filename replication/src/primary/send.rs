@@ -99,6 +99,13 @@ impl Senders {
         Ok(senders)
     }
 
+    /// Without threads: who sends takes the jobs, one queue for each of `count` connections.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn simulated(count: usize) -> (Self, Vec<Receiver<Job>>) {
+        let (jobs, queues) = (0..count).map(|_| unbounded()).unzip();
+        (Self { jobs, closers: vec![], threads: vec![] }, queues)
+    }
+
     /// Number of connections.
     pub(super) fn count(&self) -> usize {
         self.jobs.len()

@@ -75,6 +75,7 @@ impl Default for Guest {
 impl Vm for Guest {
     type Content = Position;
     type Image = Position;
+    type Primary = crate::host::primary::Engine;
 
     fn copy(&mut self) -> Option<Position> {
         None

@@ -6,8 +6,9 @@ use std::hash::Hash;
 
 use replication::ids::{EpochId, Generation};
 use replication::protocol::backup::Handover;
-use replication::protocol::primary::Primary;
 use replication::wire::Base;
+
+use crate::host::Protects;
 
 /// A machine that runs on a host; the part of `replication::guest::Guest` that matters to order, and how
 /// its memory comes to a backup.
@@ -16,6 +17,8 @@ pub trait Vm: Debug {
     type Content: Clone + Debug + PartialEq + Eq + Hash;
     /// What a backup has of it.
     type Image: Clone + Debug + PartialEq + Eq + Hash + Default;
+    /// What protects it.
+    type Primary: Protects;
 
     /// Whether what either side has of a session that ended counts in the next one.
     const CALLS_AGAIN: bool = false;
@@ -42,9 +45,9 @@ pub trait Vm: Debug {
     /// Nothing more is sent to this backup, nor heard from it.
     fn close(&mut self) {}
 
-    /// The session is over, as its machine says.
-    fn ends(&mut self, machine: &Primary) {
-        let _ = machine;
+    /// What protected it is over.
+    fn ends(vm: Option<&mut Self>, primary: Self::Primary) {
+        let _ = (vm, primary);
     }
 
     /// Output is held from here on.

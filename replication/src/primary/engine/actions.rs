@@ -1,10 +1,11 @@
 //! What the engine does when its machine says so.
 
 use super::{
-    Action, Degrade, Engine, Error, Event, Guest, HANDOVER_TIMEOUTS, Instant, Message, Report,
+    Action, Degrade, Engine, Error, Event, Guest, HANDOVER_TIMEOUTS, Message, Report,
     Standing, State, Told, Work,
 };
 use crate::checking::reach;
+use crate::engine::clock;
 use crate::handover::Legacy;
 use crate::primary::rest::Rest;
 use crate::protocol::ownership::Verdict;
@@ -18,7 +19,11 @@ impl<G: Guest> Engine<'_, G> {
             let generation = self.machine.generation();
             tracing::warn!("the backup of generation {generation} is given up: {reason}");
         }
+        #[cfg(any(test, feature = "testing"))]
+        let before = self.machine.state();
         let actions = self.machine.step(event);
+        #[cfg(any(test, feature = "testing"))]
+        crate::engine::trace::primary(before, self.machine.state());
         // An end is shown only once all that it says is so.
         if !self.is_over() {
             self.show();
@@ -78,7 +83,7 @@ impl<G: Guest> Engine<'_, G> {
             }
             Action::Handed(epoch) => {
                 self.guest.hand_over_output(epoch);
-                self.handover_due = Some(Instant::now() + self.timeout() * HANDOVER_TIMEOUTS);
+                self.handover_due = Some(clock::now() + self.timeout() * HANDOVER_TIMEOUTS);
                 reach("handed");
                 self.status.lock().info.epoch_committed = epoch.0;
             }
@@ -107,7 +112,7 @@ impl<G: Guest> Engine<'_, G> {
     }
 
     pub(super) fn release(&mut self) {
-        if let Err(error) = self.sealer.release(self.guest) {
+        if let Err(error) = self.sealer.release(&mut *self.guest) {
             let line = error.chain();
             self.status.failed(&line);
             tracing::error!("{line}");

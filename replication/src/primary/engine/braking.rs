@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::{Engine, Error, Event, Guest, REST_PAGES, Work};
 use crate::capture::brake::Brake;
+use crate::engine::clock;
 
 /// The brake of the pass that is under way.
 pub(super) struct Braking {
@@ -25,7 +26,7 @@ impl<G: Guest> Engine<'_, G> {
         self.braking = Some(Braking {
             rule: Brake::new(self.rest_max()),
             sent_before: self.status.counters.synced_pages.load(Ordering::Relaxed),
-            looked: Instant::now(),
+            looked: clock::now(),
         });
     }
 
@@ -56,17 +57,17 @@ impl<G: Guest> Engine<'_, G> {
         let counted =
             counted.map_err(|source| Error::Guest { what: "count the dirty pages", source })?;
         if counted.is_none() {
-            self.sealer.harvest(self.guest)?;
+            self.sealer.harvest(&mut *self.guest)?;
         }
         let written = counted.unwrap_or(0).saturating_add(self.sealer.dirty.pages().len());
         let sent = self.status.counters.synced_pages.load(Ordering::Relaxed);
-        let now = Instant::now();
+        let now = clock::now();
         let Some(braking) = &mut self.braking else { return Ok(()) };
         let ran = (!stands).then(|| now - braking.looked);
         braking.looked = now;
         match braking.rule.is_held(sent.saturating_sub(braking.sent_before), written, ran) {
-            true => self.sealer.hold_up(self.guest),
-            false => self.sealer.release(self.guest).map(|_| ()),
+            true => self.sealer.hold_up(&mut *self.guest),
+            false => self.sealer.release(&mut *self.guest).map(|_| ()),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use api::replication::Cow;
 
@@ -13,6 +13,7 @@ use super::{
 use crate::capture::cow::Share;
 use crate::checking::reach;
 use crate::disk::Change;
+use crate::engine::clock;
 use crate::guest::{MachineState, STATE_BYTES_MAX};
 use crate::ids::{EpochId, PAGE_SIZE};
 use crate::primary::disk::Job as DiskJob;
@@ -33,14 +34,14 @@ impl<G: Guest> Engine<'_, G> {
         }
         if busy || !(self.first || self.output_waiting()) {
             // What is harvested while the guest runs need not be harvested in the pause.
-            if let Err(error) = self.sealer.harvest(self.guest) {
+            if let Err(error) = self.sealer.harvest(&mut *self.guest) {
                 return self.step(Event::GiveUp(error.chain()));
             }
         }
         if busy {
-            self.last_look = Instant::now();
+            self.last_look = clock::now();
             if self.cadence.is_near_full(self.sealer.dirty.pages().len())
-                && let Err(error) = self.sealer.hold_up(self.guest)
+                && let Err(error) = self.sealer.hold_up(&mut *self.guest)
             {
                 // Bounded memory slows the guest, as does the link.
                 self.step(Event::GiveUp(error.chain()));
@@ -49,7 +50,7 @@ impl<G: Guest> Engine<'_, G> {
         }
         let quiet = self.sealer.dirty.pages().is_empty() && !self.output_waiting();
         if quiet && !self.first {
-            self.last_seal = Instant::now();
+            self.last_seal = clock::now();
             return;
         }
         self.seal();
@@ -57,7 +58,7 @@ impl<G: Guest> Engine<'_, G> {
 
     /// Whether the epoch is one that may last longer than `epoch_ms`, and is still small.
     fn goes_on(&mut self) -> Result<bool, Error> {
-        let now = Instant::now();
+        let now = clock::now();
         let over = self.last_seal + self.cadence.interval(self.output_waiting());
         // A guest that stands has waited long enough.
         if self.first || self.sealer.stands() || now >= over {
@@ -80,15 +81,15 @@ impl<G: Guest> Engine<'_, G> {
     pub(super) fn seal(&mut self) {
         let epoch = self.sealed.next();
         let handover = self.handover;
-        let began = Instant::now();
+        let began = clock::now();
         let output = Arc::clone(&self.output);
         let mut waited = self.output_waiting();
         let quiet = || waited |= output.swap(false, Ordering::AcqRel);
-        if let Err(error) = self.sealer.ahead(self.guest) {
+        if let Err(error) = self.sealer.ahead(&mut *self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         let room = self.room();
-        let pause = self.sealer.seal(self.guest, epoch, handover, &room, quiet);
+        let pause = self.sealer.seal(&mut *self.guest, epoch, handover, &room, quiet);
         if waited {
             self.cadence.output();
         }
@@ -105,13 +106,13 @@ impl<G: Guest> Engine<'_, G> {
             // The guest stands until there is room: the backup is to have all of this in one epoch.
             Ok(Pause::TooLarge { .. }) if !self.in_flight.is_empty() => {
                 self.awaits_room = true;
-                if let Err(error) = self.sealer.hold_up(self.guest) {
+                if let Err(error) = self.sealer.hold_up(&mut *self.guest) {
                     self.step(Event::GiveUp(error.chain()));
                 }
             }
             Ok(Pause::TooLarge { .. }) if self.first && self.log_is_over() => {
                 // Nothing is committed yet: what was logged is marked and copied again.
-                if let Err(error) = self.sealer.release(self.guest) {
+                if let Err(error) = self.sealer.release(&mut *self.guest) {
                     return self.step(Event::GiveUp(error.chain()));
                 }
                 self.call_off_log();
@@ -159,7 +160,7 @@ impl<G: Guest> Engine<'_, G> {
     ) -> Result<(), Error> {
         reach("sealed");
         let Sealed { state, source, log, stood, steps } = sealed;
-        let sealed_at = Instant::now();
+        let sealed_at = clock::now();
         self.sealed = epoch;
         self.first = false;
         let set = Arc::clone(self.sealer.sealed());
@@ -246,7 +247,7 @@ impl<G: Guest> Engine<'_, G> {
                 // A link that is slow is known to be so before the first epoch.
                 // But for pages that were left out.
                 if !(pass == 0 && self.opens_zero && self.straight.is_some()) {
-                    self.cadence.sent(pages, since.elapsed());
+                    self.cadence.sent(pages, clock::since(since));
                 }
                 self.copied(pass, pages);
             }
@@ -256,14 +257,14 @@ impl<G: Guest> Engine<'_, G> {
             }
             // With cow=off the guest stood until now.
             Work::Epochs if self.options.cow == Cow::Off && !self.handover => {
-                match self.sealer.release(self.guest) {
+                match self.sealer.release(&mut *self.guest) {
                     Ok(stood) => self.status.lock().pause_us.add_time(stood),
                     Err(error) => self.step(Event::GiveUp(error.chain())),
                 }
             }
             Work::Epochs => {
                 if let Some(last) = self.in_flight.last() {
-                    self.cadence.sent(last.pages, last.sealed_at.elapsed());
+                    self.cadence.sent(last.pages, clock::since(last.sealed_at));
                 }
             }
             // The memory of a guest that stands has been read.
@@ -278,19 +279,19 @@ impl<G: Guest> Engine<'_, G> {
 
     /// One pass of a copy straight into the backup's image, while the guest runs.
     pub(super) fn copy(&mut self, pass: u32) {
-        if let Err(error) = self.sealer.harvest(self.guest) {
+        if let Err(error) = self.sealer.harvest(&mut *self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         if std::mem::take(&mut self.fresh) {
             // The backup's memory is new: it reads as zero, too.
-            self.sealer.dirty.drop_untouched(self.guest);
+            self.sealer.dirty.drop_untouched(&mut *self.guest);
         }
         let set = self.sealer.take();
         let pages = set.len();
         if pass == 0 {
             self.begin_progress(pages);
         }
-        self.work = Work::Copying { pass, pages, since: Instant::now() };
+        self.work = Work::Copying { pass, pages, since: clock::now() };
         if pass > 0 {
             self.begin_brake();
         }
@@ -315,7 +316,7 @@ impl<G: Guest> Engine<'_, G> {
             self.work = Work::Opening;
             return self.approached();
         }
-        if let Err(error) = self.sealer.harvest(self.guest) {
+        if let Err(error) = self.sealer.harvest(&mut *self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         let rest = self.sealer.dirty.pages().len();
@@ -401,7 +402,7 @@ impl<G: Guest> Engine<'_, G> {
             self.guest.hold_output();
         }
         self.work = Work::Epochs;
-        (self.last_seal, self.waited) = (Instant::now(), self.sealer.waited());
+        (self.last_seal, self.waited) = (clock::now(), self.sealer.waited());
         self.seal();
     }
 

@@ -30,11 +30,11 @@
 //! something sent through the rings, where WRITEs were made.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use api::replication::{Compression, Cow, RdmaPin};
 
 use super::{Engine, Error, Event, Guest, Message, Source, WireError, Work};
+use crate::engine::clock;
 use crate::ids::{EpochId, PAGE_SIZE};
 use crate::primary::send::Straight;
 use crate::protocol::advance::{self, Next, Side};
@@ -75,14 +75,14 @@ impl<G: Guest> Engine<'_, G> {
         if !is_wanted || !(is_first || is_lent && !self.fresh) || !self.approach.is_over() {
             return false;
         }
-        if let Err(error) = self.sealer.harvest(self.guest) {
+        if let Err(error) = self.sealer.harvest(&mut *self.guest) {
             self.step(Event::GiveUp(error.chain()));
             return true;
         }
         self.opens_zero = self.fresh;
         if std::mem::take(&mut self.fresh) {
             // Before the memory is registered, which touches all of it.
-            self.sealer.dirty.drop_untouched(self.guest);
+            self.sealer.dirty.drop_untouched(&mut *self.guest);
         } else if self.sealer.dirty.pages().len() < self.sealer.ram.pages() / WORTH_PART {
             return false;
         }
@@ -95,7 +95,7 @@ impl<G: Guest> Engine<'_, G> {
 
     /// A device may take its time for a memory, on either side.
     fn await_answer(&mut self) {
-        self.window_due = Some(Instant::now() + registering_patience(self.sealer.ram.bytes()));
+        self.window_due = Some(clock::now() + registering_patience(self.sealer.ram.bytes()));
     }
 
     /// Goes on with the copy as far as it is known which way that goes.
@@ -127,7 +127,7 @@ impl<G: Guest> Engine<'_, G> {
 
     /// A part of the first pass: of pages that no part had, those that are ready on both sides by now.
     fn copy_part(&mut self, first: u64, pages: u64) {
-        if let Err(error) = self.sealer.harvest(self.guest) {
+        if let Err(error) = self.sealer.harvest(&mut *self.guest) {
             return self.step(Event::GiveUp(error.chain()));
         }
         if first == 0 {
@@ -140,7 +140,7 @@ impl<G: Guest> Engine<'_, G> {
         let set = Arc::new(self.sealer.dirty.take_range(first, pages));
         copying.copied.union(&set);
         let window = Arc::clone(&copying.window);
-        self.work = Work::Copying { pass: 0, pages: set.len(), since: Instant::now() };
+        self.work = Work::Copying { pass: 0, pages: set.len(), since: clock::now() };
         let is_zero = self.opens_zero;
         self.give(EpochId(0), Source::Straight(Arc::new(Straight { pages: set, window, is_zero })));
     }

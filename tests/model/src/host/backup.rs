@@ -11,7 +11,7 @@ use replication::protocol::ownership::{self as claim, Claim, Verdict};
 use replication::protocol::primary::IN_FLIGHT_MAX;
 use replication::wire::Base;
 
-use super::{Around, Effect, Message, Seal, Step, asked, misread};
+use super::{Around, Effect, Message, Protects, Seal, Step, asked, misread};
 use crate::broken::Broken;
 use crate::vm::Vm;
 
@@ -115,9 +115,8 @@ impl<V: Vm> Engine<V> {
 
     /// What an old primary is from the moment that the pair is reversed.
     #[must_use]
-    pub fn heir(before: &super::primary::Engine, image: V::Image) -> Self {
-        let identity = before.identity();
-        let (generation, epoch) = (before.machine.generation(), before.sealed());
+    pub fn heir(identity: HostIdentity, before: &V::Primary, image: V::Image) -> Self {
+        let (generation, epoch) = (before.machine().generation(), before.sealed());
         Self {
             machine: Backup::heir(generation, epoch),
             vm: Some(identity.vm),

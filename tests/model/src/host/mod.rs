@@ -12,6 +12,7 @@ use replication::ownership::{HostId, HostIdentity};
 use replication::protocol::asking::{Asking, Next};
 use replication::protocol::backup::Handover;
 use replication::protocol::ownership::{self as claim, Verdict};
+use replication::protocol::primary::{Primary, State};
 
 use crate::broken::Broken;
 use crate::vm::Vm;
@@ -89,22 +90,60 @@ impl<V: Vm> Around<'_, V> {
     }
 }
 
+/// What protects a machine, around the machine that ships.
+pub trait Protects: std::fmt::Debug {
+    /// Of a machine that was handed over by what is its backup since; not connected yet.
+    fn reversed(
+        identity: HostIdentity,
+        backup: HostId,
+        generation: Generation,
+        epoch: EpochId,
+    ) -> Self;
+
+    fn machine(&self) -> &Primary;
+
+    fn backup(&self) -> HostId;
+
+    /// The last epoch that was sealed.
+    fn sealed(&self) -> EpochId;
+
+    fn is_connected(&self) -> bool;
+
+    /// Whether a claim waits for its timer.
+    fn waits(&self) -> bool;
+
+    fn is_over(&self) -> bool {
+        use State::{Alone, Failed, Gone, Heir, Stopped};
+        matches!(self.machine().state(), Alone | Gone | Heir | Stopped | Failed)
+    }
+
+    /// Whether the old host of a switch-over has not answered yet.
+    fn is_calling(&self) -> bool {
+        self.machine().state() == State::Calling
+    }
+
+    /// Whether this side is the backup of the pair that it was the primary of.
+    fn is_heir(&self) -> bool {
+        self.machine().state() == State::Heir
+    }
+}
+
 /// What runs on a host beside the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Role<V: Vm> {
+pub enum Role<V: Vm, P = <V as Vm>::Primary> {
     /// Nothing: there is a machine that is not protected, or not even that.
     None,
-    Primary(primary::Engine),
+    Primary(P),
     Backup(backup::Engine<V>),
 }
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Host<V: Vm> {
+pub struct Host<V: Vm, P = <V as Vm>::Primary> {
     pub alive: bool,
     pub identity: HostIdentity,
     pub vm: Option<V>,
-    pub role: Role<V>,
+    pub role: Role<V, P>,
 }
 
 impl<V: Vm> Host<V> {
@@ -140,25 +179,27 @@ impl<V: Vm> Host<V> {
         let (next, over) = match &self.role {
             Role::Primary(engine) => {
                 let vm = self.vm.as_ref().filter(|_| engine.is_heir());
-                let heir = vm.map(|vm| Role::Backup(backup::Engine::heir(engine, vm.kept())));
+                let me = self.identity;
+                let heir = vm.map(|vm| Role::Backup(backup::Engine::heir(me, engine, vm.kept())));
                 (heir, engine.is_over())
             }
             Role::Backup(engine) => {
                 let reversed = engine.reversed().map(|(backup, generation, epoch)| {
-                    primary::Engine::reversed(self.identity, backup, generation, epoch)
+                    V::Primary::reversed(self.identity, backup, generation, epoch)
                 });
                 (reversed.map(Role::Primary).filter(|_| self.vm.is_some()), engine.is_over())
             }
             Role::None => (None, false),
         };
         if over {
-            if let (Role::Primary(engine), Some(vm)) = (&self.role, &mut self.vm) {
-                vm.ends(&engine.machine);
+            let inherits = matches!(next, Some(Role::Backup(_)));
+            let before = std::mem::replace(&mut self.role, next.unwrap_or(Role::None));
+            if let Role::Primary(engine) = before {
+                V::ends(self.vm.as_mut(), engine);
             }
-            if matches!(next, Some(Role::Backup(_))) {
+            if inherits {
                 self.vm = None;
             }
-            self.role = next.unwrap_or(Role::None);
         }
         over
     }
@@ -174,7 +215,7 @@ impl<V: Vm> Host<V> {
     }
 
     #[must_use]
-    pub fn primary(&self) -> Option<&primary::Engine> {
+    pub fn primary(&self) -> Option<&V::Primary> {
         match &self.role {
             Role::Primary(engine) => Some(engine),
             _ => None,
@@ -203,7 +244,7 @@ impl<V: Vm> Host<V> {
     #[must_use]
     pub fn waits(&self) -> bool {
         match &self.role {
-            Role::Primary(engine) => engine.waits,
+            Role::Primary(engine) => engine.waits(),
             Role::Backup(engine) => engine.waits,
             Role::None => false,
         }
@@ -213,7 +254,7 @@ impl<V: Vm> Host<V> {
     #[must_use]
     pub fn generation(&self) -> Option<Generation> {
         match &self.role {
-            Role::Primary(engine) => Some(engine.machine.generation()),
+            Role::Primary(engine) => Some(engine.machine().generation()),
             Role::Backup(engine) => Some(engine.machine.generation()),
             Role::None => None,
         }

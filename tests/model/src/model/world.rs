@@ -16,7 +16,7 @@ use super::properties;
 use crate::arbiter::{Arbiter, Fate};
 use crate::ghost::Ghost;
 use crate::guest::{Guest, Position};
-use crate::host::{Around, Effect, Host, Message, Role, backup, primary};
+use crate::host::{Around, Effect, Host, Message, Protects, Role, backup, primary};
 
 /// One of the two hosts.
 pub type At = usize;

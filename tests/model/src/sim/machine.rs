@@ -1,16 +1,18 @@
 //! The simulator's machine: memory, a server of counters in it, lines on a console, and the gates that
 //! ship in front of both.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use devices::output_gate::OutputGate;
 use devices::virtio::net::gate::{Limits, TxGate};
-use replication::guest::{Guest, GuestError, MachineState};
+use replication::guest::{Guest, GuestError, MachineState, Waker};
 use replication::ids::{EpochId, Generation};
-use replication::primary::simulated::{Broken as SendingBroken, Rest, Sending, Terms};
+use replication::primary::simulated::{Rest, Terms};
 use replication::protocol::backup::Handover;
-use replication::protocol::primary::Primary;
 use replication::ram::{PageSet, Ram};
 use replication::wire::Base;
 
+use super::driver::Driver;
 use super::image::{Content, Image, State};
 use super::memory::{self, PAGES};
 use crate::broken::Broken;
@@ -46,23 +48,34 @@ pub struct Inside {
     is_quiesced: bool,
     /// Tracking began: everything counts as written.
     is_all_dirty: bool,
-    /// The epoch that is being sealed, and whether it is a last one.
-    sealing: (EpochId, bool),
+    /// The epoch that is being sealed is the last one of a switch-over.
+    is_last: bool,
+    /// Replication has ended it.
+    pub is_destroyed: bool,
+    broken: Option<Broken>,
     /// What has left since somebody looked.
     out: Vec<Output>,
 }
 
+/// What an engine has of it.
+#[derive(Clone, Debug)]
+pub struct Handle(Arc<Mutex<Inside>>);
+
+impl Handle {
+    fn lock(&self) -> MutexGuard<'_, Inside> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 #[derive(Debug)]
 pub struct Machine {
-    pub inside: Inside,
-    sending: Option<Sending>,
+    handle: Handle,
     /// What the backup may have of the session before.
-    rest: Option<Rest>,
+    pub rest: Option<Rest>,
     /// It was protected before, and is alone: nobody has ended that.
-    again: bool,
+    pub again: bool,
     /// Of a switch-over.
-    last: Option<(State, Terms)>,
-    broken: Option<Broken>,
+    pub last: Option<(State, Terms)>,
 }
 
 impl Machine {
@@ -79,10 +92,25 @@ impl Machine {
             net: TxGate::new(1, Limits::default()),
             is_quiesced: false,
             is_all_dirty: false,
-            sealing: (EpochId(0), false),
+            is_last: false,
+            is_destroyed: false,
+            broken: None,
             out: vec![],
         };
-        Self { inside, sending: None, rest: None, again: false, last: None, broken: None }
+        let handle = Handle(Arc::new(Mutex::new(inside)));
+        Self { handle, rest: None, again: false, last: None }
+    }
+
+    #[must_use]
+    pub fn inside(&self) -> MutexGuard<'_, Inside> {
+        self.handle.lock()
+    }
+
+    /// What an engine drives, with a rule broken or not.
+    #[must_use]
+    pub fn handle(&self, broken: Option<Broken>) -> Handle {
+        self.inside().broken = broken;
+        self.handle.clone()
     }
 
     /// The machine of an image that nobody writes any more, with output held or free.
@@ -93,15 +121,17 @@ impl Machine {
             false => History::start(&state.position),
         };
         let mut machine = Self::with(history, image.ram());
-        let inside = &mut machine.inside;
+        let mut inside = machine.handle.lock();
         if held {
-            inside.hold_output();
+            inside.hold();
         }
         inside.console.write(&state.console);
+        let ram = inside.ram.clone();
+        drop(inside);
         if state.position.handover {
             // What it writes is noted from its first instruction on, and the old host has the rest.
             let mut before = PageSet::new(PAGES as u64);
-            inside.ram.drain_written(&mut before);
+            ram.drain_written(&mut before);
             machine.rest = image.terms().map(|terms| {
                 let (generation, committed) = (state.generation, state.epoch);
                 let session = terms.session.0;
@@ -113,8 +143,8 @@ impl Machine {
     }
 
     #[must_use]
-    pub fn ram(&self) -> &Ram {
-        &self.inside.ram
+    pub fn ram(&self) -> Ram {
+        self.inside().ram.clone()
     }
 
     fn runs(&self) -> bool {
@@ -127,7 +157,8 @@ impl Machine {
         if !self.runs() {
             return true;
         }
-        let ram = &self.inside.ram;
+        let inside = self.inside();
+        let ram = &inside.ram;
         let served = memory::read(ram, client, 0);
         if request > served + 1 {
             return false;
@@ -136,7 +167,7 @@ impl Machine {
         let total: u64 = (0..CLIENTS).map(|client| memory::read(ram, client, 0)).sum();
         let frame = [client as u64, request, total].map(u64::to_le_bytes).concat();
         // A full gate keeps the guest from sending: the client asks again.
-        let _ = self.inside.net.push(0, frame);
+        let _ = inside.net.push(0, frame);
         true
     }
 
@@ -146,65 +177,48 @@ impl Machine {
             return;
         }
         let count = if value.is_multiple_of(BURST) { BURST_PAGES } else { 1 };
+        self.writes(page, count, value);
+    }
+
+    /// Writes all that it computes with.
+    pub fn floods(&mut self, value: u64) {
+        if self.runs() {
+            self.writes(0, PAGES - FREE_PAGES, value);
+        }
+    }
+
+    fn writes(&self, page: usize, count: usize, value: u64) {
+        let ram = self.ram();
         for at in page..page + count {
             let page = FREE_PAGES + at % (PAGES - FREE_PAGES);
-            memory::scribble(&self.inside.ram, page, value);
+            memory::scribble(&ram, page, value);
         }
     }
 
     /// Says the next line.
     pub fn line(&mut self) {
         if self.runs() {
-            let line = memory::read(&self.inside.ram, LINE_PAGE, 0) + 1;
-            memory::write(&self.inside.ram, LINE_PAGE, 0, line);
-            self.inside.console.write(format!("{line}\n").as_bytes());
+            let inside = self.inside();
+            let line = memory::read(&inside.ram, LINE_PAGE, 0) + 1;
+            memory::write(&inside.ram, LINE_PAGE, 0, line);
+            inside.console.write(format!("{line}\n").as_bytes());
         }
     }
 
     /// What has left. The console's writer may be behind.
     pub fn leaves(&mut self, console: bool) -> Vec<Output> {
-        self.inside.transmit();
+        let mut inside = self.inside();
+        inside.transmit();
         if console {
-            self.inside.print();
+            inside.print();
         }
-        std::mem::take(&mut self.inside.out)
+        std::mem::take(&mut inside.out)
     }
 
     /// What a primary would ask a backup for, and whether it is called again.
     #[must_use]
     pub fn calls(&self) -> (Option<Base>, bool) {
         (self.rest.as_ref().map(Rest::base), self.again)
-    }
-
-    /// A session begins.
-    pub fn open(
-        &mut self,
-        terms: Terms,
-        sealed: EpochId,
-        has_base: bool,
-        (delta, lz4): (bool, bool),
-        broken: Option<Broken>,
-    ) {
-        self.broken = broken;
-        let breaks = SendingBroken {
-            stale_deltas: broken == Some(Broken::DeltaOfAnother),
-            forgets: broken == Some(Broken::RestForgets),
-        };
-        let rest = self.rest.take();
-        let mut sending = Sending::open(&mut self.inside, terms, sealed, rest, has_base, breaks);
-        sending.choose(delta, lz4);
-        self.sending = Some(sending);
-    }
-
-    #[must_use]
-    pub fn sending(&mut self) -> Option<&mut Sending> {
-        self.sending.as_mut()
-    }
-
-    /// Whether something is to be sent yet.
-    #[must_use]
-    pub fn is_sending(&self) -> bool {
-        self.sending.as_ref().is_some_and(Sending::is_sending)
     }
 }
 
@@ -242,11 +256,44 @@ impl Inside {
     }
 }
 
-impl Guest for Inside {
+impl Inside {
+    fn hold(&mut self) {
+        self.history.hold();
+        self.console.hold();
+        self.net.hold();
+    }
+
+    fn commit(&mut self, epoch: EpochId) {
+        self.history.commit(epoch);
+        let early = self.broken == Some(Broken::GateLetsNextOut);
+        let epoch = if early { epoch.next() } else { epoch };
+        self.console.commit(epoch.0);
+        self.net.commit(epoch.0);
+    }
+
+    fn hand_over(&mut self, epoch: EpochId) {
+        self.history.hand_over(epoch);
+        self.net.commit(epoch.0);
+    }
+
+    /// All output leaves.
+    pub fn pass(&mut self) {
+        self.history.pass();
+        self.console.pass();
+        self.net.pass();
+    }
+
+    fn run(&mut self) {
+        self.is_quiesced = false;
+        self.history.release();
+    }
+}
+
+impl Guest for Handle {
     type State = State;
 
     fn ram(&self) -> Ram {
-        self.ram.clone()
+        self.lock().ram.clone()
     }
 
     fn describe(&mut self) -> Result<Vec<u8>, GuestError> {
@@ -254,7 +301,7 @@ impl Guest for Inside {
     }
 
     fn start_tracking(&mut self) -> Result<(), GuestError> {
-        self.is_all_dirty = true;
+        self.lock().is_all_dirty = true;
         Ok(())
     }
 
@@ -263,61 +310,86 @@ impl Guest for Inside {
     }
 
     fn quiesce(&mut self) -> Result<(), GuestError> {
-        self.is_quiesced = true;
+        let mut inside = self.lock();
+        (inside.is_quiesced, inside.is_last) = (true, false);
         Ok(())
     }
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
-        self.ram.drain_written(dirty);
-        if std::mem::take(&mut self.is_all_dirty) {
+        let mut inside = self.lock();
+        inside.ram.drain_written(dirty);
+        if std::mem::take(&mut inside.is_all_dirty) {
             dirty.insert_range(replication::ids::PageIndex(0), PAGES as u64);
         }
         Ok(())
     }
 
     fn capture(&mut self) -> Result<State, GuestError> {
-        let (epoch, is_last) = self.sealing;
-        let position = self.history.interval(epoch, is_last);
-        let console = self.console.pending();
+        let inside = self.lock();
+        let History { incarnation, open, .. } = inside.history;
+        let position = Position { incarnation, at: open, handover: inside.is_last };
+        let console = inside.console.pending();
         // Which pair's it is the seal says.
-        Ok(State { position, console, epoch, generation: Generation(0) })
+        Ok(State { position, console, epoch: EpochId(0), generation: Generation(0) })
     }
 
     fn hold_output(&mut self) {
-        self.console.hold();
-        self.net.hold();
+        self.lock().hold();
     }
 
     fn seal_output(&mut self, epoch: EpochId) {
-        self.console.seal(epoch.0);
-        self.net.seal(epoch.0);
+        let mut inside = self.lock();
+        let is_last = inside.is_last;
+        inside.history.interval(epoch, is_last);
+        inside.console.seal(epoch.0);
+        inside.net.seal(epoch.0);
+        if inside.broken == Some(Broken::ReleaseBeforeAck) {
+            inside.commit(epoch);
+        }
     }
 
     fn settle_output(&mut self) {
-        self.print();
+        let mut inside = self.lock();
+        inside.is_last = true;
+        inside.print();
     }
 
     fn release(&mut self) -> Result<(), GuestError> {
-        self.is_quiesced = false;
+        self.lock().run();
         Ok(())
     }
 
     fn commit_output(&mut self, epoch: EpochId) {
-        self.console.commit(epoch.0);
-        self.net.commit(epoch.0);
+        self.lock().commit(epoch);
     }
 
     fn hand_over_output(&mut self, epoch: EpochId) {
-        self.net.commit(epoch.0);
+        let mut inside = self.lock();
+        match inside.broken {
+            Some(Broken::HandedIsSaid) => inside.commit(epoch),
+            _ => inside.hand_over(epoch),
+        }
     }
 
     fn pass_output(&mut self) {
-        self.console.pass();
-        self.net.pass();
+        self.lock().pass();
     }
 
     fn output_held_bytes(&self) -> u64 {
-        self.console.held_bytes() as u64
+        let inside = self.lock();
+        (inside.console.held_bytes() + inside.net.held_bytes()) as u64
+    }
+
+    fn output_waiting(&self) -> bool {
+        let inside = self.lock();
+        inside.console.open_bytes() + inside.net.open_bytes() > 0
+    }
+
+    fn set_output_waker(&mut self, waker: Waker) {
+        let waker: devices::output_gate::Waker = Arc::new(move || waker.wake());
+        let inside = self.lock();
+        inside.console.set_waker(Arc::clone(&waker));
+        inside.net.set_waker(waker);
     }
 
     fn suspend(&mut self) -> Result<(), GuestError> {
@@ -329,8 +401,14 @@ impl Guest for Inside {
     }
 
     fn destroy(&mut self) {
-        self.console.discard();
-        self.net.discard();
+        let mut inside = self.lock();
+        if inside.broken == Some(Broken::LoserGoesOn) {
+            inside.pass();
+            return inside.run();
+        }
+        inside.is_destroyed = true;
+        inside.console.discard();
+        inside.net.discard();
     }
 }
 
@@ -348,95 +426,49 @@ impl MachineState for State {
 impl Vm for Machine {
     type Content = Content;
     type Image = Image;
+    type Primary = Driver;
 
     const CALLS_AGAIN: bool = true;
 
     fn copy(&mut self) -> Option<Content> {
-        if let Some(sending) = &mut self.sending {
-            sending.copy(&mut self.inside);
-        }
         None
     }
 
-    fn seal(
-        &mut self,
-        epoch: EpochId,
-        generation: Generation,
-        handover: Handover,
-    ) -> Option<Content> {
-        self.inside.sealing = (epoch, handover != Handover::No);
-        let sending = self.sending.as_mut()?;
-        let seal = sending.seal(&mut self.inside, epoch, generation, handover)?;
-        let content = Content { pages: seal.pages, state: seal.state };
-        if handover != Handover::No {
-            let state = State::parse(&content.state, epoch, generation).ok()?;
-            self.last = Some((state, sending.terms()));
-        }
-        Some(content)
+    fn seal(&mut self, _: EpochId, _: Generation, _: Handover) -> Option<Content> {
+        unreachable!("only the engine that ships seals a simulated machine")
     }
 
-    fn acked(&mut self) {
-        if let Some(sending) = &mut self.sending {
-            sending.acked();
-        }
-    }
-
-    fn hold_up(&mut self) {
-        if let Some(sending) = &mut self.sending {
-            sending.hold_up(&mut self.inside);
-        }
-    }
-
-    fn close(&mut self) {
-        if let Some(sending) = &mut self.sending {
-            sending.close();
-        }
-    }
-
-    fn ends(&mut self, machine: &Primary) {
-        let Some(mut sending) = self.sending.take() else { return };
-        self.again = machine.may_go_on();
-        if !self.inside.history.stands() {
-            // For a copy, an epoch or room it stood in this session only.
-            sending.release(&mut self.inside);
-        }
-        self.rest = if self.again { sending.rest(machine) } else { None };
+    fn ends(vm: Option<&mut Self>, primary: Driver) {
+        primary.ends(vm);
     }
 
     fn hold(&mut self) {
-        self.inside.history.hold();
-        self.inside.hold_output();
+        self.inside().hold();
     }
 
     fn commit(&mut self, epoch: EpochId) {
-        self.inside.history.commit(epoch);
-        let early = self.broken == Some(Broken::GateLetsNextOut);
-        self.inside.commit_output(if early { epoch.next() } else { epoch });
+        self.inside().commit(epoch);
     }
 
     fn hand_over(&mut self, epoch: EpochId) {
-        self.inside.history.hand_over(epoch);
-        self.inside.hand_over_output(epoch);
+        self.inside().hand_over(epoch);
     }
 
     fn pass(&mut self) {
-        self.inside.history.pass();
-        self.inside.pass_output();
+        self.inside().pass();
     }
 
     fn release(&mut self) {
-        self.inside.history.release();
-        if let Some(sending) = &mut self.sending {
-            sending.release(&mut self.inside);
-        }
+        self.inside().run();
     }
 
     fn stands(&self) -> bool {
-        self.inside.history.stands() || self.inside.is_quiesced
+        let inside = self.inside();
+        inside.history.stands() || inside.is_quiesced
     }
 
     fn is_free(&self) -> bool {
-        self.inside.history.is_free()
+        self.inside().history.is_free()
     }
 
     fn fits(image: &Image, base: &Base, generation: Generation, committed: EpochId) -> bool {
@@ -463,6 +495,6 @@ impl Vm for Machine {
 
     fn kept(&self) -> Image {
         let (state, terms) = self.last.clone().expect("it stands for its last seal");
-        Image::of(self.inside.ram.clone(), state, terms)
+        Image::of(self.ram(), state, terms)
     }
 }

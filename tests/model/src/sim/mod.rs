@@ -2,6 +2,7 @@
 //! by a seed, which reproduces it exactly.
 
 pub mod coverage;
+pub mod driver;
 pub mod image;
 pub mod machine;
 pub mod memory;

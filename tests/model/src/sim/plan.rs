@@ -17,6 +17,7 @@ pub struct Plan {
     pub heartbeat_us: u64,
     pub timeout_us: u64,
     pub epoch_us: u64,
+    pub epoch_min_ms: u64,
     /// Longest way of a message; longest wait for the arbiter.
     pub delay_us_max: u64,
     pub arbiter_us_max: u64,
@@ -47,6 +48,7 @@ impl Plan {
             heartbeat_us: timeout_us / 5,
             timeout_us,
             epoch_us: rng.random_range(8_000..60_000),
+            epoch_min_ms: rng.random_range(1..10),
             delay_us_max: rng.random_range(200..20_000),
             arbiter_us_max: rng.random_range(1_000..200_000),
             fault_every_us: rng.random_range(S / 2..4 * S),

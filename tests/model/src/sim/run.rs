@@ -4,16 +4,19 @@ mod connection;
 mod control;
 mod engines;
 mod files;
+mod primary_side;
 mod trouble;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use replication::VmId;
 use replication::ids::Generation;
-use replication::ownership::{HostId, HostIdentity, Record, Standing};
+use replication::ownership::{HostId, HostIdentity, Known, Record, Standing};
+use replication::primary::simulated::set_time;
 use replication::protocol::backup::State as BackupState;
 use replication::protocol::ownership::{self as claim};
 use replication::protocol::primary::State as PrimaryState;
@@ -29,14 +32,12 @@ use super::storage::{Client, Storage};
 use crate::arbiter::{Arbiter, Fate};
 use crate::broken::Broken;
 use crate::ghost::Ghost;
-use crate::host::{Around, Effect, Host, Message, Role, Step, backup, primary};
+use crate::host::{Around, Effect, Host, Message, Protects, Role, Step, backup, primary};
 use crate::vm::Vm;
 use control::Control;
 
 /// Positions of a history are counted in 16 bits.
 const SEALS_MAX: u16 = 60_000;
-/// Peer timeouts without an acknowledgement after which a living backup is given up.
-const STALL_TIMEOUTS: u64 = 4;
 const MS: u64 = 1000;
 /// How long a guest may stand for room in its backup's staging when a run is to end.
 const STAND_US: u64 = 3_000 * MS;
@@ -58,7 +59,8 @@ enum Event {
     Arrives(usize, u64, Item),
     Beat(usize, u64),
     Check(usize, u64),
-    Due(usize, u64),
+    /// The thread of a primary's engine gets to what is in its queue, or is due.
+    Turn(usize, u64),
     /// A connection sends what is next.
     Sends(usize, u64, usize),
     /// The writer of a console writes.
@@ -143,7 +145,12 @@ struct Beside {
     life: u64,
     asleep_us: u64,
     heard_us: u64,
-    progress_us: u64,
+    /// When the engine's thread has its next turn, if it has one.
+    turn_us: Option<u64>,
+    /// What the process knows of records.
+    known: Known,
+    /// For one broken rule: the last look at the record counts as a won swap.
+    misreads: bool,
     calls: VecDeque<(u64, claim::Action)>,
     calling: bool,
     arbiter_cut: bool,
@@ -259,6 +266,7 @@ fn mix(hash: u64, bytes: &[u8]) -> u64 {
 
 impl Run {
     fn whole(&mut self) -> Result<(), String> {
+        set_time(Duration::ZERO);
         self.connect(0)?;
         for client in 0..CLIENTS {
             self.after(MS, Event::Client(client));
@@ -274,6 +282,7 @@ impl Run {
                 break;
             }
             self.now_us = at_us;
+            set_time(Duration::from_micros(at_us));
             if let Some(host) = of(&event)
                 && self.beside[host].asleep_us > at_us
             {
@@ -350,7 +359,7 @@ impl Run {
                 Ok(())
             }
             Event::Check(at, life) => self.check(at, life),
-            Event::Due(at, life) => self.due(at, life),
+            Event::Turn(at, life) if self.is_current(at, life) => self.turns(at),
             Event::Sends(at, life, connection) if self.is_current(at, life) => {
                 self.sends(at, connection)
             }
@@ -368,7 +377,11 @@ impl Run {
                 Ok(())
             }
             Event::Answer(at, life, event) if self.is_current(at, life) => self.answers(at, event),
-            Event::Sends(..) | Event::Timer(..) | Event::Call(..) | Event::Answer(..) => Ok(()),
+            Event::Turn(..)
+            | Event::Sends(..)
+            | Event::Timer(..)
+            | Event::Call(..)
+            | Event::Answer(..) => Ok(()),
             Event::Stray(action) => {
                 self.arbiter.call(&action, Fate::Well);
                 Ok(())
@@ -392,7 +405,7 @@ impl Run {
             Event::StopSoon(at) => self.stop(at),
             Event::LostSoon(at) => self.input(at, || primary::Input::Lost, || backup::Input::Lost),
             Event::FailoverSoon(at) => self.fail_over(at),
-            Event::LargeSoon(at) => self.tell_primary(at, primary::Input::TooLarge),
+            Event::LargeSoon(at) => self.floods(at),
             Event::ImageSoon(at) => self.image_fails(at),
             Event::GiveUpSoon(at) => self.tell_primary(at, primary::Input::GiveUp),
             Event::CrashSoon(at) => {
@@ -436,7 +449,7 @@ impl Run {
         let runs = |at: usize| {
             let Some(vm) = &self.hosts[at].vm else { return false };
             let protected = self.hosts[at].primary().is_some_and(|primary| {
-                primary.machine.state() == PrimaryState::Protected && primary.is_connected()
+                primary.machine().state() == PrimaryState::Protected && primary.is_connected()
             });
             !vm.stands() && (vm.is_free() || protected)
         };
@@ -444,7 +457,7 @@ impl Run {
             return true;
         }
         let undecided = |host: &Host<Machine>| {
-            let primary = host.primary().map(|primary| primary.machine.state());
+            let primary = host.primary().map(|primary| primary.machine().state());
             let backup = host.backup().map(|backup| backup.machine.state());
             primary == Some(PrimaryState::Undecided) || backup == Some(BackupState::Orphan)
         };
@@ -467,7 +480,7 @@ fn of(event: &Event) -> Option<usize> {
         Event::Arrives(at, ..)
         | Event::Beat(at, _)
         | Event::Check(at, _)
-        | Event::Due(at, _)
+        | Event::Turn(at, _)
         | Event::Sends(at, ..)
         | Event::Prints(at)
         | Event::Timer(at, _)

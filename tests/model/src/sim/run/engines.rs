@@ -3,11 +3,10 @@
 use rand::Rng;
 use replication::backup::simulated::Reception;
 
-use super::super::image::State;
 use super::control;
 use super::{
-    Around, Broken, Content, Effect, Event, Fate, Item, MS, Message, Role, Run, Step, backup,
-    claim, mix, primary,
+    Around, Broken, Content, Effect, Event, Fate, Item, MS, Message, Protects, Role, Run, Step,
+    backup, claim, mix, primary,
 };
 
 impl Run {
@@ -22,20 +21,6 @@ impl Run {
             Role::Backup(_) => self.tell_backup(at, backup()),
             Role::None => Ok(()),
         }
-    }
-
-    pub(super) fn tell_primary(
-        &mut self,
-        at: usize,
-        input: primary::Input<Content>,
-    ) -> Result<(), String> {
-        let mut effects = vec![];
-        let host = &mut self.hosts[at];
-        let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: self.broken };
-        if let Role::Primary(engine) = &mut host.role {
-            engine.input(input, &mut around);
-        }
-        self.carry_out(at, effects)
     }
 
     pub(super) fn tell_backup(
@@ -73,9 +58,13 @@ impl Run {
                     self.ways[at].grace_us = self.now_us + self.up_to(busy_us);
                 }
                 Effect::Started { epoch, handover } => {
-                    if let Some(vm) = &mut self.hosts[at].vm {
-                        self.oracle.is_as_sealed(vm.inside.history.from, vm.ram())?;
-                        self.ghost.starts(at, &mut vm.inside.history, epoch, handover);
+                    if let Some(vm) = &self.hosts[at].vm {
+                        let ram = vm.ram();
+                        let from = vm.inside().history.from;
+                        self.oracle.is_as_sealed(from, &ram)?;
+                        let generation = self.hosts[at].generation();
+                        generation.into_iter().for_each(|of| self.seen(at).raise(of));
+                        self.ghost.starts(at, &mut vm.inside().history, epoch, handover);
                     }
                 }
                 Effect::StartFailed => self.ghost.is_start_lost = true,
@@ -113,13 +102,6 @@ impl Run {
                     self.oracle.committed(state.position, &image.ram())?;
                 }
             }
-            Message::Seal(seal) => {
-                let (epoch, generation) = (seal.epoch, seal.generation);
-                let state = State::parse(&seal.content.state, epoch, generation)?;
-                if let Some(vm) = &self.hosts[at].vm {
-                    self.oracle.sealed(state.position, vm.ram());
-                }
-            }
             Message::ResyncReady => {
                 let image = self.hosts[at].backup().and_then(backup::Engine::image);
                 image.and_then(|image| image.with(Reception::begin_anew));
@@ -136,7 +118,7 @@ impl Run {
     pub(super) fn outside(&mut self, at: usize) -> Result<(), String> {
         let generation = self.hosts[at].generation();
         let Some(vm) = &mut self.hosts[at].vm else { return Ok(()) };
-        self.ghost.observe(at, generation, &vm.inside.history);
+        self.ghost.observe(at, generation, &vm.inside().history);
         for output in vm.leaves(false) {
             self.oracle.left(output)?;
         }
@@ -163,7 +145,7 @@ impl Run {
     /// Where a pair was reversed the new primary calls its old host, which waits for that.
     fn inherits(&mut self, at: usize) {
         let life = self.beside[at].life;
-        if self.hosts[at].primary().is_some_and(primary::Engine::is_calling) {
+        if self.hosts[at].primary().is_some_and(Protects::is_calling) {
             let soon_us = self.up_to(20 * MS);
             self.after(soon_us, Event::Reach(at, life));
             self.after(self.plan.timeout_us, Event::Forsaken(at, life));
@@ -210,6 +192,7 @@ impl Run {
         let beside = &mut self.beside[at];
         beside.life += 1;
         (beside.calling, beside.sends) = (false, [false; 2]);
+        (beside.turn_us, beside.misreads) = (None, false);
         let (life, alive) = (beside.life - 1, self.hosts[at].alive);
         let calls = std::mem::take(&mut beside.calls);
         if self.plan.files {
@@ -267,7 +250,8 @@ impl Run {
 
     pub(super) fn answers(&mut self, at: usize, event: claim::Event) -> Result<(), String> {
         self.beside[at].calling = false;
-        let Some((number, _)) = self.beside[at].calls.pop_front() else { return Ok(()) };
+        let Some((number, action)) = self.beside[at].calls.pop_front() else { return Ok(()) };
+        let event = self.misread(at, &action, event);
         self.input(
             at,
             || primary::Input::Answer(number, event.clone()),

@@ -3,8 +3,8 @@
 use rand::Rng;
 
 use super::{
-    BackupState, Event, Host, Item, MS, PrimaryState, Role, Run, Standing, Vm, backup, identity,
-    primary,
+    BackupState, Event, Host, Item, Known, MS, PrimaryState, Protects, Role, Run, Standing, Vm,
+    backup, identity, primary,
 };
 
 impl Run {
@@ -83,7 +83,7 @@ impl Run {
             }
             6 => self.breaks(),
             // A data connection ended, say: what the other one brought is still dealt with.
-            7 => self.input(at, || primary::Input::Lost, || backup::Input::Lost)?,
+            7 => self.loses(at)?,
             8 => {
                 match self.rng.random_range(0..3) {
                     0 => self.beside[at].is_unmounted = true,
@@ -93,7 +93,7 @@ impl Run {
                 self.after(2 * long_us, Event::ArbiterHeals(at));
             }
             9 | 10 => {
-                self.tell_primary(at, primary::Input::TooLarge)?;
+                self.floods(at)?;
                 self.and_more(at);
             }
             11 => {
@@ -160,7 +160,7 @@ impl Run {
         }
         let protected = self.hosts[at].primary().is_some_and(|primary| {
             use PrimaryState::{Calling, HandingOver, Protected};
-            matches!(primary.machine.state(), Calling | Protected | HandingOver)
+            matches!(primary.machine().state(), Calling | Protected | HandingOver)
         });
         let pair = !self.plan.arbiter
             || self.record().is_some_and(|record| {
@@ -193,6 +193,7 @@ impl Run {
             self.ghost.owes = owes.then_some(1 - at);
         }
         self.hosts[at].crash();
+        self.beside[at].known = Known::default();
         self.beside[at].asleep_us = 0;
         // A process that is killed closes what it had; a host without power does not.
         let closes = self.rng.random_ratio(1, 2);
@@ -206,7 +207,7 @@ impl Run {
         let at = self.rng.random_range(0..2);
         let undecided = self.hosts[at]
             .primary()
-            .is_some_and(|primary| primary.machine.state() == PrimaryState::Undecided);
+            .is_some_and(|primary| primary.machine().state() == PrimaryState::Undecided);
         match self.rng.random_range(0..8) {
             _ if undecided => self.stop(at)?,
             0 => self.stop(at)?,
@@ -247,11 +248,11 @@ impl Run {
     pub(super) fn stop(&mut self, at: usize) -> Result<(), String> {
         let undecided = self.hosts[at]
             .primary()
-            .is_some_and(|primary| primary.machine.state() == PrimaryState::Undecided);
+            .is_some_and(|primary| primary.machine().state() == PrimaryState::Undecided);
         let goes_on = self.hosts[at]
             .vm
             .as_ref()
-            .is_some_and(|vm| self.ghost.is_continued(&vm.inside.history));
+            .is_some_and(|vm| self.ghost.is_continued(&vm.inside().history));
         if undecided && (self.hosts[1 - at].alive || goes_on) {
             return Ok(());
         }
