@@ -31,8 +31,8 @@ use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Seen, Standing};
 use crate::protocol::ownership::{Claim, Verdict as Owner};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Purpose, Report, State};
 use crate::protocol::window::Approach;
-use crate::transport::rdma;
 use crate::transport::Stream;
+use crate::transport::rdma;
 use crate::wire::{FrameWriter, Message, Offer, SessionId, Welcome, WireError};
 use braking::Braking;
 use held::Held;
@@ -204,6 +204,9 @@ pub(super) struct Crew {
     pub(super) lender: Option<rdma::Lender>,
 }
 
+/// The disks whose images are copied, and where to.
+type Copied = (Arc<dyn Disks>, FrameWriter<Box<dyn Stream>>);
+
 /// How a session ended that another one may follow.
 pub(super) struct Ended {
     /// What the backup may have of it, while the tracking of dirty pages goes on.
@@ -338,7 +341,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         welcome: &Welcome,
         around: Around,
         crew: Crew,
-        disks: Option<(Arc<dyn Disks>, FrameWriter<Box<dyn Stream>>)>,
+        disks: Option<Copied>,
     ) -> Result<Self, Error> {
         let Around { identity, backup, observer, status, seen } = around;
         let Crew { id, queue, inputs, asker, control, senders, heard, done, lender } = crew;

@@ -1,8 +1,8 @@
 //! What the engine does when its machine says so.
 
 use super::{
-    Action, Degrade, Engine, Error, Event, Guest, HANDOVER_TIMEOUTS, Message, Report,
-    Standing, State, Told, Work,
+    Action, Degrade, Engine, Error, Event, Guest, HANDOVER_TIMEOUTS, Message, Report, Standing,
+    State, Told, Work,
 };
 use crate::checking::reach;
 use crate::engine::clock;

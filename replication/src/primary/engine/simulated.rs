@@ -12,7 +12,7 @@ use api::replication::{Compression, ReplicateData};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::{Around, Ask, Asked, Begin, Crew, Engine, Held, Input};
-use crate::primary::disk::DiskError;
+use crate::capture::cow::Share;
 use crate::encode::Encoder;
 use crate::encode::choose::Choice;
 use crate::engine::arbiter::Asker;
@@ -25,13 +25,13 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::ids::{EpochId, Generation};
 use crate::ownership::{HostId, HostIdentity, Record, Seen};
+use crate::primary::disk::DiskError;
 use crate::primary::rest;
 use crate::primary::send::{Job, OneSender, Senders};
 use crate::protocol::ownership::{Action, Event};
 use crate::protocol::primary::{Primary, State};
 use crate::ram::{PageBuffer, PageSet};
 use crate::testing::Tape;
-use crate::capture::cow::Share;
 use crate::wire::{Base, FrameWriter, Message, SessionId, Welcome, WireError};
 
 /// What both sides have agreed upon.
@@ -397,7 +397,10 @@ impl<G: Guest> Session<G> {
 impl<G: Guest> std::fmt::Debug for Session<G> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let state: State = self.engine.machine.state();
-        f.debug_struct("Session").field("terms", &self.terms).field("state", &state).finish_non_exhaustive()
+        f.debug_struct("Session")
+            .field("terms", &self.terms)
+            .field("state", &state)
+            .finish_non_exhaustive()
     }
 }
 

@@ -129,6 +129,7 @@ pub trait Protects: std::fmt::Debug {
 }
 
 /// What runs on a host beside the machine.
+#[expect(clippy::large_enum_variant, reason = "the model clones states by the million")]
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Role<V: Vm, P = <V as Vm>::Primary> {
     /// Nothing: there is a machine that is not protected, or not even that.

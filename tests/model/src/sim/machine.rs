@@ -101,7 +101,7 @@ impl Machine {
         Self { handle, rest: None, again: false, last: None }
     }
 
-    #[must_use]
+    /// What happens to it.
     pub fn inside(&self) -> MutexGuard<'_, Inside> {
         self.handle.lock()
     }

@@ -73,13 +73,10 @@ impl Run {
         let Some(control) = &mut self.beside[to].control else { return Ok(()) };
         // Nothing garbles this connection.
         let Some(message) = control::heard(control.read(frame)?)? else { return Ok(()) };
-        match &message {
-            Message::Seal(seal) => {
-                if let Some(reason) = self.gathers(to, seal) {
-                    return self.tell_backup(to, backup::Input::Bad(reason));
-                }
-            }
-            _ => {}
+        if let Message::Seal(seal) = &message
+            && let Some(reason) = self.gathers(to, seal)
+        {
+            return self.tell_backup(to, backup::Input::Bad(reason));
         }
         self.input(
             to,

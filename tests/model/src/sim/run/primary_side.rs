@@ -17,8 +17,8 @@ use super::super::image::State;
 use super::super::machine::{Handle, Machine};
 use super::control;
 use super::{
-    Around, Broken, Content, Effect, Event, MS, PrimaryState, Protects, Role, Run,
-    SEALS_MAX, Step, VM, backup, claim, primary,
+    Around, Broken, Content, Effect, Event, MS, PrimaryState, Protects, Role, Run, SEALS_MAX, Step,
+    VM, backup, claim, primary,
 };
 
 /// What a primary's options are, as a plan has them.
@@ -212,7 +212,11 @@ impl Run {
             (Some(Broken::UnknownIsWon), claim::Action::Swap { .. }, claim::Event::Failed) => {
                 claim::Event::Swapped(Outcome::Won)
             }
-            (Some(Broken::UnknownIsLost), claim::Action::Swap { next, .. }, claim::Event::Failed) => {
+            (
+                Some(Broken::UnknownIsLost),
+                claim::Action::Swap { next, .. },
+                claim::Event::Failed,
+            ) => {
                 let standing = Standing::Solo { owner: HostId(Uuid::nil()) };
                 claim::Event::Swapped(Outcome::Lost(Some(Record { standing, ..*next })))
             }
@@ -281,7 +285,8 @@ impl Run {
         let other = 1 - at;
         let me = self.hosts[at].identity;
         let welcome = self.hosts[other].backup().is_some_and(|backup| backup.welcomes(VM));
-        let idle = self.hosts[at].vm.as_ref().is_some_and(|vm| vm.inside().history.open < SEALS_MAX);
+        let idle =
+            self.hosts[at].vm.as_ref().is_some_and(|vm| vm.inside().history.open < SEALS_MAX);
         if !welcome || !idle || !matches!(self.hosts[at].role, Role::None) {
             return Ok(());
         }
