@@ -1,7 +1,9 @@
 //! The simulator: long runs of the same engines with time, memory, clients and faults, each decided
 //! by a seed, which reproduces it exactly.
 
+pub mod cluster;
 pub mod coverage;
+pub mod etcd;
 pub mod image;
 pub mod machine;
 pub mod memory;

@@ -6,7 +6,7 @@ use replication::backup::simulated::Reception;
 use super::super::image::State;
 use super::control;
 use super::{
-    Around, Broken, Content, Effect, Event, Fate, Item, MS, Message, Role, Run, Step, backup,
+    Around, Broken, Content, Effect, Event, Fate, Item, Kind, MS, Message, Role, Run, Step, backup,
     claim, mix, primary,
 };
 
@@ -212,7 +212,7 @@ impl Run {
         (beside.calling, beside.sends) = (false, [false; 2]);
         let (life, alive) = (beside.life - 1, self.hosts[at].alive);
         let calls = std::mem::take(&mut beside.calls);
-        if self.plan.files {
+        if self.plan.kind != Kind::Any {
             // The arbiter's thread goes on with what it was asked, for nobody.
             for (_, action) in calls.into_iter().skip(1).filter(|_| alive) {
                 self.begins_client(at, life, action);
@@ -237,7 +237,7 @@ impl Run {
 
     pub(super) fn calls(&mut self, at: usize) {
         let Some((_, action)) = self.beside[at].calls.front().cloned() else { return };
-        if self.plan.files {
+        if self.plan.kind != Kind::Any {
             return self.begins_client(at, self.beside[at].life, action);
         }
         let fate = self.fate(at);

@@ -3,8 +3,8 @@
 use rand::Rng;
 
 use super::{
-    BackupState, Event, Host, Item, MS, PrimaryState, Role, Run, Standing, Vm, backup, identity,
-    primary,
+    BackupState, Event, Host, Item, Kind, MS, PrimaryState, Role, Run, Standing, Vm, backup,
+    identity, primary,
 };
 
 impl Run {
@@ -87,7 +87,7 @@ impl Run {
             8 => {
                 match self.rng.random_range(0..3) {
                     0 => self.beside[at].is_unmounted = true,
-                    1 if self.plan.files => self.power_cut(),
+                    1 if self.plan.kind == Kind::Files => self.power_cut(),
                     _ => self.beside[at].arbiter_cut = true,
                 }
                 self.after(2 * long_us, Event::ArbiterHeals(at));
