@@ -429,9 +429,7 @@ impl Run {
             Event::Repair => self.repair(),
             Event::Connect(at) => self.connect(at),
             Event::Reach(at, life) if self.is_current(at, life) => self.reach(at),
-            Event::Forsaken(at, life) if self.is_current(at, life) && self.hosts[at].awaits() => {
-                self.input(at, || primary::Input::Lost, || backup::Input::Lost)
-            }
+            Event::Forsaken(at, life) if self.is_current(at, life) => self.forsaken(at, life),
             Event::Reach(..) | Event::Forsaken(..) => Ok(()),
         }
     }

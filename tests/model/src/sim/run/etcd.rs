@@ -159,7 +159,7 @@ impl Run {
         };
         self.at(hears_us, Event::Etcd(Some(at), Turn::Hears(number, said)));
         // When it hurts: between a read and what it is read for.
-        if !self.are_faults_over() && self.rng.random_ratio(1, 16) {
+        if !self.are_faults_over() && self.rng.random_ratio(1, 8) {
             self.etcd_member_fails(request.server);
         }
     }

@@ -271,6 +271,19 @@ impl Run {
         Ok(())
     }
 
+    /// One of a reversed pair has waited for the other long enough: if it waits, or as soon as it does again.
+    pub(super) fn forsaken(&mut self, at: usize, life: u64) -> Result<(), String> {
+        if self.hosts[at].awaits() {
+            return self.input(at, || primary::Input::Lost, || backup::Input::Lost);
+        }
+        // A session that ends before the pair is seen leaves an heir what it was.
+        let backup = self.hosts[at].backup();
+        if backup.is_some_and(|backup| backup.machine.state() == BackupState::Heir) {
+            self.after(self.plan.timeout_us / 2, Event::Forsaken(at, life));
+        }
+        Ok(())
+    }
+
     /// A machine that runs alone is protected again, by whatever host has none.
     pub(super) fn repair(&mut self) -> Result<(), String> {
         for at in [0, 1] {
