@@ -411,7 +411,7 @@ impl Run {
             Event::FailoverSoon(at) => self.fail_over(at),
             Event::LargeSoon(at) => self.tell_primary(at, primary::Input::TooLarge),
             Event::ImageSoon(at) => self.image_fails(at),
-            Event::GiveUpSoon(at) => self.tell_primary(at, primary::Input::GiveUp),
+            Event::GiveUpSoon(at) => self.gives_up(at),
             Event::CrashSoon(at) => {
                 self.crash(at);
                 Ok(())

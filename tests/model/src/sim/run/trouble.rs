@@ -271,6 +271,14 @@ impl Run {
         Ok(())
     }
 
+    /// A primary gives up, and hears by the arbiter alone how a switch-over went, or not.
+    pub(super) fn gives_up(&mut self, at: usize) -> Result<(), String> {
+        if !self.are_faults_over() && self.rng.random_ratio(1, 2) {
+            self.cut(at, self.plan.timeout_us);
+        }
+        self.tell_primary(at, primary::Input::GiveUp)
+    }
+
     /// One of a reversed pair has waited for the other long enough: if it waits, or as soon as it does again.
     pub(super) fn forsaken(&mut self, at: usize, life: u64) -> Result<(), String> {
         if self.hosts[at].awaits() {
