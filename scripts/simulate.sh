@@ -10,8 +10,8 @@ Usage: scripts/simulate.sh [--seeds N | --seconds N | --seed S] [OPTION...]
 
 Runs the state machines that ship (replication/src/protocol) in two simulated hosts with a
 connection, an arbiter, memory, clients and time, through faults that a seed decides. So runs what
-ships of sealing, page encodings, frames, staging, commit, output gates and the arbiter in a directory,
-the latter over simulated storage. Prints which transitions of the machines were made and which never,
+ships of sealing, page encodings, frames, staging, commit, output gates and the arbiters in a directory
+and in an etcd cluster, over simulated storage and a simulated cluster. Prints which transitions of the machines were made and which never,
 and the first seed that failed; exits 0 only if none did. 1000 seeds take some 25 s of two cores.
 
   --seeds N       so many seeds (default 1000)
@@ -21,7 +21,8 @@ and the first seed that failed; exits 0 only if none did. 1000 seeds take some 2
   --broken RULE   breaks a rule on purpose; exits 0 only if a seed finds it. One of those that
                   scripts/model-check.sh prints, or of delta-of-another, applied-before-its-end,
                   rest-forgets, gate-lets-next-out, won-before-it-lasts, swap-overwrites,
-                  unknown-write-is-lost
+                  unknown-write-is-lost, another-history-counts, own-refusal-is-lost,
+                  compare-is-ignored, member-decides-alone
   --threads N     seeds at a time (default 2)
   --help          this text
 

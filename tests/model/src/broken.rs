@@ -56,6 +56,14 @@ pub enum Broken {
     SwapOverwrites,
     /// A write of a record whose outcome is unknown counts as refused.
     UnknownWriteIsLost,
+    /// An answer of another cluster, or of an earlier time than was seen, counts.
+    AnotherHistoryCounts,
+    /// A transaction that was refused by the very record that it had put counts as lost.
+    OwnRefusalIsLost,
+    /// A transaction puts whatever stands.
+    CompareIsIgnored,
+    /// A member that sees no majority answers by what it has.
+    MemberDecidesAlone,
 }
 
 impl Broken {
@@ -80,8 +88,9 @@ impl Broken {
         Self::SpeaksBeforeReached,
     ];
 
-    /// Those of what the model has nothing of: memory's way to the backup, the gates, the arbiter's storage.
-    pub const SIMULATED: [Self; 7] = [
+    /// Those of what the model has nothing of: memory's way to the backup, the gates, the arbiter's storage
+    /// and cluster.
+    pub const SIMULATED: [Self; 11] = [
         Self::DeltaOfAnother,
         Self::AppliedBeforeItsEnd,
         Self::RestForgets,
@@ -89,11 +98,23 @@ impl Broken {
         Self::WonBeforeItLasts,
         Self::SwapOverwrites,
         Self::UnknownWriteIsLost,
+        Self::AnotherHistoryCounts,
+        Self::OwnRefusalIsLost,
+        Self::CompareIsIgnored,
+        Self::MemberDecidesAlone,
     ];
 
     /// Of these, those of the arbiter in a directory.
     pub const OF_FILES: [Self; 3] =
         [Self::WonBeforeItLasts, Self::SwapOverwrites, Self::UnknownWriteIsLost];
+
+    /// And those of the arbiter in a cluster.
+    pub const OF_ETCD: [Self; 4] = [
+        Self::AnotherHistoryCounts,
+        Self::OwnRefusalIsLost,
+        Self::CompareIsIgnored,
+        Self::MemberDecidesAlone,
+    ];
 
     /// All that the simulator is to find.
     pub fn every() -> impl Iterator<Item = Self> {
@@ -128,6 +149,10 @@ impl Broken {
             Self::WonBeforeItLasts => "won-before-it-lasts",
             Self::SwapOverwrites => "swap-overwrites",
             Self::UnknownWriteIsLost => "unknown-write-is-lost",
+            Self::AnotherHistoryCounts => "another-history-counts",
+            Self::OwnRefusalIsLost => "own-refusal-is-lost",
+            Self::CompareIsIgnored => "compare-is-ignored",
+            Self::MemberDecidesAlone => "member-decides-alone",
         }
     }
 }

@@ -135,6 +135,10 @@ pub fn breaks(broken: Broken) -> &'static str {
         | Broken::GateLetsNextOut
         | Broken::WonBeforeItLasts
         | Broken::SwapOverwrites
-        | Broken::UnknownWriteIsLost => unreachable!("the model has nothing of it"),
+        | Broken::UnknownWriteIsLost
+        | Broken::AnotherHistoryCounts
+        | Broken::OwnRefusalIsLost
+        | Broken::CompareIsIgnored
+        | Broken::MemberDecidesAlone => unreachable!("the model has nothing of it"),
     }
 }

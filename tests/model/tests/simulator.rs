@@ -45,6 +45,8 @@ fn no_seed_fails_and_every_transition_is_made() {
     assert_eq!(total.coverage.strangers(), [""; 0]);
     assert!(total.bases > 0, "no copy went on from what was kept");
     assert!(total.garbled > 0, "no bit was turned over");
+    assert!(total.storage_faults > 0, "nothing went wrong at the arbiter's storage");
+    assert!(total.etcd_faults > 0, "nothing went wrong at the arbiter's cluster");
     let never = |name: &str| NEVER.iter().any(|(known, _)| *known == name);
     for (name, count) in total.coverage.counts() {
         assert_eq!(count == 0, never(&name), "{name}: {count}");

@@ -1,15 +1,15 @@
-//! Calls to one server: as whom, for how long, and what its answer says.
+//! Calls to one server: as whom, for how long, and whether it answers.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use api::endpoint::EtcdServer;
-use serde_json::{Value, json};
+use serde_json::json;
 use ureq::Agent;
 
 use super::Access;
 use super::answer::{self, ANSWER_BYTES_MAX};
-use super::error::{CallError, FileError, Malformed};
+use super::error::{CallError, FileError};
 use super::files;
 
 /// Limit for a connection and its handshake: one lost SYN, which is repeated after a second, is
@@ -32,8 +32,8 @@ pub(super) struct Caller {
 }
 
 /// What a call came to, and the token that is good from now on.
-pub(super) struct Called<T> {
-    pub(super) result: Result<T, CallError>,
+pub(super) struct Called {
+    pub(super) result: Result<Vec<u8>, CallError>,
     pub(super) token: Option<String>,
 }
 
@@ -60,19 +60,18 @@ impl Caller {
     }
 
     /// A call that may be repeated: with a new token where the old one is not accepted.
-    pub(super) fn call<T>(
+    pub(super) fn call(
         &self,
         server: &EtcdServer,
         path: &str,
-        body: &Value,
+        body: &str,
         token: Option<String>,
-        parse: impl Fn(&[u8]) -> Result<T, Malformed>,
-    ) -> Called<T> {
+    ) -> Called {
         let Some(credentials) = &self.credentials else {
-            return Called { result: self.post(server, path, body, None, parse), token };
+            return Called { result: self.post(server, path, body, None), token };
         };
         if let Some(token) = token {
-            match self.post(server, path, body, Some(&token), &parse) {
+            match self.post(server, path, body, Some(&token)) {
                 Err(CallError::Status { status, .. }) if TOKEN_STATUSES.contains(&status) => {}
                 result => return Called { result, token: Some(token) },
             }
@@ -82,7 +81,7 @@ impl Caller {
             Ok((name, password)) => match self.login(server, &name, &password) {
                 Err(error) => Called { result: Err(error), token: None },
                 Ok(token) => {
-                    let result = self.post(server, path, body, Some(&token), parse);
+                    let result = self.post(server, path, body, Some(&token));
                     Called { result, token: Some(token) }
                 }
             },
@@ -90,36 +89,35 @@ impl Caller {
     }
 
     fn login(&self, server: &EtcdServer, name: &str, password: &str) -> Result<String, CallError> {
-        let body = json!({"name": name, "password": password});
-        self.post(server, "/v3/auth/authenticate", &body, None, answer::token).map_err(|error| {
-            match error {
-                CallError::Status { .. } => CallError::Login(Box::new(error)),
-                other => other,
-            }
-        })
+        let body = json!({"name": name, "password": password}).to_string();
+        let text = self.post(server, "/v3/auth/authenticate", &body, None);
+        let text = text.map_err(|error| match error {
+            CallError::Status { .. } => CallError::Login(Box::new(error)),
+            other => other,
+        })?;
+        Ok(answer::token(&text)?)
     }
 
-    /// One request, sent once.
-    pub(super) fn post<T>(
+    /// One request, sent once; the answer's body.
+    pub(super) fn post(
         &self,
         server: &EtcdServer,
         path: &str,
-        body: &Value,
+        body: &str,
         token: Option<&str>,
-        parse: impl Fn(&[u8]) -> Result<T, Malformed>,
-    ) -> Result<T, CallError> {
+    ) -> Result<Vec<u8>, CallError> {
         let url = format!("{server}{path}");
         let mut request = self.agent.post(url).content_type("application/json");
         request = request.header("connection", "close");
         if let Some(token) = token {
             request = request.header("authorization", token);
         }
-        let mut response = request.send(body.to_string())?;
+        let mut response = request.send(body)?;
         let status = response.status().as_u16();
         let body = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec()?;
         if status != 200 {
             return Err(CallError::Status { status, reason: answer::refusal(&body) });
         }
-        Ok(parse(&body)?)
+        Ok(body)
     }
 }

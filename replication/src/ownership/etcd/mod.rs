@@ -40,13 +40,19 @@ mod answer;
 mod client;
 mod error;
 mod files;
+mod gateway;
 mod http;
+mod servers;
 
 use std::path::PathBuf;
 
 use api::endpoint::EtcdCluster;
 
+pub use answer::Place;
+pub use client::Learnt;
 pub use error::{CallError, EtcdError, FileError, Malformed};
+pub use gateway::{Gateway, Heard, Round};
+pub use servers::Servers;
 
 use self::answer::{Entry, SwapOutcome};
 use self::client::{Calls, Client};
@@ -65,9 +71,9 @@ pub struct Access {
 
 /// The arbiter in an etcd cluster.
 #[derive(Debug)]
-pub struct EtcdArbiter {
+pub struct EtcdArbiter<G = Servers> {
     key: String,
-    client: Client,
+    client: Client<G>,
 }
 
 /// What stands, and the revision to compare.
@@ -83,9 +89,29 @@ impl EtcdArbiter {
     /// The option that names it, and what is wrong with a file.
     pub fn new(cluster: EtcdCluster, access: Access) -> Result<Self, (&'static str, FileError)> {
         let EtcdCluster { servers, key } = cluster;
-        Ok(Self { key, client: Client::new(servers, access)? })
+        Ok(Self { key, client: Client::new(Servers::new(servers, access)?) })
+    }
+}
+
+/// For a simulator, which runs an operation more than once.
+#[cfg(any(test, feature = "testing"))]
+impl<G: Gateway> EtcdArbiter<G> {
+    /// At servers that somebody else looks after, knowing what an earlier operation has left.
+    #[must_use]
+    pub fn over(key: &str, gateway: G, learnt: Learnt) -> Self {
+        let client = Client::new(gateway);
+        client.learnt.set(learnt);
+        Self { key: key.to_owned(), client }
     }
 
+    /// What is left to the next operation.
+    #[must_use]
+    pub fn learnt(&self) -> Learnt {
+        self.client.learnt.get()
+    }
+}
+
+impl<G: Gateway> EtcdArbiter<G> {
     fn standing(&self, entry: Option<&Entry>) -> Result<Standing, EtcdError> {
         let Some(entry) = entry else { return Ok(Standing { record: None, revision: 0 }) };
         let damaged = |reason| EtcdError::Damaged { key: self.key.clone(), reason };
@@ -122,7 +148,7 @@ impl EtcdArbiter {
 
     fn swap(
         &self,
-        calls: &Calls<'_>,
+        calls: &Calls<'_, G>,
         server: usize,
         revision: i64,
         next: &Record,
@@ -135,7 +161,7 @@ impl EtcdArbiter {
     }
 }
 
-impl Arbiter for EtcdArbiter {
+impl<G: Gateway> Arbiter for EtcdArbiter<G> {
     fn read(&self) -> Result<Option<Record>, ArbiterError> {
         let (_, entry) = self.client.calls()?.range(self.key.as_bytes())?;
         Ok(self.standing(entry.as_ref())?.record)

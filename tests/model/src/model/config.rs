@@ -224,7 +224,11 @@ impl Config {
             | Broken::GateLetsNextOut
             | Broken::WonBeforeItLasts
             | Broken::SwapOverwrites
-            | Broken::UnknownWriteIsLost => unreachable!("the model has nothing of it"),
+            | Broken::UnknownWriteIsLost
+            | Broken::AnotherHistoryCounts
+            | Broken::OwnRefusalIsLost
+            | Broken::CompareIsIgnored
+            | Broken::MemberDecidesAlone => unreachable!("the model has nothing of it"),
         }
     }
 }

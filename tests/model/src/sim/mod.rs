@@ -1,8 +1,10 @@
 //! The simulator: long runs of the same engines with time, memory, clients and faults, each decided
 //! by a seed, which reproduces it exactly.
 
+pub mod cluster;
 pub mod coverage;
 pub mod driver;
+pub mod etcd;
 pub mod image;
 pub mod machine;
 pub mod memory;

@@ -3,12 +3,22 @@
 use rand::Rng;
 use rand::rngs::StdRng;
 
+/// What the arbiter is, where there is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// One that answers in any way an arbiter may.
+    Any,
+    /// A directory, by the client that ships.
+    Files,
+    /// An etcd cluster, by the client that ships.
+    Etcd,
+}
+
 /// Times in microseconds; chances of a thousand.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub arbiter: bool,
-    /// Whether it is a directory, by the client that ships, or one that answers in any way an arbiter may.
-    pub files: bool,
+    pub kind: Kind,
     /// Whether switch-overs reverse the pair, where there is an arbiter.
     pub reverses: bool,
     /// When faults stop, and when the run ends.
@@ -39,7 +49,7 @@ impl Plan {
         let faults_end_us = rng.random_range(2 * S..12 * S);
         Self {
             arbiter: rng.random_ratio(2, 3),
-            files: rng.random_ratio(1, 2),
+            kind: [Kind::Any, Kind::Files, Kind::Etcd][rng.random_range(0..3)],
             reverses: rng.random_ratio(1, 2),
             faults_end_us,
             // A claim waits for 5 s at most between its tries, a host sleeps for 1.5 s at most, and a

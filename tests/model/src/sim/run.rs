@@ -3,6 +3,7 @@
 mod connection;
 mod control;
 mod engines;
+mod etcd;
 mod files;
 mod primary_side;
 mod trouble;
@@ -27,7 +28,7 @@ use super::coverage::Coverage;
 use super::image::Content;
 use super::machine::{CLIENTS, Machine};
 use super::oracle::Oracle;
-use super::plan::Plan;
+use super::plan::{Kind, Plan};
 use super::storage::{Client, Storage};
 use crate::arbiter::{Arbiter, Fate};
 use crate::broken::Broken;
@@ -35,6 +36,7 @@ use crate::ghost::Ghost;
 use crate::host::{Around, Effect, Host, Message, Protects, Role, Step, backup, primary};
 use crate::vm::Vm;
 use control::Control;
+use etcd::Etcd;
 
 /// Positions of a history are counted in 16 bits.
 const SEALS_MAX: u16 = 60_000;
@@ -74,6 +76,8 @@ enum Event {
     PowerCut,
     /// A record's file gets its name long after its writer was told that it did not.
     LateLink(String, Vec<u8>),
+    /// Between a host and the arbiter's cluster; of the host, if it is one's.
+    Etcd(Option<usize>, etcd::Turn),
     Client(usize),
     Compute,
     Fault,
@@ -181,6 +185,9 @@ pub struct Summary {
     pub storage_calls: u64,
     pub storage_faults: u64,
     pub records_lost: u64,
+    /// Requests that the arbiter's cluster got, and those that went wrong.
+    pub etcd_requests: u64,
+    pub etcd_faults: u64,
     /// Of pages, with what is around them.
     pub wire_bytes: u64,
     pub failure: Option<String>,
@@ -205,6 +212,7 @@ pub struct Run {
     storage: Storage,
     clients: BTreeMap<u64, Client>,
     clients_made: u64,
+    etcd: Etcd,
     ghost: Ghost,
     oracle: Oracle,
     summary: Summary,
@@ -218,7 +226,11 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
     let mut plan = Plan::draw(&mut rng);
     if let Some(broken) = broken {
         plan.arbiter = broken != Broken::OrphanStarts;
-        plan.files |= Broken::OF_FILES.contains(&broken);
+        plan.kind = match broken {
+            _ if Broken::OF_FILES.contains(&broken) => Kind::Files,
+            _ if Broken::OF_ETCD.contains(&broken) => Kind::Etcd,
+            _ => plan.kind,
+        };
         plan.reverses |=
             matches!(broken, Broken::HeirStartsWithoutSwap | Broken::SpeaksBeforeReached);
     }
@@ -240,6 +252,7 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
         storage: Storage::default(),
         clients: BTreeMap::new(),
         clients_made: 0,
+        etcd: Etcd::default(),
         ghost: Ghost::default(),
         oracle: Oracle::default(),
         summary: Summary::default(),
@@ -398,6 +411,10 @@ impl Run {
                 self.late_link(&to, bytes);
                 Ok(())
             }
+            Event::Etcd(_, turn) => {
+                self.etcd(turn);
+                Ok(())
+            }
             Event::Client(client) => self.client(client),
             Event::Compute => self.compute(),
             Event::Fault => self.fault(),
@@ -407,7 +424,7 @@ impl Run {
             Event::FailoverSoon(at) => self.fail_over(at),
             Event::LargeSoon(at) => self.floods(at),
             Event::ImageSoon(at) => self.image_fails(at),
-            Event::GiveUpSoon(at) => self.tell_primary(at, primary::Input::GiveUp),
+            Event::GiveUpSoon(at) => self.gives_up(at),
             Event::CrashSoon(at) => {
                 self.crash(at);
                 Ok(())
@@ -425,16 +442,18 @@ impl Run {
             Event::Repair => self.repair(),
             Event::Connect(at) => self.connect(at),
             Event::Reach(at, life) if self.is_current(at, life) => self.reach(at),
-            Event::Forsaken(at, life) if self.is_current(at, life) && self.hosts[at].awaits() => {
-                self.input(at, || primary::Input::Lost, || backup::Input::Lost)
-            }
+            Event::Forsaken(at, life) if self.is_current(at, life) => self.forsaken(at, life),
             Event::Reach(..) | Event::Forsaken(..) => Ok(()),
         }
     }
 
     /// The record that stands.
     fn record(&self) -> Option<Record> {
-        if self.plan.files { self.storage.standing() } else { self.arbiter.standing() }
+        match self.plan.kind {
+            Kind::Any => self.arbiter.standing(),
+            Kind::Files => self.storage.standing(),
+            Kind::Etcd => self.etcd.cluster.standing(),
+        }
     }
 
     fn generation(&self) -> Generation {
@@ -488,6 +507,7 @@ fn of(event: &Event) -> Option<usize> {
         | Event::Reach(at, _)
         | Event::Forsaken(at, _)
         | Event::Connect(at) => Some(*at),
+        Event::Etcd(at, _) => *at,
         Event::Call(..)
         | Event::Stray(_)
         | Event::Storage(_)

@@ -19,6 +19,8 @@ pub struct Total {
     pub storage_calls: u64,
     pub storage_faults: u64,
     pub records_lost: u64,
+    pub etcd_requests: u64,
+    pub etcd_faults: u64,
     pub coverage: Coverage,
     failure: Option<(u64, String)>,
 }
@@ -37,6 +39,8 @@ impl Total {
         self.storage_calls += summary.storage_calls;
         self.storage_faults += summary.storage_faults;
         self.records_lost += summary.records_lost;
+        self.etcd_requests += summary.etcd_requests;
+        self.etcd_faults += summary.etcd_faults;
         self.coverage.add(&summary.coverage);
         if let Some(failure) = summary.failure
             && self.failed().is_none_or(|first| seed < first)
@@ -71,6 +75,10 @@ impl Total {
         println!(
             "{} calls of the arbiter's storage, {} of them wrong, {} records lost in power cuts",
             self.storage_calls, self.storage_faults, self.records_lost
+        );
+        println!(
+            "{} requests to the arbiter's cluster, {} of them wrong",
+            self.etcd_requests, self.etcd_faults
         );
         println!(
             "{} seeds, {} events, {} epochs committed and compared, {} take-overs, {} answers, \

@@ -7,6 +7,16 @@ use super::*;
 const USER: &str = "vmm";
 const PASSWORD: &str = "se:cret";
 
+impl Client<Servers> {
+    fn token(&self) -> Option<String> {
+        self.gateway.token.borrow().clone()
+    }
+
+    fn set_token(&self, token: &str) {
+        self.gateway.token.replace(Some(token.to_owned()));
+    }
+}
+
 /// A cluster that lets `USER` write `KEY` and nothing else.
 fn guarded(cluster: &Cluster) -> Result<()> {
     let call = |path: &str, body: Value| gateway(cluster, path, &body, &[]).map(drop);

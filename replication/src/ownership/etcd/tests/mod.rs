@@ -1,8 +1,9 @@
-//! Against real etcd servers, and against what is none.
+//! Against real etcd servers, against what is none, and against a script.
 
 mod cluster;
 mod hostile;
 mod login;
+mod order;
 mod proxy;
 mod swap;
 mod tls;

@@ -5,8 +5,8 @@ use replication::backup::simulated::Reception;
 
 use super::control;
 use super::{
-    Around, Broken, Content, Effect, Event, Fate, Item, MS, Message, Protects, Role, Run, Step,
-    backup, claim, mix, primary,
+    Around, Broken, Content, Effect, Event, Fate, Item, Kind, MS, Message, Protects, Role, Run,
+    Step, backup, claim, mix, primary,
 };
 
 impl Run {
@@ -195,7 +195,7 @@ impl Run {
         (beside.turn_us, beside.misreads) = (None, false);
         let (life, alive) = (beside.life - 1, self.hosts[at].alive);
         let calls = std::mem::take(&mut beside.calls);
-        if self.plan.files {
+        if self.plan.kind != Kind::Any {
             // The arbiter's thread goes on with what it was asked, for nobody.
             for (_, action) in calls.into_iter().skip(1).filter(|_| alive) {
                 self.begins_client(at, life, action);
@@ -220,7 +220,7 @@ impl Run {
 
     pub(super) fn calls(&mut self, at: usize) {
         let Some((_, action)) = self.beside[at].calls.front().cloned() else { return };
-        if self.plan.files {
+        if self.plan.kind != Kind::Any {
             return self.begins_client(at, self.beside[at].life, action);
         }
         let fate = self.fate(at);

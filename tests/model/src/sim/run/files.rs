@@ -3,11 +3,14 @@
 use rand::Rng;
 
 use super::super::storage::{Client, Fate, Op};
-use super::{Event, MS, Run, claim};
+use super::{Event, Kind, MS, Run, claim};
 
 impl Run {
     /// A host's arbiter is called, for an engine that may hear of it.
     pub(super) fn begins_client(&mut self, at: usize, life: u64, action: claim::Action) {
+        if self.plan.kind == Kind::Etcd {
+            return self.begins_at_etcd(at, life, action);
+        }
         let mut client = Client::new(at, life, self.beside[at].process, action);
         let heard = client.run(None, self.broken);
         assert!(heard.is_none(), "nothing is known without the storage");

@@ -17,8 +17,8 @@ use super::super::image::State;
 use super::super::machine::{Handle, Machine};
 use super::control;
 use super::{
-    Around, Broken, Content, Effect, Event, MS, PrimaryState, Protects, Role, Run, SEALS_MAX, Step,
-    VM, backup, claim, primary,
+    Around, Broken, Content, Effect, Event, Kind, MS, PrimaryState, Protects, Role, Run, SEALS_MAX,
+    Step, VM, backup, claim, primary,
 };
 
 /// What a primary's options are, as a plan has them.
@@ -291,7 +291,7 @@ impl Run {
             return Ok(());
         }
         // Nothing may be mounted where the arbiter's directory is to be.
-        let is_away = self.plan.files && self.beside[at].is_unmounted;
+        let is_away = self.plan.kind == Kind::Files && self.beside[at].is_unmounted;
         let record = if is_away { None } else { self.record() };
         let seen = self.seen(at);
         let Some(generation) = admit(&seen, record.filter(|_| self.plan.arbiter), me) else {

@@ -3,8 +3,8 @@
 use rand::Rng;
 
 use super::{
-    BackupState, Event, Host, Item, Known, MS, PrimaryState, Protects, Role, Run, Standing, Vm,
-    backup, identity, primary,
+    BackupState, Event, Host, Item, Kind, Known, MS, PrimaryState, Protects, Role, Run, Standing,
+    Vm, backup, identity, primary,
 };
 
 impl Run {
@@ -87,7 +87,7 @@ impl Run {
             8 => {
                 match self.rng.random_range(0..3) {
                     0 => self.beside[at].is_unmounted = true,
-                    1 if self.plan.files => self.power_cut(),
+                    1 if self.plan.kind == Kind::Files => self.power_cut(),
                     _ => self.beside[at].arbiter_cut = true,
                 }
                 self.after(2 * long_us, Event::ArbiterHeals(at));
@@ -268,6 +268,27 @@ impl Run {
             .is_some_and(|backup| backup.machine.state() == BackupState::Orphan);
         if orphan && !self.hosts[1 - at].alive && self.ghost.owes == Some(at) {
             return self.tell_backup(at, backup::Input::Failover { force: true });
+        }
+        Ok(())
+    }
+
+    /// A primary gives up, and hears by the arbiter alone how a switch-over went, or not.
+    pub(super) fn gives_up(&mut self, at: usize) -> Result<(), String> {
+        if !self.are_faults_over() && self.rng.random_ratio(1, 2) {
+            self.cut(at, self.plan.timeout_us);
+        }
+        self.tell_primary(at, primary::Input::GiveUp)
+    }
+
+    /// One of a reversed pair has waited for the other long enough: if it waits, or as soon as it does again.
+    pub(super) fn forsaken(&mut self, at: usize, life: u64) -> Result<(), String> {
+        if self.hosts[at].awaits() {
+            return self.input(at, || primary::Input::Lost, || backup::Input::Lost);
+        }
+        // A session that ends before the pair is seen leaves an heir what it was.
+        let backup = self.hosts[at].backup();
+        if backup.is_some_and(|backup| backup.machine.state() == BackupState::Heir) {
+            self.after(self.plan.timeout_us / 2, Event::Forsaken(at, life));
         }
         Ok(())
     }
