@@ -12,7 +12,7 @@
 //!
 //! `alone_paused` is as `user_paused`: a person's resume ends both, the next backup ends it alone.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 
 use api::config::{CpusConfig, VmConfig};
 use crossbeam_channel::{Receiver, unbounded};
@@ -125,6 +125,7 @@ pub struct Machine {
     power_on: PowerOn,
     life: Mutex<Life>,
     changed: Condvar,
+    presence: Arc<()>,
 }
 
 impl Machine {
@@ -163,6 +164,7 @@ impl Machine {
         // devices' observer lets through.
         let (sender, events) = unbounded();
         let devices = Devices::new(&config, &vm, &memory, taps, &sender)?;
+        settle_images(&mut config);
         let cpuid = hypervisor.supported_cpuid()?;
         let topology = topology(&config.cpus)?;
         let mut vcpus = Vec::new();
@@ -185,7 +187,14 @@ impl Machine {
             power_on,
             life: Mutex::new(Life::default()),
             changed: Condvar::new(),
+            presence: Arc::default(),
         })
+    }
+
+    /// Can be upgraded until all that the machine had of its host is free.
+    #[must_use]
+    pub fn presence(&self) -> Weak<()> {
+        Arc::downgrade(&self.presence)
     }
 
     #[must_use]
@@ -249,6 +258,13 @@ impl Machine {
         self.vcpus.load(self.power_on.vcpus.clone())?;
         self.vcpus.each(true, move |id, vcpu| if id == 0 { enter(vcpu, entry) } else { Ok(()) })?;
         Ok(())
+    }
+
+    /// Whether the guest has something to run, paused or not.
+    #[must_use]
+    pub fn can_run(&self) -> bool {
+        let life = self.life();
+        life.started && !life.destroyed
     }
 
     /// Stops the guest for a person.
@@ -510,6 +526,14 @@ impl Machine {
         drop(life);
         self.changed.notify_all();
         result.and_then(|done| runs.map(|()| done))
+    }
+}
+
+/// Images that were looked at once are raw from then on, here, in snapshots and on a backup: their first bytes
+/// are the guest's, who may write another format's there.
+fn settle_images(config: &mut VmConfig) {
+    for disk in config.disks.iter_mut().flatten() {
+        disk.image_type.get_or_insert_with(|| "Raw".to_owned());
     }
 }
 

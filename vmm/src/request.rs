@@ -42,7 +42,7 @@ pub enum Request {
 }
 
 /// A successful answer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Reply {
     /// 204, or 200 with an empty body where clients expect that.
     Empty,

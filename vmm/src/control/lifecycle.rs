@@ -29,7 +29,7 @@ fn wrong_state(message: &str) -> Failure {
     Failure::new(FailureKind::Internal, message)
 }
 
-fn snapshot_under_way() -> Failure {
+pub(super) fn snapshot_under_way() -> Failure {
     wrong_state("A snapshot is being written: try again when it is done")
 }
 
@@ -37,8 +37,15 @@ fn not_running() -> Failure {
     wrong_state("The VM is not running")
 }
 
-fn has_gone() -> Failure {
+pub(super) fn has_gone() -> Failure {
     Failure::new(FailureKind::Conflict, "The VM's backup has it: it goes on there")
+}
+
+/// What a machine that is not gone yet has of the host can be had again once it is.
+fn still_leaving(error: &MachineError) -> Failure {
+    let failure = internal(error);
+    let what = "The machine on which the VM ran before has not been let go of yet: try again";
+    Failure { chain: [vec![what.to_owned()], failure.chain].concat(), ..failure }
 }
 
 /// A switch-over began meanwhile.
@@ -159,11 +166,17 @@ impl Controller {
         self.guest_is_down = false;
         // What a reset of the old machine comes to is none of the new one's.
         self.resetting = false;
+        let is_free = self.leaving.is_over();
         self.monitor.emit("vm", "booting", None);
         let taps = self.taps.duplicate().map_err(|error| internal(&error))?;
         let machine = Machine::build(&self.hypervisor, config, taps)
             .and_then(|machine| machine.boot().map(|()| machine))
-            .map_err(|error| Failure::from_error(boot_failure_kind(&error), &error))?;
+            .map_err(|error| match is_free {
+                true => Failure::from_error(boot_failure_kind(&error), &error),
+                false => still_leaving(&error),
+            })?;
+        // It says what the devices are by now: what the guest writes does not change that.
+        self.config = Some(machine.config().clone());
         self.machine = Some(Arc::new(machine));
         self.monitor.emit("vm", "booted", None);
         Ok(Reply::Empty)
@@ -202,16 +215,15 @@ impl Controller {
         Ok(Reply::Empty)
     }
 
-    /// A client's reset also ends a person's pause.
+    /// A client's reset also ends the pause that it finds, and none that begins while it waits.
     pub(super) fn reboot(&mut self, reply: Sender<Answer>) {
         let machine = match self.running() {
             Ok(_) if self.resetting => Err(wrong_state("The VM is being reset already")),
-            Ok(_) if self.snapshots.load(Ordering::Acquire) => Err(snapshot_under_way()),
             Ok(machine) => Ok(Arc::clone(machine)),
             Err(failure) => Err(failure),
         };
         match machine {
-            Ok(machine) => self.reset(&machine, true, Some(reply)),
+            Ok(machine) => self.reset(&machine, machine.is_paused(), Some(reply)),
             Err(failure) => drop(reply.send(Err(failure))),
         }
     }
@@ -226,10 +238,7 @@ impl Controller {
             reach("reset");
             let result = match machine.upgrade() {
                 Some(machine) => {
-                    machine.reset().and_then(|()| match resume && machine.is_paused() {
-                        true => machine.resume(),
-                        false => Ok(()),
-                    })
+                    machine.reset().and_then(|()| if resume { machine.resume() } else { Ok(()) })
                 }
                 None => Err(MachineError::Destroyed),
             };
@@ -274,11 +283,7 @@ impl Controller {
                     let _ = reply.send(Ok(Reply::Empty));
                 }
                 // The guest may have asked again before this was heard.
-                match machine.devices().wish() {
-                    Some(PowerEvent::Reset) => self.reset(&machine, false, None),
-                    Some(PowerEvent::Off) => self.guest_ended(),
-                    None => {}
-                }
+                self.look_at_wish();
             }
             // Its backup has it, and whoever says so is on the way here; a guest's wish is in the state that
             // goes on there.
@@ -288,7 +293,12 @@ impl Controller {
                     let _ = reply.send(Err(has_gone()));
                 }
             }
-            (Err(error), Some(reply)) => drop(reply.send(Err(internal(&error)))),
+            (Err(error), Some(reply)) if machine.can_run() => {
+                let _ = reply.send(Err(internal(&error)));
+            }
+            (Err(error), Some(reply)) => {
+                self.begin_end(After::Unbootable(reply, internal(&error)));
+            }
             // The guest waits for a reset that cannot be.
             (Err(error), None) => {
                 let chain = internal(&error).chain.join(": ");
@@ -317,8 +327,7 @@ impl Controller {
         if self.machine.is_some() {
             return self.begin_end(After::Delete(reply));
         }
-        self.forget();
-        let _ = reply.send(Ok(Reply::Empty));
+        self.forget_and_tell(Some((reply, Ok(Reply::Empty))));
     }
 
     pub(super) fn snapshot(&mut self, config: SnapshotConfig, reply: Sender<Answer>) {
@@ -365,8 +374,21 @@ impl Controller {
         Ok(Reply::Empty)
     }
 
+    /// Does what the guest asks of its machine as a whole, if that waits.
+    pub(super) fn look_at_wish(&mut self) {
+        let Some(machine) = self.machine.clone() else { return };
+        if self.resetting || self.guest_is_down || !self.hears_guest() {
+            return;
+        }
+        match machine.devices().wish() {
+            Some(PowerEvent::Reset) => self.reset(&machine, false, None),
+            Some(PowerEvent::Off) => self.guest_ended(),
+            None => {}
+        }
+    }
+
     pub(super) fn machine_event(&mut self, event: MachineEvent) {
-        if self.machine.is_none() || self.guest_is_down || self.winding_down {
+        if self.machine.is_none() || self.guest_is_down {
             // Of a VM that a client ended in the meantime.
             return;
         }

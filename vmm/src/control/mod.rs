@@ -12,10 +12,13 @@
 //! itself, so a ping is always served.
 
 mod ending;
+mod leaving;
 mod lifecycle;
 mod protection;
 mod report;
 mod signals;
+#[cfg(test)]
+mod tests;
 mod way_back;
 
 use std::os::fd::OwnedFd;
@@ -36,6 +39,7 @@ use crate::machine::{Machine, MachineError};
 use crate::options::Options;
 use crate::request::{Call, Failure, FailureKind, Reply, Request};
 use ending::{After, Parting};
+use leaving::Leaving;
 use protection::Protection;
 
 pub use lifecycle::check_config;
@@ -126,6 +130,8 @@ struct Controller {
     /// Of the cards in the configuration.
     taps: TapDescriptors,
     machine: Option<Arc<Machine>>,
+    /// The one before.
+    leaving: Leaving,
     /// The guest shut itself down and `--no-shutdown` keeps the process.
     guest_is_down: bool,
     /// The VM is being ended: its protection ends beside the loop.
@@ -164,6 +170,7 @@ pub fn run(options: Options) -> Result<(), Error> {
         config: None,
         taps: TapDescriptors::default(),
         machine: None,
+        leaving: Leaving::default(),
         guest_is_down: false,
         winding_down: false,
         resetting: false,
@@ -231,7 +238,8 @@ impl Controller {
                 continue;
             }
             // Not the machine itself: serving a call may have to let go of it.
-            let events = self.machine.as_ref().map(|machine| machine.events().clone());
+            let machine = self.machine.as_ref().filter(|_| self.hears_guest());
+            let events = machine.map(|machine| machine.events().clone());
             let events = events.unwrap_or_else(crossbeam_channel::never);
             select! {
                 recv(calls) -> call => if let Ok(call) = call { self.serve(call) },
@@ -256,8 +264,11 @@ impl Controller {
     /// Answers a client, or leaves that to a thread that it starts.
     fn serve(&mut self, call: Call) {
         let Call { request, fds, reply } = call;
-        let refused = self.refuse_while_ending(&request);
-        if let Err(failure) = refused.and_then(|()| self.refuse_while_handing_over(&request)) {
+        let refused = self
+            .refuse_while_ending(&request)
+            .and_then(|()| self.refuse_while_saving(&request))
+            .and_then(|()| self.refuse_while_handing_over(&request));
+        if let Err(failure) = refused {
             let _ = reply.send(Err(failure));
             return;
         }

@@ -21,6 +21,7 @@ use replication::primary::{self, PrimaryHandle};
 use replication::{Error as ReplicationError, ErrorKind, Event, Observer};
 use serde_json::{Value, json};
 
+use super::lifecycle::has_gone;
 use super::way_back::{Return, hand_over};
 use super::{Answer, Controller, Ending, Notice};
 use crate::device_manager::taps::TapDescriptors;
@@ -43,6 +44,8 @@ pub(super) enum Protection {
     },
     Primary {
         handle: Arc<PrimaryHandle>,
+        /// Which it protects. One that was handed over may be followed by another VM's.
+        machine: Weak<Machine>,
         /// How this host is the VM's backup once it was handed over.
         way_back: Option<Return>,
         /// The image of a disk that the guest writes is one that both hosts see.
@@ -74,8 +77,9 @@ impl Protection {
     /// Another handle to a primary's protection, for the case that it cannot be ended.
     fn replaceable(&self) -> Option<Self> {
         match self {
-            Self::Primary { handle, way_back, shares_disks } => Some(Self::Primary {
+            Self::Primary { handle, machine, way_back, shares_disks } => Some(Self::Primary {
                 handle: Arc::clone(handle),
+                machine: Weak::clone(machine),
                 way_back: way_back.clone(),
                 shares_disks: *shares_disks,
             }),
@@ -168,8 +172,19 @@ fn no_replication() -> Failure {
     Failure::new(FailureKind::NotFound, "This VMM takes part in no replication")
 }
 
-/// Ends a protection in order, its last words to the backup included.
+/// A switch-over was cut off with no arbiter to ask.
+pub(super) fn is_cut(handle: &PrimaryHandle) -> bool {
+    handle.is_handing_over() && handle.info().state == ReplicationState::Suspended
+}
+
+/// Ends a protection in order, its last words to the backup included, for a VM that ends. After a cut
+/// switch-over nothing is ended: that would say that the VM is this host's, let it go on for a moment and its
+/// output out, and is for a person to say.
 pub(super) fn stop_primary(handle: &PrimaryHandle) -> Result<(), ReplicationError> {
+    if is_cut(handle) {
+        let what = "A switch-over was cut: nobody but a person can say which host runs the VM";
+        return Err(ReplicationError::Conflict(what.to_owned()));
+    }
     if !handle.is_over() {
         handle.stop()?;
     }
@@ -231,11 +246,15 @@ impl Controller {
         Failure::from_complaints("The replication options are not usable", &data.validate())?;
         let machine = Arc::clone(self.running()?);
         match &self.protection {
+            _ if self.has_gone() => Err(has_gone()),
             Protection::Connecting { .. } => Err(connecting()),
-            Protection::Backup { handle, .. } if !handle.is_finished() => {
+            Protection::Backup { handle, .. } if handle.has_way_back() => Err(taking_over()),
+            // One that has taken over is about to end, and that is waited for.
+            Protection::Backup { handle, .. }
+                if !handle.is_finished() && handle.info().state != ReplicationState::TakenOver =>
+            {
                 Err(conflict("This VMM is a backup: vm.stop-replication ends that"))
             }
-            Protection::Backup { handle, .. } if handle.has_way_back() => Err(taking_over()),
             // Its backup is lost and is called in vain: what is asked for takes the place of that.
             Protection::Primary { handle, .. }
                 if !handle.is_over() && !handle.may_be_replaced() =>
@@ -366,7 +385,9 @@ impl Controller {
         let answer = match handle {
             Ok(handle) => {
                 if let Some((_, way_back, shares_disks, _)) = waits {
-                    self.protection = Protection::Primary { handle, way_back, shares_disks };
+                    let machine = Arc::downgrade(machine);
+                    self.protection =
+                        Protection::Primary { handle, machine, way_back, shares_disks };
                     return drop(reply.send(Ok(Reply::Empty)));
                 }
                 // The VM was ended in the meantime, and another one may have come after.
@@ -455,6 +476,13 @@ impl Controller {
                     self.unprotect();
                 }
                 let _ = reply.send(Err(no_replication()));
+            }
+            // There is nothing here that could run on.
+            Protection::Primary { handle, .. }
+                if handle.info().state == ReplicationState::Lost
+                    && (self.config.is_none() || self.has_gone()) =>
+            {
+                drop(reply.send(Err(has_gone())));
             }
             // Its engine still closes. Whoever comes next finds it, and waits for that.
             Protection::Primary { handle, .. } if handle.is_over() && !handle.is_finished() => {
@@ -627,7 +655,8 @@ impl Controller {
     /// The peer runs the VM: this side's is destroyed already, and must not be started again.
     fn ownership_lost(&mut self, owner: &str, may_end: bool) {
         self.replica_gone();
-        if self.machine.take().is_some() {
+        if let Some(machine) = self.machine.take() {
+            self.let_go(Some(machine), None);
             self.config = None;
             // They may be of the very tap that this host needs when it is a backup.
             self.taps = TapDescriptors::default();

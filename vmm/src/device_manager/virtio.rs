@@ -3,6 +3,7 @@
 //! The first one gets slot 1, and the order is a part of what a guest sees: a device is in the
 //! same slot at each boot, after a restore and on the backup.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -70,11 +71,13 @@ pub fn complete(config: &mut VmConfig) -> std::io::Result<()> {
     // Past all that were named before: devices may be added one by one.
     let ids = config.disks.iter().flatten().map(|disk| &disk.id);
     let ids = ids.chain(config.net.iter().flatten().map(|card| &card.id));
-    let used = ids.flatten().filter_map(|id| automatic_number(id)).max();
-    let mut count = used.map_or(0, |number| number.saturating_add(1))..;
+    let used: BTreeSet<u32> = ids.flatten().filter_map(|id| automatic_number(id)).collect();
+    let first = used.last().map_or(0, |number| number.saturating_add(1));
+    // A client may have given any number, the last one among them.
+    let mut free = (first..=u32::MAX).chain(0..first).filter(|number| !used.contains(number));
     let mut name = |id: &mut Option<String>, kind: &str| {
         if id.is_none() {
-            *id = Some(format!("_{kind}{}", count.next().unwrap_or(u32::MAX)));
+            *id = free.next().map(|number| format!("_{kind}{number}"));
         }
     };
     for disk in config.disks.iter_mut().flatten() {
@@ -210,5 +213,25 @@ mod tests {
         complete(&mut config).unwrap();
         assert_eq!(config.disks.as_ref().unwrap()[0].id.as_deref(), Some("_disk3"));
         assert_eq!(config.net.as_ref().unwrap()[1].id.as_deref(), Some("_net4"));
+    }
+
+    #[test]
+    fn a_name_is_given_once_whatever_number_a_client_gave() {
+        let named = |id: &str| DiskConfig { id: Some(id.into()), ..DiskConfig::default() };
+        let last = format!("_disk{}", u32::MAX);
+        let mut config = VmConfig {
+            disks: Some(vec![
+                named(&last),
+                named("_disk1"),
+                DiskConfig::default(),
+                DiskConfig::default(),
+            ]),
+            net: Some(vec![NetConfig::default()]),
+            ..VmConfig::default()
+        };
+        complete(&mut config).unwrap();
+        let ids = config.disks.iter().flatten().map(|disk| disk.id.clone().unwrap());
+        let ids: Vec<_> = ids.chain(config.net.unwrap()[0].id.clone()).collect();
+        assert_eq!(ids, [&last, "_disk1", "_disk0", "_disk2", "_net3"]);
     }
 }

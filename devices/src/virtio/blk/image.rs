@@ -167,9 +167,10 @@ impl FileImage {
     }
 }
 
-/// The file system or the device does not know the operation.
-fn unknown(errno: Errno) -> bool {
-    matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOTTY)
+/// The file system or the device does not know the operation, or not for such a range: a block
+/// device takes whole logical blocks only, of 4096 bytes maybe.
+fn cannot(errno: Errno) -> bool {
+    matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOTTY | Errno::EINVAL)
 }
 
 impl Image for FileImage {
@@ -191,7 +192,7 @@ impl Image for FileImage {
         let ways: &[_] = if unmap { &[hole, keep] } else { &[keep] };
         for way in ways {
             match self.allocate(*way, offset, len) {
-                Err(errno) if unknown(errno) => {}
+                Err(errno) if cannot(errno) => {}
                 done => return done.map_err(io::Error::from),
             }
         }
@@ -201,7 +202,7 @@ impl Image for FileImage {
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len) {
             // The guest need not know: what it reads there is undefined anyway.
-            Err(errno) if unknown(errno) => Ok(()),
+            Err(errno) if cannot(errno) => Ok(()),
             done => done.map_err(io::Error::from),
         }
     }
@@ -219,5 +220,18 @@ impl Image for FileImage {
             Err(Errno::ENXIO) => self.len_bytes().unwrap_or(0).saturating_sub(offset),
             Err(_) => 0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_that_the_host_cannot_take_whole_is_no_error_of_the_guest() {
+        for errno in [Errno::EOPNOTSUPP, Errno::ENOSYS, Errno::ENOTTY, Errno::EINVAL] {
+            assert!(cannot(errno), "{errno}");
+        }
+        assert!(!cannot(Errno::EIO) && !cannot(Errno::ENOSPC));
     }
 }

@@ -175,7 +175,8 @@ impl Inside<'_> {
     fn stop(&self, at: usize, why: &str) {
         if !self.session.stopped.swap(true, Ordering::Relaxed) {
             let index = self.session.queues[at].index;
-            warn!(queue = index, why, "A queue of a disk makes no sense, the disk stops");
+            // The transport tells it, as often as a guest may fill the log.
+            debug!(queue = index, why, "A queue of a disk makes no sense, the disk stops");
             self.session.interrupt.needs_reset(why);
         }
     }

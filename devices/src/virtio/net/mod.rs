@@ -108,6 +108,11 @@ pub enum NetError {
     Events { id: String, source: std::io::Error },
 }
 
+/// The queues of a tap, one for each pair.
+type Taps = [Arc<dyn TapQueue>];
+type Spawned = std::io::Result<JoinHandle<()>>;
+type Attached = Result<(), AttachError>;
+
 /// What the host lends, and who works with it.
 enum Attachment {
     Missing(TapSource),
@@ -188,14 +193,45 @@ impl Net {
         })
     }
 
-    /// Starts the threads on the queues of a tap, one for each pair.
-    fn start(&self, taps: &[Arc<dyn TapQueue>]) -> Result<(), AttachError> {
+    /// Takes the tap, and has `spawn` start the threads; what could not be done may be tried again.
+    fn attach_with(&self, spawn: impl Fn(&Arc<Shared>, usize, &Taps) -> Spawned) -> Attached {
+        let failed = |error: &dyn fmt::Display| {
+            format!("Cannot attach network device {}: {error}", self.shared.id)
+        };
+        let mut attachment = self.attachment();
+        let source = match std::mem::replace(&mut *attachment, Attachment::None) {
+            Attachment::Missing(source) => source,
+            other => {
+                *attachment = other;
+                let what = failed(&"it was attached before");
+                return Err(AttachError { what, source: None });
+            }
+        };
+        drop(attachment);
+        let taps = tap::open(&source, self.shared.pairs.len(), &self.host).map_err(|error| {
+            let error = AttachError::from(error);
+            AttachError { what: failed(&error.what), source: error.source }
+        });
+        let attached = taps.and_then(|taps| self.start(&taps, spawn));
+        if attached.is_err() {
+            *self.attachment() = Attachment::Missing(source);
+        }
+        attached
+    }
+
+    /// Starts the threads on the queues of a tap, one for each pair, or none.
+    fn start(
+        &self,
+        taps: &Taps,
+        spawn: impl Fn(&Arc<Shared>, usize, &Taps) -> Spawned,
+    ) -> Attached {
         let mut workers = Vec::with_capacity(taps.len());
         for index in 0..self.shared.pairs.len() {
-            match Worker::spawn(&self.shared, index, taps) {
+            match spawn(&self.shared, index, taps) {
                 Ok(worker) => workers.push(worker),
                 Err(source) => {
                     self.stop(workers);
+                    self.shared.stop.store(false, Ordering::SeqCst);
                     let what = format!("Cannot start a thread of network device {}", self.id());
                     return Err(AttachError { what, source: Some(source) });
                 }
@@ -304,28 +340,7 @@ impl VirtioDevice for Net {
     }
 
     fn attach(&self) -> Result<(), AttachError> {
-        let failed = |error: &dyn fmt::Display| {
-            format!("Cannot attach network device {}: {error}", self.shared.id)
-        };
-        let mut attachment = self.attachment();
-        let mut source = match std::mem::replace(&mut *attachment, Attachment::None) {
-            Attachment::Missing(source) => source,
-            other => {
-                *attachment = other;
-                let what = failed(&"it was attached before");
-                return Err(AttachError { what, source: None });
-            }
-        };
-        drop(attachment);
-        let taps = match tap::open(&mut source, self.shared.pairs.len(), &self.host) {
-            Ok(taps) => taps,
-            Err(error) => {
-                *self.attachment() = Attachment::Missing(source);
-                let error = AttachError::from(error);
-                return Err(AttachError { what: failed(&error.what), source: error.source });
-            }
-        };
-        self.start(&taps)
+        self.attach_with(Worker::spawn)
     }
 
     fn activate(&self, activation: Activation) -> Result<(), ActivateError> {

@@ -136,6 +136,15 @@ impl Worker {
             let again = self.turn();
             self.wait(again);
         }
+        // Another worker may come after this one, and the tap may outlive both.
+        if !self.interest.is_empty() {
+            let event = EpollEvent::default();
+            if let Err(error) =
+                self.pair().epoll.ctl(ControlOperation::Delete, self.tap.fd(), event)
+            {
+                tracing::debug!("The tap of {} was not watched: {error}", self.shared.id);
+            }
+        }
     }
 
     /// Does what may be done now. True if there may be more.
@@ -259,7 +268,8 @@ impl Worker {
             Err(error) => {
                 shared.broken.store(true, Ordering::SeqCst);
                 let why = chain_of(&error);
-                tracing::warn!("Network device {} needs a reset: {why}", shared.id);
+                // The transport tells it, as often as a guest may fill the log.
+                tracing::debug!("Network device {} needs a reset: {why}", shared.id);
                 self.notices.push(Notice::NeedsReset(why));
                 None
             }
@@ -498,7 +508,8 @@ impl Worker {
         match first.host.apply(&shared, after.offloads(features), after.pairs) {
             Ok(()) => true,
             Err(error) => {
-                tracing::warn!("The tap of {} refuses a command: {error}", shared.id);
+                // A driver may repeat it, and has its answer and a counter.
+                tracing::debug!("The tap of {} refuses a command: {error}", shared.id);
                 false
             }
         }

@@ -103,17 +103,17 @@ impl From<TapError> for AttachError {
     }
 }
 
-/// Opens a tap for `pairs` queue pairs. Descriptors are taken out of `source`; a name stays, so
-/// that a caller may try again.
+/// Opens a tap for `pairs` queue pairs. `source` stays as it is, so that a caller may try again:
+/// of descriptors there are copies then.
 pub fn open(
-    source: &mut TapSource,
+    source: &TapSource,
     pairs: usize,
     settings: &TapSettings,
 ) -> Result<Vec<Arc<dyn TapQueue>>, TapError> {
     let queues = match source {
         TapSource::Named(name) => open_named(name, pairs, settings)?,
         TapSource::Unnamed => open_named(NAME_PATTERN, pairs, settings)?,
-        TapSource::Descriptors(fds) => adopt(std::mem::take(fds), pairs)?,
+        TapSource::Descriptors(fds) => adopt(fds, pairs)?,
     };
     Ok(queues.into_iter().map(|queue| Arc::new(queue) as Arc<dyn TapQueue>).collect())
 }
@@ -218,14 +218,14 @@ fn bind(file: &File, name: &[u8; NAME_BYTES], pairs: usize) -> io::Result<[u8; N
     }
 }
 
-fn adopt(fds: Vec<OwnedFd>, pairs: usize) -> Result<Vec<Queue>, TapError> {
+fn adopt(fds: &[OwnedFd], pairs: usize) -> Result<Vec<Queue>, TapError> {
     if fds.len() != pairs {
         return Err(TapError::Descriptors { found: fds.len(), needed: pairs });
     }
-    fds.into_iter().map(adopt_one).collect()
+    fds.iter().map(adopt_one).collect()
 }
 
-fn adopt_one(fd: OwnedFd) -> Result<Queue, TapError> {
+fn adopt_one(fd: &OwnedFd) -> Result<Queue, TapError> {
     let raw = fd.as_raw_fd();
     let refused = |hint, source| TapError::Descriptor { fd: raw, hint, source };
     let (_, flags) = ioctl::bound_to(fd.as_fd())
@@ -240,11 +240,11 @@ fn adopt_one(fd: OwnedFd) -> Result<Queue, TapError> {
         return Err(refused("it was opened without IFF_VNET_HDR", None));
     }
     let failed = |source| refused("it cannot be configured", Some(source));
-    let status = fcntl(&fd, FcntlArg::F_GETFL).map_err(|errno| failed(errno.into()))?;
+    let status = fcntl(fd, FcntlArg::F_GETFL).map_err(|errno| failed(errno.into()))?;
     let status = OFlag::from_bits_retain(status) | OFlag::O_NONBLOCK;
-    fcntl(&fd, FcntlArg::F_SETFL(status)).map_err(|errno| failed(errno.into()))?;
-    fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|errno| failed(errno.into()))?;
-    let file = File::from(fd);
+    fcntl(fd, FcntlArg::F_SETFL(status)).map_err(|errno| failed(errno.into()))?;
+    fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|errno| failed(errno.into()))?;
+    let file = File::from(fd.try_clone().map_err(failed)?);
     prepare(&file).map_err(failed)?;
     Ok(Queue(file))
 }

@@ -2,7 +2,7 @@ use super::*;
 use crate::virtio::net::tests::namespace::in_own_namespace;
 
 fn open_one(name: &str, pairs: usize) -> Result<Vec<Arc<dyn TapQueue>>, TapError> {
-    open(&mut TapSource::Named(name.to_owned()), pairs, &TapSettings::default())
+    open(&TapSource::Named(name.to_owned()), pairs, &TapSettings::default())
 }
 
 fn interface<R>(name: &str, f: impl FnOnce(Interface<'_>) -> R) -> R {
@@ -40,7 +40,7 @@ fn a_tap_is_made_and_configured() {
             mac: Some("02:11:22:33:44:55".parse().unwrap()),
             mtu: Some(1300),
         };
-        let taps = open(&mut TapSource::Named("ut0".into()), 1, &settings).unwrap();
+        let taps = open(&TapSource::Named("ut0".into()), 1, &settings).unwrap();
         interface("ut0", |interface| {
             assert!(interface.is_up().unwrap());
             assert_eq!(interface.mtu().unwrap(), 1300);
@@ -77,13 +77,13 @@ fn a_tap_of_ipv6_and_one_without_a_name() {
             ..TapSettings::default()
         };
         if std::path::Path::new("/proc/sys/net/ipv6").exists() {
-            let taps = open(&mut TapSource::Named("ut6".into()), 1, &settings).unwrap();
+            let taps = open(&TapSource::Named("ut6".into()), 1, &settings).unwrap();
             drop(taps);
         }
         let gaps = TapSettings { mask: Some("ff::1".parse().unwrap()), ..settings };
-        let refused = open(&mut TapSource::Named("ut7".into()), 1, &gaps).map(drop);
+        let refused = open(&TapSource::Named("ut7".into()), 1, &gaps).map(drop);
         assert!(matches!(refused, Err(TapError::Mask(_))), "{refused:?}");
-        let unnamed = open(&mut TapSource::Unnamed, 1, &TapSettings::default()).unwrap();
+        let unnamed = open(&TapSource::Unnamed, 1, &TapSettings::default()).unwrap();
         assert!(if_nametoindex("vmtap0").is_ok());
         drop(unnamed);
     });
@@ -117,7 +117,7 @@ fn descriptors_are_adopted_if_they_are_a_tap_s() {
             ioctl::bind(file.as_fd(), &name_bytes("utd%d").unwrap(), flags).unwrap();
             file.into()
         };
-        let adopt = |fds| open(&mut TapSource::Descriptors(fds), 1, &TapSettings::default());
+        let adopt = |fds| open(&TapSource::Descriptors(fds), 1, &TapSettings::default());
         let good = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
         let taps = adopt(vec![raw(good)]).unwrap();
         let error = loop {

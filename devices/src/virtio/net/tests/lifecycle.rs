@@ -1,5 +1,7 @@
 //! Attaching, activating, saving, restoring, announcing.
 
+use std::os::fd::OwnedFd;
+
 use super::*;
 use crate::virtio::net::announce::PAUSES_MS;
 use crate::virtio::net::features::GUEST_ANNOUNCE;
@@ -51,6 +53,42 @@ fn a_device_without_a_tap_cannot_be_activated() {
     net.park();
     net.save();
     net.unpark();
+}
+
+/// A take-over asks again until its devices have what they need.
+#[test]
+fn a_tap_that_could_not_be_had_is_asked_for_again() {
+    let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    let tap = TapSource::Descriptors(vec![null()]);
+    let net = Net::new(NetOptions { tap, ..options(1) }).unwrap();
+    for _ in 0..2 {
+        let refused = net.attach().unwrap_err().to_string();
+        assert!(refused.contains("not bound to a tap"), "{refused}");
+    }
+}
+
+#[test]
+fn threads_that_could_not_all_be_started_are_started_again() {
+    let mut bench = Bench::idle(options(2));
+    bench.net = Net::new(options(2)).unwrap();
+    let taps: Vec<_> = bench.taps.iter().map(|tap| Arc::clone(tap) as _).collect();
+    let refused = bench.net.start(&taps, |shared, index, taps| match index {
+        0 => {
+            let started = Worker::spawn(shared, index, taps);
+            // It waits for the tap, as one that has worked for a while.
+            settle();
+            started
+        }
+        _ => Err(io::ErrorKind::OutOfMemory.into()),
+    });
+    assert!(refused.unwrap_err().to_string().contains("Cannot start a thread"));
+    bench.net.start(&taps, Worker::spawn).unwrap();
+    bench.activate(bench.net.features() & !features::EVENT_IDX);
+    bench.send(0, &frame(1, 60));
+    assert_eq!(bench.worlds[0].receive(), frame(1, 60));
+    bench.offer(0, BUFFERS + 0x20_0000, 2048);
+    bench.worlds[0].send(&frame(2, 60));
+    bench.receive[0].wait_used(1);
 }
 
 #[test]

@@ -151,7 +151,7 @@ impl Bench {
         let net = Net::new(options).unwrap();
         let (taps, worlds): (Vec<_>, Vec<_>) = (0..pairs).map(|_| fake_tap()).unzip();
         let queues: Vec<_> = taps.iter().map(|tap| Arc::clone(tap) as Arc<dyn TapQueue>).collect();
-        net.start(&queues).unwrap();
+        net.start(&queues, Worker::spawn).unwrap();
         let memory = guest_memory();
         let ring = |index| Ring::new(&memory, index);
         Self {

@@ -43,6 +43,8 @@ fn packets_pass_between_a_real_tap_and_the_guest() {
         let net = Net::new(options).unwrap();
         assert!(!std::path::Path::new("/proc/self/net/dev_snmp6/utap0").exists());
         net.try_attach().unwrap();
+        let refused = net.attach_with(|_, _, _| Err(io::ErrorKind::OutOfMemory.into()));
+        assert!(refused.unwrap_err().to_string().contains("Cannot start a thread"));
         assert!(!std::path::Path::new("/proc/self/net/dev_snmp6/utap0").exists(), "it was let go");
         net.attach().unwrap();
         net.try_attach().unwrap();
