@@ -291,8 +291,10 @@ impl<B: ReplicaBuilder> Engine<B> {
                 Told::FailoverStarted { reason, generation: self.machine.generation() }
             }
             Report::FailoverFinished => {
-                self.answer_failover(|| Ok(()));
-                Told::FailoverFinished { generation: self.machine.generation() }
+                let generation = self.machine.generation();
+                // First: whoever asked looks at what was told when it has its answer.
+                self.observer.event(Told::FailoverFinished { generation });
+                return self.answer_failover(|| Ok(()));
             }
             Report::FailoverFailed(error) => {
                 self.status.failed(&error);
