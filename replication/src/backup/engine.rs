@@ -142,6 +142,8 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     heir_until: Option<Instant>,
     /// The session that its first one goes on from, whichever has called in vain since.
     heir_session: Option<SessionId>,
+    /// The only VM that is received here; whichever comes where there is none.
+    only: Option<VmId>,
     failover_answer: Vec<Sender<Result<(), Error>>>,
     /// For tests: compares all of memory.
     equality: Option<Equality>,
@@ -190,8 +192,14 @@ impl<B: ReplicaBuilder> Engine<B> {
             is_tracked: false,
             heir_until: None,
             heir_session: None,
+            only: None,
             failover_answer: vec![],
         })
+    }
+
+    /// Receives this VM, and no other, where there is one.
+    pub(super) fn only(self, only: Option<VmId>) -> Self {
+        Self { only, ..self }
     }
 
     /// Works until the VM was taken over or the reception is stopped. `legacy`: the VM was this host's,

@@ -64,6 +64,12 @@ impl<B: ReplicaBuilder> Engine<B> {
                 let what = "This host is not the backup of such a pair: it is copied to anew";
                 return Some(Refusal::Lasting(what.to_owned()));
             }
+            // Its images and taps would be the first VM's, where ids are the same.
+            State::Idle if self.only.is_some_and(|only| only != VmId(hello.vm)) => {
+                let what = "This host listens for the VM that it handed over, and for no other \
+                            (return_url): say vm.stop-replication here, then vm.receive-replica";
+                return Some(Refusal::Lasting(what.to_owned()));
+            }
             State::Idle => {}
             State::Orphan if is_ours => {}
             State::Orphan => {
