@@ -222,6 +222,9 @@ impl<B: ReplicaBuilder> Engine<B> {
         }
         let mut gathered = self.status.lock();
         gathered.info.peer = Some(peer);
+        if !is_heir {
+            gathered.info.epoch_sealed = 0;
+        }
         gathered.info.rdma = None;
         gathered.info.last_error = lacks;
         if self.rdma.is_some() {
