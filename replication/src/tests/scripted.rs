@@ -523,6 +523,26 @@ fn a_greeting_for_the_same_vm_does_not_end_its_session() {
     script.acked(2);
 }
 
+/// Its caller may be the one that is just being let go, and does not call again.
+#[test]
+fn a_first_call_waits_for_the_end_of_the_session_before() {
+    let mut script = Script::start();
+    script.end(1);
+    script.seal(1, 1, 0);
+    script.acked(1);
+    let next = std::thread::scope(|scope| {
+        let names = (script.vm, script.host);
+        let backup = &script.backup;
+        let greeted = scope.spawn(move || greet(backup, SessionId(43), names, offer()).2);
+        // Long enough to be there, and not for as long as it may wait.
+        std::thread::sleep(Duration::from_millis(150));
+        Message::Stop.send(&mut script.writer).unwrap();
+        assert_eq!(next(&mut script.reader), Message::StopDone);
+        greeted.join().unwrap()
+    });
+    assert!(matches!(next, Message::Welcome(_)), "{next:?}");
+}
+
 /// Epoch last sealed, last committed, and whether the copy is over.
 fn shown(info: &api::replication::ReplicationInfo) -> (u64, u64, bool) {
     (info.epoch_sealed, info.epoch_committed, info.sync_progress >= 1.0)
