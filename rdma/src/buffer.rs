@@ -156,9 +156,12 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicI32, Ordering};
 
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
     use super::*;
     use crate::abi;
     use crate::context::Context;
+    use crate::lent::LentMemory;
     use crate::library::Library;
 
     /// What the device answers when it is to give back memory, and how often it gave back its domain.
@@ -215,6 +218,10 @@ mod tests {
         }
     }
 
+    /// Answers, and whether the device keeps the memory.
+    const KEPT: [(c_int, bool); 4] =
+        [(0, false), (libc::EBUSY, true), (libc::EINVAL, true), (libc::EIO, true)];
+
     /// One at a time: what the device does is the same for all.
     static TURN: Mutex<()> = Mutex::new(());
 
@@ -248,7 +255,7 @@ mod tests {
         const LEN: usize = 4 * 4096;
         let _turn = TURN.lock();
         let context = Context::of(library(), NonNull::dangling());
-        for (answer, stays) in [(0, false), (libc::EBUSY, true), (libc::EINVAL, true)] {
+        for (answer, stays) in KEPT {
             ANSWER.store(answer, Ordering::Relaxed);
             let before = DOMAINS.load(Ordering::Relaxed);
             let domain = ProtectionDomain::new(&context).unwrap();
@@ -258,6 +265,25 @@ mod tests {
             assert_eq!(is_mapped(at, LEN), stays, "{answer}");
             // What has memory is not given back either: a device would refuse that.
             assert_eq!(DOMAINS.load(Ordering::Relaxed) - before, i32::from(!stays), "{answer}");
+        }
+    }
+
+    /// Nobody may take a guest's memory for its own again that a peer writes yet.
+    #[test]
+    fn memory_that_the_device_keeps_is_not_said_to_have_ended() {
+        const LEN: usize = 4 * 4096;
+        let _turn = TURN.lock();
+        let context = Context::of(library(), NonNull::dangling());
+        for (answer, stays) in KEPT {
+            ANSWER.store(answer, Ordering::Relaxed);
+            let domain = ProtectionDomain::new(&context).unwrap();
+            let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), LEN)]).unwrap();
+            let memory = Arc::new(memory);
+            let lent = LentMemory::open(&domain, &memory, GuestAddress(0), LEN).unwrap();
+            let at = lent.remote().address;
+            assert_eq!(lent.end().is_err(), stays, "{answer}");
+            drop(memory);
+            assert_eq!(is_mapped(at, LEN), stays, "{answer}");
         }
     }
 }

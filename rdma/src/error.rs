@@ -64,14 +64,10 @@ pub(crate) fn check(returned: i32) -> Result<(), io::Error> {
     }
 }
 
-/// Why a destructor's verb did not do it; none if it did, or the device is gone (EIO), and with it all that
-/// it had.
-pub(crate) fn kept(returned: i32) -> Option<io::Error> {
-    check(returned).err().filter(|error| error.raw_os_error() != Some(libc::EIO))
-}
-
-/// For destructors of what nothing uses any more: a refusal is our own bug, and a leak at worst.
+/// For destructors of what nothing uses any more: a refusal is our own bug, and a leak at worst. But for EIO,
+/// by which older kernels say that the device is gone, and with it all that it had. Not for memory, see
+/// [`crate::MemoryRegion`].
 pub(crate) fn given_back(what: &str, returned: i32) {
-    let kept = kept(returned);
+    let kept = check(returned).err().filter(|error| error.raw_os_error() != Some(libc::EIO));
     debug_assert!(kept.is_none(), "{what} cannot be given back: {kept:?}");
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use crate::abi;
 use crate::context::Context;
-use crate::error::{Error, check, given_back, kept};
+use crate::error::{Error, check, given_back};
 
 /// What belongs together: a queue pair accesses regions of its own domain only, for itself or for its
 /// peer.
@@ -95,6 +95,10 @@ impl BitOr for Access {
 }
 
 /// Memory that a device may access: its pages are locked, and its address is known to the device.
+///
+/// It has ended only if the device says so. Any error means that it is kept, EIO too: of a device that is gone
+/// the kernel answers that memory is given back, so an error is that of a driver whose region lives, and with it
+/// a key by which a peer writes.
 pub struct MemoryRegion {
     domain: Arc<ProtectionDomain>,
     raw: NonNull<abi::Mr>,
@@ -190,7 +194,7 @@ impl MemoryRegion {
         let this = ManuallyDrop::new(self);
         // SAFETY: the region is registered, and this is its end: it is not dropped.
         let returned = unsafe { (this.domain.context().library().ibv_dereg_mr)(this.raw.as_ptr()) };
-        if let Some(source) = kept(returned) {
+        if let Err(source) = check(returned) {
             let what = format!("give back {} bytes of memory", this.len);
             return Err(this.domain.context().failed(what, source));
         }
@@ -253,8 +257,8 @@ impl Drop for MemoryRegion {
         let returned = unsafe { (self.domain.context().library().ibv_dereg_mr)(self.raw.as_ptr()) };
         // The memory may be unmapped next, and given to somebody else: a device that goes on writing
         // it must not be lived with. Who can keep the mapping for ever calls `end`, as all here do.
-        let (len, kept) = (self.len, kept(returned));
-        assert!(kept.is_none(), "An RDMA device keeps {len} bytes of memory: {kept:?}");
+        let (len, ended) = (self.len, check(returned));
+        assert!(ended.is_ok(), "An RDMA device keeps {len} bytes of memory: {ended:?}");
     }
 }
 

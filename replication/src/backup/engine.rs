@@ -25,6 +25,7 @@ use crate::protocol::backup::{Backup, Event, Handover, State};
 use crate::protocol::window::OUT_OF_TURN;
 use crate::transport::{Stream, rdma};
 use crate::wire::{Grant, Message, SessionId, WireError};
+use arrivals::Caller;
 use opening::{Opening, Registered};
 
 mod actions;
@@ -142,6 +143,10 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     heir_until: Option<Instant>,
     /// The session that its first one goes on from, whichever has called in vain since.
     heir_session: Option<SessionId>,
+    /// The only VM that is received here; whichever comes where there is none.
+    only: Option<VmId>,
+    /// A primary that came before the session before was over, and until when it waits for that.
+    waiting: Option<(Box<Caller>, Instant)>,
     failover_answer: Vec<Sender<Result<(), Error>>>,
     /// For tests: compares all of memory.
     equality: Option<Equality>,
@@ -190,8 +195,15 @@ impl<B: ReplicaBuilder> Engine<B> {
             is_tracked: false,
             heir_until: None,
             heir_session: None,
+            only: None,
+            waiting: None,
             failover_answer: vec![],
         })
+    }
+
+    /// Receives this VM, and no other, where there is one.
+    pub(super) fn only(self, only: Option<VmId>) -> Self {
+        Self { only, ..self }
     }
 
     /// Works until the VM was taken over or the reception is stopped. `legacy`: the VM was this host's,
@@ -222,7 +234,8 @@ impl<B: ReplicaBuilder> Engine<B> {
         let session = self.session.as_ref().filter(|_| self.is_receiving());
         let silence = session.map(|s| s.shared.heard.deadline(s.timeout));
         let called = self.heir_until.filter(|_| self.is_awaiting()).unwrap_or(far);
-        silence.unwrap_or(far).min(self.retry_at.unwrap_or(far)).min(called)
+        let waits = self.waiting.as_ref().map_or(far, |(_, until)| *until);
+        silence.unwrap_or(far).min(self.retry_at.unwrap_or(far)).min(called).min(waits)
     }
 
     /// Whether the new primary of a reversed pair has not called yet.
@@ -246,6 +259,10 @@ impl<B: ReplicaBuilder> Engine<B> {
             self.retry_at = None;
             let next = self.asker.timer();
             self.claim_went(next);
+        }
+        let is_idle = self.machine.state() == State::Idle;
+        if self.waiting.as_ref().is_some_and(|(_, until)| is_idle || *until <= Instant::now()) {
+            self.admit_waiting();
         }
     }
 

@@ -45,7 +45,7 @@ use crate::guest::ReplicaBuilder;
 use crate::handover::{Legacy, WayBack};
 use crate::ids::Generation;
 use crate::observer::{Event, Observer};
-use crate::ownership::{Arbiter, HostIdentity, Known};
+use crate::ownership::{Arbiter, HostIdentity, Known, VmId};
 use crate::primary::{address, arbiter, asked_of_rdma, certificates, validate_paces};
 use crate::transport::{Address, Listener, ListenerWaker, name, rdma, tls};
 use engine::{Ask, Engine, Input};
@@ -105,16 +105,17 @@ pub fn receive<B: ReplicaBuilder>(
     receive_at(builder, &address, options, HostIdentity::random(), observer)
 }
 
-/// As [`receive`], with what was prepared before.
+/// As [`receive`], with what was prepared before, of this VM only.
 ///
 /// # Errors
 /// That no thread can be started.
 pub fn receive_prepared<B: ReplicaBuilder>(
     builder: B,
     prepared: Prepared,
+    vm: VmId,
     observer: Arc<dyn Observer>,
 ) -> Result<BackupHandle, Error> {
-    begin(builder, prepared, HostIdentity::random(), None, observer)
+    begin(builder, prepared, (HostIdentity::random(), Some(vm)), None, observer)
 }
 
 /// As [`receive`], on the host that a VM was handed over from: with what that has of it. Where the pair was
@@ -130,7 +131,7 @@ pub fn receive_back<B: ReplicaBuilder>(
     observer: Arc<dyn Observer>,
 ) -> Result<BackupHandle, Error> {
     let identity = legacy.identity;
-    begin(builder, prepared, identity, Some(legacy), observer)
+    begin(builder, prepared, (identity, Some(identity.vm)), Some(legacy), observer)
 }
 
 /// As [`receive`], at an address that options cannot express (a port that the system picks) and
@@ -145,7 +146,7 @@ pub fn receive_at<B: ReplicaBuilder>(
     identity: HostIdentity,
     observer: Arc<dyn Observer>,
 ) -> Result<BackupHandle, Error> {
-    begin(builder, prepare_at(address, options)?, identity, None, observer)
+    begin(builder, prepare_at(address, options)?, (identity, None), None, observer)
 }
 
 fn prepare_at(address: &Address, options: ReceiveReplicaData) -> Result<Prepared, Error> {
@@ -177,7 +178,7 @@ fn prepare_at(address: &Address, options: ReceiveReplicaData) -> Result<Prepared
 fn begin<B: ReplicaBuilder>(
     builder: B,
     prepared: Prepared,
-    identity: HostIdentity,
+    (identity, only): (HostIdentity, Option<VmId>),
     legacy: Option<Legacy>,
     observer: Arc<dyn Observer>,
 ) -> Result<BackupHandle, Error> {
@@ -207,7 +208,8 @@ fn begin<B: ReplicaBuilder>(
         Arc::clone(&observer),
         (inputs.clone(), queue),
         status.clone(),
-    )?;
+    )?
+    .only(only);
     observer.event(Event::ReceiveReady { address: local.to_string() });
     let thread = spawn("repl-backup", None, move || {
         engine.run(legacy);

@@ -281,7 +281,6 @@ impl Receiving {
             // A page that came on two connections would be one or the other by chance.
             return Err(ReceiveError::Foreign { first, found: self.share.index + 1 });
         }
-        self.suspects.replaced(&self.header.runs);
         if self.header.epoch == EpochId(0) {
             return self.straight(frame, &mut scratch[..bytes]);
         }
@@ -333,6 +332,7 @@ impl Receiving {
             let what = "number of pages of a copy";
             return Err(WireError::Malformed { kind: Kind::Pages, what }.into());
         }
+        self.suspects.replaced(&self.header.runs);
         // A copy anew finds its pages there, and looking for them takes time.
         let is_fresh = round == 0;
         if self.header.has_encoded() {
@@ -399,6 +399,7 @@ impl Receiving {
         if pages > self.pages {
             return Err(ReceiveError::Repeats(epoch));
         }
+        self.suspects.replaced(&self.header.runs);
         let crc = if self.header.has_encoded() {
             self.reader.read_into(contents)?;
             let crc = self.reader.finish(frame)?;
@@ -449,5 +450,53 @@ impl Receiving {
     fn count_raw(&self) {
         let bytes = self.header.pages() * PAGE_SIZE as u64;
         self.shared.counters.raw_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::memory;
+    use crate::transport::memory as streams;
+    use crate::wire::{FrameWriter, RUNS_MAX, SessionId, encode_sums};
+
+    /// A small frame may name all of memory, run after run: what is too much is looked at no further.
+    #[test]
+    fn a_frame_that_is_too_large_is_not_worked_at() {
+        const PAGES: u64 = 64;
+        for (epoch, refused) in [(0u64, "number of pages of a copy"), (1, "has pages twice")] {
+            let (ours, theirs) = streams::pair().unwrap();
+            let shared = Shared {
+                ram: memory(&[(0, PAGES)]),
+                is_whole: false,
+                budget: Budget::new(1 << 20),
+                round: Arc::default(),
+                heard: Heard::new(),
+                counters: Arc::default(),
+                rdma: None,
+            };
+            let reader = FrameReader::new(theirs, Some(SessionId(1)));
+            let (_spare, spares) = bounded(1);
+            let share = Share { index: 0, of: 1 };
+            let mut receiving = Receiving::new(share, reader, shared, spares);
+            let mut primary = FrameWriter::new(ours, SessionId(1));
+            let mut sums = vec![];
+            encode_sums(0, 0b100, [7].into_iter(), &mut sums);
+            primary.write(Kind::Sums, &[&sums]).unwrap();
+            let mut head = vec![];
+            head.extend(epoch.to_le_bytes());
+            head.extend((RUNS_MAX as u64).to_le_bytes());
+            for _ in 0..RUNS_MAX {
+                head.extend(0u64.to_le_bytes());
+                head.extend(u32::try_from(PAGES).unwrap().to_le_bytes());
+                head.extend(u32::from(Encoding::Zero as u8).to_le_bytes());
+            }
+            primary.write(Kind::Pages, &[&head]).unwrap();
+            let mut scratch = Receiving::scratch();
+            assert!(receiving.frame(&mut scratch).unwrap().is_none());
+            let error = receiving.frame(&mut scratch).err().unwrap().to_string();
+            assert!(error.contains(refused), "{error}");
+            assert_eq!(receiving.suspects.end(), Some((1, PageIndex(2))));
+        }
     }
 }

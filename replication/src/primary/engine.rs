@@ -672,6 +672,10 @@ impl<'g, G: Guest> Engine<'g, G> {
         self.no_rdma = Some(reason.clone());
         self.claim_due = Some(clock::now() + self.timeout());
         self.step(Event::DataLost(reason));
+        if self.options.cow == Cow::Off {
+            // Nothing comes of what they send, and a guest may stand for it.
+            self.end_senders();
+        }
     }
 
     /// The arbiter has not said whose the VM is. Should this host not reach it, the backup may: it is heard

@@ -124,6 +124,23 @@ impl Senders {
         self.closers.iter().for_each(|stream| stream.close());
         self.threads
     }
+
+    /// As [`Senders::close`], and calls `then` once none of the threads reads guest memory any more: what they
+    /// have sent by then is all that they send. A connection that is closed may take more for a while (by RDMA
+    /// nobody looks at the TCP connection as long as there is room). A thread that hangs in a device reads on
+    /// for all that is known, and `then` is not called.
+    pub(super) fn close_and(self, then: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+        let threads = self.close();
+        let body = move || {
+            for thread in threads {
+                if thread.join().is_err() {
+                    tracing::error!("A sender panicked");
+                }
+            }
+            then();
+        };
+        spawn("repl-ended", None, body).map(drop)
+    }
 }
 
 /// Groups of pages that go straight together, and their checksums.
@@ -256,6 +273,11 @@ impl OneSender {
             }
         }
         self.flush(epoch, &kept(&raw, scratch, from_memory), vec![], &mut part)?;
+        if from_memory {
+            // A backup that has the end of the epoch has it whole: by then nothing of it is read any more,
+            // whatever becomes of the guest, the connection and the device.
+            self.writer.flush()?;
+        }
         self.end(epoch, part)
     }
 
@@ -826,6 +848,30 @@ mod tests {
         assert_eq!(frames(&mut reader).len(), 0);
     }
 
+    /// By RDMA a connection that is closed takes what there is room for: as long as it does, memory is read.
+    #[test]
+    fn a_sender_that_goes_on_after_its_end_is_waited_for() {
+        let ram = ram(20);
+        let mut pages = PageSet::new(20);
+        (0..20).for_each(|page| pages.insert(PageIndex(page)));
+        let (ours, _theirs) = memory::pair().unwrap();
+        let ((asks, asked), (answer, answers)) = (unbounded(), unbounded());
+        let stream: Box<dyn Stream> =
+            Box::new(Plain { room: Some((asks, answers)), ..Plain::new(ours) });
+        let writer = FrameWriter::new(stream, SessionId(1));
+        let counters = Arc::default();
+        let senders =
+            Senders::start(vec![writer], &ram, Compression::None, &counters, |_| true).unwrap();
+        let source = Source::Still(Arc::new(pages));
+        senders.send(&Job { number: 7, epoch: EpochId(1), source });
+        asked.recv().unwrap();
+        let (tell, told) = unbounded();
+        senders.close_and(move || tell.send(()).unwrap()).unwrap();
+        assert!(told.recv_timeout(Duration::from_millis(200)).is_err(), "it is at it yet");
+        answer.send(false).unwrap();
+        told.recv_timeout(Duration::from_secs(10)).unwrap();
+    }
+
     /// With `cow=off` nobody writes before all is out, and nothing is under way then.
     #[test]
     fn pages_of_a_guest_that_stands_leave_from_memory() {
@@ -836,7 +882,7 @@ mod tests {
             pages.insert(page);
         }
         let lent = crate::testing::Lent::default();
-        let (ours, _theirs) = memory::pair().unwrap();
+        let (ours, theirs) = memory::pair().unwrap();
         // What was lent is there until a flush says that it is not read any more.
         let flushed = || Err(io::ErrorKind::ConnectionReset.into());
         let stream: Box<dyn Stream> =
@@ -853,5 +899,11 @@ mod tests {
         let told = lent.lock().unwrap().iter().map(|(pages, _)| pages.len()).sum::<usize>();
         assert_eq!(told, 20);
         senders.close().into_iter().for_each(|thread| thread.join().unwrap());
+        // A backup that has this to its end must not find in it what is written once the guest runs.
+        let mut reader = FrameReader::new(theirs, Some(SessionId(1)));
+        let kinds: Vec<Kind> =
+            std::iter::from_fn(|| reader.read(&mut vec![]).ok().map(|header| header.kind))
+                .collect();
+        assert_eq!(kinds, [Kind::Pages]);
     }
 }

@@ -361,6 +361,47 @@ fn a_backup_that_flushes_for_long_is_waited_for() {
     assert_eq!(pair.backup.wrong(), Vec::<String>::new());
 }
 
+/// What a guest has flushed one by one is made durable at once by a backup that takes over: its clients wait.
+#[test]
+fn a_take_over_flushes_each_image_and_not_as_often_as_the_guest_did() {
+    const FLUSHES: usize = 30;
+    let dir = tempfile::tempdir().unwrap();
+    let pair = pair(Some(dir.path()), 21);
+    let primary = Primary::start(&pair.machine, &pair.backup.url(), Some(dir.path())).unwrap();
+    primary.events.wait(is_synced).unwrap();
+    let flushing = pair.images[0].flushing.lock().unwrap();
+    let flush = Request { disk: 0, operation: Operation::Flush, range: 0..0, fill: 0 };
+    for _ in 0..FLUSHES {
+        pair.disks.request(&pair.machine, &flush).unwrap();
+    }
+    let write = Request { disk: 0, operation: Operation::Write, range: 0..512, fill: 1 };
+    pair.disks.request(&pair.machine, &write).unwrap();
+    let more = primary.handle.info().epoch_sealed + 2;
+    until(
+        || primary.handle.info(),
+        |info| {
+            pair.machine.work(0, PageIndex(3), 1);
+            info.epoch_committed >= more
+        },
+    );
+    let flushes =
+        || -> u64 { pair.images.iter().map(|image| image.flushes.load(Ordering::Acquire)).sum() };
+    let before = flushes();
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| pair.backup.handle.failover(false));
+        pair.backup.events.wait(|event| matches!(event, Event::FailoverStarted { .. })).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        drop(flushing);
+        asked.join().unwrap().unwrap();
+    });
+    let new = flushes() - before;
+    // That which was under way; those before the claim, and before the start.
+    assert!(new <= 1 + 2 * SIZES.len() as u64, "{new} flushes");
+    assert_eq!(pair.images[0].bytes()[..512], [1; 512]);
+    assert_eq!(pair.backup.wrong(), Vec::<String>::new());
+    primary.handle.join();
+}
+
 #[test]
 fn a_log_that_nobody_reads_holds_nobody_up() {
     let dir = tempfile::tempdir().unwrap();

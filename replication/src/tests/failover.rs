@@ -5,13 +5,17 @@ use std::time::Duration;
 
 use api::replication::ReplicationState;
 
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
 use super::pair::{Backup, Primary, Proxy};
 use super::{Random, Workers, receive_options, replicate, small_machine, until};
+use crate::backup::receive_at;
 use crate::error::ErrorKind;
-use crate::observer::Event;
-use crate::ownership::{Arbiter, FileArbiter, HostIdentity, Standing};
-use crate::testing::Machine;
-use crate::testing::{MemoryBuilder, counters, memory};
+use crate::observer::{Event, Observer};
+use crate::ownership::{Arbiter, FileArbiter, HostIdentity, Known, Standing};
+use crate::primary::protect;
+use crate::testing::{Machine, MemoryBuilder, MemoryGuest, Recorder, counters, memory};
+use crate::transport::Address;
 
 fn is_synced(event: &Event) -> bool {
     *event == Event::Synced
@@ -253,4 +257,57 @@ fn epochs_beyond_the_staging_are_copied_anew_and_given_up_at_last() {
     thread.join().unwrap();
     until(|| backup.handle.info(), |info| info.state == ReplicationState::Disconnected);
     assert_eq!(backup.wrong(), Vec::<String>::new());
+}
+
+/// Says that a switch-over has ended, and waits until that was heard.
+struct Slow(Recorder, Sender<()>, Receiver<()>);
+
+impl Observer for Slow {
+    fn event(&self, event: Event) {
+        let is_end = matches!(event, Event::FailoverFinished { .. });
+        self.0.event(event);
+        if is_end {
+            self.1.send(()).unwrap();
+            self.2.recv().unwrap();
+        }
+    }
+}
+
+/// Whoever asks for a switch-over, and then what was told, finds its end there.
+#[test]
+fn the_end_of_a_switch_over_is_told_before_it_is_answered() {
+    for by_primary in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let (told, ends) = unbounded();
+        let (goes_on, waits) = unbounded();
+        let slow = Arc::new(Slow(Recorder::default(), told, waits));
+        let quick = Arc::new(Recorder::default());
+        let of = |is_slow| -> Arc<dyn Observer> {
+            if is_slow { Arc::clone(&slow) as _ } else { Arc::clone(&quick) as _ }
+        };
+        let address = Address::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
+        let (builder, options) = (MemoryBuilder::default(), receive_options(Some(dir.path())));
+        let identity = HostIdentity::random();
+        let backup = receive_at(builder, &address, options, identity, of(!by_primary)).unwrap();
+        let guest = MemoryGuest(small_machine());
+        let options = replicate(&backup.local_address().to_string(), Some(dir.path()));
+        let (identity, known) = (HostIdentity::random(), Known::default());
+        let primary = protect(guest, options, identity, &known, of(by_primary)).unwrap();
+        let recorder = if by_primary { &slow.0 } else { &quick };
+        recorder.wait(is_synced).unwrap();
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| match by_primary {
+                true => primary.failover(false),
+                false => backup.failover(false),
+            });
+            ends.recv_timeout(Duration::from_secs(60)).unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+            let is_answered = asked.is_finished();
+            goes_on.send(()).unwrap();
+            asked.join().unwrap().unwrap();
+            assert!(!is_answered, "by the primary: {by_primary}");
+        });
+        primary.join();
+        backup.join();
+    }
 }

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use api::replication::{Compression, Cow, ReplicateData, ReplicationInfo, ReplicationState};
+use api::replication::{
+    Compression, Cow, RdmaPin, ReplicateData, ReplicationInfo, ReplicationState,
+};
 use uuid::Uuid;
 
 use super::pair::Primary;
@@ -596,6 +598,82 @@ fn a_guest_that_waits_for_room_does_not_wait_for_the_arbiter() {
     std::fs::rename(&away, &records).unwrap();
     primary.handle.join();
     assert!(machine.is_running() && !machine.is_holding());
+}
+
+/// With `cow=off` a guest stands for as long as its memory is sent as it is, and no longer: once nobody reads
+/// it any more it runs, unheard.
+#[test]
+fn a_guest_whose_epoch_is_not_taken_does_not_wait_for_the_arbiter() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = dir.path().join("records");
+    std::fs::create_dir(&records).unwrap();
+    let fake = Fake::start();
+    let machine = large_machine();
+    let url = format!("file:{}", records.display());
+    let primary = fake.protect(&machine, |options| {
+        options.cow = Cow::Off;
+        options.arbiter = Some(url);
+    });
+    let mut session = fake.session();
+    session.protects();
+    let primary = primary.join().unwrap().unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    write_all(&machine, 1);
+    // Nobody reads the data connection.
+    while session.seal().pages[0] < 8000 {}
+    assert!(!machine.is_running());
+    let away = dir.path().join("away");
+    std::fs::rename(&records, &away).unwrap();
+    drop(session);
+    let is_suspended = |info: &ReplicationInfo| info.state == ReplicationState::Suspended;
+    super::until(|| primary.handle.info(), is_suspended);
+    soon(|| machine.is_running());
+    assert!(machine.is_holding());
+    std::fs::rename(&away, &records).unwrap();
+    primary.handle.join();
+    assert!(machine.is_running() && !machine.is_holding());
+}
+
+/// The same where TCP is to take over from RDMA, and the backup still hears this side.
+#[test]
+fn a_guest_whose_epoch_cannot_go_by_rdma_does_not_wait_for_the_arbiter() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = dir.path().join("records");
+    std::fs::create_dir(&records).unwrap();
+    let fake = Fake::start();
+    let machine = large_machine();
+    let url = format!("file:{}", records.display());
+    let rdma = fake.url().replace("tcp:", "rdma:");
+    let primary = fake.protect(&machine, |options| {
+        options.cow = Cow::Off;
+        options.arbiter = Some(url);
+        options.destination_url = rdma;
+        options.rdma_device = Some(crate::transport::rdma::FAKE.to_owned());
+        options.rdma_pin = Some(RdmaPin::Off);
+        (options.fallback, options.reconnect) = (true, true);
+        (options.heartbeat_ms, options.timeout_ms) = (50, 2000);
+    });
+    let mut session = fake.session();
+    session.protects();
+    let primary = primary.join().unwrap().unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    write_all(&machine, 1);
+    while session.seal().pages[0] < 8000 {}
+    let away = dir.path().join("away");
+    std::fs::rename(&records, &away).unwrap();
+    // What it had is unread: the sender finds a connection that was reset.
+    session.data.clear();
+    let beats = session.beat();
+    let is_suspended = |info: &ReplicationInfo| info.state == ReplicationState::Suspended;
+    super::until(|| primary.handle.info(), is_suspended);
+    soon(|| machine.is_running());
+    assert!(!beats.is_finished(), "only once the backup hears nobody any more");
+    assert!(machine.is_holding());
+    std::fs::rename(&away, &records).unwrap();
+    soon(|| !machine.is_holding());
+    primary.handle.stop().unwrap();
+    assert!(machine.is_running());
+    beats.join().unwrap();
 }
 
 #[test]

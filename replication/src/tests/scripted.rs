@@ -523,6 +523,69 @@ fn a_greeting_for_the_same_vm_does_not_end_its_session() {
     script.acked(2);
 }
 
+/// Its caller may be the one that is just being let go, and does not call again.
+#[test]
+fn a_first_call_waits_for_the_end_of_the_session_before() {
+    let mut script = Script::start();
+    script.end(1);
+    script.seal(1, 1, 0);
+    script.acked(1);
+    let next = std::thread::scope(|scope| {
+        let names = (script.vm, script.host);
+        let backup = &script.backup;
+        let greeted = scope.spawn(move || greet(backup, SessionId(43), names, offer()).2);
+        // Long enough to be there, and not for as long as it may wait.
+        std::thread::sleep(Duration::from_millis(150));
+        Message::Stop.send(&mut script.writer).unwrap();
+        assert_eq!(next(&mut script.reader), Message::StopDone);
+        greeted.join().unwrap()
+    });
+    assert!(matches!(next, Message::Welcome(_)), "{next:?}");
+}
+
+/// Epoch last sealed, last committed, and whether the copy is over.
+fn shown(info: &api::replication::ReplicationInfo) -> (u64, u64, bool) {
+    (info.epoch_sealed, info.epoch_committed, info.sync_progress >= 1.0)
+}
+
+#[test]
+fn what_a_backup_shows_is_of_the_present_session() {
+    use api::replication::ReplicationState::{Disconnected, Protected, Syncing};
+    let mut script = Script::start();
+    script.pages(0, 0..10);
+    script.forget_pages();
+    script.end(1);
+    script.seal(1, 1, 0);
+    script.acked(1);
+    let is = |script: &Script, state| {
+        super::until(|| script.backup.handle.info(), |info| info.state == state)
+    };
+    assert_eq!(shown(&is(&script, Protected)), (1, 1, true));
+    // What a copy anew goes over is no committed epoch.
+    script.say(&Message::Resync);
+    assert_eq!(next(&mut script.reader), Message::ResyncReady);
+    let info = is(&script, Syncing);
+    assert_eq!((info.epoch_committed, info.sync_progress), (0, 0.0));
+    script.say(&Message::Paired(Generation(2)));
+    script.end(2);
+    script.seal(2, 2, 0);
+    let acked = Message::Ack { epoch: EpochId(2), generation: Generation(2) };
+    assert_eq!(next(&mut script.reader), acked);
+    assert_eq!(shown(&is(&script, Protected)), (2, 2, true));
+    script.say(&Message::Stop);
+    assert_eq!(next(&mut script.reader), Message::StopDone);
+    let info = is(&script, Disconnected);
+    assert_eq!((info.epoch_sealed, info.epoch_committed, info.sync_progress), (0, 0, 0.0));
+    let names = (script.vm, script.host);
+    let mut script = Script::again(script.backup, SessionId(44), names, offer());
+    assert_eq!(shown(&is(&script, Syncing)), (0, 0, false));
+    script.say(&Message::Paired(G1));
+    script.end(1);
+    script.seal(1, 1, 0);
+    script.acked(1);
+    assert_eq!(shown(&is(&script, Protected)), (1, 1, true));
+}
+
 #[test]
 fn a_primary_that_is_lost_during_the_first_copy_leaves_nothing() {
     let mut script = Script::greeted(Backup::start(None), offer());

@@ -595,3 +595,26 @@ fn a_switch_over_to_a_host_that_could_not_run_the_vm_is_refused() {
         nothing_is_lost(&image, &[&machine]);
     }
 }
+
+/// It would be built with the first VM's images and taps.
+#[test]
+fn the_old_host_takes_no_other_vm() {
+    let handed = Handed::over(small_machine(), None, false);
+    assert!(!handed.legacy.is_heir());
+    let back = handed.listen();
+    let names = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
+    let (_, _, word) = greet(&back, SessionId(7), names, offer());
+    let Message::Refuse(reason) = word else { panic!("{word:?}") };
+    assert!(reason.contains("for the VM that it handed over"), "{reason}");
+    assert!(reason.contains("vm.receive-replica"), "{reason}");
+    let (primary, events) = handed.protect();
+    events.wait(|event| *event == Event::Resynced).unwrap();
+    primary.stop().unwrap();
+    // Nor once its own was let go.
+    until(|| back.handle.info(), |info| info.state == ReplicationState::Disconnected);
+    let (_, _, word) = greet(&back, SessionId(8), names, offer());
+    assert!(matches!(word, Message::Refuse(_)), "{word:?}");
+    let own = (handed.legacy.identity.vm.0, names.1);
+    let (_, _, word) = greet(&back, SessionId(9), own, offer());
+    assert!(matches!(word, Message::Welcome(_)), "{word:?}");
+}

@@ -18,7 +18,7 @@ use crossbeam_channel::{SendError, Sender};
 use replication::backup::{self, BackupHandle};
 use replication::handover::{Legacy, WayBack};
 use replication::primary::{self, PrimaryHandle};
-use replication::{Error as ReplicationError, ErrorKind, Event, Observer};
+use replication::{Error as ReplicationError, ErrorKind, Event, Observer, VmId};
 use serde_json::{Value, json};
 
 use super::lifecycle::has_gone;
@@ -115,6 +115,7 @@ impl Protection {
 
 /// What is left here of a VM that was handed over, beside its memory.
 struct Rest {
+    vm: VmId,
     overrides: Overrides,
     taps: TapDescriptors,
     left: Option<(Legacy, Kept)>,
@@ -419,7 +420,7 @@ impl Controller {
 
     fn receive_rest(&mut self, way_back: &Return, rest: Rest) -> Answer {
         self.may_receive()?;
-        let Rest { overrides, taps, left } = rest;
+        let Rest { vm, overrides, taps, left } = rest;
         let for_machines = taps.duplicate();
         let for_machines =
             for_machines.map_err(|error| Failure::from_error(FailureKind::Internal, &error))?;
@@ -429,7 +430,7 @@ impl Controller {
         let handle = way_back.take().map_or_else(|| way_back.prepare_now(), Ok);
         let handle = handle.and_then(|prepared| match legacy {
             Some(legacy) => backup::receive_back(builder, prepared, legacy, observer),
-            None => backup::receive_prepared(builder, prepared, observer),
+            None => backup::receive_prepared(builder, prepared, vm, observer),
         });
         let handle = Arc::new(handle.map_err(|error| failure(&error))?);
         self.protection = Protection::Backup { handle, replica: None, taps };
@@ -615,6 +616,7 @@ impl Controller {
         match &mut self.protection {
             Protection::Primary { handle, way_back, .. } => {
                 let (way_back, legacy) = (way_back.take(), handle.take_legacy());
+                let vm = handle.identity().vm;
                 let before = Arc::clone(handle);
                 let kept = self.machine.as_ref().map(|machine| Kept {
                     memory: machine.memory().clone(),
@@ -630,7 +632,8 @@ impl Controller {
                 self.ownership_lost("the backup", way_back.is_none());
                 if let Some(way_back) = way_back {
                     let overrides = overrides.unwrap_or_default();
-                    self.receive_back(&way_back, Rest { overrides, taps, left: legacy.zip(kept) });
+                    let left = legacy.zip(kept);
+                    self.receive_back(&way_back, Rest { vm, overrides, taps, left });
                 }
             }
             Protection::Backup { handle, .. } => {

@@ -3,6 +3,10 @@
 //! Enters: the changes of acknowledged epochs, in order. Leaves: the images, where each prefix of
 //! the order is what a power cut could have left of the primary's. A flush of the guest is one here.
 //! The engine goes on meanwhile, and asks [`Images::is_behind`] before it acknowledges more.
+//!
+//! Who settles waits for all that waits: flushes are left out from then on, and each image is flushed once,
+//! behind everything. A power cut before that would leave images that no flush has put in order, and nobody to
+//! use them: the machine state that goes with them is in memory only.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,10 +15,25 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::ImageError;
-use crate::disk::{Change, ReplicaDisk, carry_out};
+use crate::disk::{Change, Operation, ReplicaDisk, carry_out};
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::{Error, chain};
+
+/// What a flush counts as among the bytes that wait: a disk is busy with one for about as long.
+const FLUSH_BYTES: u64 = 64 << 10;
+/// Most of what a range that is zeroed or discarded counts as; many hosts write nothing for it.
+const RANGE_BYTES_MAX: u64 = 1 << 20;
+
+/// How much work a change is, in bytes that wait for an image.
+fn work_bytes(change: &Change) -> u64 {
+    let more = match change.operation {
+        Operation::Write => 0,
+        Operation::Flush => FLUSH_BYTES,
+        Operation::Zero { .. } | Operation::Discard => change.len.min(RANGE_BYTES_MAX),
+    };
+    change.cost_bytes() + more
+}
 
 enum Job {
     Apply(Vec<Change>),
@@ -27,6 +46,8 @@ pub(in crate::backup) struct Images {
     jobs: Option<Sender<Job>>,
     waiting_bytes: Arc<AtomicU64>,
     limit_bytes: u64,
+    /// Somebody settles: what a flush would put in order is not looked at before that is over.
+    hurry: Arc<AtomicBool>,
     ended: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -42,17 +63,18 @@ impl Images {
     ) -> Result<Self, Error> {
         let (jobs, queue) = unbounded();
         let waiting_bytes = Arc::<AtomicU64>::default();
-        let ended = Arc::<AtomicBool>::default();
+        let (hurry, ended) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
         let writer = Writer {
             disks: disks.clone(),
             waiting_bytes: Arc::clone(&waiting_bytes),
+            hurry: Arc::clone(&hurry),
             ended: Arc::clone(&ended),
             counters: Arc::clone(counters),
             failed: None,
         };
         let thread = spawn("repl-image", None, move || writer.run(&queue, tell))?;
         let (jobs, thread) = (Some(jobs), Some(thread));
-        Ok(Self { disks, jobs, waiting_bytes, limit_bytes, ended, thread })
+        Ok(Self { disks, jobs, waiting_bytes, limit_bytes, hurry, ended, thread })
     }
 
     pub(in crate::backup) fn disks(&self) -> &[Arc<dyn ReplicaDisk>] {
@@ -64,8 +86,8 @@ impl Images {
         if changes.is_empty() {
             return;
         }
-        let cost = changes.iter().map(Change::cost_bytes).sum();
-        self.waiting_bytes.fetch_add(cost, Ordering::AcqRel);
+        let work = changes.iter().map(work_bytes).sum();
+        self.waiting_bytes.fetch_add(work, Ordering::AcqRel);
         self.give(Job::Apply(changes));
     }
 
@@ -77,6 +99,7 @@ impl Images {
     /// Waits until everything acknowledged is in the images, durably; else why it is not.
     pub(in crate::backup) fn settle(&self) -> Result<(), String> {
         let (answer, answered) = bounded(1);
+        self.hurry.store(true, Ordering::Release);
         self.give(Job::Settle(answer));
         answered.recv().unwrap_or_else(|_| Err("The images' thread has ended".to_owned()))
     }
@@ -105,6 +128,7 @@ impl Drop for Images {
 struct Writer {
     disks: Vec<Arc<dyn ReplicaDisk>>,
     waiting_bytes: Arc<AtomicU64>,
+    hurry: Arc<AtomicBool>,
     ended: Arc<AtomicBool>,
     counters: Arc<Counters>,
     failed: Option<String>,
@@ -125,6 +149,7 @@ impl Writer {
                 }
                 Job::Settle(answer) => {
                     self.flush();
+                    self.hurry.store(false, Ordering::Release);
                     // The engine waits for it.
                     let _ = answer.send(self.failed.clone().map_or(Ok(()), Err));
                 }
@@ -134,25 +159,69 @@ impl Writer {
 
     fn apply(&mut self, changes: Vec<Change>) {
         for change in changes {
-            if self.failed.is_none() && !self.ended.load(Ordering::Acquire) {
-                let disk = self.disks[change.disk as usize].as_ref();
-                if let Err(source) = carry_out(disk, &change, &self.counters.images) {
-                    self.failed = Some(chain(&ImageError { disk: change.disk, source }));
-                }
+            let is_left_out =
+                change.operation == Operation::Flush && self.hurry.load(Ordering::Acquire);
+            if !is_left_out && !self.ended.load(Ordering::Acquire) {
+                self.carry_out(&change);
             }
-            self.waiting_bytes.fetch_sub(change.cost_bytes(), Ordering::AcqRel);
+            self.waiting_bytes.fetch_sub(work_bytes(&change), Ordering::AcqRel);
+        }
+    }
+
+    /// Nothing after the first change that fails.
+    fn carry_out(&mut self, change: &Change) {
+        if self.failed.is_some() {
+            return;
+        }
+        let disk = self.disks[change.disk as usize].as_ref();
+        if let Err(source) = carry_out(disk, change, &self.counters.images) {
+            self.failed = Some(chain(&ImageError { disk: change.disk, source }));
         }
     }
 
     fn flush(&mut self) {
-        for (at, disk) in self.disks.iter().enumerate() {
-            if self.failed.is_some() {
-                return;
-            }
-            if let Err(source) = disk.flush() {
-                let disk = u32::try_from(at).unwrap_or(u32::MAX);
-                self.failed = Some(chain(&ImageError { disk, source }));
-            }
+        for disk in 0..u32::try_from(self.disks.len()).unwrap_or(u32::MAX) {
+            let (operation, data) = (Operation::Flush, vec![]);
+            self.carry_out(&Change { disk, operation, offset: 0, len: 0, data });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::testing::MemoryImage;
+
+    /// A primary that waits for the images hears that this host is at it, also when all that is left is to make
+    /// them durable.
+    #[test]
+    fn the_last_flush_is_something_that_goes_on() {
+        let image = MemoryImage::new(vec![0; 4096]);
+        let flushing = image.flushing.lock().unwrap();
+        let counters = Arc::<Counters>::default();
+        let images =
+            Images::start(vec![Arc::clone(&image) as _], 1 << 20, &counters, |_| {}).unwrap();
+        std::thread::scope(|scope| {
+            let settles = scope.spawn(|| images.settle());
+            let (since, mut said) = (Instant::now(), counters.images.count());
+            for _ in 0..3 {
+                loop {
+                    let now = counters.images.count();
+                    if now != said {
+                        said = now;
+                        break;
+                    }
+                    if since.elapsed() > Duration::from_secs(5) {
+                        drop(flushing);
+                        panic!("nothing is said");
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            drop(flushing);
+            settles.join().unwrap().unwrap();
+        });
     }
 }

@@ -96,6 +96,9 @@ impl<B: ReplicaBuilder> Engine<B> {
                 if let Some(session) = &self.session {
                     session.shared.round.fetch_add(1, Ordering::AcqRel);
                 }
+                let counters = &self.status.counters;
+                counters.synced_pages.store(0, Ordering::Relaxed);
+                counters.synced_disk_bytes.store(0, Ordering::Relaxed);
                 self.tell(Message::ResyncReady);
             }
             Action::Close => self.close(),
@@ -159,8 +162,6 @@ impl<B: ReplicaBuilder> Engine<B> {
     fn apply(&mut self, epoch: EpochId) {
         let Some(verified) = self.verified.take() else { return };
         assert_eq!(verified.seal.epoch, epoch, "what was verified is what is applied");
-        self.status.lock().info.epoch_committed = epoch.0;
-        self.status.lock().info.sync_progress = 1.0;
         if let Some((_, images)) = &self.images {
             images.apply(verified.disks.changes);
         }
@@ -203,6 +204,10 @@ impl<B: ReplicaBuilder> Engine<B> {
             bell.close();
         }
         end_data(session.data.drain(..).flatten(), session.disks.take());
+        // Of a copy, should it have been one, nothing is to be shown.
+        let counters = &self.status.counters;
+        counters.to_sync_pages.store(0, Ordering::Relaxed);
+        counters.to_sync_disk_bytes.store(0, Ordering::Relaxed);
     }
 
     /// Waits for the images: everything committed is in them, durably, or they are of no use.
@@ -291,8 +296,10 @@ impl<B: ReplicaBuilder> Engine<B> {
                 Told::FailoverStarted { reason, generation: self.machine.generation() }
             }
             Report::FailoverFinished => {
-                self.answer_failover(|| Ok(()));
-                Told::FailoverFinished { generation: self.machine.generation() }
+                let generation = self.machine.generation();
+                // First: whoever asked looks at what was told when it has its answer.
+                self.observer.event(Told::FailoverFinished { generation });
+                return self.answer_failover(|| Ok(()));
             }
             Report::FailoverFailed(error) => {
                 self.status.failed(&error);
@@ -316,6 +323,12 @@ impl<B: ReplicaBuilder> Engine<B> {
     /// Shows the machine's state to clients.
     pub(super) fn show(&self) {
         let mut gathered = self.status.lock();
+        let committed = self.machine.committed();
+        gathered.info.epoch_committed = committed.unwrap_or_default().0;
+        gathered.info.sync_progress = if committed.is_some() { 1.0 } else { 0.0 };
+        if self.machine.state() == State::Idle {
+            gathered.info.epoch_sealed = 0;
+        }
         gathered.info.generation = self.machine.generation().0;
         gathered.info.state = match self.machine.state() {
             State::Idle => ReplicationState::Disconnected,

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::replication::ReplicateData;
 
@@ -32,11 +32,22 @@ use crate::ram::Ram;
 use crate::transport::{Stream, rdma};
 use crate::wire::{FrameReader, FrameWriter, Hello, Message, Offer, SessionId, Welcome};
 
+/// Longest wait of a primary for the end of the session before.
+const WAIT_MAX: Duration = Duration::from_millis(500);
+
+/// A primary that greeted.
+pub(super) struct Caller {
+    greeted: Greeted,
+    hello: Hello,
+    offer: Offer,
+    peer: String,
+}
+
 impl<B: ReplicaBuilder> Engine<B> {
     pub(super) fn arrival(&mut self, arrival: Arrival) {
         match arrival {
             Arrival::Control { greeted, hello, offer, peer } => {
-                self.control(*greeted, hello, *offer, peer);
+                self.called(Box::new(Caller { greeted: *greeted, hello, offer: *offer, peer }));
             }
             Arrival::Data { reader, hello } => self.data(reader, hello),
             Arrival::Stray { peer, error } => {
@@ -62,6 +73,12 @@ impl<B: ReplicaBuilder> Engine<B> {
             _ if offer.reversed => {
                 // Nor will it become that: its primary waits for nothing here.
                 let what = "This host is not the backup of such a pair: it is copied to anew";
+                return Some(Refusal::Lasting(what.to_owned()));
+            }
+            // Its images and taps would be the first VM's, where ids are the same.
+            State::Idle if self.only.is_some_and(|only| only != VmId(hello.vm)) => {
+                let what = "This host listens for the VM that it handed over, and for no other \
+                            (return_url): say vm.stop-replication here, then vm.receive-replica";
                 return Some(Refusal::Lasting(what.to_owned()));
             }
             State::Idle => {}
@@ -139,8 +156,29 @@ impl<B: ReplicaBuilder> Engine<B> {
         }
     }
 
-    fn control(&mut self, greeted: Greeted, hello: Hello, mut offer: Offer, peer: String) {
-        let Greeted { reader, writer } = greeted;
+    /// A first call is not repeated, and the session that it meets may be one that is just being let go: one
+    /// caller at a time waits for that, well within its own patience.
+    fn called(&mut self, caller: Box<Caller>) {
+        let Caller { hello, offer, .. } = &*caller;
+        let is_passing = matches!(self.refusal(hello, offer), Some(Refusal::Passing(_)));
+        let may_end = matches!(self.machine.state(), State::Syncing | State::Replica);
+        if is_passing && may_end && self.waiting.is_none() {
+            let patience = WAIT_MAX.min(Duration::from_millis(offer.timeout_ms.into()) / 2);
+            self.waiting = Some((caller, Instant::now() + patience));
+            return;
+        }
+        self.control(*caller);
+    }
+
+    /// Whoever waits is served, or hears why not.
+    pub(super) fn admit_waiting(&mut self) {
+        if let Some((caller, _)) = self.waiting.take() {
+            self.control(*caller);
+        }
+    }
+
+    fn control(&mut self, caller: Caller) {
+        let Caller { greeted: Greeted { reader, writer }, hello, mut offer, peer } = caller;
         if let Some(refusal) = self.refusal(&hello, &offer) {
             let reason = refusal.tell(writer);
             let error = format!("A primary at {peer} was refused: {reason}");
@@ -216,6 +254,9 @@ impl<B: ReplicaBuilder> Engine<B> {
         }
         let mut gathered = self.status.lock();
         gathered.info.peer = Some(peer);
+        if !is_heir {
+            gathered.info.epoch_sealed = 0;
+        }
         gathered.info.rdma = None;
         gathered.info.last_error = lacks;
         if self.rdma.is_some() {

@@ -90,8 +90,6 @@ impl<B: ReplicaBuilder> Engine<B> {
                 self.heir_session = Some(session);
                 let timeout = Duration::from_millis(self.options.timeout_ms);
                 self.heir_until = Some(Instant::now() + timeout * HEIR_TIMEOUTS);
-                self.status.lock().info.epoch_committed = epoch.0;
-                self.status.lock().info.sync_progress = 1.0;
             }
             Ok((replica, None)) => {
                 tracing::info!("the memory of epoch {epoch} is kept for its copy back");

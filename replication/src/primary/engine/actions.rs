@@ -1,8 +1,8 @@
 //! What the engine does when its machine says so.
 
 use super::{
-    Action, Degrade, Engine, Error, Event, Guest, HANDOVER_TIMEOUTS, Message, Report, Standing,
-    State, Told, Work,
+    Action, Degrade, Engine, Error, Event, Guest, HANDOVER_TIMEOUTS, Input, Message, Report,
+    Standing, State, Told, Work,
 };
 use crate::checking::reach;
 use crate::engine::clock;
@@ -120,8 +120,8 @@ impl<G: Guest> Engine<'_, G> {
     }
 
     /// Who owns the VM is to be found out, which may take for ever: a guest that stood for room, or for
-    /// an epoch that is not sealed, runs meanwhile, unheard. Not one whose memory is being sent as it is,
-    /// nor one that was handed over.
+    /// an epoch that is not sealed, runs meanwhile, unheard. Not one whose memory is being sent as it is
+    /// (see [`Engine::end_senders`]), nor one that was handed over.
     pub(super) fn go_on_in_doubt(&mut self) {
         if !self.handover && (self.options.cow != Cow::Off || self.unsent == 0) {
             self.release();
@@ -183,9 +183,7 @@ impl<G: Guest> Engine<'_, G> {
         if let Some(control) = self.control.take() {
             drop(control.close());
         }
-        if let Some(senders) = self.senders.take() {
-            drop(senders.close());
-        }
+        self.end_senders();
         if let Some(disks) = &self.disks {
             disks.close();
         }
@@ -194,10 +192,30 @@ impl<G: Guest> Engine<'_, G> {
         }
         self.disks_copy = false;
         self.disk_job += 1;
-        // What the senders still report belongs to nothing any more.
-        self.job += 1;
-        self.unsent = 0;
         self.in_flight.forget();
+    }
+
+    /// Ends the data connections. With `cow=off` they may be at the memory of a guest that stands, and an epoch
+    /// that they send to its end is one that the backup may go on from: until they are back, as until all is
+    /// sent, the guest does not run.
+    pub(super) fn end_senders(&mut self) {
+        let Some(senders) = self.senders.take() else { return };
+        // What they still report belongs to nothing any more.
+        self.job += 1;
+        let is_read = self.options.cow == Cow::Off && self.work == Work::Nothing && self.unsent > 0;
+        self.unsent = usize::from(is_read);
+        if !is_read {
+            drop(senders.close());
+            return;
+        }
+        let (number, inputs) = (self.job, self.inputs.clone());
+        let back = move || {
+            // An engine that has ended has let the guest go.
+            let _ = inputs.send(Input::Sent(Ok(number)));
+        };
+        if let Err(error) = senders.close_and(back) {
+            tracing::warn!("the guest stands until its owner is known: {}", error.chain());
+        }
     }
 
     /// What the backup may have of this session, for a copy that goes on from there.
@@ -238,8 +256,10 @@ impl<G: Guest> Engine<'_, G> {
             },
             Report::FailoverFinished => {
                 self.leave_legacy();
-                self.answer_failover(Ok(()));
-                Told::FailoverFinished { generation: self.machine.generation() }
+                let generation = self.machine.generation();
+                // First: whoever asked looks at what was told when it has its answer.
+                self.observer.event(Told::FailoverFinished { generation });
+                return self.answer_failover(Ok(()));
             }
             Report::FailoverFailed(error) => {
                 self.status.failed(&error);
