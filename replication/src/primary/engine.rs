@@ -326,7 +326,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         let deliver = inputs.clone();
         let deliver = move |sent| deliver.send(Input::Sent(sent)).is_ok();
         let senders = Senders::start(data, &ram, options.compression, &status.counters, deliver)?;
-        let from = (begin.machine(asker.exists(), generation), rest.take());
+        let from = (begin.machine(asker.exists(), generation), rest);
         let disks = guest.disks().zip(disks);
         let around = Around { identity, backup, observer, status, seen };
         let crew = Crew { id, queue, inputs, asker, control, senders, heard, done, lender };
@@ -337,7 +337,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     pub(super) fn around(
         mut guest: Held<'g, G>,
         options: ReplicateData,
-        (machine, rest): (Primary, Option<Rest>),
+        (machine, rest): (Primary, &mut Option<Rest>),
         welcome: &Welcome,
         around: Around,
         crew: Crew,
@@ -369,6 +369,8 @@ impl<'g, G: Guest> Engine<'g, G> {
             }
             None => None,
         };
+        // Not before nothing can fail: whoever calls next goes on from it, or ends the tracking.
+        let rest = rest.take();
         let is_tracking = rest.is_some();
         let has_base = rest::go_on(rest, welcome.has_base, &mut sealer.dirty);
         let is_reversed = machine.state() == State::Calling;

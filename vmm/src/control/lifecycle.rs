@@ -162,7 +162,9 @@ impl Controller {
         if self.machine.is_some() && !self.guest_is_down {
             return Err(wrong_state("The VM is already booted"));
         }
-        self.machine = None;
+        if let Some(before) = self.machine.take() {
+            self.let_go(Some(before), None);
+        }
         self.guest_is_down = false;
         // What a reset of the old machine comes to is none of the new one's.
         self.resetting = false;
@@ -171,9 +173,9 @@ impl Controller {
         let taps = self.taps.duplicate().map_err(|error| internal(&error))?;
         let machine = Machine::build(&self.hypervisor, config, taps)
             .and_then(|machine| machine.boot().map(|()| machine))
-            .map_err(|error| match is_free {
-                true => Failure::from_error(boot_failure_kind(&error), &error),
-                false => still_leaving(&error),
+            .map_err(|error| match boot_failure_kind(&error) {
+                FailureKind::Internal if !is_free => still_leaving(&error),
+                kind => Failure::from_error(kind, &error),
             })?;
         // It says what the devices are by now: what the guest writes does not change that.
         self.config = Some(machine.config().clone());

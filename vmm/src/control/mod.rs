@@ -326,6 +326,10 @@ impl Controller {
             Notice::TookOver { machine, is_held } => self.adopt(machine, is_held),
             Notice::Protected { machine, handle, reply } => {
                 self.protected(&machine, handle, reply);
+                if !self.machine.as_ref().is_some_and(|ours| Arc::ptr_eq(ours, &machine)) {
+                    // It was ended meanwhile, and this may be all that is left of it.
+                    self.let_go(Some(machine), None);
+                }
             }
             Notice::ProtectionEnded(after, parting) => self.parted(after, parting),
             Notice::Replication { protection, event } => {

@@ -197,10 +197,11 @@ impl<G: Guest> Session<G> {
             has_base,
         };
         let observer = Arc::new(());
+        let mut rest = rest.map(|rest| rest.0);
         let engine = Engine::around(
             Held::Owned(Box::new(guest)),
             options,
-            (begin.machine(arbiter, generation), rest.map(|rest| rest.0)),
+            (begin.machine(arbiter, generation), &mut rest),
             &welcome,
             Around { identity, backup, observer, status, seen },
             crew,
