@@ -9,12 +9,11 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::disk::{self, DiskError, DiskSender};
 use super::in_flight::{InFlight, InFlights};
-use super::options::Checked;
 use super::patience::{Patience, Verdict};
 use super::rest::{self, Rest};
 use super::seal::{Pause, Sealer};
 use super::send::{Job, Senders, Sent, Source};
-use super::session::{self, Session};
+use super::session::Session;
 use crate::capture::epoch::Cadence;
 use crate::checking::reach;
 use crate::disk::{Disks, Journal};
@@ -27,13 +26,14 @@ use crate::error::Error;
 use crate::guest::{Guest, Waker};
 use crate::ids::{EpochId, Generation, PAGE_SIZE};
 use crate::observer::{Event as Told, Observer};
-use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Seen, Standing};
+use crate::ownership::{HostId, HostIdentity, Record, Seen, Standing};
 use crate::protocol::ownership::{Claim, Verdict as Owner};
 use crate::protocol::primary::{Action, Event, IN_FLIGHT_MAX, Primary, Purpose, Report, State};
 use crate::protocol::window::Approach;
-use crate::transport::Stream;
 use crate::transport::rdma;
-use crate::wire::{FrameWriter, Message, Offer, SessionId, Welcome, WireError};
+use crate::wire::{Message, SessionId, Welcome, WireError};
+use begin::{Around, Copied, Crew};
+pub(super) use begin::{Begin, Called, Ended, call};
 use braking::Braking;
 use held::Held;
 use straight::Copying;
@@ -118,101 +118,6 @@ enum Ending {
     Pages(WireError),
     /// That of the disks, which goes by TCP.
     Disks(WireError),
-}
-
-/// Which session of the VM it is.
-pub(super) enum Begin {
-    /// The VM was never protected.
-    First,
-    /// It was protected before, and is alone.
-    Again,
-    /// It was handed over to this host in a switch-over that reversed the pair: it is protected
-    /// already, and the session goes on from the last epoch of that.
-    Reversed(Primary),
-}
-
-impl Begin {
-    /// The machine of the session, where the record's generation is `generation`.
-    fn machine(self, arbiter: bool, generation: Generation) -> Primary {
-        match self {
-            Self::First => Primary::new(arbiter, generation),
-            Self::Again => Primary::again(arbiter, generation),
-            Self::Reversed(machine) => machine,
-        }
-    }
-}
-
-/// What a backup accepted that was called: a session without its threads.
-pub(super) struct Called {
-    options: ReplicateData,
-    arbiter: Option<Box<dyn Arbiter>>,
-    pub(super) generation: Generation,
-    session: Session,
-}
-
-impl Called {
-    /// Whether the backup has what the copy may go on from.
-    pub(super) fn has_base(&self) -> bool {
-        self.session.welcome.has_base
-    }
-}
-
-/// Reads the record, connects and is welcomed: all that may block, and nothing that needs the guest.
-pub(super) fn call(
-    checked: Checked,
-    offer: Offer,
-    identity: HostIdentity,
-    status: Status,
-    seen: &Seen,
-) -> Result<Called, Error> {
-    let Checked { options, destination, rdma, fell_back: _, arbiter } = checked;
-    let generation = match &arbiter {
-        Some(arbiter) => {
-            let record = arbiter.read().map_err(Error::Arbiter)?;
-            seen.admit(record, identity)?
-        }
-        None => Generation(0),
-    };
-    let report = move |path| status.lock().info.rdma = Some(path);
-    let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report));
-    let session = session::open(offer, &destination, &options, identity, adapter)?;
-    Ok(Called { options, arbiter, generation, session })
-}
-
-/// Whom an engine works for and with: all that is not of one session.
-pub(super) struct Around {
-    pub(super) identity: HostIdentity,
-    pub(super) backup: HostId,
-    pub(super) observer: Arc<dyn Observer>,
-    pub(super) status: Status,
-    /// What this process knows of the record.
-    pub(super) seen: Seen,
-}
-
-/// What carries out what an engine wants: threads that run, or what a simulator has in their place.
-pub(super) struct Crew {
-    pub(super) id: SessionId,
-    pub(super) queue: Receiver<Input>,
-    /// Keeps the queue open when every other sender is gone.
-    pub(super) inputs: Sender<Input>,
-    pub(super) asker: Asker,
-    pub(super) control: Control,
-    pub(super) senders: Senders,
-    pub(super) heard: Heard,
-    /// What the backup says it has done.
-    pub(super) done: Arc<AtomicU64>,
-    pub(super) lender: Option<rdma::Lender>,
-}
-
-/// The disks whose images are copied, and where to.
-type Copied = (Arc<dyn Disks>, FrameWriter<Box<dyn Stream>>);
-
-/// How a session ended that another one may follow.
-pub(super) struct Ended {
-    /// What the backup may have of it, while the tracking of dirty pages goes on.
-    pub(super) rest: Option<Rest>,
-    /// Why data is to go by TCP in the next one.
-    pub(super) no_rdma: Option<String>,
 }
 
 pub(super) struct Engine<'g, G: Guest> {
@@ -929,6 +834,7 @@ fn journal(disks: &Arc<dyn Disks>, on_full: Waker) -> Arc<Journal> {
 }
 
 mod actions;
+mod begin;
 mod braking;
 mod epochs;
 mod held;

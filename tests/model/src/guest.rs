@@ -4,7 +4,7 @@
 //! starts is a new incarnation that goes on from the position it has. Output is produced in every
 //! interval. What a position holds needs no bytes: a state contains what came before it.
 
-use replication::ids::{EpochId, Generation};
+use replication::ids::EpochId;
 use replication::protocol::backup::Handover;
 
 use crate::vm::Vm;
@@ -81,8 +81,8 @@ impl Vm for Guest {
         None
     }
 
-    fn seal(&mut self, epoch: EpochId, _: Generation, handover: Handover) -> Option<Position> {
-        Some(self.interval(epoch, handover != Handover::No))
+    fn seal(&mut self, epoch: EpochId, handover: Handover) -> Position {
+        self.interval(epoch, handover != Handover::No)
     }
 
     fn hold(&mut self) {

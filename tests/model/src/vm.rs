@@ -27,23 +27,8 @@ pub trait Vm: Debug {
     fn copy(&mut self) -> Option<Self::Content>;
 
     /// Quiesces, captures what changed since the last seal, tags all output since then with `epoch`,
-    /// and lets the guest run on, unless this is the last epoch of a switch-over. `None`: the backup has no
-    /// room for it beside what is in flight, and the guest stands.
-    fn seal(
-        &mut self,
-        epoch: EpochId,
-        generation: Generation,
-        handover: Handover,
-    ) -> Option<Self::Content>;
-
-    /// The oldest epoch in flight is acknowledged.
-    fn acked(&mut self) {}
-
-    /// The guest waits for room.
-    fn hold_up(&mut self) {}
-
-    /// Nothing more is sent to this backup, nor heard from it.
-    fn close(&mut self) {}
+    /// and lets the guest run on, unless this is the last epoch of a switch-over.
+    fn seal(&mut self, epoch: EpochId, handover: Handover) -> Self::Content;
 
     /// What protected it is over.
     fn ends(vm: Option<&mut Self>, primary: Self::Primary) {

@@ -143,6 +143,8 @@ struct Controller {
     protection: Protection,
     /// Number of the last protection: events of an earlier one change nothing.
     protections: u64,
+    /// The number of the one whose events are of the VM that is here.
+    heard: u64,
     /// The names that this process and its VM go under in the arbiter's records. They outlive a
     /// protection, so that the VM's owner is recognised when it protects it again.
     identity: HostIdentity,
@@ -162,26 +164,8 @@ pub fn run(options: Options) -> Result<(), Error> {
     let has_api = options.api_socket.is_some();
     let server = options.api_socket.map(|socket| http::serve(socket, calls)).transpose();
     let server = server.map_err(Error::Http)?;
-    let mut controller = Controller {
-        hypervisor,
-        monitor: options.event_monitor,
-        no_shutdown: options.no_shutdown,
-        has_api,
-        config: None,
-        taps: TapDescriptors::default(),
-        machine: None,
-        leaving: Leaving::default(),
-        guest_is_down: false,
-        winding_down: false,
-        resetting: false,
-        snapshots: Arc::default(),
-        protection: Protection::None,
-        protections: 0,
-        identity: HostIdentity::random(),
-        known: Known::default(),
-        notices,
-        ending: None,
-    };
+    let mut controller = Controller::new(hypervisor, options.event_monitor, notices);
+    (controller.no_shutdown, controller.has_api) = (options.no_shutdown, has_api);
     controller.monitor.emit("vmm", "starting", None);
     let mut first = Vec::new();
     if let Some(config) = options.config {
@@ -203,6 +187,31 @@ pub fn run(options: Options) -> Result<(), Error> {
 }
 
 impl Controller {
+    /// Without a VM.
+    fn new(hypervisor: Arc<Hypervisor>, monitor: EventMonitor, notices: Sender<Notice>) -> Self {
+        Self {
+            hypervisor,
+            monitor,
+            no_shutdown: false,
+            has_api: true,
+            config: None,
+            taps: TapDescriptors::default(),
+            machine: None,
+            leaving: Leaving::default(),
+            guest_is_down: false,
+            winding_down: false,
+            resetting: false,
+            snapshots: Arc::default(),
+            protection: Protection::None,
+            protections: 0,
+            heard: 0,
+            identity: HostIdentity::random(),
+            known: Known::default(),
+            notices,
+            ending: None,
+        }
+    }
+
     /// Does what the command line asks before any client is heard.
     fn start(
         &mut self,

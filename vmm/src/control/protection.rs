@@ -35,8 +35,8 @@ pub(super) enum Protection {
     /// A backup was called for this machine and has not answered yet.
     Connecting {
         machine: Arc<Machine>,
-        /// What this one takes the place of: it goes on if it cannot be ended.
-        stays: Option<Box<Protection>>,
+        /// What this one takes the place of, and its number: it goes on if it cannot be ended.
+        stays: Option<(u64, Box<Protection>)>,
         way_back: Option<Return>,
         shares_disks: bool,
         /// Nothing of the VM leaves until a protection of a reversed pair has begun and decides.
@@ -75,7 +75,7 @@ impl Protection {
     }
 
     /// Another handle to a primary's protection, for the case that it cannot be ended.
-    fn replaceable(&self) -> Option<Self> {
+    pub(super) fn replaceable(&self) -> Option<Self> {
         match self {
             Self::Primary { handle, machine, way_back, shares_disks } => Some(Self::Primary {
                 handle: Arc::clone(handle),
@@ -278,7 +278,7 @@ impl Controller {
         let shares_disks = holds.disks && !machine.devices().writable_disks().is_empty();
         let called_for = Arc::clone(&machine);
         let before = std::mem::replace(&mut self.protection, Protection::None);
-        let stays = before.replaceable().map(Box::new);
+        let stays = before.replaceable().map(|before| (self.heard, Box::new(before)));
         let (identity, known) = (self.identity, self.known.clone());
         let observer = self.observer();
         let notices = self.notices.clone();
@@ -304,7 +304,7 @@ impl Controller {
             }
             Err(error) => {
                 // What was there goes on: to drop its handle ends nothing.
-                self.protection = stays.map_or(Protection::None, |before| *before);
+                self.put_back(stays);
                 let failure = Failure::from_error(FailureKind::Internal, &error);
                 if is_held {
                     self.leave_to_old_host(&failure.chain.join(": "));
@@ -331,7 +331,25 @@ impl Controller {
     /// Whatever an engine that still claims comes to say is of no VM that this process has from here on.
     pub(super) fn unprotect(&mut self) {
         self.protection = Protection::None;
+        self.number();
+    }
+
+    /// A number for a protection that is none of those before, whose events are not heard any more.
+    pub(super) fn number(&mut self) -> u64 {
         self.protections += 1;
+        self.heard = self.protections;
+        self.heard
+    }
+
+    /// The protection that one which did not come about was to replace is there, and heard, again.
+    fn put_back(&mut self, before: Option<(u64, Box<Protection>)>) {
+        self.protection = match before {
+            Some((number, before)) => {
+                self.heard = number;
+                *before
+            }
+            None => Protection::None,
+        };
     }
 
     /// The VM was handed over to this host, and its old one is its backup, or is about to be.
@@ -364,8 +382,8 @@ impl Controller {
 
     /// For a protection that begins.
     fn observer(&mut self) -> Arc<Forward> {
-        self.protections += 1;
-        Arc::new(Forward { notices: self.notices.clone(), protection: self.protections })
+        let protection = self.number();
+        Arc::new(Forward { notices: self.notices.clone(), protection })
     }
 
     /// The backup accepted the VM, or did not.
@@ -404,8 +422,7 @@ impl Controller {
                         self.leave_to_old_host(&failure.chain.join(": "));
                     }
                     // One that could not be ended goes on, and is not to be forgotten.
-                    let stays = stays.map(|before| *before).filter(|before| !before.is_over());
-                    self.protection = stays.unwrap_or(Protection::None);
+                    self.put_back(stays.filter(|(_, before)| !before.is_over()));
                 }
                 Err(failure)
             }
@@ -588,7 +605,7 @@ impl Controller {
             None => tracing::info!("{name}"),
         }
         self.monitor.emit("vm", name, properties);
-        if protection != self.protections {
+        if protection != self.heard {
             // Of a VM that this process does not have any more.
             return;
         }

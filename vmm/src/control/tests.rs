@@ -60,26 +60,8 @@ struct Bed {
 impl Bed {
     fn new() -> Self {
         let (notices, queue) = unbounded();
-        let controller = Controller {
-            hypervisor: Arc::new(Hypervisor::open().unwrap()),
-            monitor: EventMonitor::disabled(),
-            no_shutdown: false,
-            has_api: true,
-            config: None,
-            taps: TapDescriptors::default(),
-            machine: None,
-            leaving: Leaving::default(),
-            guest_is_down: false,
-            winding_down: false,
-            resetting: false,
-            snapshots: Arc::default(),
-            protection: Protection::None,
-            protections: 0,
-            identity: HostIdentity::random(),
-            known: Known::default(),
-            notices,
-            ending: None,
-        };
+        let hypervisor = Arc::new(Hypervisor::open().unwrap());
+        let controller = Controller::new(hypervisor, EventMonitor::disabled(), notices);
         Self { controller, notices: queue, folder: tempfile::tempdir().unwrap() }
     }
 
@@ -275,7 +257,7 @@ fn a_vm_whose_switch_over_has_ended_is_not_ended_here() {
         refused(answer, FailureKind::Conflict, "goes on there");
         assert!(bed.controller.machine.is_some() && !bed.controller.winding_down, "{what}");
         assert!(matches!(bed.controller.protection, Protection::Primary { .. }), "{what}");
-        let number = bed.controller.protections;
+        let number = bed.controller.heard;
         let event = Event::FailoverFinished { generation: Generation(2) };
         bed.controller.notice(Notice::Replication { protection: number, event });
         assert!(bed.controller.machine.is_none() && bed.controller.config.is_none(), "{what}");
@@ -299,6 +281,32 @@ fn a_vm_that_comes_after_one_that_was_handed_over_is_ended_as_any() {
     bed.ask(Request::VmBoot).unwrap();
     bed.ask(Request::VmShutdown).unwrap();
     bed.ask(Request::VmDelete).unwrap();
+}
+
+/// One that another was to take the place of, and that goes on.
+#[test]
+fn a_protection_that_is_put_back_is_heard_again() {
+    let pair = Pair::new(Arc::<Recorder>::default());
+    let mut bed = Bed::running();
+    bed.is_protected_by(&pair);
+    let (machine, number) = (bed.machine(), bed.controller.heard);
+    let before = bed.controller.protection.replaceable().unwrap();
+    bed.controller.number();
+    bed.controller.protection = Protection::Connecting {
+        machine: Arc::clone(&machine),
+        stays: Some((number, Box::new(before))),
+        way_back: None,
+        shares_disks: false,
+        is_held: false,
+    };
+    let (reply, answer) = crossbeam_channel::bounded(1);
+    let handle = Err(Failure::new(FailureKind::Internal, "No thread"));
+    bed.controller.notice(Notice::Protected { machine, handle, reply });
+    refused(answer.recv().unwrap(), FailureKind::Internal, "No thread");
+    pair.primary.failover(false).unwrap();
+    let event = Event::FailoverFinished { generation: Generation(2) };
+    bed.controller.notice(Notice::Replication { protection: number, event });
+    assert!(bed.controller.machine.is_none() && bed.controller.config.is_none());
 }
 
 #[test]

@@ -38,8 +38,6 @@ pub enum Input<C> {
 pub enum Work {
     Nothing,
     Copying,
-    /// What does not fit the first epoch goes into the image, while the guest stands.
-    Surplus,
     Epochs,
 }
 
@@ -64,8 +62,6 @@ pub struct Engine {
     reverses: bool,
     /// The next epoch does not fit.
     large: bool,
-    /// What stands to be sealed does not fit beside what is in flight.
-    awaits_room: bool,
     /// A claim waits for its timer.
     pub waits: bool,
 }
@@ -148,7 +144,6 @@ impl Engine {
             handover: false,
             reverses,
             large: false,
-            awaits_room: false,
             waits: false,
         }
     }
@@ -161,7 +156,7 @@ impl Engine {
 
     #[must_use]
     pub fn is_copying(&self) -> bool {
-        matches!(self.work, Work::Copying | Work::Surplus)
+        self.work == Work::Copying
     }
 
     #[must_use]
@@ -192,10 +187,6 @@ impl Engine {
             Input::Message(message) => self.message(message, around),
             Input::Lost if self.connected || self.is_calling() => {
                 self.step(Event::PeerLost("lost".into()), around)
-            }
-            Input::Copied if self.work == Work::Surplus => {
-                self.work = Work::Epochs;
-                self.seal(around);
             }
             Input::Copied if self.is_copying() => {
                 self.work = Work::Nothing;
@@ -264,10 +255,6 @@ impl Engine {
             return;
         }
         self.in_flight -= 1;
-        around.vm(Vm::acked);
-        if std::mem::take(&mut self.awaits_room) && self.work == Work::Epochs {
-            return self.seal(around);
-        }
         let waits = (self.handover || self.large) && self.in_flight == 0;
         if self.work == Work::Epochs && waits {
             self.seal(around);
@@ -293,9 +280,7 @@ impl Engine {
             (true, Some(_)) => Handover::Reverse,
         };
         let Some(vm) = around.vm else { return };
-        let Some(content) = vm.seal(epoch, generation, kind) else {
-            return self.does_not_fit(around);
-        };
+        let content = vm.seal(epoch, kind);
         self.sealed = epoch;
         self.first = false;
         around.send(Message::Seal(Seal { epoch, generation, handover: kind, content }));
@@ -306,21 +291,6 @@ impl Engine {
         self.step(Event::Sealed(epoch), around);
         if around.broken == Some(Broken::ReleaseBeforeAck) {
             around.vm(|vm| vm.commit(epoch));
-        }
-    }
-
-    /// The guest stands for what the backup has no room for.
-    fn does_not_fit<V: Vm>(&mut self, around: &mut Around<'_, V>) {
-        if self.in_flight > 0 {
-            self.awaits_room = true;
-            around.vm(Vm::hold_up);
-        } else if self.first {
-            // Nothing is committed yet, so what an epoch cannot carry goes into the image.
-            self.copy(around);
-            self.work = Work::Surplus;
-        } else {
-            self.handover = false;
-            self.step(Event::TooLarge("large".to_owned()), around);
         }
     }
 
@@ -368,13 +338,7 @@ impl Engine {
                 self.work = Work::Epochs;
                 self.seal(around);
             }
-            Action::EndEpochs => {
-                self.work = Work::Nothing;
-                // It stood for room or for an epoch that is not sealed: who owns it may take for ever.
-                if V::CALLS_AGAIN && !self.handover {
-                    around.vm(Vm::release);
-                }
-            }
+            Action::EndEpochs => self.work = Work::Nothing,
             Action::SealHandover => {
                 self.handover = true;
                 if self.in_flight == 0 {
@@ -391,8 +355,6 @@ impl Engine {
             Action::Degrade => {
                 self.handover = false;
                 self.in_flight = 0;
-                self.awaits_room = false;
-                around.vm(Vm::close);
                 around.vm(Vm::release);
             }
             Action::Destroy if around.broken == Some(Broken::LoserGoesOn) => {
@@ -408,8 +370,6 @@ impl Engine {
                 }
                 self.connected = false;
                 self.in_flight = 0;
-                self.awaits_room = false;
-                around.vm(Vm::close);
             }
             // A VM that is alone is not protected again here, and no guest is paused.
             Action::Regain | Action::Refuse(_) | Action::Report(_) => {}

@@ -434,7 +434,7 @@ impl Vm for Machine {
         None
     }
 
-    fn seal(&mut self, _: EpochId, _: Generation, _: Handover) -> Option<Content> {
+    fn seal(&mut self, _: EpochId, _: Handover) -> Content {
         unreachable!("only the engine that ships seals a simulated machine")
     }
 

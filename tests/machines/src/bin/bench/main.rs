@@ -109,7 +109,7 @@ fn run(options: &Options) -> Result<()> {
             rdma,
         }
     } else {
-        Effort { is_full: false, is_named, turns: 3, pauses: 30, limit: secs(2), seconds: 2, rdma }
+        Effort { is_full: false, is_named, turns: 3, pauses: 30, limit: secs(1), seconds: 2, rdma }
     };
     let start = Instant::now();
     let mut done = Vec::new();

@@ -36,7 +36,7 @@ fn filled(mib: u64, options: &str) -> Result<Bare> {
 }
 
 pub fn first(effort: &Effort) -> Result<Row> {
-    let wanted_mib: u64 = if effort.is_full { 4096 } else { 1024 };
+    let wanted_mib: u64 = if effort.is_full { 4096 } else { 768 };
     let what = format!("first sync of {} MiB, every page with a content", wanted_mib);
     let mut row = Row::new("first-sync", what, "MiB/s");
     // The primary, its backup, and the source of the bare stream.
@@ -77,7 +77,7 @@ fn make_certificates(directory: &Path) -> Result<()> {
 /// What TLS takes of it.
 pub fn by_tls(effort: &Effort) -> Result<Row> {
     const PLAIN: &str = "plain";
-    let wanted_mib: u64 = if effort.is_full { 4096 } else { 1024 };
+    let wanted_mib: u64 = if effort.is_full { 4096 } else { 768 };
     let what =
         format!("first sync of {wanted_mib} MiB by TLS and without, every page with a content");
     let mut row = Row::new("first-sync-tls", what, "MiB/s");
