@@ -410,3 +410,57 @@ impl std::fmt::Debug for Rest {
         f.debug_tuple("Rest").field(&self.base()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ownership::VmId;
+    use crate::testing::{Machine, MemoryDisks, MemoryGuest, memory};
+    use crate::transport::Stream;
+
+    /// Who calls next goes on from it, or ends the tracking that it says is on.
+    #[test]
+    fn what_may_differ_outlives_a_session_that_does_not_begin() {
+        let guest = MemoryGuest(Machine::new(memory(&[(0, 16)])));
+        let (inputs, queue) = unbounded();
+        let (control, _said) = Control::simulated();
+        let crew = Crew {
+            id: SessionId(2),
+            queue,
+            inputs,
+            asker: Asker::simulated(false).0,
+            control,
+            senders: Senders::simulated(1).0,
+            heard: Heard::new(),
+            done: Arc::default(),
+            lender: None,
+        };
+        let (status, seen, observer) = (Status::default(), Seen::default(), Arc::new(()));
+        let [vm, host, backup] = [1, 2, 3].map(uuid::Uuid::from_u128);
+        let identity = HostIdentity { host: HostId(host), vm: VmId(vm) };
+        let around = Around { identity, backup: HostId(backup), observer, status, seen };
+        let pages = PageSet::new(16);
+        let epoch = EpochId(1);
+        let generation = Generation(0);
+        let session = SessionId(1);
+        let mut rest =
+            Some(rest::Rest { session, generation, committed: epoch, sealed: epoch, pages });
+        // Too little for what disks log.
+        let (staging_bytes, heartbeat_ms, timeout_ms) = (1 << 20, 100, 1000);
+        let welcome =
+            Welcome { host: backup, staging_bytes, heartbeat_ms, timeout_ms, has_base: true };
+        let writer = FrameWriter::new(Box::<Tape>::default() as Box<dyn Stream>, SessionId(2));
+        let disks: Arc<dyn crate::disk::Disks> = MemoryDisks::new(vec![vec![0; 4096]]);
+        let opened = Engine::around(
+            Held::Owned(Box::new(guest)),
+            crate::tests::replicate("tcp:127.0.0.1:1", None),
+            (Primary::again(false, generation), &mut rest),
+            &welcome,
+            around,
+            crew,
+            Some((disks, writer)),
+        );
+        assert!(matches!(opened, Err(Error::Unfit(_))));
+        assert!(rest.is_some());
+    }
+}
