@@ -569,110 +569,117 @@ fn soon(is_so: impl Fn() -> bool) {
     }
 }
 
+/// A protected machine whose arbiter goes away.
+struct Doubt {
+    records: tempfile::TempDir,
+    fake: Fake,
+    machine: Arc<Machine>,
+}
+
+impl Doubt {
+    fn new() -> Self {
+        let records = tempfile::tempdir().unwrap();
+        std::fs::create_dir(records.path().join("here")).unwrap();
+        Self { records, fake: Fake::start(), machine: large_machine() }
+    }
+
+    /// Protected, with an epoch of nearly all pages under way.
+    fn begin(
+        &self,
+        with: impl FnOnce(&mut ReplicateData),
+        session: impl FnOnce(&Fake) -> Session,
+    ) -> (Primary, Session) {
+        let url = format!("file:{}", self.records.path().join("here").display());
+        let primary = self.fake.protect(&self.machine, |options| {
+            options.arbiter = Some(url);
+            with(options);
+        });
+        let mut session = session(&self.fake);
+        session.protects();
+        let primary = primary.join().unwrap().unwrap();
+        primary.events.wait(|event| *event == Event::Synced).unwrap();
+        write_all(&self.machine, 1);
+        while session.seal().pages[0] < 8000 {}
+        (primary, session)
+    }
+
+    fn arbiter_moves(&self, from: &str, to: &str) {
+        let path = |name| self.records.path().join(name);
+        std::fs::rename(path(from), path(to)).unwrap();
+    }
+
+    /// The guest runs, unheard, while nobody says whose it is.
+    fn runs_in_doubt(&self, primary: &Primary) {
+        let is_suspended = |info: &ReplicationInfo| info.state == ReplicationState::Suspended;
+        super::until(|| primary.handle.info(), is_suspended);
+        soon(|| self.machine.is_running());
+        assert!(self.machine.is_holding());
+    }
+}
+
 #[test]
 fn a_guest_that_waits_for_room_does_not_wait_for_the_arbiter() {
-    let dir = tempfile::tempdir().unwrap();
-    let records = dir.path().join("records");
-    std::fs::create_dir(&records).unwrap();
-    let fake = Fake::start();
-    let machine = large_machine();
-    let url = format!("file:{}", records.display());
-    let primary = fake.protect(&machine, |options| options.arbiter = Some(url));
+    let doubt = Doubt::new();
     // Room for all of memory once, and not twice.
-    let mut session = fake.session_with(10_000 * PAGE_SIZE as u64);
-    session.drain();
-    session.protects();
-    let primary = primary.join().unwrap().unwrap();
-    primary.events.wait(|event| *event == Event::Synced).unwrap();
-    write_all(&machine, 1);
-    while session.seal().pages[0] < 8000 {}
-    write_all(&machine, 2);
-    soon(|| !machine.is_running());
-    let away = dir.path().join("away");
-    std::fs::rename(&records, &away).unwrap();
+    let room = 10_000 * PAGE_SIZE as u64;
+    let (primary, session) = doubt.begin(
+        |_| {},
+        |fake| {
+            let session = fake.session_with(room);
+            session.drain();
+            session
+        },
+    );
+    write_all(&doubt.machine, 2);
+    soon(|| !doubt.machine.is_running());
+    doubt.arbiter_moves("here", "away");
     drop(session);
-    let is_suspended = |info: &ReplicationInfo| info.state == ReplicationState::Suspended;
-    super::until(|| primary.handle.info(), is_suspended);
-    soon(|| machine.is_running());
-    assert!(machine.is_holding());
-    std::fs::rename(&away, &records).unwrap();
+    doubt.runs_in_doubt(&primary);
+    doubt.arbiter_moves("away", "here");
     primary.handle.join();
-    assert!(machine.is_running() && !machine.is_holding());
+    assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
 }
 
 /// With `cow=off` a guest stands for as long as its memory is sent as it is, and no longer: once nobody reads
 /// it any more it runs, unheard.
 #[test]
 fn a_guest_whose_epoch_is_not_taken_does_not_wait_for_the_arbiter() {
-    let dir = tempfile::tempdir().unwrap();
-    let records = dir.path().join("records");
-    std::fs::create_dir(&records).unwrap();
-    let fake = Fake::start();
-    let machine = large_machine();
-    let url = format!("file:{}", records.display());
-    let primary = fake.protect(&machine, |options| {
-        options.cow = Cow::Off;
-        options.arbiter = Some(url);
-    });
-    let mut session = fake.session();
-    session.protects();
-    let primary = primary.join().unwrap().unwrap();
-    primary.events.wait(|event| *event == Event::Synced).unwrap();
-    write_all(&machine, 1);
+    let doubt = Doubt::new();
     // Nobody reads the data connection.
-    while session.seal().pages[0] < 8000 {}
-    assert!(!machine.is_running());
-    let away = dir.path().join("away");
-    std::fs::rename(&records, &away).unwrap();
+    let (primary, session) = doubt.begin(|options| options.cow = Cow::Off, Fake::session);
+    assert!(!doubt.machine.is_running());
+    doubt.arbiter_moves("here", "away");
     drop(session);
-    let is_suspended = |info: &ReplicationInfo| info.state == ReplicationState::Suspended;
-    super::until(|| primary.handle.info(), is_suspended);
-    soon(|| machine.is_running());
-    assert!(machine.is_holding());
-    std::fs::rename(&away, &records).unwrap();
+    doubt.runs_in_doubt(&primary);
+    doubt.arbiter_moves("away", "here");
     primary.handle.join();
-    assert!(machine.is_running() && !machine.is_holding());
+    assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
 }
 
 /// The same where TCP is to take over from RDMA, and the backup still hears this side.
 #[test]
 fn a_guest_whose_epoch_cannot_go_by_rdma_does_not_wait_for_the_arbiter() {
-    let dir = tempfile::tempdir().unwrap();
-    let records = dir.path().join("records");
-    std::fs::create_dir(&records).unwrap();
-    let fake = Fake::start();
-    let machine = large_machine();
-    let url = format!("file:{}", records.display());
-    let rdma = fake.url().replace("tcp:", "rdma:");
-    let primary = fake.protect(&machine, |options| {
+    let doubt = Doubt::new();
+    let rdma = doubt.fake.url().replace("tcp:", "rdma:");
+    let by_rdma = |options: &mut ReplicateData| {
         options.cow = Cow::Off;
-        options.arbiter = Some(url);
         options.destination_url = rdma;
         options.rdma_device = Some(crate::transport::rdma::FAKE.to_owned());
         options.rdma_pin = Some(RdmaPin::Off);
         (options.fallback, options.reconnect) = (true, true);
         (options.heartbeat_ms, options.timeout_ms) = (50, 2000);
-    });
-    let mut session = fake.session();
-    session.protects();
-    let primary = primary.join().unwrap().unwrap();
-    primary.events.wait(|event| *event == Event::Synced).unwrap();
-    write_all(&machine, 1);
-    while session.seal().pages[0] < 8000 {}
-    let away = dir.path().join("away");
-    std::fs::rename(&records, &away).unwrap();
+    };
+    let (primary, mut session) = doubt.begin(by_rdma, Fake::session);
+    doubt.arbiter_moves("here", "away");
     // What it had is unread: the sender finds a connection that was reset.
     session.data.clear();
     let beats = session.beat();
-    let is_suspended = |info: &ReplicationInfo| info.state == ReplicationState::Suspended;
-    super::until(|| primary.handle.info(), is_suspended);
-    soon(|| machine.is_running());
+    doubt.runs_in_doubt(&primary);
     assert!(!beats.is_finished(), "only once the backup hears nobody any more");
-    assert!(machine.is_holding());
-    std::fs::rename(&away, &records).unwrap();
-    soon(|| !machine.is_holding());
+    doubt.arbiter_moves("away", "here");
+    soon(|| !doubt.machine.is_holding());
     primary.handle.stop().unwrap();
-    assert!(machine.is_running());
+    assert!(doubt.machine.is_running());
     beats.join().unwrap();
 }
 
