@@ -62,9 +62,16 @@ matrix() {
     one --cow protect,hybrid --without-protection --workload random
 }
 
-if [ "${1-}" = --matrix ]; then
-    shift
-    matrix "$@"
+ARGUMENTS=() MATRIX=''
+for argument in "$@"; do
+    case $argument in
+    -h | --help) usage && exit 0 ;;
+    --matrix) MATRIX=1 ;;
+    *) ARGUMENTS+=("$argument") ;;
+    esac
+done
+if [ -n "$MATRIX" ]; then
+    matrix "${ARGUMENTS[@]}"
 else
-    run_release check-equality "$@"
+    run_release check-equality "${ARGUMENTS[@]}"
 fi

@@ -15,7 +15,8 @@ if every check held.
 
   --vcpus N             vCPUs of the guest (default 2)
   --memory SIZE         memory of the guest (default 512M)
-  --seconds S           seconds under protection before the kill (default: a random 2 to 6)
+  --seconds S           seconds under protection before the kill, a day at most (default: a random
+                        2 to 6)
   --kernel FILE --initramfs FILE [--cmdline TEXT]
                         your own Linux instead of the test guest
   --svg FILE            where the picture of the timeline goes (default target/demo-timeline.svg)

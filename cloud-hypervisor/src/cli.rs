@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use api::config::{
     ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig,
     RestoreConfig, RngConfig, VmConfig,
@@ -204,8 +204,8 @@ impl Cli {
     /// What a backup is told, with this host's own ports from either place.
     fn received(&self) -> anyhow::Result<Option<ReceiveReplicaData>> {
         let Some(mut data) = self.receive_replica.clone() else { return Ok(None) };
-        data.serial = data.serial.or_else(|| self.serial.clone());
-        data.console = data.console.or_else(|| self.console.clone());
+        data.serial = once("serial", data.serial, self.serial.as_ref())?;
+        data.console = once("console", data.console, self.console.as_ref())?;
         for disk in &self.disk {
             data.disks.push(ReplicaDisk::of(disk).map_err(|what| anyhow!("--disk: {what}"))?);
         }
@@ -240,6 +240,15 @@ impl Cli {
             ..default
         })
     }
+}
+
+/// What a backup's port is to be, from one of two places.
+fn once<T: Clone>(port: &str, own: Option<T>, flag: Option<&T>) -> anyhow::Result<Option<T>> {
+    ensure!(
+        own.is_none() || flag.is_none(),
+        "--{port} contradicts {port}= of --receive-replica: give one of them"
+    );
+    Ok(own.or_else(|| flag.cloned()))
 }
 
 /// The descriptors of `--net fd=[…]`, in the order of the cards.

@@ -1,10 +1,13 @@
 //! The binaries as a shell sees them: exit codes, standard output, standard error.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
+
+use api::replication::ReplicationInfo;
 
 const VMM: &str = env!("CARGO_BIN_EXE_cloud-hypervisor");
 const REMOTE: &str = env!("CARGO_BIN_EXE_ch-remote");
@@ -134,6 +137,16 @@ fn remote(
     input: &str,
     answer: &'static str,
 ) -> (String, (i32, String, String)) {
+    remote_to(Stdio::piped(), arguments, input, answer)
+}
+
+/// [`remote`] with a standard output of the caller's.
+fn remote_to(
+    out: Stdio,
+    arguments: &[&str],
+    input: &str,
+    answer: &'static str,
+) -> (String, (i32, String, String)) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("api.sock");
     let serving = answer_once(&path, answer);
@@ -141,7 +154,7 @@ fn remote(
         .arg(format!("--api-socket={}", path.display()))
         .args(arguments)
         .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
+        .stdout(out)
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
@@ -260,6 +273,29 @@ fn bodies_are_printed_and_refusals_told_whole() {
     let (code, _, error) = run(REMOTE, &["ping"]);
     assert!(code == 2 && error.contains("needs --api-socket"), "{error}");
     assert_eq!(run(REMOTE, &["--api-socket=/s", "replicate", "cow=x"]).0, 2);
+    // The server would have closed the connection by then.
+    let watch = ["--api-socket=/s", "replication-info", "--watch", "--interval=61000"];
+    let (code, _, error) = run(REMOTE, &watch);
+    assert!(code == 2 && error.contains("61000 is not in 10..=30000"), "{error}");
+}
+
+#[test]
+fn an_answer_that_cannot_be_written_is_an_error_unless_nobody_reads() {
+    let info = serde_json::to_string(&ReplicationInfo::default()).unwrap();
+    let length = info.len();
+    let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{info}");
+    let answer: &'static str = answer.leak();
+    for arguments in [&["replication-info"][..], &["replication-info", "--watch"]] {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let (_, (code, _, error)) = remote_to(full.into(), arguments, "", answer);
+        assert_eq!(code, 1, "{error}");
+        let said = "Error: Cannot write to standard output\n  caused by: No space left on device";
+        assert!(error.starts_with(said), "{error}");
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let (_, (code, _, error)) = remote_to(writer.into(), arguments, "", answer);
+        assert_eq!((code, error.as_str()), (0, ""), "{arguments:?}");
+    }
 }
 
 #[test]

@@ -21,6 +21,8 @@ pub(crate) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
 /// The MSRs of KVM's own interface: clock, steal time, asynchronous faults.
 const KVM_PV: [std::ops::RangeInclusive<u32>; 2] = [0x11..=0x12, 0x4b56_4d00..=0x4b56_4dff];
+/// Of these, the clock's, old and new.
+const KVM_CLOCK: [u32; 4] = [0x11, 0x12, 0x4b56_4d00, 0x4b56_4d01];
 /// What a nested hypervisor may use of VMX (Intel SDM vol. 3, appendix A): fixed once a vCPU is in VMX operation.
 const VMX: std::ops::RangeInclusive<u32> = 0x480..=0x491;
 
@@ -100,6 +102,11 @@ fn load_order(index: u32) -> u8 {
 /// Whether KVM writes guest memory for an MSR of its own interface: at once, or when the vCPU stops.
 pub(crate) fn is_paravirtual(index: u32) -> bool {
     KVM_PV.iter().any(|range| range.contains(&index))
+}
+
+/// Whether a guest goes on without it: asynchronous faults, steal time and the like, and no clock.
+pub(crate) fn is_favour(index: u32) -> bool {
+    is_paravirtual(index) && !KVM_CLOCK.contains(&index)
 }
 
 fn buffer(indices: &[u32]) -> Result<Msrs, errno::Error> {

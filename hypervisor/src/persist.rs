@@ -247,13 +247,23 @@ impl Vcpu {
 
     /// A zero that is refused is a register that this host lacks and the guest never used.
     fn restore_msrs(&self, msrs: &[Msr]) -> Result<(), VcpuError> {
-        let mut refused = None;
+        let failed = |error| self.set_error("model-specific registers", error);
+        let (mut refused, mut off) = (None, vec![]);
         msr::write_each(&self.fd, msrs, |msr, accepted| {
-            if !accepted && msr.data != 0 {
+            if accepted || msr.data == 0 {
+            } else if msr::is_favour(msr.index) {
+                off.push(Msr { data: 0, ..msr });
+            } else {
                 refused.get_or_insert(msr);
             }
         })
-        .map_err(|e| self.set_error("model-specific registers", e))?;
+        .map_err(failed)?;
+        // Some kernels keep a value for which they gave the guest a fault: to the guest it is off.
+        for Msr { index, .. } in &off {
+            let id = self.id;
+            tracing::warn!("vCPU {id}: KVM does not take back what MSR {index:#x} was: it is off");
+        }
+        msr::write_each(&self.fd, &off, |_, _| {}).map_err(failed)?;
         match refused {
             None => Ok(()),
             Some(Msr { index, data }) => Err(VcpuError::MsrRefused { id: self.id, index, data }),

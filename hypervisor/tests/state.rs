@@ -5,7 +5,7 @@ mod common;
 use std::sync::atomic::Ordering;
 
 use common::{Machine, install_kick, kick, run_to_out, wait_for_change};
-use hypervisor::{Exit, ImmediateExit, Vcpu, VcpuState, VmState};
+use hypervisor::{Exit, ImmediateExit, Msr, Vcpu, VcpuState, VmState};
 use zerocopy::IntoBytes;
 
 /// inc ecx; add eax, ecx; mov [0x4000], eax; out 0x42, al; jmp back
@@ -103,6 +103,29 @@ fn msr(state: &VcpuState, index: u32) -> u64 {
 
 fn set_msr(state: &mut VcpuState, index: u32, data: u64) {
     state.msrs.iter_mut().find(|msr| msr.index == index).expect("an MSR of every CPU").data = data;
+}
+
+/// KVM may keep a value for which it gave the guest a fault, and refuses it when it is loaded.
+#[test]
+fn what_a_guest_could_not_have_of_kvm_is_off_elsewhere() {
+    let mut machine = Machine::new(1, SUMS);
+    run_to_out(&mut machine.vcpus[0]);
+    let mut state = machine.vcpus[0].save().unwrap();
+    let put = |state: &mut VcpuState, index, data| {
+        state.msrs.retain(|msr| msr.index != index);
+        state.msrs.push(Msr { index, data });
+    };
+    // Asynchronous faults by interrupt, and their place beyond all memory.
+    let faults = 0x4b56_4d02;
+    put(&mut state, faults, 1 << 63 | 1 << 45 | 0b1001);
+    let mut twin = machine.twin();
+    twin.vm.restore_state(&machine.vm.save_state().unwrap()).unwrap();
+    twin.vcpus[0].restore(&state).unwrap();
+    let again = twin.vcpus[0].save().unwrap();
+    assert!(again.msrs.iter().all(|msr| msr.index != faults || msr.data == 0));
+    // What is no favour is missed.
+    put(&mut state, 0xdead_beef, 1);
+    assert!(twin.vcpus[0].restore(&state).is_err());
 }
 
 #[test]

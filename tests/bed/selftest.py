@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """The bed's own judgement, tested without QEMU: what it must call a failure, it does. And how
-scripts/test.sh adds up what test runners say.
+scripts/test.sh adds up what test runners say, and what scripts make of their arguments.
 
 Takes half a minute, most of it asleep, and needs busybox, bash and e2fsprogs: tests/bed/selftest.py
 """
@@ -391,6 +391,48 @@ class Counts(unittest.TestCase):
                 "test result: FAILED. 4 passed; 2 failed; 0 ignored; 0 measured\n")
         self.assertEqual(self.count("libtest", text), "7 2")
         self.assertEqual(self.count("libtest", "error: could not compile\n"), "0 0")
+
+
+class Scripts(unittest.TestCase):
+    """What a script of scripts/ runs, with programs and packages that only say that they are asked for."""
+
+    BUILD = """
+        need_packages() { echo "installs $*"; }
+        build_release() { echo builds; }
+        run_release() { echo "runs $*"; }
+    """
+
+    def said(self, script, *arguments, program=None):
+        """Lines of the standard output, of a script that ends with 0."""
+        with tempfile.TemporaryDirectory() as tree:
+            shutil.copytree(f"{BED}/../../scripts", f"{tree}/scripts")
+            with open(f"{tree}/scripts/lib/build.sh", "w") as file:
+                file.write(self.BUILD)
+            if program is not None:
+                os.makedirs(f"{tree}/target/release")
+                with open(f"{tree}/target/release/{program}", "w") as file:
+                    file.write('#!/bin/sh\necho "program $*"\n')
+                os.chmod(f"{tree}/target/release/{program}", 0o755)
+            done = subprocess.run(["bash", f"{tree}/scripts/{script}", *arguments],
+                                  capture_output=True, text=True)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            return done.stdout.splitlines()
+
+    def test_a_list_of_rows_needs_nothing_else(self):
+        for arguments in (["--list"], ["--quick", "--list"]):
+            said = self.said("fault-matrix.sh", *arguments, program="fault-matrix")
+            self.assertEqual(said, ["program " + " ".join(arguments)])
+
+    def test_a_matrix_is_one_wherever_it_is_asked_for(self):
+        runs = [self.said("check-equality.sh", *arguments) for arguments in (
+            ["--matrix", "--epochs", "300"], ["--epochs", "300", "--matrix"])]
+        self.assertEqual(*runs)
+        self.assertGreater(len(runs[0]), 20)
+        self.assertNotIn("--matrix", " ".join(runs[0]))
+        counted = [line for line in runs[0] if line.endswith("--epochs 300")]
+        self.assertEqual(len(counted), len(runs[0]) - 4, "all but two builds that are broken")
+        self.assertEqual(self.said("check-equality.sh", "--epochs", "3"),
+                         ["runs check-equality --epochs 3"])
 
 
 unittest.main(verbosity=1)

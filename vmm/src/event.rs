@@ -3,7 +3,8 @@
 //! What enters is an event from any thread of the VMM. What leaves is text: a pretty-printed
 //! object `{timestamp, source, event, properties}`, then an empty line. What always holds: whoever
 //! reports an event never waits for whoever reads it. When the reader is slow, events wait in a
-//! bounded queue; when that is full, they are dropped and counted.
+//! bounded queue; when that is full, they are dropped and counted. The reader is told how many, by
+//! an event of its own, once it has read what waited.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -15,11 +16,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Events that may wait for the reader.
 const QUEUE_EVENTS_MAX: usize = 256;
@@ -40,6 +41,13 @@ struct Timestamp {
     nanos: u32,
 }
 
+impl Timestamp {
+    fn since(start: Instant) -> Self {
+        let elapsed = start.elapsed();
+        Self { secs: elapsed.as_secs(), nanos: elapsed.subsec_nanos() }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Event {
     timestamp: Timestamp,
@@ -55,11 +63,19 @@ enum Message {
     Flush(Sender<()>),
 }
 
+/// Events that nobody will read.
+#[derive(Debug, Default)]
+struct Lost {
+    dropped: AtomicU64,
+    /// Of these, the ones that the reader was told of.
+    told: AtomicU64,
+}
+
 #[derive(Debug)]
 struct Shared {
     queue: Sender<Message>,
     start: Instant,
-    dropped: AtomicU64,
+    lost: Arc<Lost>,
 }
 
 /// Where events are reported. Cheap to clone; the default one does nothing.
@@ -103,29 +119,32 @@ impl EventMonitor {
 
     fn start(sink: File) -> Result<Self, EventError> {
         let (queue, events) = bounded(QUEUE_EVENTS_MAX);
+        let (start, lost) = (Instant::now(), Arc::new(Lost::default()));
+        let writer = Writer { sink, start, lost: Arc::clone(&lost) };
         thread::Builder::new()
             .name("event-monitor".to_owned())
-            .spawn(move || write_all(&sink, &events))
+            .spawn(move || writer.run(&events))
             .map_err(EventError::Start)?;
-        let shared = Shared { queue, start: Instant::now(), dropped: AtomicU64::new(0) };
-        Ok(Self(Some(Arc::new(shared))))
+        Ok(Self(Some(Arc::new(Shared { queue, start, lost }))))
     }
 
     /// Reports an event. Never waits.
     pub fn emit(&self, source: &'static str, event: &'static str, properties: Option<Value>) {
         let Some(shared) = &self.0 else { return };
-        let elapsed = shared.start.elapsed();
-        let timestamp = Timestamp { secs: elapsed.as_secs(), nanos: elapsed.subsec_nanos() };
-        let event = Event { timestamp, source, event, properties };
-        if shared.queue.try_send(Message::Event(event)).is_err() {
-            shared.dropped.fetch_add(1, Ordering::Relaxed);
+        let event = Event { timestamp: Timestamp::since(shared.start), source, event, properties };
+        let Err(error) = shared.queue.try_send(Message::Event(event)) else { return };
+        let before = shared.lost.dropped.fetch_add(1, Ordering::Relaxed);
+        // The first of a run; of a sink that is gone, the writer has said so.
+        let is_first = before == shared.lost.told.load(Ordering::Relaxed);
+        if is_first && matches!(error, TrySendError::Full(_)) {
+            tracing::warn!("Event monitor's reader is too slow: events are dropped");
         }
     }
 
     /// Events that were lost because the reader was too slow, or gone.
-    #[must_use]
-    pub fn dropped(&self) -> u64 {
-        self.0.as_ref().map_or(0, |shared| shared.dropped.load(Ordering::Relaxed))
+    #[cfg(test)]
+    fn dropped(&self) -> u64 {
+        self.0.as_ref().map_or(0, |shared| shared.lost.dropped.load(Ordering::Relaxed))
     }
 
     /// Waits until everything reported so far is written, for `patience` at most, and says
@@ -140,18 +159,50 @@ impl EventMonitor {
 }
 
 /// The writer's thread: ends when every monitor is gone, or when the sink is.
-fn write_all(sink: &File, events: &Receiver<Message>) {
-    for message in events {
-        match message {
-            Message::Event(event) => {
-                if let Err(error) = write_one(sink, &event) {
-                    tracing::warn!(%error, "Event monitor is gone, later events are dropped");
-                    return;
+struct Writer {
+    sink: File,
+    start: Instant,
+    lost: Arc<Lost>,
+}
+
+impl Writer {
+    fn run(&self, events: &Receiver<Message>) {
+        if let Err(error) = self.write_all(events) {
+            tracing::warn!(%error, "Event monitor is gone, later events are dropped");
+        }
+    }
+
+    fn write_all(&self, events: &Receiver<Message>) -> io::Result<()> {
+        for message in events {
+            match message {
+                Message::Event(event) => {
+                    write_one(&self.sink, &event)?;
+                    if events.is_empty() {
+                        self.tell_lost()?;
+                    }
+                }
+                Message::Flush(done) => {
+                    self.tell_lost()?;
+                    // Whoever waited may have lost patience.
+                    let _ = done.send(());
                 }
             }
-            // Whoever waited may have lost patience.
-            Message::Flush(done) => drop(done.send(())),
         }
+        // An event is counted a moment after there was no room for it.
+        self.tell_lost()
+    }
+
+    /// Tells the reader how many events were dropped since it was told last, if any were.
+    fn tell_lost(&self) -> io::Result<()> {
+        let dropped = self.lost.dropped.load(Ordering::Relaxed);
+        let count = dropped - self.lost.told.swap(dropped, Ordering::Relaxed);
+        if count == 0 {
+            return Ok(());
+        }
+        let timestamp = Timestamp::since(self.start);
+        let properties = Some(json!({ "count": count }));
+        let event = Event { timestamp, source: "vmm", event: "events-dropped", properties };
+        write_one(&self.sink, &event)
     }
 }
 
@@ -180,11 +231,10 @@ fn write_one(mut sink: &File, event: &Event) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{PipeReader, Read, pipe};
+    use std::io::{BufReader, PipeReader, Read, pipe};
     use std::thread;
 
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    use serde_json::{Value, json};
 
     use super::*;
 
@@ -241,26 +291,35 @@ mod tests {
 
     #[test]
     fn a_reader_that_sleeps_costs_events_and_no_time() {
-        let (monitor, mut reader) = piped();
-        // More than a pipe holds: from here on the writer stands until somebody reads.
-        monitor.emit("vm", "paused", Some(json!({ "text": "x".repeat(1 << 20) })));
+        let (monitor, reader) = piped();
+        let reader = serde_json::Deserializer::from_reader(BufReader::new(reader));
+        let mut events = reader.into_iter::<Value>().map(Result::unwrap);
         let sent = 1 + 10 * u64::try_from(QUEUE_EVENTS_MAX).unwrap();
-        for _ in 1..sent {
-            monitor.emit("vm", "paused", None);
+        let mut told = 0;
+        for _ in 0..2 {
+            // More than a pipe holds: from here on the writer stands until somebody reads.
+            monitor.emit("vm", "paused", Some(json!({ "text": "x".repeat(1 << 20) })));
+            for _ in 1..sent {
+                monitor.emit("vm", "paused", None);
+            }
+            let dropped = monitor.dropped() - told;
+            assert!(dropped > 0);
+            assert!(!monitor.flush(Duration::from_millis(1)));
+            // Whatever was not dropped is still read, whole, and then how much was.
+            for _ in dropped..sent {
+                assert_eq!(events.next().unwrap()["event"], "paused");
+            }
+            assert!(monitor.flush(HANG));
+            monitor.emit("vm", "resumed", None);
+            let last = events.next().unwrap();
+            assert_eq!(last["source"], "vmm");
+            assert_eq!(last["event"], "events-dropped");
+            assert_eq!(last["properties"], json!({ "count": dropped }));
+            assert_eq!(events.next().unwrap()["event"], "resumed");
+            told += dropped;
         }
-        let dropped = monitor.dropped();
-        assert!(dropped > 0);
-        assert!(!monitor.flush(Duration::from_millis(1)));
-        // Whatever was not dropped is still read, whole.
-        let reading = thread::spawn(move || {
-            let mut text = String::new();
-            reader.read_to_string(&mut text).unwrap();
-            text
-        });
-        assert!(monitor.flush(HANG));
         drop(monitor);
-        let text = reading.join().unwrap();
-        assert_eq!(u64::try_from(parse(&text).len()).unwrap(), sent - dropped);
+        assert!(events.next().is_none());
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! `alone_paused` is as `user_paused`: a person's resume ends both, the next backup ends it alone.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::time::{Duration, Instant};
 
 use api::config::{CpusConfig, VmConfig};
 use crossbeam_channel::{Receiver, unbounded};
@@ -33,6 +34,10 @@ use crate::device_manager::virtio::complete;
 use crate::device_manager::{DeviceError, Devices, DevicesState};
 use crate::memory::{Memory, MemoryError};
 use crate::tracking;
+
+/// How long the guest stands for replication without being told. An epoch's pause is far shorter, and the guest's
+/// watchdogs are far more patient.
+const TOLD_AFTER: Duration = Duration::from_secs(1);
 
 /// The machine could not be built, changed or stopped.
 #[derive(Debug, Error)]
@@ -96,6 +101,8 @@ struct Life {
     /// Without a backup, where it must not run without one.
     alone_paused: bool,
     quiesced: bool,
+    /// Since when, or since it was held for the pause that followed.
+    stands_since: Option<Instant>,
     exclusive: bool,
     /// A pause has ended of which the guest was not told, since an epoch's went on.
     untold: bool,
@@ -105,6 +112,20 @@ struct Life {
 }
 
 impl Life {
+    /// Replication stops the guest, or goes on to do so.
+    fn stand(&mut self, now: Instant) {
+        self.quiesced = true;
+        self.stands_since.get_or_insert(now);
+    }
+
+    /// It lets it go. What is longer than an epoch's pause is for the guest to know.
+    fn let_go(&mut self, now: Instant) {
+        self.quiesced = false;
+        let since = self.stands_since.take();
+        let is_long = since.is_some_and(|since| now.duration_since(since) >= TOLD_AFTER);
+        self.untold |= is_long && self.started;
+    }
+
     fn is_paused(&self) -> bool {
         self.user_paused || self.alone_paused
     }
@@ -346,10 +367,10 @@ impl Machine {
         let busy = |life: &mut Life| life.exclusive && !life.destroyed;
         let mut life = self.changed.wait_while(life, busy).expect("no holder panics");
         self.alive(&life)?;
-        life.quiesced = true;
+        life.stand(Instant::now());
         self.devices.park();
         if let Err(error) = stop(&self.vcpus) {
-            life.quiesced = false;
+            life.let_go(Instant::now());
             self.devices.unpark();
             drop(life);
             self.changed.notify_all();
@@ -361,7 +382,7 @@ impl Machine {
     /// Ends an epoch's pause.
     pub fn release(&self) -> Result<(), MachineError> {
         let mut life = self.life();
-        life.quiesced = false;
+        life.let_go(Instant::now());
         self.devices.unpark();
         let result = self.run_if_free(&mut life);
         drop(life);
@@ -561,5 +582,33 @@ fn enter(vcpu: &mut Vcpu, entry: Entry) -> Result<(), VcpuError> {
         Entry::Linux64 { entry, boot_params, gdt, page_tables } => {
             vcpu.setup_linux64(entry, boot_params, gdt, page_tables)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_told_of_what_its_watchdogs_may_notice() {
+        let now = Instant::now();
+        let after = |passed_ms| now + Duration::from_millis(passed_ms);
+        let mut life = Life { started: true, ..Life::default() };
+        life.stand(now);
+        life.let_go(after(900));
+        assert!(!life.untold, "an epoch's pause");
+        // Held for want of room, and sealed where it stood.
+        life.stand(now);
+        life.stand(after(900));
+        life.let_go(after(1_100));
+        assert!(life.untold && !life.quiesced);
+        life.untold = false;
+        life.stand(after(2_000));
+        life.let_go(after(2_001));
+        assert!(!life.untold, "of the pause before");
+        let mut waits = Life::default();
+        waits.stand(now);
+        waits.let_go(after(5_000));
+        assert!(!waits.untold, "it has not run yet");
     }
 }

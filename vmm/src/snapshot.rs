@@ -130,6 +130,13 @@ pub fn restore(
         let lines: Vec<_> = complaints.iter().map(Invalid::line).collect();
         return Err(SnapshotError::Config(lines.join("; ")));
     }
+    let strays: Vec<_> = taps.strays(&config).collect();
+    if !strays.is_empty() {
+        return Err(SnapshotError::Config(format!(
+            "net_fds names no network card of the snapshot: {}",
+            strays.join(", ")
+        )));
+    }
     let state = read_state(from.join("state.json"))?;
     let path = from.join("memory-ranges");
     let read = |source| SnapshotError::Read { path: path.clone(), source };

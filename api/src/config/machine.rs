@@ -1,8 +1,10 @@
 //! The machine itself: what it boots, its vCPUs, its memory, its identity.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Bytes of memory of a VM that names none.
 pub const MEMORY_SIZE_DEFAULT: u64 = 512 << 20;
@@ -177,6 +179,9 @@ pub struct PlatformConfig {
     pub oem_strings: Option<Vec<String>>,
     pub tdx: bool,
     pub sev_snp: bool,
+    /// What a client names beside these.
+    #[serde(flatten)]
+    pub other: BTreeMap<String, Value>,
 }
 
 impl Default for PlatformConfig {
@@ -190,6 +195,7 @@ impl Default for PlatformConfig {
             oem_strings: None,
             tdx: false,
             sev_snp: false,
+            other: BTreeMap::new(),
         }
     }
 }

@@ -234,6 +234,9 @@ fn identifiers_and_images_that_clash_are_conflicts() {
     assert!(found.iter().all(Invalid::is_conflict));
     let clash = config(json!({ "disks": [{ "path": "/a" }, { "path": "/a" }] }));
     assert_eq!(lines(&clash.validate()), ["disks[1].path is used more than once: /a"]);
+    let odd = config(json!({ "disks": [{ "path": "/a", "id": "a\u{0}b" }] }));
+    let expected = r"disks[0].id must be text without control characters, not a\0b";
+    assert_eq!(lines(&odd.validate()), [expected]);
     let shared = json!({ "path": "/a", "readonly": true });
     let fine = config(json!({ "disks": [shared.clone(), shared] }));
     assert!(fine.validate().is_empty());
@@ -268,6 +271,8 @@ fn every_key_that_cannot_be_honoured_is_named() {
         (json!({ "tpm": { "socket": "/s" } }), "tpm"),
         (json!({ "pci_segments": [{}] }), "pci_segments"),
         (json!({ "landlock_enable": true }), "landlock_enable"),
+        (json!({ "platform": { "uuid": "u" } }), "platform.uuid"),
+        (json!({ "platform": { "a_later_one": "u" } }), "platform.a_later_one"),
         (json!({ "payload": { "igvm": "/i" } }), "payload.igvm"),
         (
             json!({ "memory": { "size": 0, "zones": [{ "id": "z", "size": 4096 }] } }),

@@ -106,6 +106,10 @@ impl VmConfig {
         refuse(strings, "platform.oem_strings", NO_SMBIOS);
         refuse(platform.tdx, "platform.tdx", "");
         refuse(platform.sev_snp, "platform.sev_snp", "");
+        // All of it is what the guest reads of its machine.
+        for (key, _) in platform.other.iter().filter(|(_, value)| !value.is_null()) {
+            refuse(true, &format!("platform.{key}"), "this version knows no such key");
+        }
     }
 }
 

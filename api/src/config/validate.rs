@@ -1,6 +1,7 @@
 //! What makes a configuration right in itself, before anything of the host is looked at.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use super::{
     ConsoleConfig, ConsoleOutputMode, CpuTopology, CpusConfig, DebugConsoleMode, DiskConfig,
@@ -99,7 +100,8 @@ impl VmConfig {
         }
     }
 
-    /// Identifiers that clients chose: none twice, none of those that the VMM gives itself.
+    /// Identifiers that clients chose: none twice, none of those that the VMM gives itself, nothing that a log or
+    /// a thread's name cannot have.
     fn identifiers(&self, found: &mut Vec<Invalid>) {
         let mut named: Vec<(String, &str)> = Vec::new();
         for (index, disk) in self.disks.iter().flatten().enumerate() {
@@ -117,6 +119,9 @@ impl VmConfig {
         for (key, id) in named {
             if id.is_empty() {
                 found.push(Invalid::missing(key, ""));
+            } else if id.contains(char::is_control) {
+                let wanted = "text without control characters";
+                found.push(Invalid::value(key, wanted, id.escape_debug()));
             } else if id.starts_with("__") {
                 found.push(Invalid::ReservedId { key, id: id.to_owned() });
             } else if !known.insert(id) {
@@ -274,6 +279,10 @@ fn net(key: &str, config: &NetConfig, found: &mut Vec<Invalid>) {
     if !config.num_queues.is_multiple_of(2) {
         let wanted = "even, a pair being two queues";
         found.push(Invalid::value(format!("{key}.num_queues"), wanted, config.num_queues));
+    }
+    if let (Some(IpAddr::V4(_)), Some(mask @ IpAddr::V6(_))) = (config.ip, config.mask) {
+        let wanted = "a mask of IPv4, as the address is";
+        found.push(Invalid::value(format!("{key}.mask"), wanted, mask));
     }
     for (name, mac) in [("mac", &config.mac), ("host_mac", &config.host_mac)] {
         if let Some(mac) = mac.as_ref().filter(|mac| !is_mac(mac)) {

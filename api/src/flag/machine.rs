@@ -166,5 +166,7 @@ pub fn platform(text: &str) -> Result<PlatformConfig, OptionError> {
         oem_strings: pairs.list("oem_strings")?,
         tdx: pairs.toggle("tdx")?.unwrap_or(default.tdx),
         sev_snp: pairs.toggle("sev_snp")?.unwrap_or(default.sev_snp),
+        // A flag that is not known is an error.
+        other: default.other,
     })
 }

@@ -57,6 +57,9 @@ impl ReplicateData {
         let own = [arbiter_tls_dir.as_deref(), arbiter_credentials.as_deref()];
         arbiter(url.as_deref(), own, &mut found);
         tls("destination_url", &self.destination_url, self.tls_dir.as_deref(), &mut found);
+        if let Some(url) = &self.return_url {
+            tls("return_url", url, self.tls_dir.as_deref(), &mut found);
+        }
         let Self { rdma_device, rdma_port, rdma_gid_index, rdma_depth, .. } = self;
         let numbers = [*rdma_port, *rdma_gid_index, *rdma_depth];
         rdma("destination_url", &self.destination_url, rdma_device.as_deref(), numbers, &mut found);
@@ -266,6 +269,10 @@ mod tests {
                 "arbiter is malformed: Expected file:<dir> or etcd:<url>[,<url>], found \"/shared\"",
             ),
             ("tls_dir=", "tls_dir must be a directory, not "),
+            (
+                "tls_dir=/t,return_url=unix:/x",
+                "tls_dir contradicts return_url: it is for tcp:<host>:<port> and rdma:<host>:<port> only",
+            ),
         ] {
             let data: ReplicateData = format!("{good},{option}").parse().unwrap();
             assert_eq!(lines(&data.validate())[0], line);

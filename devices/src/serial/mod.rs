@@ -78,6 +78,9 @@ struct Inner {
     uart: Registers,
     /// No input is taken.
     parked: bool,
+    /// The guest has seen the transmitter busy, and was not told of its end yet. The gate may have room again by now:
+    /// whoever emptied it tells without the device's lock.
+    tx_waits: bool,
 }
 
 /// The device, without its host side ([`SerialPort`] has both).
@@ -98,7 +101,7 @@ impl Serial {
         let uart =
             Uart::with_events(irq.clone(), Arc::clone(&space), GateWriter(Arc::clone(&gate)));
         let serial = Arc::new(Self {
-            inner: Mutex::new(Inner { uart, parked: false }),
+            inner: Mutex::new(Inner { uart, parked: false, tx_waits: false }),
             irq,
             gate: Arc::clone(&gate),
             space,
@@ -108,7 +111,7 @@ impl Serial {
         let weak: Weak<Self> = Arc::downgrade(&serial);
         gate.set_space_waker(Arc::new(move || {
             if let Some(serial) = weak.upgrade() {
-                serial.announce_tx_space(&mut serial.lock().uart);
+                serial.announce_tx_space(&mut serial.lock());
             }
         }));
         Ok(serial)
@@ -141,7 +144,8 @@ impl Serial {
     #[must_use]
     pub fn save(&self) -> SerialState {
         let inner = self.lock();
-        SerialState::from_parts(inner.uart.state(), self.gate.throttled(), self.gate.pending())
+        let tx_waits = inner.tx_waits || self.gate.throttled();
+        SerialState::from_parts(inner.uart.state(), tx_waits, self.gate.pending())
     }
 
     /// Takes the place of a saved device: an interrupt that was pending is raised again, output
@@ -158,8 +162,9 @@ impl Serial {
         .map_err(|error| SerialStateError::Interrupt(error.to_string()))?;
         inner.uart = uart;
         self.gate.write(&state.pending_output);
+        inner.tx_waits = state.tx_throttled;
         if state.tx_throttled && !self.gate.throttled() {
-            self.announce_tx_space(&mut inner.uart);
+            self.announce_tx_space(&mut inner);
         }
         drop(inner);
         self.space.signal();
@@ -168,7 +173,9 @@ impl Serial {
 
     /// Raises the transmitter-empty interrupt. vm-superio does that on a write to IER, which
     /// leaves the register as it is but is only reachable while DLAB is clear.
-    fn announce_tx_space(&self, uart: &mut Registers) {
+    fn announce_tx_space(&self, inner: &mut Inner) {
+        inner.tx_waits = false;
+        let uart = &mut inner.uart;
         let state = uart.state();
         if state.interrupt_enable & IER_THR_EMPTY == 0 {
             return;
@@ -182,12 +189,13 @@ impl Serial {
         }
     }
 
-    fn read_register(&self, uart: &mut Registers, offset: u8) -> u8 {
-        let value = uart.read(offset);
+    fn read_register(&self, inner: &mut Inner, offset: u8) -> u8 {
+        let value = inner.uart.read(offset);
         if offset == LSR_OFFSET
             && self.gate.throttled()
-            && uart.state().modem_control & MCR_LOOP == 0
+            && inner.uart.state().modem_control & MCR_LOOP == 0
         {
+            inner.tx_waits = true;
             return value & !LSR_TX_IDLE;
         }
         value
@@ -202,7 +210,7 @@ impl BusDevice for Serial {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut inner = self.lock();
         for (at, byte) in (offset..).zip(data) {
-            *byte = u8::try_from(at).map_or(0xff, |at| self.read_register(&mut inner.uart, at));
+            *byte = u8::try_from(at).map_or(0xff, |at| self.read_register(&mut inner, at));
         }
     }
 

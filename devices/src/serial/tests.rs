@@ -233,6 +233,28 @@ fn a_guest_that_waited_for_room_is_told_after_a_take_over() {
     assert!(interrupted(&backup));
 }
 
+/// The state is captured while the thread that made room is about to say so.
+#[test]
+fn a_guest_that_is_about_to_be_told_is_told_after_a_take_over() {
+    let primary = serial();
+    put(&primary, IER, IER_THR_EMPTY);
+    primary.gate().write(&vec![b'.'; THROTTLE_BYTES]);
+    assert_eq!(get(&primary, LSR) & LSR_TX_IDLE, 0);
+    get(&primary, IIR);
+    let (saved, device) = (Arc::new(Mutex::new(None)), Arc::clone(&primary));
+    let slot = Arc::clone(&saved);
+    primary.gate().set_space_waker(Arc::new(move || {
+        *slot.lock().unwrap() = Some(device.save());
+    }));
+    primary.gate().consume(THROTTLE_BYTES);
+    let state = saved.lock().unwrap().take().expect("there is room");
+    let backup = serial();
+    backup.restore(&state).unwrap();
+    assert!(interrupted(&backup));
+    // Once: whoever is saved after that waits for nothing.
+    assert!(!backup.save().tx_throttled);
+}
+
 #[test]
 fn a_state_that_does_not_fit_is_refused_and_changes_nothing() {
     let serial = busy();

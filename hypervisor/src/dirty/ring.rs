@@ -52,6 +52,8 @@ struct State {
     rings: Vec<Ring>,
     /// Something was lost, for good: pages were overwritten, or not protected again.
     overflowed: bool,
+    /// vCPUs in a row for which no room could be made.
+    fruitless: usize,
     noted: BTreeMap<u32, Noted>,
 }
 
@@ -88,7 +90,7 @@ impl Rings {
 
     /// Reads all rings.
     fn read(&self, state: &mut State) -> Result<(), VmError> {
-        let State { rings, overflowed, noted } = state;
+        let State { rings, overflowed, noted, .. } = state;
         for ring in rings {
             let read = ring.read(|slot, page| {
                 if let Some(noted) = noted.get_mut(&slot) {
@@ -177,7 +179,11 @@ impl DirtyLog for Rings {
         // Whoever asks for the pages next hears what is lost; the guest itself goes on, unless there is
         // nothing that could be done to let it.
         let read = self.read(&mut state);
-        if read.is_err() && state.rings.iter().all(|ring| ring.unreset == 0) {
+        let is_fruitless = read.is_err() && state.rings.iter().all(|ring| ring.unreset == 0);
+        // Another vCPU may have made room for all since this one came to want some: each has one try that finds
+        // nothing to do.
+        state.fruitless = if is_fruitless { state.fruitless + 1 } else { 0 };
+        if state.fruitless > state.rings.len() {
             return read;
         }
         match self.reset(&mut state) {
@@ -316,6 +322,25 @@ mod tests {
         assert!(matches!(rings.written(), Err(VmError::RingOverflow)));
         let mut nothing = |written| panic!("{written:?}");
         assert!(matches!(rings.harvest(&mut nothing), Err(VmError::RingOverflow)));
+    }
+
+    /// Two vCPUs' rings are full, and the first that says so empties both.
+    #[test]
+    fn a_vcpu_for_which_another_made_room_goes_on_after_an_overflow() {
+        let vm = kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap();
+        let rings = Rings::new(Arc::new(vm), ENTRIES);
+        let (file, first) = ring();
+        let (_other, second) = ring();
+        rings.state().rings.extend([first, second]);
+        (0..ENTRIES).for_each(|at| push(&file, at, 0, at.into()));
+        assert!(matches!(rings.written(), Err(VmError::RingOverflow)));
+        // As after the reset that the first one asked for.
+        rings.state().rings[0].unreset = 0;
+        for _ in 0..2 {
+            rings.make_room().unwrap();
+        }
+        // Each was here, and found nothing to do: their rings are full all the same.
+        assert!(matches!(rings.make_room(), Err(VmError::RingOverflow)));
     }
 
     #[test]

@@ -196,6 +196,7 @@ fn begin<B: ReplicaBuilder>(
         timeout.max(Duration::from_secs(1)),
         move |arrival, place| deliver.send(Input::Arrival(arrival, place)).is_ok(),
     )?;
+    look_at_arbiter(&options, &status);
     let identity = Arc::new(Mutex::new(identity));
     let way_back = Arc::default();
     let asked_at = options.arbiter.clone();
@@ -229,6 +230,28 @@ fn begin<B: ReplicaBuilder>(
         arbiter: asked_at,
         timeout,
     })
+}
+
+/// Tells whoever sets this host up what he would hear only after a first copy, when a primary says that the record
+/// is there. It is no reason to refuse: storage may come later, and hang until then.
+fn look_at_arbiter(options: &ReceiveReplicaData, status: &Status) {
+    let own = [&options.arbiter_tls_dir, &options.arbiter_credentials];
+    let opened = arbiter(options.arbiter.as_deref(), own.map(Option::as_deref));
+    let Ok(Some(arbiter)) = opened else { return };
+    let status = status.clone();
+    let look = move || {
+        if let Err(error) = arbiter.read() {
+            let why = chain(&error);
+            let line = format!(
+                "The arbiter cannot be read, and until it can no VM is protected here: {why}"
+            );
+            tracing::warn!("{line}");
+            status.failed(&line);
+        }
+    };
+    if let Err(error) = spawn("repl-look", None, look) {
+        tracing::warn!("nobody has looked whether the arbiter can be read: {}", error.chain());
+    }
 }
 
 impl BackupHandle {

@@ -1,5 +1,8 @@
 //! The arbiter's thread: its calls may block for as long as the storage does.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::spawn;
@@ -21,6 +24,8 @@ pub(crate) struct Report {
 pub(crate) struct Asker {
     calls: Option<Sender<(u64, Action)>>,
     asking: Asking,
+    /// The next call is the first of a session.
+    begins_anew: Arc<AtomicBool>,
 }
 
 impl Asker {
@@ -29,28 +34,38 @@ impl Asker {
         arbiter: Option<Box<dyn Arbiter>>,
         deliver: impl FnMut(Report) -> bool + Send + 'static,
     ) -> Result<Self, Error> {
+        let begins_anew = Arc::<AtomicBool>::default();
         let calls = match arbiter {
             Some(arbiter) => {
                 let (calls, queue) = unbounded();
+                let begins = Arc::clone(&begins_anew);
                 // Not joined: a call that hangs in the storage must not hang the engine's end.
-                spawn("repl-arbiter", None, move || work(arbiter.as_ref(), &queue, deliver))?;
+                spawn("repl-arbiter", None, move || {
+                    work(arbiter.as_ref(), &queue, &begins, deliver)
+                })?;
                 Some(calls)
             }
             None => None,
         };
-        Ok(Self { calls, asking: Asking::default() })
+        Ok(Self { calls, asking: Asking::default(), begins_anew })
     }
 
     /// Without a thread: who calls takes the calls, and reports.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn simulated(exists: bool) -> (Self, Receiver<(u64, Action)>) {
         let (calls, queue) = unbounded();
-        (Self { calls: exists.then_some(calls), asking: Asking::default() }, queue)
+        let begins_anew = Arc::default();
+        (Self { calls: exists.then_some(calls), asking: Asking::default(), begins_anew }, queue)
     }
 
     /// Whether there is an arbiter.
     pub(crate) fn exists(&self) -> bool {
         self.calls.is_some()
+    }
+
+    /// A session begins: see [`Arbiter::begin_anew`].
+    pub(crate) fn begin_anew(&self) {
+        self.begins_anew.store(true, Ordering::Release);
     }
 
     /// Begins a claim; an older one is forgotten.
@@ -99,12 +114,16 @@ impl Asker {
 fn work(
     arbiter: &dyn Arbiter,
     queue: &Receiver<(u64, Action)>,
+    begins_anew: &AtomicBool,
     mut deliver: impl FnMut(Report) -> bool,
 ) {
     for (claim, action) in queue {
         let is_swap = matches!(action, Action::Swap { .. });
         if is_swap {
             reach("swap");
+        }
+        if begins_anew.swap(false, Ordering::AcqRel) {
+            arbiter.begin_anew();
         }
         let answer = carry_out(arbiter, &action);
         if is_swap {

@@ -5,9 +5,9 @@
 //! Records are never changed, deleted or expired; the highest number stands.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::folder::{Directory, Folder};
+use super::folder::{Directory, Folder, Place};
 use super::{Arbiter, ArbiterError, Outcome, Record};
 use crate::ids::Generation;
 
@@ -16,10 +16,10 @@ const RECORD_BYTES_MAX: u64 = 4096;
 
 /// The arbiter in a directory.
 #[derive(Clone, Debug)]
-pub struct FileArbiter<F = Directory> {
+pub struct FileArbiter<P = Directory> {
     /// For messages.
     dir: PathBuf,
-    folder: F,
+    place: P,
 }
 
 fn name(generation: Generation) -> String {
@@ -29,25 +29,40 @@ fn name(generation: Generation) -> String {
 impl FileArbiter {
     #[must_use]
     pub fn new(dir: PathBuf) -> Self {
-        let folder = Directory(dir.clone());
-        Self { dir, folder }
+        let place = Directory(dir.clone());
+        Self { dir, place }
     }
 }
 
-impl<F: Folder> FileArbiter<F> {
+impl<P: Place> FileArbiter<P> {
     /// In a directory that somebody else looks after.
     #[must_use]
-    pub fn over(folder: F) -> Self {
-        Self { dir: PathBuf::new(), folder }
+    pub fn over(place: P) -> Self {
+        Self { dir: PathBuf::new(), place }
     }
 
+    /// The directory, for one operation from its first call to its last.
+    fn open(&self) -> Result<Operation<'_, P::Folder>, ArbiterError> {
+        let folder =
+            self.place.open().map_err(|error| ArbiterError::List(self.dir.clone(), error))?;
+        Ok(Operation { dir: &self.dir, folder })
+    }
+}
+
+/// One operation, of what was there as it began.
+struct Operation<'a, F> {
+    dir: &'a Path,
+    folder: F,
+}
+
+impl<F: Folder> Operation<'_, F> {
     fn path(&self, generation: Generation) -> PathBuf {
         self.dir.join(name(generation))
     }
 
     /// The highest generation that has a file.
     fn newest(&self) -> Result<Option<Generation>, ArbiterError> {
-        let failed = |error| ArbiterError::List(self.dir.clone(), error);
+        let failed = |error| ArbiterError::List(self.dir.to_owned(), error);
         let mut newest = None;
         for name in self.folder.names().map_err(failed)? {
             let Some(number) = name.strip_prefix("gen-") else { continue };
@@ -75,6 +90,10 @@ impl<F: Folder> FileArbiter<F> {
         Ok(record)
     }
 
+    fn standing(&self) -> Result<Option<Record>, ArbiterError> {
+        self.newest()?.map(|newest| self.load(newest)).transpose()
+    }
+
     fn write_beside(&self, name: &str, record: &Record) -> io::Result<()> {
         let mut text = serde_json::to_vec(record)?;
         text.push(b'\n');
@@ -91,9 +110,9 @@ impl<F: Folder> FileArbiter<F> {
     }
 }
 
-impl<F: Folder + Send> Arbiter for FileArbiter<F> {
+impl<P: Place + Send> Arbiter for FileArbiter<P> {
     fn read(&self) -> Result<Option<Record>, ArbiterError> {
-        self.newest()?.map(|newest| self.load(newest)).transpose()
+        self.open()?.standing()
     }
 
     fn compare_and_swap(
@@ -102,30 +121,35 @@ impl<F: Folder + Send> Arbiter for FileArbiter<F> {
         next: &Record,
     ) -> Result<Outcome, ArbiterError> {
         assert_eq!(next.generation, expected.next(), "a swap raises the generation by one");
-        let standing = self.read()?;
+        let operation = self.open()?;
+        let standing = operation.standing()?;
         let found = standing.map_or(Generation(0), |record| record.generation);
         if found < expected {
             // An empty mount point, or a listing from before: records are never deleted.
             return Err(ArbiterError::Vanished(expected));
         }
+        if let Some(record) = standing.filter(|record| record.vm != next.vm) {
+            return Err(ArbiterError::OtherVm(record));
+        }
         if standing == Some(*next) {
-            return self.settled(next);
+            return operation.settled(next);
         }
         if found > expected {
             return Ok(Outcome::Lost(standing));
         }
-        let path = self.path(next.generation);
+        let path = operation.path(next.generation);
         let failed = |error| ArbiterError::Write(path.clone(), error);
-        let beside = self.folder.fresh();
-        let written = self.write_beside(&beside, next);
-        let linked = written.and_then(|()| self.folder.link(&beside, &name(next.generation)));
+        let folder = &operation.folder;
+        let beside = folder.fresh();
+        let written = operation.write_beside(&beside, next);
+        let linked = written.and_then(|()| folder.link(&beside, &name(next.generation)));
         // The link is what counts; a temporary file left behind harms nobody.
-        let _ = self.folder.remove(&beside);
+        let _ = folder.remove(&beside);
         match linked {
             Ok(()) => {}
             // Somebody was first; or NFS repeated a request of ours that had succeeded.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                let standing = self.load(next.generation)?;
+                let standing = operation.load(next.generation)?;
                 if standing != *next {
                     // The winner itself: what a second listing says may be older.
                     return Ok(Outcome::Lost(Some(standing)));
@@ -133,7 +157,7 @@ impl<F: Folder + Send> Arbiter for FileArbiter<F> {
             }
             Err(error) => return Err(failed(error)),
         }
-        self.settled(next)
+        operation.settled(next)
     }
 }
 

@@ -3,6 +3,7 @@ use std::sync::Barrier;
 
 use uuid::Uuid;
 
+use super::super::folder::Opened;
 use super::*;
 use crate::ownership::{HostId, Standing, VmId};
 
@@ -107,15 +108,34 @@ fn a_record_with_a_wrong_generation_is_damage() {
     assert!(matches!(arbiter.read(), Err(ArbiterError::Damaged { .. })));
 }
 
-/// Storage that goes on anew between a record's name and the sync that would have kept it.
-struct Forgetful(Directory);
+/// A call that is about to be made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Call {
+    Read,
+    Create,
+    Sync,
+}
 
-impl Folder for Forgetful {
+/// Storage to which something happens before a call.
+struct Watched<M>(Directory, M);
+
+struct WatchedFolder<M>(Opened, M);
+
+impl<M: Fn(Call, &Opened) -> io::Result<()> + Clone> Place for Watched<M> {
+    type Folder = WatchedFolder<M>;
+
+    fn open(&self) -> io::Result<Self::Folder> {
+        Ok(WatchedFolder(self.0.open()?, self.1.clone()))
+    }
+}
+
+impl<M: Fn(Call, &Opened) -> io::Result<()>> Folder for WatchedFolder<M> {
     fn names(&self) -> io::Result<Vec<String>> {
         self.0.names()
     }
 
     fn read(&self, name: &str, most: u64) -> io::Result<Vec<u8>> {
+        (self.1)(Call::Read, &self.0)?;
         self.0.read(name, most)
     }
 
@@ -124,6 +144,7 @@ impl Folder for Forgetful {
     }
 
     fn create(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        (self.1)(Call::Create, &self.0)?;
         self.0.create(name, bytes)
     }
 
@@ -136,7 +157,7 @@ impl Folder for Forgetful {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.remove("gen-1")?;
+        (self.1)(Call::Sync, &self.0)?;
         self.0.sync()
     }
 }
@@ -144,11 +165,60 @@ impl Folder for Forgetful {
 #[test]
 fn a_record_that_was_lost_before_it_was_synced_is_not_won() {
     let dir = tempfile::tempdir().unwrap();
-    let arbiter = FileArbiter::over(Forgetful(Directory(dir.path().to_owned())));
+    // Storage that goes on anew between a record's name and the sync that would have kept it.
+    let forgets = |call, folder: &Opened| match call {
+        Call::Sync => folder.remove("gen-1"),
+        _ => Ok(()),
+    };
+    let arbiter = FileArbiter::over(Watched(Directory(dir.path().to_owned()), forgets));
     let first = solo(1, host(), VmId(Uuid::new_v4()));
     let error = arbiter.compare_and_swap(Generation(0), &first).unwrap_err();
     assert!(matches!(error, ArbiterError::Read(..)), "{error}");
     // The next try is as the first.
     let arbiter = FileArbiter::new(dir.path().to_owned());
     assert_eq!(arbiter.compare_and_swap(Generation(0), &first).unwrap(), Outcome::Won);
+}
+
+/// A record that is put beside the others, in an empty directory, is one that nobody else sees: its writer would
+/// have won against nobody.
+#[test]
+fn a_swap_does_not_end_elsewhere_than_it_began() {
+    let vm = VmId(Uuid::new_v4());
+    for moment in [Call::Read, Call::Create, Call::Sync] {
+        let dir = tempfile::tempdir().unwrap();
+        let [storage, empty, seen] = ["storage", "empty", "seen"].map(|name| dir.path().join(name));
+        for made in [&storage, &empty] {
+            fs::create_dir(made).unwrap();
+        }
+        let mounted = |at: &Path| {
+            let _ = fs::remove_file(&seen);
+            std::os::unix::fs::symlink(at, &seen)
+        };
+        mounted(&storage).unwrap();
+        let arbiter = FileArbiter::new(seen.clone());
+        arbiter.compare_and_swap(Generation(0), &solo(1, host(), vm)).unwrap();
+        let second = solo(2, host(), vm);
+        let moves = |call, _: &Opened| if call == moment { mounted(&empty) } else { Ok(()) };
+        let arbiter = FileArbiter::over(Watched(Directory(seen.clone()), moves));
+        let won = arbiter.compare_and_swap(Generation(1), &second).unwrap();
+        assert_eq!(won, Outcome::Won);
+        // Whoever sees the storage sees it.
+        assert_eq!(FileArbiter::new(storage.clone()).read().unwrap(), Some(second));
+        assert_eq!(fs::read_dir(&empty).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_record_of_another_vm_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let arbiter = FileArbiter::new(dir.path().to_owned());
+    let [ours, theirs] = [(); 2].map(|()| VmId(Uuid::new_v4()));
+    arbiter.compare_and_swap(Generation(0), &solo(1, host(), theirs)).unwrap();
+    arbiter.compare_and_swap(Generation(1), &solo(2, host(), theirs)).unwrap();
+    for expected in [0, 1, 2] {
+        let next = solo(expected + 1, host(), ours);
+        let error = arbiter.compare_and_swap(Generation(expected), &next).unwrap_err();
+        assert!(matches!(error, ArbiterError::OtherVm(_)), "{expected}: {error}");
+    }
+    assert!(!dir.path().join("gen-3").exists());
 }

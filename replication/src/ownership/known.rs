@@ -55,6 +55,10 @@ impl Seen {
             (record.map_or(Generation(0), |record| record.generation), self.generation());
         match record {
             _ if found < known => Err(Error::Arbiter(ArbiterError::Vanished(known))),
+            // There was one of this VM: other storage is mounted.
+            Some(record) if record.vm != identity.vm && known > Generation(0) => {
+                Err(Error::Arbiter(ArbiterError::OtherVm(record)))
+            }
             Some(record) if !record.is_of(identity) => Err(Error::Conflict(format!(
                 "The arbiter holds the record of another owner ({record}): use an empty directory, or \
                  a key of its own, for each VM, or protect the VM on the host that owns it"
@@ -107,11 +111,13 @@ mod tests {
             let admitted = seen.admit(record(generation, me), identity).unwrap();
             assert_eq!(admitted, Generation(generation));
         }
+        let another = HostIdentity { vm: VmId(Uuid::from_u128(9)), ..identity };
+        let error = seen.admit(record(5, me), another).unwrap_err();
+        assert!(error.may_pass(), "other storage may be mounted: {error:?}");
         for seen in [new, seen] {
             let error = seen.admit(record(5, other), identity).unwrap_err();
             assert!(!error.may_pass(), "{error:?}");
         }
-        let another = HostIdentity { vm: VmId(Uuid::from_u128(9)), ..identity };
         assert!(!Seen::default().admit(record(5, me), another).unwrap_err().may_pass());
     }
 }

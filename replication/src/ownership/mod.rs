@@ -19,7 +19,7 @@ use thiserror::Error;
 
 pub use etcd::{EtcdArbiter, EtcdError};
 pub use file::FileArbiter;
-pub use folder::{Directory, Folder};
+pub use folder::{Directory, Folder, Place};
 pub use known::{Known, Seen};
 pub use record::{HostId, HostIdentity, Record, Standing, VmId};
 
@@ -44,6 +44,11 @@ pub enum ArbiterError {
         "The arbiter holds no record where generation {0} was: is its storage mounted, its cluster the same?"
     )]
     Vanished(Generation),
+    #[error(
+        "The arbiter holds the record of another VM ({0}): is the right storage mounted? Each VM has a directory, \
+         or a key, of its own"
+    )]
+    OtherVm(Record),
     #[error(transparent)]
     Etcd(#[from] EtcdError),
 }
@@ -59,6 +64,10 @@ pub enum Outcome {
 
 /// Keeps the record. Calls may block as long as the storage does: never on the data path.
 pub trait Arbiter: Send {
+    /// A session begins, in which nothing was heard yet: which cluster the servers are of, and what its time is, is
+    /// learnt anew. What must outlive a session is the generation (see [`Known`]).
+    fn begin_anew(&self) {}
+
     /// The record that stands.
     ///
     /// # Errors

@@ -59,11 +59,12 @@ const LOG_BYTES_MAX: u64 = 64 << 20;
 /// What a person asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ask {
+    /// Where nobody else can say whose the VM is, this says that it is this host's.
     Stop,
+    /// The VM ends, which says nothing of that.
+    End,
     /// `reverses`: this host can be the VM's backup from then on, where the options want it to.
-    Failover {
-        reverses: bool,
-    },
+    Failover { reverses: bool },
 }
 
 /// Everything that reaches the engine.
@@ -189,6 +190,9 @@ pub(super) struct Engine<'g, G: Guest> {
     output: Arc<AtomicBool>,
     patience: Patience,
     retry_at: Option<Instant>,
+    /// Without an arbiter, once nobody reads the memory of a guest that stands: the VM is this host's, with this
+    /// generation.
+    owned_when_sent: Option<Generation>,
     /// Why a data connection ended, and until when the control connection may tell more.
     data_lost: Option<(Ending, Instant)>,
     /// TCP may carry the data instead of RDMA, and why it is to.
@@ -331,6 +335,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             output,
             patience,
             retry_at: None,
+            owned_when_sent: None,
             data_lost: None,
             falls_back,
             no_rdma: None,
@@ -735,9 +740,15 @@ impl<'g, G: Guest> Engine<'g, G> {
     fn asked(&mut self, ask: Ask, answer: Sender<Result<(), Error>>) {
         self.asking = Some(ask);
         match ask {
-            Ask::Stop => {
+            Ask::Stop | Ask::End => {
                 self.stop_answer.push(answer);
-                self.step(Event::StopAsked);
+                if ask == Ask::End && self.machine.state() == State::Undecided {
+                    let what =
+                        "A switch-over was cut: nobody but a person can say which host runs the VM";
+                    self.refuse(what.to_owned());
+                } else {
+                    self.step(Event::StopAsked);
+                }
             }
             Ask::Failover { reverses } => {
                 self.failover_answer.push(answer);
@@ -751,7 +762,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     /// Why the request that is being looked at is not carried out.
     fn refuse(&mut self, reason: String) {
         let answer = match self.asking {
-            Some(Ask::Stop) => self.stop_answer.pop(),
+            Some(Ask::Stop | Ask::End) => self.stop_answer.pop(),
             Some(Ask::Failover { .. }) => self.failover_answer.pop(),
             None => None,
         };
@@ -802,6 +813,12 @@ impl<'g, G: Guest> Engine<'g, G> {
     fn claim(&mut self, expected: Generation, standing: Standing) {
         let generation = expected.next();
         if !self.asker.exists() {
+            // Nobody says so with a record: what senders make of an epoch while the guest runs the backup might
+            // take for whole, and be told by a person to go on from.
+            if self.options.cow == Cow::Off && self.unsent > 0 {
+                self.owned_when_sent = Some(generation);
+                return;
+            }
             return self.step(Event::Verdict(Owner::Owned(generation)));
         }
         let next = Record { generation, vm: self.identity.vm, standing };

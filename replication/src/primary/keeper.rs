@@ -344,7 +344,7 @@ impl<G: Guest> Keeper<G> {
             let far = Instant::now() + Duration::from_secs(3600);
             match queue.recv_deadline(until.unwrap_or(far)) {
                 Ok(Input::Called(called)) => return Word::Called(called),
-                Ok(Input::Ask(Ask::Stop, answer)) => return Word::Stop(answer),
+                Ok(Input::Ask(Ask::Stop | Ask::End, answer)) => return Word::Stop(answer),
                 Ok(Input::Ask(Ask::Failover { .. }, answer)) => {
                     let what = match self.status.lock().alone {
                         true => "this host runs it without a backup, which is called (Degraded)",

@@ -247,6 +247,16 @@ impl PrimaryHandle {
         self.ask(Ask::Stop)
     }
 
+    /// As [`PrimaryHandle::stop`], for a VM that ends: after a switch-over that was cut, and of which only a person can
+    /// say where the VM runs, nothing is ended. That would say that it is this host's, let it go on for a moment, and
+    /// its output out.
+    ///
+    /// # Errors
+    /// As [`PrimaryHandle::stop`], and [`Error::Conflict`] after such a switch-over.
+    pub fn end(&self) -> Result<(), Error> {
+        self.ask(Ask::End)
+    }
+
     /// Hands the VM over to the backup, which runs it when this returns.
     ///
     /// # Errors
@@ -280,7 +290,7 @@ impl PrimaryHandle {
         // A person waits: long enough for a slow arbiter, not for a dead one.
         match answered.recv_timeout(self.timeout * 10) {
             Ok(answer) => answer,
-            Err(RecvTimeoutError::Disconnected) if ask == Ask::Stop => {
+            Err(RecvTimeoutError::Disconnected) if matches!(ask, Ask::Stop | Ask::End) => {
                 // It ended by itself in the same moment.
                 Ok(())
             }

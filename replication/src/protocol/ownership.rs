@@ -134,7 +134,7 @@ impl Claim {
     fn refused(&mut self, standing: Option<Record>) -> Action {
         match standing {
             Some(record) if record == self.next => self.owned(),
-            Some(record) if record.generation > self.expected => self.lost(record),
+            Some(record) if self.is_later(&record) => self.lost(record),
             // No reason to refuse the swap: whoever says so looked at something stale.
             _ => self.wait(),
         }
@@ -143,10 +143,22 @@ impl Claim {
     fn found(&mut self, standing: Option<Record>) -> Action {
         let generation = standing.map_or(Generation(0), |record| record.generation);
         match standing {
-            Some(record) if record != self.next && generation > self.expected => self.lost(record),
+            Some(record) if record != self.next && self.is_later(&record) => self.lost(record),
+            Some(record) if self.is_of_another(&record) => self.wait(),
             _ if generation < self.expected => self.wait(),
             _ => self.swap(),
         }
+    }
+
+    /// Whether it stands in place of the record that was expected.
+    fn is_later(&self, record: &Record) -> bool {
+        record.generation > self.expected && !self.is_of_another(record)
+    }
+
+    /// Whether the record that is expected cannot have been where this one is: that says of another VM what
+    /// became of it, and of this one nothing. Where none is expected the place is taken.
+    fn is_of_another(&self, record: &Record) -> bool {
+        record.vm != self.next.vm && self.expected > Generation(0)
     }
 
     fn lost(&mut self, record: Record) -> Action {

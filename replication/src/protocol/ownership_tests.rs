@@ -63,3 +63,21 @@ fn a_swap_refused_without_a_reason_waits() {
         assert_eq!(refused, Some(Action::Wait { ms: 100 }));
     }
 }
+
+/// Other storage is mounted where this VM's record was: that says nothing of who owns it.
+#[test]
+fn a_record_of_another_vm_is_no_answer_where_one_of_this_vm_stood() {
+    let other = Record { vm: VmId(Uuid::from_u128(2)), ..record(7, 9) };
+    let (mut claim, _) = Claim::new(Generation(1), record(2, 5));
+    let refused = claim.step(Event::Swapped(Outcome::Lost(Some(other))));
+    assert_eq!(refused, Some(Action::Wait { ms: 100 }));
+    assert_eq!(claim.step(Event::Timer), Some(READ));
+    assert_eq!(claim.step(Event::Read(Some(other))), Some(Action::Wait { ms: 200 }));
+    assert_eq!(claim.step(Event::Timer), Some(READ));
+    let same = Record { generation: Generation(1), ..other };
+    assert_eq!(claim.step(Event::Read(Some(same))), Some(Action::Wait { ms: 400 }));
+    // Where none stood the place is taken.
+    let (mut claim, _) = Claim::new(Generation(0), record(1, 5));
+    let lost = Action::Decide(Verdict::Lost(other));
+    assert_eq!(claim.step(Event::Swapped(Outcome::Lost(Some(other)))), Some(lost));
+}

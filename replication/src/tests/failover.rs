@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::replication::ReplicationState;
+use api::replication::{ReplicationInfo, ReplicationState};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -310,4 +310,16 @@ fn the_end_of_a_switch_over_is_told_before_it_is_answered() {
         primary.join();
         backup.join();
     }
+}
+
+/// A typing error would else be found after a whole first copy, when the primary says that the record is there.
+#[test]
+fn a_backup_says_at_once_that_its_arbiter_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = Backup::start(Some(&dir.path().join("typo")));
+    let told = |info: &ReplicationInfo| {
+        info.last_error.as_ref().is_some_and(|error| error.contains("typo"))
+    };
+    until(|| backup.handle.info(), told);
+    backup.handle.stop().unwrap();
 }

@@ -656,6 +656,33 @@ fn a_guest_whose_epoch_is_not_taken_does_not_wait_for_the_arbiter() {
     assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
 }
 
+/// Without an arbiter the backup may be told by a person to go on from what it took for a whole epoch: as long as
+/// one is read from memory the guest stands, whoever ends its protection.
+#[test]
+fn a_guest_whose_memory_is_read_stands_until_it_is_not() {
+    let (fake, machine) = (Fake::start(), large_machine());
+    let primary = fake.protect(&machine, |options| options.cow = Cow::Off);
+    // Nobody reads the data connection.
+    let mut session = fake.session();
+    session.protects();
+    let primary = primary.join().unwrap().unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    write_all(&machine, 1);
+    while session.seal().pages[0] < 8000 {}
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| primary.handle.stop());
+        let is_asked = |info: &ReplicationInfo| {
+            matches!(info.state, ReplicationState::Suspended | ReplicationState::Stopped)
+        };
+        super::until(|| primary.handle.info(), is_asked);
+        assert!(!machine.is_running());
+        drop(session);
+        stop.join().unwrap().unwrap();
+    });
+    primary.handle.join();
+    assert!(machine.is_running() && !machine.is_holding());
+}
+
 /// The same where TCP is to take over from RDMA, and the backup still hears this side.
 #[test]
 fn a_guest_whose_epoch_cannot_go_by_rdma_does_not_wait_for_the_arbiter() {

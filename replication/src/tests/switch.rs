@@ -11,6 +11,7 @@ use super::pair::{Backup, Primary};
 use super::scripted::{greet, offer};
 use super::{Workers, receive_options, replicate, small_machine, until};
 use crate::backup::{prepare, receive_at, receive_back};
+use crate::error::Error;
 use crate::handover::{Legacy, WayBack};
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::observer::Event;
@@ -507,6 +508,10 @@ fn without_an_arbiter_a_backup_that_starts_late_is_still_heard() {
     assert!(refused.to_string().contains("did not take the VM over"), "{refused}");
     a.events.wait(|event| matches!(event, Event::Undecided { .. })).unwrap();
     assert!(!machine.is_destroyed());
+    // A VM that ends says nothing of whose it is.
+    let refused = a.handle.end().unwrap_err();
+    assert!(matches!(refused, Error::Conflict(_)), "{refused}");
+    assert!(machine.is_holding());
     drop(starting);
     a.handle.join();
     assert!(machine.is_destroyed());

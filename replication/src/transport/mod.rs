@@ -12,6 +12,7 @@ mod unix;
 use std::io::{self, IoSlice, PipeReader, PipeWriter, Read, Write};
 use std::net::{IpAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -36,6 +37,12 @@ pub enum TransportError {
     Connect(String, #[source] io::Error),
     #[error("Cannot listen on '{0}'")]
     Listen(String, #[source] io::Error),
+    #[error("'{0}' is in use by another process: end that one, or listen on another path")]
+    InUse(String),
+    #[error("'{0}' exists and is no socket: remove it, or listen on another path")]
+    NotSocket(PathBuf),
+    #[error("Cannot remove the stale socket '{0}'")]
+    RemoveStale(String, #[source] io::Error),
     #[error("Cannot accept a connection on '{0}'")]
     Accept(String, #[source] io::Error),
     #[error("No TLS connection with '{0}'")]
@@ -291,10 +298,12 @@ pub struct ListenerWaker {
 }
 
 impl Listener {
-    /// Listens on `address`; port 0 picks a free one.
+    /// Listens on `address`; port 0 picks a free one. The socket that a process left at a path when it died
+    /// is replaced.
     ///
     /// # Errors
-    /// [`TransportError::Listen`], [`TransportError::Resolve`].
+    /// [`TransportError::Listen`], [`TransportError::Resolve`]; of a path [`TransportError::InUse`],
+    /// [`TransportError::NotSocket`], [`TransportError::RemoveStale`].
     pub fn bind(address: &Address) -> Result<(Self, ListenerWaker), TransportError> {
         let (wake, end) = io::pipe().map_err(TransportError::Setup)?;
         let (inner, address) = match address {

@@ -1,5 +1,7 @@
 //! The process as a shell sees it: exit codes, and what it says about them.
 
+use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::Result;
@@ -63,6 +65,15 @@ fn other_errors_exit_with_1_and_their_causes() -> Result<()> {
         (&["--restore", "source_url=file:///nonexistent/s"], &["/nonexistent/s", "No such file"]),
         (&["--kernel", kernel, "--replicate", "destination_url=warp:h:1"], &["warp"]),
         (&["--receive-replica", "receiver_url=unix:/nonexistent/s"], &["/nonexistent/s"]),
+        (
+            &[
+                "--receive-replica",
+                "receiver_url=unix:/nonexistent/s,serial=null",
+                "--serial",
+                "off",
+            ],
+            &["--serial contradicts serial="],
+        ),
     ];
     for (arguments, named) in cases {
         let has_memory = arguments.contains(&"--memory");
@@ -111,5 +122,33 @@ fn a_vm_from_the_command_line_ends_with_0() -> Result<()> {
     assert!(vmm.log().contains("taken.sock"), "{}", vmm.log());
     assert!(folder.path().join("taken.sock").exists());
     drop(other);
+    Ok(())
+}
+
+/// A guest that goes on for ever, to be protected by whoever listens at a port.
+fn protected_by(folder: &Path, name: &str, port: u16, timeout_ms: u32) -> Result<Vmm> {
+    let replicate =
+        format!("destination_url=tcp:127.0.0.1:{port},heartbeat_ms=100,timeout_ms={timeout_ms}");
+    let small = ["--memory", "size=64M", "--serial", "off", "--console", "off"];
+    let line = ["--kernel", guest_image::PATH, "--cmdline", "workload=count tick_ms=10"];
+    Vmm::spawn(folder, name, &[&line[..], &small, &["--replicate", &replicate]].concat())
+}
+
+#[test]
+fn a_backup_that_says_nothing_ends_the_process_with_1() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    // The kernel connects whoever comes.
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    let mut vmm = protected_by(folder.path(), "vmm", port, 300)?;
+    assert_eq!(vmm.wait_exit(LIMIT)?.code(), Some(1), "{}", vmm.log());
+    assert!(vmm.log().contains("Cannot protect the VM"), "{}", vmm.log());
+    // Whoever waits long is told so, and may have enough of it.
+    let mut vmm = protected_by(folder.path(), "patient", port, 600_000)?;
+    vmm.wait("a word of the wait", LIMIT, |vmm| {
+        vmm.log().contains("the backup has not answered").then_some(())
+    })?;
+    vmm.signal(libc::SIGTERM)?;
+    assert_eq!(vmm.wait_exit(LIMIT)?.code(), Some(0), "{}", vmm.log());
     Ok(())
 }

@@ -77,6 +77,23 @@ fn a_vm_that_was_taken_over_is_protected_again() -> Result<()> {
 }
 
 #[test]
+fn what_is_asked_of_the_wrong_side_is_refused_there() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut pair = scene::protected(folder.path(), &setup())?;
+    for request in ["vm.boot", "vm.pause", "vm.resume", "vm.shutdown"] {
+        let text = pair.backup.put_expect(request, None, 409)?;
+        assert!(text.contains("vm.failover"), "{request}: {text}");
+    }
+    // It says that the primary is gone.
+    let text = pair.primary.put_expect("vm.failover", Some(r#"{"force":true}"#), 409)?;
+    assert!(text.contains("this host runs the VM"), "{text}");
+    assert_eq!(pair.primary.replication()?.state, ReplicationState::Protected);
+    pair.primary_serial.wait_more("verify ok", 3, LIMIT)?;
+    pair.primary_serial.verdict(LIMIT)?;
+    Ok(())
+}
+
+#[test]
 fn a_degraded_protection_can_be_ended() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut pair = scene::protected(folder.path(), &setup())?;

@@ -13,8 +13,8 @@
 //! a client, say that the backup may run it. It cannot be booted again: it may be the backup's by then. Where
 //! a cut switch-over left to a person whose the VM is, the end of the process says nothing about it.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use api::replication::ReplicationState;
 use crossbeam_channel::Sender;
@@ -52,17 +52,27 @@ pub enum Parting {
 }
 
 impl Parting {
-    fn of(handle: &PrimaryHandle, stopped: Result<(), ReplicationError>) -> Self {
-        let Err(error) = stopped else { return Self::InOrder };
-        tracing::warn!("replication did not end in order: {}", error.chain());
+    pub(super) fn of(handle: &PrimaryHandle, stopped: Result<(), ReplicationError>) -> Self {
         use ReplicationState::{Degraded, Lost, Stopped};
-        match (handle.info().state, error.kind()) {
+        let state = handle.info().state;
+        let error = match stopped {
+            // It was over because the backup took the VM.
+            Ok(()) if state == Lost => return Self::Elsewhere(has_gone()),
+            Ok(()) => return Self::InOrder,
+            Err(error) => error,
+        };
+        tracing::warn!("replication did not end in order: {}", error.chain());
+        match (state, error.kind()) {
             // It ended by itself in the same moment.
             (Stopped | Degraded, _) => Self::InOrder,
             (Lost, _) | (_, ErrorKind::Conflict) => Self::Elsewhere(failure(&error)),
             _ => Self::Undecided(failure(&error)),
         }
     }
+}
+
+fn is_same(protected: &Weak<Machine>, ours: &Arc<Machine>) -> bool {
+    std::ptr::eq(protected.as_ptr(), Arc::as_ptr(ours))
 }
 
 impl Controller {
@@ -82,9 +92,17 @@ impl Controller {
             // Whoever connects finds that the VM is gone, and ends.
             Protection::None | Protection::Connecting { .. } => return self.ended(after),
             Protection::Backup { handle, .. } if handle.is_finished() => return self.ended(after),
-            Protection::Primary { handle, .. } => {
+            Protection::Primary { handle, machine, .. } => {
                 let handle = Arc::clone(handle);
-                Box::new(move || Parting::of(&handle, stop_primary(&handle)))
+                let is_of_ours = self.machine.as_ref().is_some_and(|ours| is_same(machine, ours));
+                Box::new(move || {
+                    let stopped = stop_primary(&handle);
+                    if is_of_ours {
+                        return Parting::of(&handle, stopped);
+                    }
+                    no_order(stopped);
+                    Parting::InOrder
+                })
             }
             Protection::Backup { handle, .. } => {
                 let handle = Arc::clone(handle);
@@ -273,8 +291,7 @@ impl Controller {
     pub(super) fn has_gone(&self) -> bool {
         match (&self.protection, &self.machine) {
             (Protection::Primary { handle, machine, .. }, Some(ours)) => {
-                std::ptr::eq(machine.as_ptr(), Arc::as_ptr(ours))
-                    && handle.info().state == ReplicationState::Lost
+                is_same(machine, ours) && handle.info().state == ReplicationState::Lost
             }
             _ => false,
         }

@@ -42,8 +42,7 @@ pub(super) fn has_gone() -> Failure {
 }
 
 /// What a machine that is not gone yet has of the host can be had again once it is.
-fn still_leaving(error: &MachineError) -> Failure {
-    let failure = internal(error);
+fn still_leaving(failure: Failure) -> Failure {
     let what = "The machine on which the VM ran before has not been let go of yet: try again";
     Failure { chain: [vec![what.to_owned()], failure.chain].concat(), ..failure }
 }
@@ -101,7 +100,7 @@ impl Controller {
         list: impl Fn(&mut VmConfig) -> &mut Option<Vec<T>>,
         device: T,
     ) -> Result<(), Failure> {
-        let mut config = self.config.clone().ok_or_else(no_vm)?;
+        let mut config = self.config.clone().ok_or_else(|| self.no_vm())?;
         if self.machine.is_some() {
             return Err(wrong_state("Devices are added before the VM is booted: no hot-plug yet"));
         }
@@ -158,7 +157,7 @@ impl Controller {
     }
 
     pub(super) fn boot(&mut self) -> Answer {
-        let config = self.config.clone().ok_or_else(no_vm)?;
+        let config = self.config.clone().ok_or_else(|| self.no_vm())?;
         if self.machine.is_some() && !self.guest_is_down {
             return Err(wrong_state("The VM is already booted"));
         }
@@ -174,7 +173,7 @@ impl Controller {
         let machine = Machine::build(&self.hypervisor, config, taps)
             .and_then(|machine| machine.boot().map(|()| machine))
             .map_err(|error| match boot_failure_kind(&error) {
-                FailureKind::Internal if !is_free => still_leaving(&error),
+                FailureKind::Internal if !is_free => still_leaving(internal(&error)),
                 kind => Failure::from_error(kind, &error),
             })?;
         // It says what the devices are by now: what the guest writes does not change that.
@@ -184,12 +183,23 @@ impl Controller {
         Ok(Reply::Empty)
     }
 
+    /// Why there is nothing to do something with.
+    fn no_vm(&self) -> Failure {
+        let is_backup = matches!(self.protection, Protection::Backup { .. });
+        if is_backup && !self.protection.is_over() {
+            let what = "This VMM is a backup, and its VM runs elsewhere: vm.failover takes it over, \
+                        vm.stop-replication ends that";
+            return Failure::new(FailureKind::Conflict, what);
+        }
+        no_vm()
+    }
+
     /// The VM that runs or is paused.
     pub(super) fn running(&self) -> Result<&Arc<Machine>, Failure> {
         match &self.machine {
             Some(machine) if !self.guest_is_down => Ok(machine),
             _ if self.config.is_some() => Err(not_running()),
-            _ => Err(no_vm()),
+            _ => Err(self.no_vm()),
         }
     }
 
@@ -320,7 +330,7 @@ impl Controller {
         if self.machine.is_some() {
             return self.begin_end(After::Shutdown(reply));
         }
-        let failure = if self.config.is_some() { not_running() } else { no_vm() };
+        let failure = if self.config.is_some() { not_running() } else { self.no_vm() };
         let _ = reply.send(Err(failure));
     }
 
@@ -360,12 +370,20 @@ impl Controller {
     /// `fds` are those of `config.net_fds`, in their order.
     pub(super) fn restore(&mut self, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Answer {
         self.room_for_a_vm()?;
-        let kept = TapDescriptors::of_restore(config.net_fds.as_deref().unwrap_or_default(), fds);
+        let cards = config.net_fds.as_deref().unwrap_or_default();
+        let kept = TapDescriptors::of_restore(cards, fds).map_err(|id| {
+            let what = format!("net_fds names the network card {id} more than once");
+            Failure::new(FailureKind::BadRequest, what)
+        })?;
+        let is_free = self.leaving.is_over();
         let taps = kept.duplicate().map_err(|error| internal(&error))?;
         self.monitor.emit("vm", "restoring", None);
         let machine =
             snapshot::restore(&self.hypervisor, &config.source_url, config.prefault, taps)
-                .map_err(|error| Failure::from_error(snapshot_failure_kind(&error), &error))?;
+                .map_err(|error| match snapshot_failure_kind(&error) {
+                    FailureKind::Internal if !is_free => still_leaving(internal(&error)),
+                    kind => Failure::from_error(kind, &error),
+                })?;
         if config.resume {
             machine.resume().map_err(|error| internal(&error))?;
         }

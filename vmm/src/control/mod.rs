@@ -11,6 +11,7 @@
 //! (a snapshot, a fail-over, ending a replication) runs beside the loop and answers its client
 //! itself, so a ping is always served.
 
+mod command_line;
 mod ending;
 mod leaving;
 mod lifecycle;
@@ -21,7 +22,6 @@ mod signals;
 mod tests;
 mod way_back;
 
-use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 
@@ -210,29 +210,6 @@ impl Controller {
             notices,
             ending: None,
         }
-    }
-
-    /// Does what the command line asks before any client is heard.
-    fn start(
-        &mut self,
-        requests: Vec<(&'static str, Request, Vec<OwnedFd>)>,
-        notices: &Receiver<Notice>,
-    ) -> Result<(), Error> {
-        for (what, request, fds) in requests {
-            let (reply, answer) = crossbeam_channel::bounded(1);
-            self.serve(Call { request, fds, reply });
-            let answer = loop {
-                select! {
-                    recv(answer) -> answer => break answer,
-                    recv(notices) -> notice => if let Ok(notice) = notice { self.notice(notice) },
-                }
-            };
-            if let Ok(Err(failure)) = answer {
-                self.take_down();
-                return Err(Error::Request { what, source: Chain::new(&failure) });
-            }
-        }
-        Ok(())
     }
 
     fn work(&mut self, calls: &Receiver<Call>, notices: &Receiver<Notice>) {

@@ -178,16 +178,10 @@ pub(super) fn is_cut(handle: &PrimaryHandle) -> bool {
     handle.is_handing_over() && handle.info().state == ReplicationState::Suspended
 }
 
-/// Ends a protection in order, its last words to the backup included, for a VM that ends. After a cut
-/// switch-over nothing is ended: that would say that the VM is this host's, let it go on for a moment and its
-/// output out, and is for a person to say.
+/// Ends a protection in order, its last words to the backup included, for a VM that ends.
 pub(super) fn stop_primary(handle: &PrimaryHandle) -> Result<(), ReplicationError> {
-    if is_cut(handle) {
-        let what = "A switch-over was cut: nobody but a person can say which host runs the VM";
-        return Err(ReplicationError::Conflict(what.to_owned()));
-    }
     if !handle.is_over() {
-        handle.stop()?;
+        handle.end()?;
     }
     handle.join();
     Ok(())
@@ -196,13 +190,8 @@ pub(super) fn stop_primary(handle: &PrimaryHandle) -> Result<(), ReplicationErro
 /// Ends what another protection takes the place of.
 fn end_before(before: Protection) -> Result<(), ReplicationError> {
     match before {
-        Protection::Primary { handle, .. } => {
-            if !handle.is_over() {
-                handle.stop()?;
-            }
-            // The engine turns the tracking off as its last act.
-            handle.join();
-        }
+        // The engine turns the tracking off as its last act.
+        Protection::Primary { handle, .. } => stop_primary(&handle)?,
         // It has taken over, and is about to end.
         Protection::Backup { handle, .. } => handle.join(),
         Protection::None | Protection::Connecting { .. } => {}
@@ -219,6 +208,13 @@ pub(super) fn no_order(ended: Result<(), ReplicationError>) {
 
 fn taking_over() -> Failure {
     conflict("The VM was handed over to this host just now, and its old one is called: try again")
+}
+
+/// It says that the primary is gone, and this is the primary.
+fn not_by_force() -> Failure {
+    conflict(
+        "force is for the backup of a VM whose primary is gone: this host runs the VM, and hands it over without",
+    )
 }
 
 fn connecting() -> Failure {
@@ -537,6 +533,7 @@ impl Controller {
             Protection::Primary { shares_disks: true, .. } => {
                 drop(reply.send(Err(cannot_hand_over_shared_disks())));
             }
+            Protection::Primary { .. } if force => drop(reply.send(Err(not_by_force()))),
             Protection::Primary { handle, way_back, .. } => {
                 let (handle, way_back) = (Arc::clone(handle), way_back.clone());
                 let config = self.machine.as_ref().map(|machine| machine.config().clone());
@@ -600,9 +597,15 @@ impl Controller {
 
     pub(super) fn replication_event(&mut self, protection: u64, event: Event) {
         let (name, properties) = describe(&event);
-        match &properties {
-            Some(properties) => tracing::info!("{name}: {properties}"),
-            None => tracing::info!("{name}"),
+        let text = properties.as_ref().map_or(String::new(), |told| format!(": {told}"));
+        match &event {
+            // The VM is not protected, or not this host's, and nothing goes on that mends it.
+            Event::Failed { .. } | Event::Undecided { .. } | Event::OwnershipLost { .. } => {
+                tracing::error!("{name}{text}");
+            }
+            Event::Degraded { .. } | Event::FailoverFailed { .. } => tracing::warn!("{name}{text}"),
+            // Whoever calls a backup can bring about as many failures as he likes.
+            _ => tracing::info!("{name}{text}"),
         }
         self.monitor.emit("vm", name, properties);
         if protection != self.heard {

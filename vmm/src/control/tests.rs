@@ -267,6 +267,15 @@ fn a_vm_whose_switch_over_has_ended_is_not_ended_here() {
     }
 }
 
+/// The backup takes the VM between the loop's look and the order to end it.
+#[test]
+fn a_protection_that_ended_with_a_take_over_did_not_end_in_order() {
+    let pair = Pair::new(Arc::<Recorder>::default());
+    pair.primary.failover(false).unwrap();
+    assert!(matches!(Parting::of(&pair.primary, Ok(())), Parting::Elsewhere(_)));
+    pair.backup.join();
+}
+
 /// Its old protection is Lost still, and is none of it.
 #[test]
 fn a_vm_that_comes_after_one_that_was_handed_over_is_ended_as_any() {

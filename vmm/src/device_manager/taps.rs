@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use api::config::{NetConfig, RestoredNet};
+use api::config::{NetConfig, RestoredNet, VmConfig};
 
 /// What stands in a configuration for a descriptor.
 const ELSEWHERE: i32 = -1;
@@ -20,14 +20,25 @@ pub struct TapDescriptors(BTreeMap<String, Vec<OwnedFd>>);
 
 impl TapDescriptors {
     /// Sorts what came with a restore by the cards for which it came.
-    #[must_use]
-    pub fn of_restore(cards: &[RestoredNet], fds: Vec<OwnedFd>) -> Self {
-        let mut fds = fds.into_iter();
-        let of_card = |card: &RestoredNet| {
+    ///
+    /// # Errors
+    /// The id of a card that is named twice.
+    pub fn of_restore(cards: &[RestoredNet], fds: Vec<OwnedFd>) -> Result<Self, String> {
+        let (mut fds, mut sorted) = (fds.into_iter(), BTreeMap::new());
+        for card in cards {
             let own: Vec<_> = fds.by_ref().take(card.num_fds).collect();
-            (card.id.clone(), own)
-        };
-        Self(cards.iter().map(of_card).collect())
+            if sorted.insert(card.id.clone(), own).is_some() {
+                return Err(card.id.clone());
+            }
+        }
+        Ok(Self(sorted))
+    }
+
+    /// Those for which a configuration has no card.
+    pub fn strays<'a>(&'a self, config: &'a VmConfig) -> impl Iterator<Item = &'a str> {
+        let is_card =
+            |id: &str| config.net.iter().flatten().any(|card| card.id.as_deref() == Some(id));
+        self.0.keys().map(String::as_str).filter(move |id| !is_card(id))
     }
 
     /// Keeps the descriptors of a card, in the place of what it had.
@@ -81,7 +92,12 @@ mod tests {
         let card = |id: &str, num_fds| RestoredNet { id: id.into(), num_fds, fds: None };
         let fds = vec![some_fd(), some_fd(), some_fd()];
         let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let mut kept = TapDescriptors::of_restore(&[card("a", 1), card("b", 2)], fds);
+        let mut kept = TapDescriptors::of_restore(&[card("a", 1), card("b", 2)], fds).unwrap();
+        let twice = TapDescriptors::of_restore(&[card("a", 1), card("a", 1)], vec![some_fd()]);
+        assert_eq!(twice.unwrap_err(), "a");
+        let has_a = NetConfig { id: Some("a".into()), ..NetConfig::default() };
+        let config = VmConfig { net: Some(vec![has_a]), ..VmConfig::default() };
+        assert_eq!(kept.strays(&config).collect::<Vec<_>>(), ["b"]);
         for _ in 0..2 {
             let mut copies = kept.duplicate().unwrap();
             assert_eq!(copies.take("a").unwrap().len(), 1);

@@ -115,6 +115,7 @@ fn disk(config: &DiskConfig) -> Result<Arc<Disk>, PciError> {
         direct: config.direct,
         num_queues: u16::try_from(config.num_queues).unwrap_or(u16::MAX),
         queue_size: config.queue_size,
+        sparse: config.sparse,
         serial: config.serial.clone(),
     };
     Ok(Arc::new(made(&id, Disk::new(options))?))

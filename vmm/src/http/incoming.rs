@@ -6,12 +6,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
-use super::descriptors::receive;
+use super::descriptors::{MESSAGE_DESCRIPTORS_MAX, receive};
 
 /// Bytes read at a time, and so the most that is read past the end of a request.
 const CHUNK_BYTES: usize = 16 << 10;
-/// Descriptors that may wait for their request: more than any request takes.
-const DESCRIPTORS_MAX: usize = 64;
+/// Descriptors that may wait for their request: a card takes up to 128, one for each queue pair, a
+/// restore those of all its cards, and a client sends them with one message. A connection that
+/// brings more is refused, so that those of two messages are the most that it has.
+const DESCRIPTORS_MAX: usize = MESSAGE_DESCRIPTORS_MAX;
 
 /// Why no more bytes come.
 #[derive(Debug, thiserror::Error)]

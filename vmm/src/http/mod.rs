@@ -16,9 +16,9 @@
 //! | `socket` | claiming and removing the socket's file |
 //!
 //! What always holds: memory is bounded by [`CONNECTIONS_MAX`] × ([`BODY_BYTES_MAX`] and the
-//! answer); every read and write has a deadline, so a client that is slow, silent or broken
-//! holds up its own connection and nothing else; a connection closes after any request whose
-//! end is not known for certain.
+//! answer), descriptors by [`CONNECTIONS_MAX`] × those of two messages; every read and write has a
+//! deadline, so a client that is slow, silent or broken holds up its own connection and nothing
+//! else; a connection closes after any request whose end is not known for certain.
 
 mod connection;
 mod descriptors;

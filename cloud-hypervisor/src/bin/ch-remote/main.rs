@@ -5,10 +5,11 @@
 #![forbid(unsafe_code)]
 
 mod command;
+mod output;
 mod rdma_devices;
 mod watch;
 
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -67,7 +68,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         })
         .with_context(|| format!("{} failed", request.name))?;
     if !body.is_empty() {
-        println!("{body}");
+        output::print(&format!("{body}\n"))?;
     }
     Ok(())
 }
@@ -82,13 +83,14 @@ fn send(stream: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<usize> {
 
 /// The whole chain: ours, then what the server says, outermost cause first.
 fn report(error: &anyhow::Error) {
-    eprintln!("Error: {error}");
-    for cause in error.chain().skip(1) {
-        eprintln!("  caused by: {cause}");
-    }
+    let mut causes: Vec<_> = error.chain().skip(1).map(ToString::to_string).collect();
     if let Some(ClientError::Refused { chain, .. }) = error.downcast_ref() {
-        for cause in chain {
-            eprintln!("  caused by: {cause}");
-        }
+        causes.extend_from_slice(chain);
     }
+    let mut text = format!("Error: {error}\n");
+    for cause in causes {
+        text.push_str(&format!("  caused by: {cause}\n"));
+    }
+    // Where nobody can be told, the exit code still says it.
+    let _ = io::stderr().write_all(text.as_bytes());
 }

@@ -10,6 +10,8 @@ use anyhow::{Context, anyhow};
 use nix::ifaddrs::getifaddrs;
 use rdma::{Device, Gid, Library, LinkLayer, Port, Wanted};
 
+use crate::output;
+
 /// An address of this host, and the interface that has it.
 type Local = (IpAddr, String);
 
@@ -18,7 +20,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     const FAILED: &str = "This host cannot do RDMA";
     let devices = Library::load().and_then(|library| library.devices()).context(FAILED)?;
     let (text, is_usable) = report(&devices, &addresses()?);
-    print!("{text}");
+    output::print(&text)?;
     if devices.is_empty() {
         return Err(anyhow!(
             "There is no RDMA device: load the adapter's driver, or make a Soft-RoCE one \

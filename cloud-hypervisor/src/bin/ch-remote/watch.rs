@@ -9,6 +9,8 @@ use anyhow::Context;
 use api::client::{Client, Method};
 use api::replication::ReplicationInfo;
 
+use crate::output;
+
 /// How long the server may take for an answer: a VMM that says nothing is not being watched.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -27,9 +29,9 @@ pub(crate) fn run(socket: &Path, interval_ms: u64) -> anyhow::Result<()> {
         let line = line(&info);
         let written =
             if terminal { write!(out, "\r{line}\x1b[K") } else { writeln!(out, "{line}") };
-        // Whoever reads may have seen enough.
-        if written.and_then(|()| out.flush()).is_err() {
-            return Ok(());
+        let written = written.and_then(|()| out.flush());
+        if written.is_err() {
+            return output::judge(written);
         }
         thread::sleep(Duration::from_millis(interval_ms));
     }

@@ -39,6 +39,8 @@ pub struct BlkConfig {
     pub num_queues: u16,
     /// A power of two up to [`QUEUE_SIZE_MAX`].
     pub queue_size: u16,
+    /// The guest may give back room of the image: a discard, and zeroes, make holes in it.
+    pub sparse: bool,
     /// What the guest reads as identification, 20 bytes of it; the id where absent.
     pub serial: Option<String>,
 }
@@ -53,6 +55,7 @@ impl Default for BlkConfig {
             direct: false,
             num_queues: 1,
             queue_size: 128,
+            sparse: true,
             serial: None,
         }
     }

@@ -160,7 +160,7 @@ impl Disk {
 
     fn start_workers(&self, session: &Arc<Session>) -> Result<(), ActivateError> {
         let capacity = self.capacity_sectors.load(Ordering::Relaxed);
-        let rules = rules(session.features, capacity, self.config.readonly);
+        let rules = rules(session.features, capacity, &self.config);
         #[cfg(feature = "fuzzing")]
         if self.by_hand.load(Ordering::Relaxed) {
             return Ok(());
@@ -351,7 +351,7 @@ impl Disk {
     pub fn turn(&self) -> bool {
         let Some(session) = self.life().session.clone() else { return false };
         let capacity = self.capacity_sectors.load(Ordering::Relaxed);
-        let rules = rules(session.features, capacity, self.config.readonly);
+        let rules = rules(session.features, capacity, &self.config);
         let turn = |at| self.core.turn(&session, at, rules) == Some(true);
         (0..session.queues.len()).fold(false, |more, at| more | turn(at))
     }

@@ -34,7 +34,11 @@ pub(super) const F_EVENT_IDX: u64 = 1 << 29;
 pub(super) fn features(config: &BlkConfig) -> u64 {
     let mut features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
     features |= F_INDIRECT_DESC | F_EVENT_IDX;
-    features |= if config.readonly { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
+    features |= match (config.readonly, config.sparse) {
+        (true, _) => F_RO,
+        (false, true) => F_DISCARD | F_WRITE_ZEROES,
+        (false, false) => F_WRITE_ZEROES,
+    };
     features
 }
 
@@ -56,13 +60,17 @@ pub(super) fn config_space(config: &BlkConfig, capacity_sectors: u64) -> [u8; CO
     put(26, &(1u16 << PHYSICAL_BLOCK_EXP).to_le_bytes());
     // 32: writeback belongs to CONFIG_WCE.
     put(34, &config.num_queues.to_le_bytes());
-    if !config.readonly {
+    let offered = features(config);
+    if offered & F_DISCARD != 0 {
         put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
         put(40, &1u32.to_le_bytes());
         put(44, &DISCARD_ALIGNMENT_SECTORS.to_le_bytes());
+    }
+    if offered & F_WRITE_ZEROES != 0 {
         put(48, &WRITE_ZEROES_SECTORS_MAX.to_le_bytes());
         put(52, &1u32.to_le_bytes());
-        put(56, &[1]);
+        // Zeroes may give room back.
+        put(56, &[config.sparse.into()]);
     }
     space
 }

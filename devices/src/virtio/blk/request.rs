@@ -106,6 +106,8 @@ pub(super) struct Rules {
     pub(super) discard: bool,
     /// VIRTIO_BLK_F_WRITE_ZEROES was negotiated.
     pub(super) write_zeroes: bool,
+    /// Zeroes that may give room back do.
+    pub(super) unmap: bool,
 }
 
 /// Reads what a chain asks for.
@@ -147,6 +149,7 @@ fn parse_chain(memory: &GuestMemory, chain: Chain, rules: Rules) -> Result<Parse
         T_WRITE_ZEROES if rules.write_zeroes => {
             let Range { offset, len, unmap } =
                 rules.change(memory, &out, WRITE_ZEROES_SECTORS_MAX)?;
+            let unmap = unmap && rules.unmap;
             io(Task::Zero { offset, len, unmap }, Segments::default())
         }
         _ => Err(Status::Unsupported),

@@ -22,6 +22,7 @@ use tracing::debug;
 
 use super::buffer::{BUFFER_BYTES_MAX, Buffer, BufferPool, cost_bytes};
 use super::chain::{Table, walk};
+use super::config::BlkConfig;
 use super::engine::{Durability, Engine, Io, Operation};
 use super::image::Image;
 use super::layout::{F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
@@ -104,10 +105,11 @@ pub(super) fn run(core: &Arc<Core>, session: &Arc<Session>, queue: usize, rules:
 }
 
 /// What a driver with these features may ask for.
-pub(super) fn rules(features: u64, capacity_sectors: u64, readonly: bool) -> Rules {
+pub(super) fn rules(features: u64, capacity_sectors: u64, config: &BlkConfig) -> Rules {
     Rules {
         capacity_sectors,
-        readonly,
+        readonly: config.readonly,
+        unmap: config.sparse,
         discard: features & F_DISCARD != 0,
         write_zeroes: features & F_WRITE_ZEROES != 0,
     }

@@ -185,6 +185,10 @@ impl<B: ReplicaBuilder> Engine<B> {
             self.session_failed(&error);
             return self.was_left(&hello, &offer);
         }
+        if self.machine.state() != State::Heir {
+            // Of an heir the pair stands, and its new primary has looked at the same record.
+            self.asker.begin_anew();
+        }
         self.step(Event::Accepted);
         self.way_back = self.way_back(&offer).unwrap_or_default();
         self.identity.lock().unwrap_or_else(PoisonError::into_inner).vm = VmId(hello.vm);

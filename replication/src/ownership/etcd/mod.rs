@@ -131,19 +131,17 @@ impl<G: Gateway> EtcdArbiter<G> {
             // The key was deleted, or belongs to a cluster that lost what it had.
             return Err(ArbiterError::Vanished(expected));
         }
+        if let Some(record) = standing.record.filter(|record| record.vm != next.vm) {
+            let (key, record) = (self.key.clone(), record.to_string());
+            return Err(EtcdError::OtherVm { key, record }.into());
+        }
         if standing.record == Some(*next) {
             return Ok(Some(Outcome::Won));
         }
         if found > expected {
             return Ok(Some(Outcome::Lost(standing.record)));
         }
-        match standing.record {
-            Some(record) if record.vm != next.vm => {
-                let (key, record) = (self.key.clone(), record.to_string());
-                Err(EtcdError::OtherVm { key, record }.into())
-            }
-            _ => Ok(None),
-        }
+        Ok(None)
     }
 
     fn swap(
@@ -162,6 +160,10 @@ impl<G: Gateway> EtcdArbiter<G> {
 }
 
 impl<G: Gateway> Arbiter for EtcdArbiter<G> {
+    fn begin_anew(&self) {
+        self.client.learnt.set(Learnt { place: None, ..self.learnt() });
+    }
+
     fn read(&self) -> Result<Option<Record>, ArbiterError> {
         let (_, entry) = self.client.calls()?.range(self.key.as_bytes())?;
         Ok(self.standing(entry.as_ref())?.record)

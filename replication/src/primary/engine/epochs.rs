@@ -7,7 +7,7 @@ use std::time::Duration;
 use api::replication::Cow;
 
 use super::{
-    Engine, Error, Event, Guest, InFlight, Job, Message, PASSES_MAX, Pause, Senders, Source,
+    Engine, Error, Event, Guest, InFlight, Job, Message, Owner, PASSES_MAX, Pause, Senders, Source,
     TOO_LARGE_MAX, Work,
 };
 use crate::capture::cow::Share;
@@ -268,7 +268,12 @@ impl<G: Guest> Engine<'_, G> {
                 }
             }
             // The memory of a guest that stands has been read.
-            Work::Nothing => self.go_on_in_doubt(),
+            Work::Nothing => {
+                self.go_on_in_doubt();
+                if let Some(generation) = self.owned_when_sent.take() {
+                    self.step(Event::Verdict(Owner::Owned(generation)));
+                }
+            }
             Work::Opening
             | Work::AwaitingRest
             | Work::Shutting { .. }

@@ -13,6 +13,9 @@ use understudy_tests::pair::Setup;
 use understudy_tests::round::{self, Outcome, Watcher};
 use understudy_tests::timeline;
 
+/// Most seconds under protection: a day.
+const SECONDS_MAX: f64 = 86_400.0;
+
 /// Runs a backup and a primary on this machine, kills the primary, and reports.
 #[derive(Parser)]
 struct Options {
@@ -23,7 +26,7 @@ struct Options {
     #[arg(long, default_value = "512M")]
     memory: String,
     /// Seconds under protection before the kill; by default a random moment of 2 to 6.
-    #[arg(long)]
+    #[arg(long, value_parser = seconds, allow_negative_numbers = true)]
     seconds: Option<f64>,
     /// A kernel of your own instead of the test guest; needs --initramfs.
     #[arg(long, requires = "initramfs")]
@@ -37,6 +40,13 @@ struct Options {
     /// Where the picture of the timeline goes.
     #[arg(long, default_value = "target/demo-timeline.svg")]
     svg: PathBuf,
+}
+
+/// A number of seconds that a [`Duration`] can be made of.
+fn seconds(text: &str) -> Result<f64, String> {
+    let parsed = text.parse::<f64>().ok();
+    let parsed = parsed.filter(|seconds| (0.0..=SECONDS_MAX).contains(seconds));
+    parsed.ok_or_else(|| format!("expected seconds, 0 to {SECONDS_MAX}"))
 }
 
 fn main() -> ExitCode {
@@ -161,4 +171,21 @@ fn report(outcome: &Outcome) {
         println!("  last tick seen      {last} on the primary, {first} first on the backup");
     }
     println!("  verdict             {}", outcome.verdict);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_time_is_taken_for_seconds() {
+        for good in ["0", "2.5", "86400"] {
+            assert_eq!(seconds(good), Ok(good.parse().unwrap()));
+        }
+        for bad in ["-1", "-0.1", "nan", "inf", "1e30", "86401", "soon"] {
+            assert_eq!(seconds(bad), Err("expected seconds, 0 to 86400".to_owned()), "{bad}");
+            let error = Options::try_parse_from(["demo", "--seconds", bad]).err().unwrap();
+            assert!(error.to_string().contains("expected seconds"), "{error}");
+        }
+    }
 }

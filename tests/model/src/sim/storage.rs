@@ -14,7 +14,9 @@ use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use replication::ownership::{FileArbiter, Folder, HostId, Outcome, Record, Standing, carry_out};
+use replication::ownership::{
+    FileArbiter, Folder, HostId, Outcome, Place, Record, Standing, carry_out,
+};
 use replication::protocol::ownership::{Action, Event};
 
 use uuid::Uuid;
@@ -93,6 +95,15 @@ impl Replay {
                 Err(ErrorKind::WouldBlock.into())
             }
         }
+    }
+}
+
+impl<'a> Place for &'a Replay {
+    type Folder = &'a Replay;
+
+    /// What it is the first call decides.
+    fn open(&self) -> io::Result<&'a Replay> {
+        Ok(*self)
     }
 }
 

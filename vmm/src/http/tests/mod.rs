@@ -1,6 +1,7 @@
 //! The server against a control loop that answers from a script.
 
 mod clients;
+mod description;
 mod files;
 mod parsing;
 mod requests;

@@ -51,30 +51,6 @@ fn lengths_may_repeat_but_not_differ() {
     assert_eq!(parsed(different), Err(HeadError::LengthConflict));
 }
 
-/// The interface's description names the routes that there are, with their methods.
-#[test]
-fn what_is_described_is_routed() {
-    let text = include_str!("../../../../api/openapi.yaml");
-    let mut lines = text.lines();
-    let mut routes = 0;
-    while let Some(line) = lines.next() {
-        let Some(name) = line.strip_prefix("  /").and_then(|rest| rest.strip_suffix(':')) else {
-            continue;
-        };
-        let method = match lines.next().map(str::trim) {
-            Some("get:") => Method::Get,
-            Some("put:") => Method::Put,
-            other => panic!("{name}: {other:?}"),
-        };
-        // Whatever the body, the route and its method are known.
-        if let Err(refusal) = route::route(method, &format!("/api/v1/{name}"), b"", 0) {
-            assert_eq!(refusal.chain, [format!("{name} needs a body")]);
-        }
-        routes += 1;
-    }
-    assert!(routes > 20, "{routes}");
-}
-
 proptest! {
     #[test]
     fn no_bytes_break_the_head(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {

@@ -345,6 +345,23 @@ fn descriptors_come_with_their_own_request() {
 }
 
 #[test]
+fn a_request_takes_all_the_descriptors_of_a_message() {
+    let bed = Bed::new(script);
+    let mut stream = bed.connect();
+    for count in [65, 253] {
+        let nets = format!("[{{\"id\":\"n\",\"num_fds\":{count}}}]");
+        let restore = format!("{{\"source_url\":\"file:///a\",\"net_fds\":{nets}}}");
+        send_with_descriptors(&stream, &put("vm.restore", &restore), count);
+        assert_eq!(read_answer(&mut stream).0, 204, "{count}");
+    }
+    // The largest card.
+    send_with_descriptors(&stream, &put("vm.add-net", "{\"num_queues\":256}"), 128);
+    assert_eq!(read_answer(&mut stream).0, 204);
+    let counts: Vec<usize> = bed.seen().iter().map(|(_, count)| *count).collect();
+    assert_eq!(counts, [65, 253, 128]);
+}
+
+#[test]
 fn a_wrong_number_of_descriptors_is_refused() {
     let bed = Bed::new(script);
     let mut stream = bed.connect();
@@ -363,8 +380,11 @@ fn a_wrong_number_of_descriptors_is_refused() {
     assert_eq!(body, "[\"vm.add-net takes 2 descriptors here, 1 came\"]");
     send_with_descriptors(&stream, &get("vmm.ping"), 1);
     assert_eq!(read_answer(&mut stream).0, 400);
-    send_with_descriptors(&stream, &get("vmm.ping"), 200);
+    // No message carries more than 253.
+    let request = put("vm.restore", restore);
+    send_with_descriptors(&stream, &request[..9], 253);
+    send_with_descriptors(&stream, &request[9..], 1);
     let (status, body) = read_answer(&mut stream);
-    assert_eq!((status, body.as_str()), (400, "[\"More than 64 descriptors came\"]"));
+    assert_eq!((status, body.as_str()), (400, "[\"More than 253 descriptors came\"]"));
     assert_eq!(bed.seen(), []);
 }

@@ -85,6 +85,23 @@ fn zeroes_and_discards_change_their_range_only() {
 }
 
 #[test]
+fn an_image_that_is_not_sparse_keeps_its_room() {
+    let file = file();
+    file.as_file().write_all_at(&[0x55; 64 << 10], 0).unwrap();
+    let mut rig = Rig::on_file(BlkConfig { sparse: false, ..config(&file) });
+    assert_eq!(rig.disk.features() & (F_DISCARD | F_WRITE_ZEROES), F_WRITE_ZEROES);
+    let driver = &mut rig.drivers[0];
+    let sent = driver.range(DISCARD, 40, 8, 0);
+    assert_eq!(driver.end(sent), (UNSUPP, 1));
+    // To give the room back is a permission.
+    let sent = driver.range(WRITE_ZEROES, 8, 8, 1);
+    assert_eq!(driver.end(sent), (OK, 1));
+    let bytes = fs::read(file.path()).unwrap();
+    assert!(bytes[4096..8192].iter().all(|byte| *byte == 0) && bytes[40 * 512] == 0x55);
+    assert!(file.as_file().metadata().unwrap().blocks() * 512 >= 64 << 10);
+}
+
+#[test]
 fn a_disk_says_its_serial_or_its_id() {
     let file = file();
     for (serial, expected) in

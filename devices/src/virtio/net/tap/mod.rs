@@ -11,7 +11,7 @@ mod ioctl;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv6Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
@@ -30,6 +30,8 @@ use crate::virtio::device::AttachError;
 const TUN: &str = "/dev/net/tun";
 /// The kernel puts a number in the place of `%d`.
 const NAME_PATTERN: &str = "vmtap%d";
+/// Of an address that came without one, as upstream's default.
+const IPV4_MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 
 const IFF_TAP: u16 = 0x0002;
 const IFF_MULTI_QUEUE: u16 = 0x0100;
@@ -65,6 +67,7 @@ pub enum TapSource {
 #[derive(Clone, Debug, Default)]
 pub struct TapSettings {
     pub ip: Option<IpAddr>,
+    /// Of the address; where absent, or of the other family, /24 of IPv4 and /64 of IPv6.
     pub mask: Option<IpAddr>,
     pub mac: Option<MacAddress>,
     pub mtu: Option<u16>,
@@ -276,9 +279,12 @@ fn configure(name: &[u8; NAME_BYTES], settings: &TapSettings) -> Result<(), TapE
     match settings.ip {
         Some(IpAddr::V4(address)) => {
             interface.set_ipv4(address).map_err(failed("the address"))?;
-            if let Some(IpAddr::V4(mask)) = settings.mask {
-                interface.set_ipv4_mask(mask).map_err(failed("the mask"))?;
-            }
+            // The kernel would take the mask of the address's class.
+            let mask = match settings.mask {
+                Some(IpAddr::V4(mask)) => mask,
+                _ => IPV4_MASK,
+            };
+            interface.set_ipv4_mask(mask).map_err(failed("the mask"))?;
         }
         Some(IpAddr::V6(address)) => set_ipv6(name, address, settings.mask)?,
         None => {}

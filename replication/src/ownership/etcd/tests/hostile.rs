@@ -164,3 +164,19 @@ fn a_token_fits_a_header() {
         assert!(answer::token(text.as_bytes()).is_err(), "{text}");
     }
 }
+
+/// A backup outlives a cluster: what was learnt of one is for a session.
+#[test]
+fn another_cluster_is_none_of_ours_within_a_session() -> Result<()> {
+    let empty = |cluster: u32| {
+        http(200, JSON, &format!(r#"{{"header":{{"cluster_id":"{cluster}","revision":"3"}}}}"#))
+    };
+    let answers = [7, 8, 8].map(|cluster| empty(cluster).into()).to_vec();
+    let arbiter = arbiter(&format!("etcd:{}/{KEY}", server(answers)?))?;
+    arbiter.read()?;
+    let refused = arbiter.read().map(drop).unwrap_err().to_string();
+    assert!(refused.contains("cluster"), "{refused}");
+    arbiter.begin_anew();
+    assert_eq!(arbiter.read()?, None);
+    Ok(())
+}

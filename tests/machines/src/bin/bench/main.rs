@@ -12,6 +12,7 @@ mod samples;
 mod stream;
 mod table;
 mod turns;
+mod verbs;
 
 use std::net::IpAddr;
 use std::path::PathBuf;

@@ -21,10 +21,13 @@ use crate::perftest::{self, Kind, MESSAGE_BYTES};
 use crate::row::{Bound, FLOOR, OURS, Row};
 use crate::samples::{Samples, float};
 use crate::turns::Protected;
+use crate::verbs::{self, Verbs};
 
 const TCP: &str = "tcp";
 const BARE: &str = "bare";
 const SENDS: &str = "ib_send_bw -e";
+/// Bare verbs, with both memories registered as ours are.
+const VERBS: &str = "verbs, fresh";
 /// By RDMA with `rdma_pin=off`.
 const COPIED: &str = "unpinned";
 const MEMORY_MIB: u64 = 64;
@@ -53,6 +56,9 @@ struct Syncs {
     columns: Vec<Column>,
     writes: Samples,
     sends: Samples,
+    verbs: Samples,
+    /// What the last copy by bare verbs took.
+    took: Option<String>,
     path: Option<RdmaPath>,
 }
 
@@ -107,7 +113,11 @@ fn measure(effort: &Effort, address: IpAddr) -> Result<Syncs> {
         });
     }
     let device = syncs.path.clone().context("no RDMA")?;
-    let messages = (MEMORY_MIB << 20) / MESSAGE_BYTES;
+    let bytes = MEMORY_MIB << 20;
+    let messages = bytes / MESSAGE_BYTES;
+    let verbs = Verbs::new(&device, bytes)?;
+    // Not counted, as the first protection is not.
+    verbs.copy()?;
     for _ in 0..effort.turns {
         let bare = |kind| perftest::rate(&device, address, messages, kind);
         syncs.writes.add(vec![bare(Kind::PolledWrites)?]);
@@ -123,6 +133,9 @@ fn measure(effort: &Effort, address: IpAddr) -> Result<Syncs> {
             column.machine.add(vec![all / gib]);
         }
         syncs.sends.add(vec![bare(Kind::AwaitedSends)?]);
+        let took = verbs.copy()?;
+        syncs.verbs.add(vec![verbs::rate(bytes, &took)]);
+        syncs.took = Some(took.note());
     }
     Ok(syncs)
 }
@@ -155,14 +168,18 @@ pub fn sync(effort: &Effort) -> Result<Row> {
     let syncs = syncs(effort, address)?;
     row.column(FLOOR, &syncs.writes);
     row.column(SENDS, &syncs.sends);
+    row.column(VERBS, &syncs.verbs);
     for column in &syncs.columns {
         row.column(column.label, &column.rate);
     }
     row.check_medians(OURS, FLOOR, Bound::AtLeast(0.8));
     row.check_medians(OURS, SENDS, Bound::Open);
+    row.check_medians(OURS, VERBS, Bound::Open);
     row.check_medians(OURS, TCP, Bound::Open);
     row.note("floor: ib_write_bw, messages of 1 MiB; it polls, which takes a processor from a device of software");
     row.note("ib_send_bw: the same bytes by SEND; it sleeps until they are sent (-e), as we do");
+    row.note("verbs, fresh: as many bytes by WRITEs of 1 MiB into new memory, registering of both memories and giving one back in it");
+    row.notes.extend(syncs.took.clone());
     row.notes.extend(syncs.path.as_ref().map(device_note));
     row.note("until the VM is protected: with the memory registered in ours, without in unpinned");
     Ok(row)
