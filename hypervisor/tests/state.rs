@@ -5,7 +5,7 @@ mod common;
 use std::sync::atomic::Ordering;
 
 use common::{Machine, install_kick, kick, run_to_out, wait_for_change};
-use hypervisor::{Exit, ImmediateExit, Msr, Vcpu, VcpuState, VmState};
+use hypervisor::{Exit, ImmediateExit, Vcpu, VcpuState, VmState};
 use zerocopy::IntoBytes;
 
 /// inc ecx; add eax, ecx; mov [0x4000], eax; out 0x42, al; jmp back
@@ -112,8 +112,10 @@ fn what_a_guest_could_not_have_of_kvm_is_off_elsewhere() {
     run_to_out(&mut machine.vcpus[0]);
     let mut state = machine.vcpus[0].save().unwrap();
     let put = |state: &mut VcpuState, index, data| {
+        let mut msr = state.msrs[0];
+        (msr.index, msr.data) = (index, data);
         state.msrs.retain(|msr| msr.index != index);
-        state.msrs.push(Msr { index, data });
+        state.msrs.push(msr);
     };
     // Asynchronous faults by interrupt, and their place beyond all memory.
     let faults = 0x4b56_4d02;
