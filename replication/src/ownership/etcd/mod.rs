@@ -161,7 +161,7 @@ impl<G: Gateway> EtcdArbiter<G> {
 
 impl<G: Gateway> Arbiter for EtcdArbiter<G> {
     fn begin_anew(&self) {
-        self.client.learnt.set(Learnt { place: None, ..self.learnt() });
+        self.client.learnt.set(Learnt { place: None, ..self.client.learnt.get() });
     }
 
     fn read(&self) -> Result<Option<Record>, ArbiterError> {
