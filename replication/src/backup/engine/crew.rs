@@ -29,9 +29,10 @@ impl Crew {
             Self::Threads => Control::start(greeted, pace, heard, progress, deliver),
             #[cfg(any(test, feature = "testing"))]
             Self::Simulated(hands) => {
+                let session = greeted.writer.session();
                 let (control, line) = super::simulated::Line::new(greeted, heard, deliver);
                 // Whoever simulates takes all of them.
-                let _ = hands.send(super::simulated::Hand::Control(line));
+                let _ = hands.send(super::simulated::Hand::Control(session, line));
                 Ok(control)
             }
         }
@@ -49,9 +50,10 @@ impl Crew {
             Self::Threads => DataConnection::start(share, reader, shared, deliver),
             #[cfg(any(test, feature = "testing"))]
             Self::Simulated(hands) => {
+                let session = reader.session().unwrap_or(crate::wire::SessionId(0));
                 let (connection, receiving) = DataConnection::around(share, reader, shared)?;
-                let deliver = Box::new(deliver);
-                let _ = hands.send(super::simulated::Hand::Data(share.index, receiving, deliver));
+                let (index, takes) = (share.index, Box::new(deliver));
+                let _ = hands.send(super::simulated::Hand::Data(session, index, receiving, takes));
                 Ok(connection)
             }
         }

@@ -5,20 +5,19 @@
 //! engine's thread would get to it, brings bytes, and carries what is said and asked. What reads a connection
 //! does so at once, as a thread of its own does.
 
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use api::replication::ReceiveReplicaData;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
+pub(super) use self::link::{Hand, Line};
+use self::link::{Link, Takes};
 use super::{Ask, Asked, Asker, Crew, Engine, Images, Input, State, chain};
-use crate::backup::accept::{Arrival, Place, receive_greeting};
+use crate::backup::accept::{Arrival, Place};
 use crate::backup::apply::apply;
-use crate::backup::receive::{Delivery, ReceiveError, Receiving};
+use crate::backup::receive::Receiving;
 use crate::engine::clock::simulated as clock;
-use crate::engine::control::{Control, Credit, Greeted, hear, listening};
-use crate::engine::heard::{Heard, Listening};
 use crate::engine::status::Status;
 use crate::error::Error;
 use crate::guest::{Replica, ReplicaBuilder};
@@ -26,14 +25,12 @@ use crate::handover::{Legacy, WayBack};
 use crate::ownership::{HostId, HostIdentity};
 use crate::protocol::backup::Backup;
 use crate::protocol::ownership::{Action, Event};
-use crate::testing::Tape;
-use crate::transport::Stream;
-use crate::wire::{Base, FrameReader, FrameWriter, Message, SessionId, WireError};
+use crate::wire::{Base, Message, SessionId};
+
+mod link;
 
 /// The number of what a simulator says of images, where a session's begin with 1.
 const IMAGES: u64 = 0;
-/// Whoever connects.
-const PEER: &str = "10.0.0.1:40000";
 
 /// What a simulator breaks on purpose.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,12 +44,12 @@ pub struct Broken {
 /// What comes to an engine beside bytes.
 #[derive(Debug)]
 pub enum Word {
-    /// The control connection ended.
-    Lost,
-    /// A data connection ended.
-    DataLost(usize),
-    /// The primary's process ended.
-    Bell,
+    /// A session's control connection ended.
+    Lost(SessionId),
+    /// One of its data connections ended.
+    DataLost(SessionId, usize),
+    /// Its primary's process ended.
+    Bell(SessionId),
     /// An image of the replica cannot be written.
     ImageFails,
     Answer(u64, Event),
@@ -71,62 +68,6 @@ pub struct Back {
     pub is_reversed: bool,
 }
 
-type Hears = Box<dyn FnMut(Result<Message, WireError>, Credit) -> bool + Send>;
-type Takes = Box<dyn FnMut(Delivery) -> bool + Send>;
-
-/// A connection that the engine would have a thread read.
-pub(super) enum Hand {
-    Control(Line),
-    Data(usize, Receiving, Takes),
-}
-
-/// A control connection that the engine has accepted.
-pub(super) struct Line {
-    reader: FrameReader<Listening<Box<dyn Stream>>>,
-    writer: FrameWriter<Box<dyn Stream>>,
-    said: Receiver<Message>,
-    deliver: Hears,
-}
-
-impl Line {
-    pub(super) fn new(
-        greeted: Greeted,
-        heard: Heard,
-        deliver: impl FnMut(Result<Message, WireError>, Credit) -> bool + Send + 'static,
-    ) -> (Control, Self) {
-        let Greeted { reader, writer } = greeted;
-        let closer = writer.get_ref().duplicate().expect("a tape has as many handles as one likes");
-        let (control, said) = Control::simulated(closer);
-        let (reader, deliver) = (listening(reader, heard), Box::new(deliver));
-        (control, Self { reader, writer, said, deliver })
-    }
-}
-
-/// A primary's control connection.
-struct Call {
-    into: Tape,
-    out: Tape,
-    /// Until it has greeted.
-    greeting: Option<FrameReader<Box<dyn Stream>>>,
-    line: Option<Line>,
-    has_ended: bool,
-}
-
-/// One of its data connections.
-struct Connection {
-    into: Tape,
-    stage: Stage,
-}
-
-enum Stage {
-    /// It has not greeted.
-    New(FrameReader<Box<dyn Stream>>),
-    /// The engine has not taken it.
-    Greeted,
-    Read(Receiving, Takes),
-    Ended,
-}
-
 /// A backup, from its first call to its end.
 pub struct Reception<B: ReplicaBuilder> {
     engine: Engine<B>,
@@ -135,8 +76,8 @@ pub struct Reception<B: ReplicaBuilder> {
     calls: Receiver<(u64, Action)>,
     way_back: Arc<Mutex<Option<WayBack>>>,
     is_heir: bool,
-    call: Option<Call>,
-    connections: Vec<Connection>,
+    /// The last is that of whoever called last; another one may be of a session that has not ended.
+    links: Vec<Link>,
     scratch: Vec<u8>,
     /// Of what people asked.
     answers: Vec<Receiver<Result<(), Error>>>,
@@ -173,8 +114,7 @@ impl<B: ReplicaBuilder> Reception<B> {
             calls,
             way_back,
             is_heir: false,
-            call: None,
-            connections: vec![],
+            links: vec![],
             scratch: Receiving::scratch(),
             answers: vec![],
             broken,
@@ -198,88 +138,42 @@ impl<B: ReplicaBuilder> Reception<B> {
         reception
     }
 
-    /// A primary connects, with so many connections beside that for control.
-    pub fn connects(&mut self, connections: usize) {
-        let open = |tape: &Tape| FrameReader::new(Box::new(tape.clone()) as Box<dyn Stream>, None);
-        let (into, out) = (Tape::default(), Tape::default());
-        let greeting = Some(open(&into));
-        self.call = Some(Call { into, out, greeting, line: None, has_ended: false });
-        let connect = |_| {
-            let into = Tape::default();
-            let stage = Stage::New(open(&into));
-            Connection { into, stage }
-        };
-        self.connections = (0..connections).map(connect).collect();
+    /// A primary connects for a session, with so many connections beside that for control.
+    pub fn connects(&mut self, session: SessionId, connections: usize) {
+        let served = self.engine.session.as_ref().map(|session| session.id);
+        self.links.retain(|link| Some(link.session) == served);
+        self.links.push(Link::new(session, connections));
+    }
+
+    fn link(&mut self, session: SessionId) -> Option<&mut Link> {
+        self.links.iter_mut().find(|link| link.session == session)
     }
 
     /// Whoever connected and did not greet has had the time for it.
     pub fn greeting_late(&mut self) {
-        if self.call.take_if(|call| call.greeting.is_some()).is_some() {
-            let (peer, error) = (PEER.to_owned(), "no greeting came in time".to_owned());
-            self.deliver(Input::Arrival(Arrival::Stray { peer, error }, Place::unlimited()));
+        if let Some(stray) = self.links.last().and_then(Link::is_late) {
+            self.links.pop();
+            self.arrives(Some(stray));
         }
     }
 
-    /// Bytes of the control connection.
-    pub fn hears(&mut self, bytes: &[u8]) {
-        if let Some(call) = &self.call {
-            call.into.put(bytes);
-        }
-        self.reads_control();
+    /// Bytes of a session's control connection.
+    pub fn hears(&mut self, session: SessionId, bytes: &[u8]) {
+        let arrival = self.link(session).and_then(|link| link.hears(bytes));
+        self.arrives(arrival);
     }
 
-    /// Bytes of a data connection.
-    pub fn takes(&mut self, connection: usize, bytes: &[u8]) {
-        if let Some(of) = self.connections.get(connection) {
-            of.into.put(bytes);
-        }
-        self.reads_data(connection);
+    /// Bytes of one of its data connections.
+    pub fn takes(&mut self, session: SessionId, connection: usize, bytes: &[u8]) {
+        let Self { links, scratch, .. } = self;
+        let link = links.iter_mut().find(|link| link.session == session);
+        let arrival = link.and_then(|link| link.takes(connection, bytes, scratch));
+        self.arrives(arrival);
     }
 
-    fn reads_control(&mut self) {
-        let Some(call) = &mut self.call else { return };
-        // A greeting, and the offer that follows it.
-        if call.into.has_frames(2)
-            && let Some(reader) = call.greeting.take()
-        {
-            let arrival = greet(reader, call.out.clone());
+    fn arrives(&self, arrival: Option<Arrival>) {
+        if let Some(arrival) = arrival {
             self.deliver(Input::Arrival(arrival, Place::unlimited()));
-            return;
-        }
-        let Some(line) = &mut call.line else { return };
-        while call.into.has_frame() {
-            let word = hear(&mut line.reader, &mut Vec::new(), &AtomicU64::default());
-            let Some(word) = word else { continue };
-            let is_over = word.is_err();
-            (line.deliver)(word, Credit::unlimited());
-            if is_over {
-                return;
-            }
-        }
-        if std::mem::take(&mut call.has_ended) {
-            (line.deliver)(Err(WireError::Closed), Credit::unlimited());
-        }
-    }
-
-    fn reads_data(&mut self, connection: usize) {
-        let Some(Connection { into, stage }) = self.connections.get_mut(connection) else { return };
-        match stage {
-            Stage::New(_) if into.has_frame() => {
-                let Stage::New(reader) = std::mem::replace(stage, Stage::Greeted) else { return };
-                let arrival = greet(reader, Tape::default());
-                self.deliver(Input::Arrival(arrival, Place::unlimited()));
-            }
-            Stage::Read(receiving, deliver) => {
-                // One that the engine has closed is nobody's to read: the memory is another's by now.
-                let mut goes_on = !into.is_closed();
-                while goes_on && into.has_frame() {
-                    goes_on = receiving.step(&mut self.scratch, &mut *deliver);
-                }
-                if !goes_on {
-                    *stage = Stage::Ended;
-                }
-            }
-            Stage::New(_) | Stage::Greeted | Stage::Ended => {}
         }
     }
 
@@ -287,22 +181,19 @@ impl<B: ReplicaBuilder> Reception<B> {
     fn looks(&mut self) {
         while let Ok(hand) = self.hands.try_recv() {
             match hand {
-                Hand::Control(line) => {
-                    if let Some(call) = &mut self.call {
-                        call.line = Some(line);
+                Hand::Control(session, line) => {
+                    if let Some(link) = self.link(session) {
+                        link.is_accepted(line);
                     }
-                    self.reads_control();
                 }
-                Hand::Data(index, receiving, deliver) => {
-                    let deliver = if self.broken.applies_early {
-                        self.applies_early(deliver)
-                    } else {
-                        deliver
-                    };
-                    if let Some(of) = self.connections.get_mut(index) {
-                        of.stage = Stage::Read(receiving, deliver);
+                Hand::Data(session, index, receiving, takes) => {
+                    let is_early = self.broken.applies_early;
+                    let takes = if is_early { self.applies_early(takes) } else { takes };
+                    let Self { links, scratch, .. } = self;
+                    let link = links.iter_mut().find(|link| link.session == session);
+                    if let Some(link) = link {
+                        link.is_taken(index, receiving, takes, scratch);
                     }
-                    self.reads_data(index);
                 }
             }
         }
@@ -324,22 +215,19 @@ impl<B: ReplicaBuilder> Reception<B> {
     /// Puts a word into the engine's queue.
     pub fn put(&mut self, word: Word) {
         match word {
-            Word::Lost => {
-                if let Some(call) = &mut self.call {
-                    call.has_ended = true;
-                }
-                self.reads_control();
-            }
-            Word::DataLost(connection) => {
-                let Some(of) = self.connections.get_mut(connection) else { return };
-                if let Stage::Read(_, deliver) = &mut of.stage {
-                    deliver(Err(ReceiveError::Wire(WireError::Closed)));
-                    of.stage = Stage::Ended;
+            Word::Lost(session) => {
+                if let Some(link) = self.link(session) {
+                    link.ends();
                 }
             }
-            Word::Bell => {
-                if let Some(session) = &self.engine.session {
-                    self.deliver(Input::Bell(session.number));
+            Word::DataLost(session, connection) => {
+                if let Some(link) = self.link(session) {
+                    link.ends_data(connection);
+                }
+            }
+            Word::Bell(session) => {
+                if let Some(served) = self.engine.session.as_ref().filter(|of| of.id == session) {
+                    self.deliver(Input::Bell(served.number));
                 }
             }
             Word::ImageFails => {
@@ -420,29 +308,25 @@ impl<B: ReplicaBuilder> Reception<B> {
         }
     }
 
-    /// What it said since it was asked last.
+    /// What it said since it was asked last, and in which session.
     #[must_use]
-    pub fn said(&self) -> Vec<Message> {
-        let line = self.call.as_ref().and_then(|call| call.line.as_ref());
-        line.map_or_else(Vec::new, |line| line.said.try_iter().collect())
+    pub fn said(&self) -> Vec<(SessionId, Message)> {
+        let of = |link: &Link| {
+            let session = link.session;
+            link.said().map(move |message| (session, message)).collect::<Vec<_>>()
+        };
+        self.links.iter().flat_map(of).collect()
     }
 
-    /// The frame of what is said by the control connection.
-    ///
-    /// # Panics
-    /// Never: nothing fails that ends nowhere.
+    /// The frame of what is said to whoever called last.
     pub fn writes(&mut self, message: &Message) -> Vec<u8> {
-        let Some(call) = &mut self.call else { return vec![] };
-        let Some(line) = &mut call.line else { return vec![] };
-        message.send(&mut line.writer).expect("a tape takes all");
-        call.out.take()
+        self.links.last_mut().map_or_else(Vec::new, |link| link.writes(message))
     }
 
-    /// The frame with which a primary was refused, if one was.
+    /// The frame with which that one was refused, if it was.
     #[must_use]
     pub fn refused(&self) -> Option<Vec<u8>> {
-        let call = self.call.as_ref().filter(|call| call.line.is_none())?;
-        Some(call.out.take()).filter(|frame| !frame.is_empty())
+        self.links.last().and_then(Link::refused)
     }
 
     /// What it wants to know of the arbiter.
@@ -451,19 +335,20 @@ impl<B: ReplicaBuilder> Reception<B> {
         self.calls.try_iter().collect()
     }
 
-    /// Whether this side's end of the control connection is open.
+    /// Whether this side's end is open of the control connection of whoever called last.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.call.as_ref().is_some_and(|call| {
-            let is_over = call.line.is_some() && self.engine.session.is_none();
-            !is_over && !call.out.is_closed() && !call.out.is_finished()
+        let served = self.engine.session.as_ref().map(|session| session.id);
+        self.links.last().is_some_and(|link| {
+            let is_over = link.is_accepted_by_now() && Some(link.session) != served;
+            !is_over && !link.is_closed()
         })
     }
 
     /// Whether it was closed at once, with what was not written yet.
     #[must_use]
     pub fn is_cut(&self) -> bool {
-        self.call.as_ref().is_some_and(|call| call.out.is_closed())
+        self.links.last().is_some_and(Link::is_cut)
     }
 
     /// Whether a primary is served.
@@ -533,22 +418,6 @@ impl<B: ReplicaBuilder> Reception<B> {
         let left = way_back.lock().unwrap_or_else(PoisonError::into_inner).take();
         let back = |left: WayBack| Back { base: left.base, is_reversed: left.reversed };
         left.filter(|_| is_taken_over).map(back)
-    }
-}
-
-/// What the acceptor makes of a connection whose greeting is here.
-fn greet(mut reader: FrameReader<Box<dyn Stream>>, out: Tape) -> Arrival {
-    let peer = PEER.to_owned();
-    let greeting = receive_greeting(&mut reader);
-    let session = reader.session().unwrap_or(SessionId(0));
-    match greeting {
-        Ok((hello, Some(offer))) => {
-            let writer = FrameWriter::new(Box::new(out) as Box<dyn Stream>, session);
-            let greeted = Box::new(Greeted { reader, writer });
-            Arrival::Control { greeted, hello, offer: Box::new(offer), peer }
-        }
-        Ok((hello, None)) => Arrival::Data { reader, hello },
-        Err(error) => Arrival::Stray { peer, error: chain(&error) },
     }
 }
 

@@ -164,6 +164,8 @@ struct Beside {
     control: Option<Control>,
     /// The call that waits for the backup's word.
     call: Option<Call>,
+    /// A session that its primary has left, at a backup that has not noticed.
+    older: Option<u64>,
     /// A backup's engine is about to hear of something for which it gives up what it has.
     gives_up: bool,
     /// For two broken rules: seals that are not acknowledged, and the last that was before its time.

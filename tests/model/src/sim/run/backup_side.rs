@@ -6,7 +6,7 @@ use rand::Rng;
 use replication::backup::simulated::{Back, Word};
 use replication::ids::{EpochId, Generation};
 use replication::primary::simulated::{Rest, Step};
-use replication::wire::Message;
+use replication::wire::{Message, SessionId};
 
 use super::super::driver::Driver;
 use super::super::host::Backup;
@@ -14,7 +14,7 @@ use super::super::machine::Machine;
 use super::super::memory::PAGES;
 use super::connection::Item;
 use super::engines::won;
-use super::{BackupState, Broken, Effect, Role, Run, claim, primary};
+use super::{BackupState, Broken, Effect, Event, MS, Role, Run, claim, primary};
 
 impl Run {
     pub(super) fn put_backup(&mut self, at: usize, word: Word) {
@@ -50,7 +50,11 @@ impl Run {
         // What waits to be written as the connection is closed may be lost.
         let is_lost = is_cut && self.rng.random_ratio(1, 4);
         self.are_acknowledged(at, &said)?;
-        for message in said {
+        for (session, message) in said {
+            if session.0 != self.session {
+                // Whom it says that to has left.
+                continue;
+            }
             if let Message::Welcome(welcome) = &message {
                 self.has_accepted(at, welcome.has_base);
             }
@@ -93,7 +97,7 @@ impl Run {
     }
 
     /// What was acknowledged is in the image, page by page.
-    fn are_acknowledged(&mut self, at: usize, said: &[Message]) -> Result<(), String> {
+    fn are_acknowledged(&mut self, at: usize, said: &[(SessionId, Message)]) -> Result<(), String> {
         let Some(backup) = self.backup(at) else { return Ok(()) };
         let (looked, ram) = {
             let mut site = backup.site.lock();
@@ -102,7 +106,7 @@ impl Run {
         let mut looked_at = looked.all();
         let is_early =
             matches!(self.broken, Some(Broken::AckBeforeWhole | Broken::AckAfterSuspecting));
-        for message in said {
+        for (_, message) in said {
             let Message::Ack { epoch, .. } = message else { continue };
             self.ghost.acknowledges(at, *epoch);
             self.beside[at].seals.retain(|(sealed, _)| sealed > epoch);
@@ -169,6 +173,10 @@ impl Run {
         let other = &self.hosts[1 - at];
         if !(other.alive && other.identity.host == primary) {
             self.ghost.owes = Some(at);
+        }
+        if !self.are_faults_over() && self.rng.random_ratio(1, 16) {
+            let soon_us = self.up_to(10 * MS);
+            self.after(soon_us, Event::ImageSoon(at));
         }
     }
 

@@ -11,6 +11,7 @@ use replication::wire::{Message, SessionId, Welcome};
 use rand::Rng;
 
 use super::super::driver::Driver;
+use super::super::host::Backup;
 use super::connection::Item;
 use super::primary_side::options;
 use super::{Broken, Event, Kind, MS, Role, Run, SEALS_MAX, Told, VM};
@@ -47,10 +48,15 @@ impl Run {
         Ok(())
     }
 
-    /// Whether a connection to this host is taken, and is the only one there.
+    /// Whether a connection to this host is taken: the only one there, or one beside that of a session which its
+    /// primary has left.
     fn is_listened_to(&self, at: usize) -> bool {
         let host = &self.hosts[at];
-        host.alive && host.backup().is_some_and(|backup| !backup.reception.is_open())
+        let is_listening = |backup: &Backup| {
+            let has_served = backup.reception.is_connected();
+            !backup.reception.is_open() || has_served && self.beside[at].older.is_none()
+        };
+        host.alive && host.backup().is_some_and(is_listening)
     }
 
     /// What this process knows of the record.
@@ -73,9 +79,9 @@ impl Run {
         let mut guest = vm.handle(self.broken);
         let offer = offer(&mut guest, &options, self.plan.arbiter, base, is_reversed);
         self.beside[at].call = Some(call);
-        let connections = self.plan.connections;
+        let (session, connections) = (terms.session, self.plan.connections);
         if let Some(backup) = self.backup(1 - at) {
-            backup.reception.connects(connections);
+            backup.reception.connects(session, connections);
         }
         let Some(control) = &mut self.beside[at].control else { return };
         let greeting = [terms.hello(me, 0), offer].map(|message| control.write(&message)).concat();

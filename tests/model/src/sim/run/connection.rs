@@ -1,6 +1,7 @@
 //! The connection between the hosts.
 
 use rand::Rng;
+use replication::backup::simulated::Word as BackupWord;
 use replication::ids::{EpochId, Generation};
 use replication::primary::simulated::Word;
 use replication::wire::{Message, SessionId};
@@ -68,7 +69,11 @@ impl Run {
         let way = &self.ways[to];
         let closed = !way.open && self.now_us > way.grace_us;
         let dead = way.dead_us.is_some_and(|dead_us| self.now_us > dead_us);
-        if session != self.session || !self.hosts[to].alive || closed {
+        if session != self.session {
+            self.arrives_late(to, session, item);
+            return Ok(());
+        }
+        if !self.hosts[to].alive || closed {
             return Ok(());
         }
         if dead && !matches!(item, Item::End) {
@@ -89,14 +94,32 @@ impl Run {
         }
     }
 
+    /// Something arrives of a session that its primary has left, where the backup has not noticed.
+    fn arrives_late(&mut self, to: usize, session: u64, item: Item) {
+        if self.beside[to].older != Some(session) || self.hosts[to].primary().is_some() {
+            return;
+        }
+        let id = SessionId(session);
+        if let Some(backup) = self.backup(to) {
+            match item {
+                Item::Control(frames, _) => backup.reception.hears(id, &frames),
+                Item::Data(connection, bytes) => backup.reception.takes(id, connection, &bytes),
+                Item::Bell => backup.reception.put(BackupWord::Bell(id)),
+                Item::End => backup.reception.put(BackupWord::Lost(id)),
+            }
+        }
+        self.stirs(to);
+    }
+
     fn hears(
         &mut self,
         to: usize,
         frames: &[u8],
         seal: Option<(EpochId, Generation)>,
     ) -> Result<(), String> {
+        let id = SessionId(self.session);
         if let Some(backup) = self.backup(to) {
-            backup.reception.hears(frames);
+            backup.reception.hears(id, frames);
             if let Some((epoch, generation)) = seal {
                 self.breaks_at_seal(to, epoch, generation);
             }
@@ -131,14 +154,17 @@ impl Run {
             bytes[bit / 8] ^= 1 << (bit % 8);
             self.summary.garbled += 1;
         }
+        let id = SessionId(self.session);
         if let Some(backup) = self.backup(to) {
-            backup.reception.takes(connection, &bytes);
+            backup.reception.takes(id, connection, &bytes);
         }
         self.stirs(to);
     }
 
     /// A new connection, from the caller `at`.
     pub(super) fn link(&mut self, at: usize) {
+        let is_behind = self.hosts[1 - at].backup().is_some_and(|of| of.reception.is_connected());
+        self.beside[1 - at].older = is_behind.then_some(self.session);
         self.session += 1;
         for host in [0, 1] {
             let cut = self.ways[host].cut;

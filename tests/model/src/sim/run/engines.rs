@@ -3,12 +3,11 @@
 use rand::Rng;
 use replication::backup::simulated::Word as BackupWord;
 use replication::primary::simulated::{Step, Word, take_steps};
+use replication::wire::SessionId;
 
 use super::super::driver::Driver;
 use super::super::host::Backup;
-use super::{
-    Around, Broken, Effect, Event, Fate, Item, Kind, MS, Role, Run, claim, mix, primary,
-};
+use super::{Around, Broken, Effect, Event, Fate, Item, Kind, MS, Role, Run, claim, mix, primary};
 
 /// What an engine is told, whichever it is.
 #[derive(Clone, Debug)]
@@ -46,7 +45,7 @@ impl Run {
                 }
             }
             Role::Backup(_) => {
-                if let Some(word) = of_backup(told) {
+                if let Some(word) = self.of_backup(told) {
                     self.put_backup(at, word);
                 }
             }
@@ -62,6 +61,18 @@ impl Run {
             Told::Stop => Word::Stop,
             Told::Failover => Word::Failover { reverses: self.plan.reverses },
             Told::Answer(number, event) => Word::Answer(number, event),
+        })
+    }
+
+    fn of_backup(&self, told: Told) -> Option<BackupWord> {
+        let session = SessionId(self.session);
+        Some(match told {
+            Told::Lost => BackupWord::Lost(session),
+            Told::Bell => BackupWord::Bell(session),
+            Told::GiveUp => return None,
+            Told::Stop => BackupWord::Stop,
+            Told::Failover => BackupWord::Failover { force: false },
+            Told::Answer(number, event) => BackupWord::Answer(number, event),
         })
     }
 
@@ -201,9 +212,9 @@ impl Run {
             return;
         }
         let soon_us = self.up_to(10 * MS);
-        match self.rng.random_range(0..16) {
-            0 | 1 => self.after(0, Event::LargeSoon(at)),
-            2 => self.after(soon_us, Event::StopSoon(at)),
+        match self.rng.random_range(0..12) {
+            0 => self.after(0, Event::LargeSoon(at)),
+            1 | 2 => self.after(soon_us, Event::StopSoon(at)),
             3 => self.after(soon_us, Event::GiveUpSoon(at)),
             4 => self.after(soon_us, Event::CrashSoon(at)),
             5 => self.after(soon_us, Event::CrashSoon(1 - at)),
@@ -224,7 +235,7 @@ impl Run {
         beside.life += 1;
         (beside.calling, beside.sends) = (false, [false; 2]);
         (beside.turn_us, beside.misreads) = (None, false);
-        (beside.call, beside.gives_up) = (None, false);
+        (beside.call, beside.older, beside.gives_up) = (None, None, false);
         let (life, alive) = (beside.life - 1, self.hosts[at].alive);
         let calls = std::mem::take(&mut beside.calls);
         if self.plan.kind != Kind::Any {
@@ -341,16 +352,5 @@ fn of_caller(told: Told) -> Option<primary::Input<()>> {
         Told::Stop => primary::Input::Stop,
         Told::Failover => primary::Input::Failover,
         Told::Answer(number, event) => primary::Input::Answer(number, event),
-    })
-}
-
-fn of_backup(told: Told) -> Option<BackupWord> {
-    Some(match told {
-        Told::Lost => BackupWord::Lost,
-        Told::Bell => BackupWord::Bell,
-        Told::GiveUp => return None,
-        Told::Stop => BackupWord::Stop,
-        Told::Failover => BackupWord::Failover { force: false },
-        Told::Answer(number, event) => BackupWord::Answer(number, event),
     })
 }

@@ -4,6 +4,7 @@ use rand::Rng;
 
 use replication::backup::simulated::Word as BackupWord;
 use replication::primary::simulated::Word;
+use replication::wire::SessionId;
 
 use super::super::host::Backup;
 use super::connection::Item;
@@ -151,7 +152,7 @@ impl Run {
             self.put(at, Word::DataLost);
         }
         let connection = self.rng.random_range(0..self.plan.connections);
-        self.put_backup(at, BackupWord::DataLost(connection));
+        self.put_backup(at, BackupWord::DataLost(SessionId(self.session), connection));
         Ok(())
     }
 
@@ -234,7 +235,10 @@ impl Run {
         if self.are_faults_over() {
             return Ok(());
         }
-        let at = self.rng.random_range(0..2);
+        let protects = [0, 1].into_iter().find(|at| self.hosts[*at].primary().is_some());
+        let any = self.rng.random_range(0..2);
+        // What is asked of a primary is the richer.
+        let at = protects.filter(|_| self.rng.random_ratio(1, 2)).unwrap_or(any);
         let undecided = self.hosts[at]
             .primary()
             .is_some_and(|primary| primary.machine().state() == PrimaryState::Undecided);
