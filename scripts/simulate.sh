@@ -10,7 +10,7 @@ Usage: scripts/simulate.sh [--seeds N | --seconds N | --seed S] [OPTION...]
 
 Runs the state machines that ship (replication/src/protocol) in two simulated hosts with a
 connection, an arbiter, memory, clients and time, through faults that a seed decides. So runs what
-ships of the primary's engine, page encodings, frames, staging, commit, output gates and the clients
+ships of both sides' engines, page encodings, frames, staging, commit, output gates and the clients
 of the arbiters in a directory and in an etcd cluster, over simulated storage and a simulated cluster.
 Prints which transitions of the machines were made and which never, and the first seed that failed; exits 0 only if none did. 1000 seeds take some 25 s of two cores.
 

@@ -30,6 +30,12 @@ impl Place {
         let place = Self(Some(Arc::clone(taken)));
         (taken.fetch_add(1, Ordering::AcqRel) < GREETINGS_MAX).then_some(place)
     }
+
+    /// Of an acceptor that never waits.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn unlimited() -> Self {
+        Self(None)
+    }
 }
 
 impl Drop for Place {
@@ -183,7 +189,9 @@ fn patient(error: WireError) -> WireError {
     }
 }
 
-fn receive_greeting(reader: &mut FrameReader<Timed>) -> Result<(Hello, Option<Offer>), WireError> {
+pub(super) fn receive_greeting<R: Read>(
+    reader: &mut FrameReader<R>,
+) -> Result<(Hello, Option<Offer>), WireError> {
     let mut payload = Vec::new();
     let hello = match Message::receive_only(Kind::Hello, "a greeting", reader, &mut payload)? {
         Message::Hello(hello) => hello,

@@ -125,6 +125,15 @@ impl Gather {
         Ok(())
     }
 
+    /// What is here of the epoch that is due, sealed and not whole: for a rule that is broken on purpose.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn take_staged(&mut self) -> Option<(Seal, Vec<Part>)> {
+        let Gathering { seal: Some(seal), parts, .. } = self.epochs.pop_front()? else {
+            return None;
+        };
+        Some((seal, parts.into_iter().flatten().collect()))
+    }
+
     /// Hands out the epoch that is due once it is whole.
     pub(super) fn whole(&mut self) -> Result<Option<Epoch>, CommitError> {
         let has_disks = self.has_disks;

@@ -13,6 +13,7 @@ use super::receive::{DataConnection, OnItsWay, ReceiveError, Shared};
 use super::staging::Part;
 use crate::checking::{Equality, reach};
 use crate::engine::arbiter::{Asker, Next, Report as Asked};
+use crate::engine::clock;
 use crate::engine::control::{Control, Credit};
 use crate::engine::status::Status;
 use crate::error::{Error, chain};
@@ -26,11 +27,15 @@ use crate::protocol::window::OUT_OF_TURN;
 use crate::transport::{Stream, rdma};
 use crate::wire::{Grant, Message, SessionId, WireError};
 use arrivals::Caller;
+use crew::Crew;
 use opening::{Opening, Registered};
 
 mod actions;
 mod arrivals;
+mod crew;
 mod opening;
+#[cfg(any(test, feature = "testing"))]
+pub mod simulated;
 mod switch;
 
 /// What a person asks for.
@@ -115,6 +120,7 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     inputs: Sender<Input>,
     queue: Receiver<Input>,
     asker: Asker,
+    crew: Crew,
     session: Option<Session>,
     sessions: u64,
     replica: Option<B::Replica>,
@@ -165,7 +171,22 @@ impl<B: ReplicaBuilder> Engine<B> {
         let deliver = inputs.clone();
         let asker =
             Asker::start(arbiter, move |report| deliver.send(Input::Arbiter(report)).is_ok())?;
-        Ok(Self {
+        let names = (identity, handed_back);
+        let crew = (asker, Crew::Threads);
+        Ok(Self::around(builder, (options, rdma), crew, names, observer, (inputs, queue), status))
+    }
+
+    /// An engine whose arbiter is asked already, with whoever is to read and write for it.
+    fn around(
+        builder: B,
+        (options, rdma): (ReceiveReplicaData, Option<rdma::Asked>),
+        (asker, crew): (Asker, Crew),
+        (identity, handed_back): (Arc<Mutex<HostIdentity>>, Arc<Mutex<Option<WayBack>>>),
+        observer: Arc<dyn Observer>,
+        (inputs, queue): (Sender<Input>, Receiver<Input>),
+        status: Status,
+    ) -> Self {
+        Self {
             builder,
             options,
             rdma,
@@ -176,6 +197,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             inputs,
             queue,
             asker,
+            crew,
             session: None,
             sessions: 0,
             replica: None,
@@ -198,7 +220,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             only: None,
             waiting: None,
             failover_answer: vec![],
-        })
+        }
     }
 
     /// Receives this VM, and no other, where there is one.
@@ -212,7 +234,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         if let Some(legacy) = legacy {
             self.inherit(legacy);
         }
-        while !matches!(self.machine.state(), State::TakenOver | State::Stopped) {
+        while !self.is_over() {
             match self.queue.recv_deadline(self.deadline()) {
                 Ok(input) => self.input(input),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -225,12 +247,16 @@ impl<B: ReplicaBuilder> Engine<B> {
         self.close();
     }
 
+    fn is_over(&self) -> bool {
+        matches!(self.machine.state(), State::TakenOver | State::Stopped)
+    }
+
     fn identity(&self) -> HostIdentity {
         *self.identity.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn deadline(&self) -> Instant {
-        let far = Instant::now() + Duration::from_secs(3600);
+        let far = clock::now() + Duration::from_secs(3600);
         let session = self.session.as_ref().filter(|_| self.is_receiving());
         let silence = session.map(|s| s.shared.heard.deadline(s.timeout));
         let called = self.heir_until.filter(|_| self.is_awaiting()).unwrap_or(far);
@@ -244,6 +270,7 @@ impl<B: ReplicaBuilder> Engine<B> {
     }
 
     fn timers(&mut self) {
+        let now = clock::now();
         // While the arbiter is asked, or the VM starts, nothing depends on the peer's life.
         if self.is_receiving()
             && let Some(session) = &self.session
@@ -252,16 +279,16 @@ impl<B: ReplicaBuilder> Engine<B> {
             let silent_ms = u64::try_from(session.timeout.as_millis()).unwrap_or(u64::MAX);
             self.step(Event::Lost(Error::Silent { silent_ms }.chain()));
         }
-        if self.is_awaiting() && self.heir_until.is_some_and(|until| until <= Instant::now()) {
+        if self.is_awaiting() && self.heir_until.is_some_and(|until| until <= now) {
             self.step(Event::Lost("The VM's new primary did not call".to_owned()));
         }
-        if self.retry_at.is_some_and(|at| at <= Instant::now()) {
+        if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
             let next = self.asker.timer();
             self.claim_went(next);
         }
         let is_idle = self.machine.state() == State::Idle;
-        if self.waiting.as_ref().is_some_and(|(_, until)| is_idle || *until <= Instant::now()) {
+        if self.waiting.as_ref().is_some_and(|(_, until)| is_idle || *until <= now) {
             self.admit_waiting();
         }
     }
@@ -509,7 +536,7 @@ impl<B: ReplicaBuilder> Engine<B> {
     fn claim_went(&mut self, next: Next) {
         match next {
             Next::Call(..) | Next::Nothing | Next::Record(_) | Next::ReadFailed => {}
-            Next::Wait { ms } => self.retry_at = Some(Instant::now() + Duration::from_millis(ms)),
+            Next::Wait { ms } => self.retry_at = Some(clock::now() + Duration::from_millis(ms)),
             Next::Decided(verdict) => {
                 self.undecided_told = false;
                 self.step(Event::Verdict(verdict));

@@ -25,10 +25,11 @@ mod commit;
 mod disks;
 mod engine;
 mod receive;
-#[cfg(any(test, feature = "testing"))]
-pub mod simulated;
 mod staging;
 pub(crate) mod suspects;
+
+#[cfg(any(test, feature = "testing"))]
+pub use engine::simulated;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};

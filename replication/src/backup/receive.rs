@@ -118,7 +118,8 @@ pub(super) struct DataConnection {
     /// Parts that were applied go back to be filled again.
     pub(super) spare: Sender<Part>,
     closer: Box<dyn Stream>,
-    thread: JoinHandle<()>,
+    /// None where somebody else reads in its place.
+    thread: Option<JoinHandle<()>>,
 }
 
 impl DataConnection {
@@ -130,18 +131,29 @@ impl DataConnection {
         shared: Shared,
         deliver: impl FnMut(Delivery) -> bool + Send + 'static,
     ) -> Result<Self, Error> {
+        let (mut connection, receiver) = Self::around(share, reader, shared)?;
+        let thread = spawn("repl-recv", Some(share.index), move || receiver.run(deliver))?;
+        connection.thread = Some(thread);
+        Ok(connection)
+    }
+
+    /// A connection without its thread, and what that would do.
+    pub(super) fn around(
+        share: Share,
+        reader: FrameReader<Box<dyn Stream>>,
+        shared: Shared,
+    ) -> Result<(Self, Receiving), Error> {
         let io = |error| Error::Wire(WireError::Io(error));
         let closer = reader.get_ref().duplicate().map_err(io)?;
         closer.set_read_timeout(None).map_err(io)?;
         // Those in flight, and one that is being filled.
         let (spare, spares) = bounded(3);
         let receiver = Receiving::new(share, reader, shared, spares);
-        let thread = spawn("repl-recv", Some(share.index), move || receiver.run(deliver))?;
-        Ok(Self { spare, closer, thread })
+        Ok((Self { spare, closer, thread: None }, receiver))
     }
 
     /// Ends the connection; the thread follows.
-    pub(super) fn close(self) -> JoinHandle<()> {
+    pub(super) fn close(self) -> Option<JoinHandle<()>> {
         self.closer.close();
         self.thread
     }
@@ -173,6 +185,8 @@ pub(super) struct Receiving {
     closed_round: Option<u64>,
     suspects: Suspects,
     counted: u64,
+    /// Parts that the engine has not taken.
+    under_way: Arc<AtomicU64>,
 }
 
 impl Receiving {
@@ -197,6 +211,7 @@ impl Receiving {
             header: PagesHeader::default(),
             suspects: Suspects::default(),
             counted: 0,
+            under_way: OnItsWay::none(),
         }
     }
 
@@ -206,35 +221,42 @@ impl Receiving {
     }
 
     fn run(mut self, mut deliver: impl FnMut(Delivery) -> bool) {
-        let under_way = OnItsWay::none();
         let mut scratch = Self::scratch();
-        loop {
-            match self.frame(&mut scratch) {
-                Ok(None) => {}
-                Ok(Some(part)) => {
-                    let Some(on_its_way) = OnItsWay::another(&under_way) else {
-                        deliver(Err(ReceiveError::Ahead(part.epoch)));
-                        return;
-                    };
-                    if !deliver(Ok((part, on_its_way))) {
-                        return;
-                    }
-                }
-                Err(error) => {
-                    // The engine has a handle of its own: without this the peer would hear nothing.
-                    self.reader.get_mut().inner_mut().close();
-                    deliver(Err(error));
-                    return;
+        while self.step(&mut scratch, &mut deliver) {}
+    }
+
+    /// Reads a frame and delivers what came of it; whether there may be another one.
+    pub(super) fn step(
+        &mut self,
+        scratch: &mut [u8],
+        mut deliver: impl FnMut(Delivery) -> bool,
+    ) -> bool {
+        match self.frame(scratch) {
+            Ok(None) => {}
+            Ok(Some(part)) => {
+                let Some(on_its_way) = OnItsWay::another(&self.under_way) else {
+                    deliver(Err(ReceiveError::Ahead(part.epoch)));
+                    return false;
+                };
+                if !deliver(Ok((part, on_its_way))) {
+                    return false;
                 }
             }
-            let new = self.reader.bytes() - self.counted;
-            self.counted += new;
-            self.shared.counters.wire_bytes.fetch_add(new, Ordering::Relaxed);
+            Err(error) => {
+                // The engine has a handle of its own: without this the peer would hear nothing.
+                self.reader.get_mut().inner_mut().close();
+                deliver(Err(error));
+                return false;
+            }
         }
+        let new = self.reader.bytes() - self.counted;
+        self.counted += new;
+        self.shared.counters.wire_bytes.fetch_add(new, Ordering::Relaxed);
+        true
     }
 
     /// Reads a frame; a part is whole once its end is read.
-    pub(super) fn frame(&mut self, scratch: &mut [u8]) -> Result<Option<Part>, ReceiveError> {
+    fn frame(&mut self, scratch: &mut [u8]) -> Result<Option<Part>, ReceiveError> {
         let header = self.reader.begin()?;
         if self.shared.rdma.is_some() && !self.by_rdma && header.kind != Kind::Verbs {
             return Err(ReceiveError::Transport { offered: "RDMA", sent: "by TCP" });

@@ -5,6 +5,7 @@
 //! reader waits while the engine has not dealt with what it read before: a peer cannot fill this
 //! side's memory, and one that keeps to the protocol is never slowed.
 
+use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -115,11 +116,11 @@ impl Control {
         Ok(Self { outgoing, closer, written, threads })
     }
 
-    /// Without threads: who carries messages takes them.
+    /// Without threads: who carries messages takes them, and `closer` is closed with the connection.
     #[cfg(any(test, feature = "testing"))]
-    pub(crate) fn simulated() -> (Self, Receiver<Message>) {
+    pub(crate) fn simulated(closer: Box<dyn Stream>) -> (Self, Receiver<Message>) {
         let (outgoing, queue) = unbounded();
-        let closer = Closer(Box::new(crate::testing::Tape::default()));
+        let closer = Closer(closer);
         (Self { outgoing, closer, written: bounded(0).1, threads: vec![] }, queue)
     }
 
@@ -161,19 +162,10 @@ fn read(
     let (free, places) = bounded(AHEAD_MAX);
     (0..AHEAD_MAX).for_each(|_| free.send(()).expect("this end holds both"));
     loop {
-        let message = Message::receive(&mut reader, &mut payload);
+        let Some(message) = hear(&mut reader, &mut payload, progress) else { continue };
         let ended = message.is_err();
-        let wanted = match message {
-            Ok(Message::Heartbeat) => true,
-            Ok(Message::Progress(bytes)) => {
-                progress.store(bytes, Ordering::Relaxed);
-                true
-            }
-            other => {
-                places.recv().expect("this end holds both");
-                deliver(other, Credit(free.clone()))
-            }
-        };
+        places.recv().expect("this end holds both");
+        let wanted = deliver(message, Credit(free.clone()));
         if ended {
             return;
         }
@@ -183,6 +175,22 @@ fn read(
     }
     // Bytes left unread would turn this side's last words into a reset: read them away.
     while reader.read(&mut payload).is_ok() {}
+}
+
+/// Reads a message; `None` for one that is nothing but a sign of life.
+pub(crate) fn hear<R: Read>(
+    reader: &mut FrameReader<R>,
+    payload: &mut Vec<u8>,
+    progress: &AtomicU64,
+) -> Option<Result<Message, WireError>> {
+    match Message::receive(reader, payload) {
+        Ok(Message::Heartbeat) => None,
+        Ok(Message::Progress(bytes)) => {
+            progress.store(bytes, Ordering::Relaxed);
+            None
+        }
+        other => Some(other),
+    }
 }
 
 fn write(

@@ -4,12 +4,13 @@ use std::cell::RefCell;
 
 use crate::protocol::asking::{Asking, Next};
 use crate::protocol::ownership::{self as claim, Claim};
-use crate::protocol::primary;
+use crate::protocol::{backup, primary};
 
 /// A machine went from a state to another one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Step {
     Primary(primary::State, primary::State),
+    Backup(backup::State, backup::State),
     Claim(claim::State, claim::State),
 }
 
@@ -32,6 +33,18 @@ pub fn take() -> Vec<Step> {
 pub(crate) fn primary(before: primary::State, after: primary::State) {
     if before != after {
         note(Step::Primary(before, after));
+    }
+}
+
+/// An event may make two transitions: the first epoch may be the last one of a switch-over.
+pub(crate) fn backup(before: backup::State, after: backup::State) {
+    use backup::State::Replica;
+    if before == after {
+    } else if backup::is_transition_valid(before, after) {
+        note(Step::Backup(before, after));
+    } else {
+        note(Step::Backup(before, Replica));
+        note(Step::Backup(Replica, after));
     }
 }
 

@@ -7,7 +7,7 @@
 use replication::ids::EpochId;
 use replication::protocol::backup::Handover;
 
-use crate::vm::Vm;
+use crate::vm::{Replicated, Vm};
 
 /// A point in a machine's history: the state at the seal that ended this interval.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -74,8 +74,6 @@ impl Default for Guest {
 
 impl Vm for Guest {
     type Content = Position;
-    type Image = Position;
-    type Primary = crate::host::primary::Engine;
 
     fn copy(&mut self) -> Option<Position> {
         None
@@ -120,6 +118,10 @@ impl Vm for Guest {
     fn is_free(&self) -> bool {
         !self.held
     }
+}
+
+impl Replicated for Guest {
+    type Image = Position;
 
     fn receive(image: &mut Position, content: &Position) {
         *image = *content;

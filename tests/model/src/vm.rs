@@ -1,27 +1,16 @@
-//! What the modelled engines need of a machine: the model's is a position in a history, the
-//! simulator's has memory, a server and a gate.
+//! What the modelled engines need of a machine: the model's is a position in a history. The simulator's
+//! has memory, a server and gates, and is driven by one of them where a new host calls its old one.
 
 use std::fmt::Debug;
 use std::hash::Hash;
 
-use replication::ids::{EpochId, Generation};
+use replication::ids::EpochId;
 use replication::protocol::backup::Handover;
-use replication::wire::Base;
 
-use crate::host::Protects;
-
-/// A machine that runs on a host; the part of `replication::guest::Guest` that matters to order, and how
-/// its memory comes to a backup.
+/// A machine that runs on a host; the part of `replication::guest::Guest` that matters to order.
 pub trait Vm: Debug {
     /// What a copy or an epoch carries.
     type Content: Clone + Debug + PartialEq + Eq + Hash;
-    /// What a backup has of it.
-    type Image: Clone + Debug + PartialEq + Eq + Hash + Default;
-    /// What protects it.
-    type Primary: Protects;
-
-    /// Whether what either side has of a session that ended counts in the next one.
-    const CALLS_AGAIN: bool = false;
 
     /// All of it as it is now; `None` where a copy alone is of no consequence, or goes by itself.
     fn copy(&mut self) -> Option<Self::Content>;
@@ -29,11 +18,6 @@ pub trait Vm: Debug {
     /// Quiesces, captures what changed since the last seal, tags all output since then with `epoch`,
     /// and lets the guest run on, unless this is the last epoch of a switch-over.
     fn seal(&mut self, epoch: EpochId, handover: Handover) -> Self::Content;
-
-    /// What protected it is over.
-    fn ends(vm: Option<&mut Self>, primary: Self::Primary) {
-        let _ = (vm, primary);
-    }
 
     /// Output is held from here on.
     fn hold(&mut self);
@@ -55,17 +39,12 @@ pub trait Vm: Debug {
 
     /// Whether output leaves at once.
     fn is_free(&self) -> bool;
+}
 
-    /// Whether an image that was left behind with this epoch is what a primary would go on from.
-    fn fits(image: &Self::Image, base: &Base, generation: Generation, committed: EpochId) -> bool {
-        let _ = (image, base, generation, committed);
-        false
-    }
-
-    /// Nothing that is staged for an image will be acknowledged.
-    fn drop_staging(image: &mut Self::Image) {
-        let _ = image;
-    }
+/// A machine as a backup of the model has it.
+pub trait Replicated: Vm {
+    /// What a backup has of it.
+    type Image: Clone + Debug + PartialEq + Eq + Hash + Default;
 
     /// Brings a copy or an epoch into an image.
     fn receive(image: &mut Self::Image, content: &Self::Content);

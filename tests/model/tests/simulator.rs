@@ -10,6 +10,7 @@ use protocol_model::sim::memory::{self, PAGES};
 use protocol_model::sim::oracle::Oracle;
 use protocol_model::sim::run::run;
 use protocol_model::sim::total::Total;
+use replication::ids::EpochId;
 
 const SEEDS: u64 = 2000;
 const THREADS: usize = 2;
@@ -45,6 +46,7 @@ fn no_seed_fails_and_every_transition_is_made() {
     assert_eq!(total.coverage.strangers(), [""; 0]);
     assert!(total.bases > 0, "no copy went on from what was kept");
     assert!(total.garbled > 0, "no bit was turned over");
+    assert!(total.refused > 0, "no call was refused");
     assert!(total.storage_faults > 0, "nothing went wrong at the arbiter's storage");
     assert!(total.etcd_faults > 0, "nothing went wrong at the arbiter's cluster");
     let never = |name: &str| NEVER.iter().any(|(known, _)| *known == name);
@@ -76,10 +78,16 @@ fn the_oracle_sees_a_page_that_differs_and_answers_that_cannot_be() {
     let mut oracle = Oracle::default();
     let ram = memory::new();
     memory::write(&ram, PAGES - 1, 511, 7);
-    oracle.sealed(position, &ram);
-    assert_eq!(oracle.committed(position, &ram), Ok(()));
+    oracle.sealed(position, EpochId(7), &ram);
+    let passed = memory::snapshot(&ram);
+    assert_eq!(oracle.committed(position, None, &ram), Ok(()));
+    assert_eq!(oracle.started(position, &ram), Ok(EpochId(7)));
     memory::write(&ram, PAGES - 1, 511, 8);
-    assert!(oracle.committed(position, &ram).is_err());
+    assert!(oracle.committed(position, None, &ram).is_err());
+    assert!(oracle.started(position, &ram).is_err());
+    assert_eq!(oracle.committed(position, Some(&passed), &ram), Ok(()));
+    let differs = memory::snapshot(&ram);
+    assert!(oracle.committed(position, Some(&differs), &ram).is_err());
 
     let request = oracle.begins(0);
     let answer = |request, total| Output::Response { client: 0, request, total };

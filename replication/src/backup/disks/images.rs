@@ -77,6 +77,20 @@ impl Images {
         Ok(Self { disks, jobs, waiting_bytes, limit_bytes, hurry, ended, thread })
     }
 
+    /// Of disks that cannot be written any more, as what settles them finds out.
+    #[cfg(any(test, feature = "testing"))]
+    pub(in crate::backup) fn lost() -> Self {
+        Self {
+            disks: vec![],
+            jobs: None,
+            waiting_bytes: Arc::default(),
+            limit_bytes: 0,
+            hurry: Arc::default(),
+            ended: Arc::default(),
+            thread: None,
+        }
+    }
+
     pub(in crate::backup) fn disks(&self) -> &[Arc<dyn ReplicaDisk>] {
         &self.disks
     }

@@ -21,7 +21,11 @@ impl<B: ReplicaBuilder> Engine<B> {
     /// Lets the machine decide and carries it out.
     pub(super) fn step(&mut self, event: Event) {
         self.note_reason(&event);
+        #[cfg(any(test, feature = "testing"))]
+        let before = self.machine.state();
         let actions = self.machine.step(event);
+        #[cfg(any(test, feature = "testing"))]
+        crate::engine::trace::backup(before, self.machine.state());
         // An end is shown only once all that it says is so.
         if !matches!(self.machine.state(), State::Idle | State::TakenOver | State::Stopped) {
             self.show();
@@ -345,7 +349,7 @@ impl<B: ReplicaBuilder> Engine<B> {
 /// Ends data connections and waits for their threads: they hold the replica's memory, which must be
 /// nobody else's before it runs or another is built.
 fn end_data(data: impl Iterator<Item = DataConnection>, disks: Option<DiskConnection>) {
-    let mut threads: Vec<_> = data.map(DataConnection::close).collect();
+    let mut threads: Vec<_> = data.filter_map(DataConnection::close).collect();
     threads.extend(disks.map(DiskConnection::close));
     for thread in threads {
         if thread.join().is_err() {

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use api::replication::ReplicateData;
 
@@ -14,10 +14,11 @@ use super::{Base, Built, Engine, Input, Opening, Session};
 use crate::backup::accept::Arrival;
 use crate::backup::commit::Gather;
 use crate::backup::disks::{DiskConnection, DiskDelivery, Images};
-use crate::backup::receive::{DataConnection, Shared};
+use crate::backup::receive::Shared;
 use crate::backup::staging::Budget;
 use crate::capture::cow::Share;
 use crate::checking::reach;
+use crate::engine::clock;
 use crate::engine::control::{Control, Greeted, Pace, Progress};
 use crate::engine::heard::Heard;
 use crate::engine::spawn;
@@ -164,7 +165,7 @@ impl<B: ReplicaBuilder> Engine<B> {
         let may_end = matches!(self.machine.state(), State::Syncing | State::Replica);
         if is_passing && may_end && self.waiting.is_none() {
             let patience = WAIT_MAX.min(Duration::from_millis(offer.timeout_ms.into()) / 2);
-            self.waiting = Some((caller, Instant::now() + patience));
+            self.waiting = Some((caller, clock::now() + patience));
             return;
         }
         self.control(*caller);
@@ -271,13 +272,13 @@ impl<B: ReplicaBuilder> Engine<B> {
         drop(gathered);
     }
 
-    /// Starts the threads of the present session's control connection.
+    /// Has the present session's control connection read and written.
     fn listen(&self, greeted: Greeted, pace: Pace, heard: &Heard) -> Result<Control, Error> {
         let (number, deliver) = (self.sessions, self.inputs.clone());
         let counters = Arc::clone(&self.status.counters);
         let progress =
             Progress { ours: Some(Arc::new(move || counters.done())), ..Progress::default() };
-        Control::start(greeted, pace, heard.clone(), progress, move |word, credit| {
+        self.crew.control(greeted, pace, heard.clone(), progress, move |word, credit| {
             let input = match word {
                 Ok(message) => Input::Message(number, message, credit),
                 Err(error) => Input::Lost(number, error),
@@ -406,7 +407,8 @@ impl<B: ReplicaBuilder> Engine<B> {
         }
         let (number, deliver) = (session.number, self.inputs.clone());
         let share = Share { index, of: session.data.len() };
-        let started = DataConnection::start(share, reader, session.shared.clone(), move |part| {
+        let shared = session.shared.clone();
+        let started = self.crew.data(share, reader, shared, move |part| {
             let input = match part {
                 Ok((part, taken)) => Input::Part(number, index, part, taken),
                 Err(error) => Input::DataLost(number, error),

@@ -2,13 +2,14 @@
 //! backup, and the old one, which is that backup.
 
 use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::arrivals::Refusal;
 use super::{
     Backup, Base, Built, Engine, Error, Event, Generation, HostId, Legacy, Replica, ReplicaBuilder,
     VmId, WayBack,
 };
+use crate::engine::clock;
 use crate::ids::EpochId;
 use crate::primary::{check, layout};
 use crate::protocol::backup::Handover;
@@ -89,7 +90,7 @@ impl<B: ReplicaBuilder> Engine<B> {
                 self.machine = Backup::heir(generation, epoch);
                 self.heir_session = Some(session);
                 let timeout = Duration::from_millis(self.options.timeout_ms);
-                self.heir_until = Some(Instant::now() + timeout * HEIR_TIMEOUTS);
+                self.heir_until = Some(clock::now() + timeout * HEIR_TIMEOUTS);
             }
             Ok((replica, None)) => {
                 tracing::info!("the memory of epoch {epoch} is kept for its copy back");

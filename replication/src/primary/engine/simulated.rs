@@ -5,7 +5,7 @@
 //! step comes, which is when the engine's thread would get to it, and carries what it says, sends and asks.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use api::replication::{Compression, ReplicateData};
@@ -23,23 +23,39 @@ use crate::engine::status::Status;
 pub use crate::engine::trace::{Step, take as take_steps};
 use crate::error::Error;
 use crate::guest::Guest;
+use crate::handover::Legacy;
 use crate::ids::{EpochId, Generation};
 use crate::ownership::{HostId, HostIdentity, Record, Seen};
 use crate::primary::disk::DiskError;
 use crate::primary::rest;
 use crate::primary::send::{Job, OneSender, Senders};
+use crate::primary::session;
 use crate::protocol::ownership::{Action, Event};
 use crate::protocol::primary::{Primary, State};
 use crate::ram::{PageBuffer, PageSet};
 use crate::testing::Tape;
-use crate::wire::{Base, FrameWriter, Message, SessionId, Welcome, WireError};
+use crate::transport::Stream;
+use crate::wire::{Base, FrameWriter, Hello, Message, Offer, SessionId, Welcome, WireError};
 
-/// What both sides have agreed upon.
+/// Which session it is, and by how many data connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
     pub session: SessionId,
-    pub connections: usize,
-    pub staging_bytes: u64,
+    pub connections: u32,
+}
+
+impl Terms {
+    fn count(&self) -> usize {
+        usize::try_from(self.connections).unwrap_or(usize::MAX)
+    }
+
+    /// How each of its connections greets; 0 is the one for control.
+    #[must_use]
+    pub fn hello(&self, identity: HostIdentity, connection: u32) -> Message {
+        let HostIdentity { host, vm } = identity;
+        let connections = self.connections;
+        Message::Hello(Hello { vm: vm.0, host: host.0, connection, connections })
+    }
 }
 
 /// What the backup may have of a session that has ended.
@@ -84,10 +100,11 @@ pub enum Start {
 #[derive(Clone, Debug)]
 pub struct Between {
     pub identity: HostIdentity,
-    pub backup: HostId,
     pub arbiter: bool,
     /// What this process knows of the record.
     pub seen: Seen,
+    /// What the backup answered.
+    pub welcome: Welcome,
 }
 
 /// What comes to an engine.
@@ -125,12 +142,30 @@ pub fn admit(seen: &Seen, record: Option<Record>, identity: HostIdentity) -> Opt
     seen.admit(record, identity).ok()
 }
 
+/// What a backup is offered.
+///
+/// # Panics
+/// If `guest` cannot be described, or `options` are none.
+#[must_use]
+pub fn offer(
+    guest: &mut impl Guest,
+    options: &ReplicateData,
+    arbiter: bool,
+    base: Option<Base>,
+    is_reversed: bool,
+) -> Message {
+    let offer = session::offer(guest, options, (false, None), base, is_reversed);
+    let offer = offer.expect("a simulated machine can be described");
+    Message::Offer(Offer { arbiter, ..offer })
+}
+
 /// The primary's side of a session.
 pub struct Session<G: Guest> {
     engine: Engine<'static, G>,
     terms: Terms,
     inputs: Sender<Input>,
     heard: Heard,
+    done: Arc<AtomicU64>,
     said: Receiver<Message>,
     calls: Receiver<(u64, Action)>,
     connections: Vec<Connection>,
@@ -141,8 +176,7 @@ pub struct Session<G: Guest> {
 }
 
 impl<G: Guest> Session<G> {
-    /// Begins a session with what its backup has accepted. With a rest the tracking of pages went on;
-    /// `has_base`: the backup has what that is the difference to.
+    /// Begins a session with what its backup has accepted. With a rest the tracking of pages went on.
     ///
     /// # Panics
     /// If no thread can be started: one that has buffers ready.
@@ -153,26 +187,28 @@ impl<G: Guest> Session<G> {
         between: Between,
         (start, generation): (Start, Generation),
         terms: Terms,
-        (rest, has_base): (Option<Rest>, bool),
+        rest: Option<Rest>,
         broken: Broken,
     ) -> Self {
-        let Between { identity, backup, arbiter, seen } = between;
+        let Between { identity, arbiter, seen, welcome } = between;
         let ram = guest.ram();
         let status = Status::default();
         let (inputs, queue) = unbounded();
         let (asker, calls) = Asker::simulated(arbiter);
-        let (control, said) = Control::simulated();
-        let (senders, jobs) = Senders::simulated(terms.connections);
-        let of = terms.connections;
-        let connect = |(index, jobs)| {
+        let (control, said) = Control::simulated(Box::new(Tape::default()));
+        let of = terms.count();
+        let (senders, jobs) = Senders::simulated(of);
+        let connect = |(number, (index, jobs))| {
             let tape = Tape::default();
-            let writer = FrameWriter::new(Box::new(tape.clone()) as _, terms.session);
+            let mut writer =
+                FrameWriter::new(Box::new(tape.clone()) as Box<dyn Stream>, terms.session);
+            terms.hello(identity, number).send(&mut writer).expect("a tape takes all");
             let (share, counters) = (Share { index, of }, &status.counters);
             let sender = OneSender::new(share, &ram, writer, Compression::None, counters);
             Connection { sender, tape, jobs }
         };
-        let connections = jobs.into_iter().enumerate().map(connect).collect();
-        let heard = Heard::new();
+        let connections = (1..).zip(jobs.into_iter().enumerate()).map(connect).collect();
+        let (heard, done) = (Heard::new(), Arc::<AtomicU64>::default());
         let crew = Crew {
             id: terms.session,
             queue,
@@ -181,7 +217,7 @@ impl<G: Guest> Session<G> {
             control,
             senders,
             heard: heard.clone(),
-            done: Arc::<AtomicU64>::default(),
+            done: Arc::clone(&done),
             lender: None,
         };
         let begin = match start {
@@ -189,13 +225,7 @@ impl<G: Guest> Session<G> {
             Start::Again => Begin::Again,
             Start::Reversed(machine) => Begin::Reversed(machine),
         };
-        let welcome = Welcome {
-            host: backup.0,
-            staging_bytes: terms.staging_bytes,
-            heartbeat_ms: 0,
-            timeout_ms: 0,
-            has_base,
-        };
+        let backup = HostId(welcome.host);
         let observer = Arc::new(());
         let mut rest = rest.map(|rest| rest.0);
         let engine = Engine::around(
@@ -212,6 +242,7 @@ impl<G: Guest> Session<G> {
             terms,
             inputs,
             heard,
+            done,
             said,
             calls,
             connections,
@@ -261,6 +292,11 @@ impl<G: Guest> Session<G> {
     /// The other side was heard.
     pub fn heard(&self) {
         self.heard.now();
+    }
+
+    /// The other side was heard, and says that it has done so much.
+    pub fn progress(&self, bytes: u64) {
+        self.done.store(bytes, Ordering::Relaxed);
     }
 
     /// Whether something is in the engine's queue.
@@ -338,6 +374,18 @@ impl<G: Guest> Session<G> {
         self.connections.iter_mut().for_each(|of| of.sender.encoder.choose(choice));
     }
 
+    /// How a data connection greets.
+    #[must_use]
+    pub fn greets(&self, connection: usize) -> Vec<u8> {
+        self.connections.get(connection).map_or_else(Vec::new, |of| of.tape.take())
+    }
+
+    /// Whether what is left of the machine is to be a backup's.
+    #[must_use]
+    pub fn has_legacy(&self) -> bool {
+        self.engine.status.lock().legacy.is_some()
+    }
+
     /// Whether a connection has something to send.
     #[must_use]
     pub fn is_unsent(&self, connection: usize) -> bool {
@@ -354,7 +402,7 @@ impl<G: Guest> Session<G> {
         let Some(of) = connections.get_mut(connection) else { return vec![] };
         let Ok(job) = of.jobs.try_recv() else { return vec![] };
         let stale = (broken.stale_deltas && job.epoch == EpochId(0)).then(|| {
-            let fresh = Encoder::new(Compression::None, terms.connections);
+            let fresh = Encoder::new(Compression::None, terms.count());
             std::mem::replace(&mut of.sender.encoder, fresh)
         });
         let number = of.sender.send(job, scratch).expect("a tape takes all");
@@ -366,12 +414,13 @@ impl<G: Guest> Session<G> {
         bytes
     }
 
-    /// The session is over: what the next one has of it, and whether there may be one.
+    /// The session is over: what the next one has of it, whether there may be one, and what a machine leaves here
+    /// that was handed over.
     ///
     /// # Panics
     /// If somebody who asked for something was not answered.
     #[must_use]
-    pub fn end(self) -> (Option<Rest>, bool) {
+    pub fn end(self) -> (Option<Rest>, bool, Option<Legacy>) {
         let Self { engine, answers, broken, .. } = self;
         let dirty = broken.forgets.then(|| {
             let mut pages = PageSet::new(engine.sealer.dirty.pages().universe());
@@ -379,6 +428,7 @@ impl<G: Guest> Session<G> {
             pages
         });
         let queue = engine.queue.clone();
+        let legacy = engine.status.lock().legacy.take();
         let ended = engine.ended();
         // What came too late for this session is the next one's.
         let late = queue.try_iter().filter(|input| matches!(input, Input::Ask(..))).count();
@@ -391,7 +441,7 @@ impl<G: Guest> Session<G> {
             }
             Rest(rest)
         });
-        (rest, goes_on)
+        (rest, goes_on, legacy)
     }
 }
 
@@ -416,14 +466,13 @@ mod tests {
     use super::*;
     use crate::ownership::VmId;
     use crate::testing::{Machine, MemoryDisks, MemoryGuest, memory};
-    use crate::transport::Stream;
 
     /// Who calls next goes on from it, or ends the tracking that it says is on.
     #[test]
     fn what_may_differ_outlives_a_session_that_does_not_begin() {
         let guest = MemoryGuest(Machine::new(memory(&[(0, 16)])));
         let (inputs, queue) = unbounded();
-        let (control, _said) = Control::simulated();
+        let (control, _said) = Control::simulated(Box::<Tape>::default());
         let crew = Crew {
             id: SessionId(2),
             queue,

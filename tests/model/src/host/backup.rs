@@ -6,23 +6,19 @@ use replication::VmId;
 use replication::ids::{EpochId, Generation};
 use replication::ownership::{HostId, HostIdentity, Record, Standing};
 use replication::protocol::asking::{Asking, Next};
-use replication::protocol::backup::{Action, Backup, Event, Handover, State, is_transition_valid};
+use replication::protocol::backup::{Action, Backup, Event, Handover, State};
 use replication::protocol::ownership::{self as claim, Claim, Verdict};
 use replication::protocol::primary::IN_FLIGHT_MAX;
-use replication::wire::Base;
 
-use super::{Around, Effect, Message, Protects, Seal, Step, asked, misread};
+use super::{Around, Effect, Message, Seal, asked, misread, primary};
 use crate::broken::Broken;
-use crate::vm::Vm;
+use crate::vm::Replicated;
 
 /// What reaches the engine.
 #[derive(Clone, Debug)]
 pub enum Input<C> {
-    /// A primary's connection, and the machine that was built for it, around what was kept of an earlier
-    /// session if that is what the primary would go on from.
-    Arrival(HostIdentity, Option<Base>),
-    /// What came is nothing that a primary sends.
-    Bad(String),
+    /// A primary's connection, and the machine that was built for it.
+    Arrival(HostIdentity),
     Message(Message<C>),
     /// The pages of the epoch that is due are here.
     Whole,
@@ -51,16 +47,8 @@ struct Session<C> {
     seals: VecDeque<Seal<C>>,
 }
 
-/// What a lost claim left behind, for its primary to go on from: nobody can start it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Kept<I> {
-    image: I,
-    generation: Generation,
-    committed: EpochId,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Engine<V: Vm> {
+pub struct Engine<V: Replicated> {
     pub machine: Backup,
     me: HostId,
     vm: Option<VmId>,
@@ -68,9 +56,6 @@ pub struct Engine<V: Vm> {
     asking: Asking,
     session: Option<Session<V::Content>>,
     image: Option<V::Image>,
-    kept: Option<Kept<V::Image>>,
-    /// The present session goes on from what was kept.
-    has_base: bool,
     /// The last acknowledged machine state, and whether it is the last of a switch-over.
     state: Option<(EpochId, bool)>,
     /// Kept for one broken rule only.
@@ -87,7 +72,7 @@ pub struct Engine<V: Vm> {
     pub waits: bool,
 }
 
-impl<V: Vm> Engine<V> {
+impl<V: Replicated> Engine<V> {
     #[must_use]
     pub fn new(me: HostId, arbiter: bool) -> Self {
         Self {
@@ -98,8 +83,6 @@ impl<V: Vm> Engine<V> {
             asking: Asking::default(),
             session: None,
             image: None,
-            kept: None,
-            has_base: false,
             state: None,
             before: None,
             verified: None,
@@ -115,8 +98,8 @@ impl<V: Vm> Engine<V> {
 
     /// What an old primary is from the moment that the pair is reversed.
     #[must_use]
-    pub fn heir(identity: HostIdentity, before: &V::Primary, image: V::Image) -> Self {
-        let (generation, epoch) = (before.machine().generation(), before.sealed());
+    pub fn heir(identity: HostIdentity, before: &primary::Engine, image: V::Image) -> Self {
+        let (generation, epoch) = (before.machine.generation(), before.sealed());
         Self {
             machine: Backup::heir(generation, epoch),
             vm: Some(identity.vm),
@@ -157,28 +140,10 @@ impl<V: Vm> Engine<V> {
         self.session.as_ref().map(|session| session.primary)
     }
 
-    /// Whether this session goes on from what was kept of another one.
-    #[must_use]
-    pub fn has_base(&self) -> bool {
-        self.has_base
-    }
-
-    /// What it has of the machine.
-    #[must_use]
-    pub fn image(&self) -> Option<&V::Image> {
-        self.image.as_ref()
-    }
-
     /// Whether what it has can be started.
     #[must_use]
     pub fn is_sound(&self) -> bool {
         !self.spoiled && !self.doomed
-    }
-
-    /// The VM that it has, or had.
-    #[must_use]
-    pub fn vm(&self) -> Option<VmId> {
-        self.vm
     }
 
     /// Whether it would be looked at if the pages of the epoch that is due arrived.
@@ -201,21 +166,13 @@ impl<V: Vm> Engine<V> {
 
     pub fn input(&mut self, input: Input<V::Content>, around: &mut Around<'_, V>) {
         match input {
-            Input::Arrival(primary, base) if self.welcomes(primary.vm) => {
+            Input::Arrival(primary) if self.welcomes(primary.vm) => {
                 self.step(Event::Accepted, around);
                 self.vm = Some(primary.vm);
-                let fits = |kept: &Kept<V::Image>| {
-                    base.is_some_and(|base| {
-                        V::fits(&kept.image, &base, kept.generation, kept.committed)
-                    })
-                };
-                let kept = self.kept.take().filter(fits);
-                self.has_base = kept.is_some();
-                self.image = Some(kept.map(|kept| kept.image).unwrap_or_default());
+                self.image = Some(V::Image::default());
                 self.session = Some(Session { primary: primary.host, seals: VecDeque::default() });
             }
-            Input::Bad(reason) if self.session.is_some() => self.step(Event::Bad(reason), around),
-            Input::Arrival(primary, _) if self.awaits() == Some(primary.host) => {
+            Input::Arrival(primary) if self.awaits() == Some(primary.host) => {
                 self.step(Event::Accepted, around);
                 self.session = Some(Session { primary: primary.host, seals: VecDeque::default() });
             }
@@ -363,24 +320,8 @@ impl<V: Vm> Engine<V> {
     }
 
     fn step(&mut self, event: Event, around: &mut Around<'_, V>) {
-        let before = self.machine.state();
-        let actions = self.machine.step(event);
-        self.went(before, around);
-        for action in actions {
+        for action in self.machine.step(event) {
             self.act(action, around);
-        }
-    }
-
-    /// An event may make two transitions: the first epoch may be the last of a switch-over.
-    fn went(&self, before: State, around: &mut Around<'_, V>) {
-        let after = self.machine.state();
-        let mut note = |from, to| around.effects.push(Effect::Went(Step::Backup(from, to)));
-        if before == after {
-        } else if is_transition_valid(before, after) {
-            note(before, after);
-        } else {
-            note(before, State::Replica);
-            note(State::Replica, after);
         }
     }
 
@@ -429,16 +370,9 @@ impl<V: Vm> Engine<V> {
                 let standing = Standing::Pair { primary: self.me, backup: session.primary };
                 self.claim(expected, standing, around);
             }
-            Action::Keep { generation, committed } if V::CALLS_AGAIN => {
-                let keep = |image| Kept { image, generation, committed };
-                self.kept = self.image.take().map(keep);
-                self.state = None;
-                self.spoiled = false;
-            }
-            // What is kept for a primary that calls again is nothing that runs; in the model none does.
+            // What is kept for a primary that calls again is nothing that runs; here none does.
             Action::Discard | Action::Keep { .. } => {
                 self.image = None;
-                self.kept = None;
                 self.state = None;
                 self.spoiled = false;
             }
@@ -483,9 +417,6 @@ impl<V: Vm> Engine<V> {
         self.pairing = None;
         if around.broken == Some(Broken::AckAfterSuspecting) {
             return;
-        }
-        if let Some(image) = &mut self.image {
-            V::drop_staging(image);
         }
         if let Some(session) = &mut self.session {
             session.seals.clear();

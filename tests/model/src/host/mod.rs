@@ -2,20 +2,21 @@
 //!
 //! Enters: inputs, one at a time. Leaves: effects, which the world carries out. The engines here
 //! do what `primary/engine.rs` and `backup/engine.rs` of the replication crate do, without threads,
-//! sockets, pages and clocks; what decides is [`replication::protocol`] itself.
+//! sockets, pages and clocks; what decides is [`replication::protocol`] itself. The simulator has those
+//! that ship, but for what calls the old host of a reversed pair.
 
 pub mod backup;
 pub mod primary;
 
 use replication::ids::{EpochId, Generation};
 use replication::ownership::{HostId, HostIdentity};
+use replication::primary::simulated::Step;
 use replication::protocol::asking::{Asking, Next};
 use replication::protocol::backup::Handover;
 use replication::protocol::ownership::{self as claim, Verdict};
-use replication::protocol::primary::{Primary, State};
 
 use crate::broken::Broken;
-use crate::vm::Vm;
+use crate::vm::{Replicated, Vm};
 
 /// An epoch's seal. Its pages travel beside it; that they are here is an input of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -63,14 +64,6 @@ pub enum Effect<C> {
     Went(Step),
 }
 
-/// A transition, for whoever counts them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Step {
-    Primary(replication::protocol::primary::State, replication::protocol::primary::State),
-    Backup(replication::protocol::backup::State, replication::protocol::backup::State),
-    Claim(claim::State, claim::State),
-}
-
 /// What an engine has at hand while it deals with an input.
 pub struct Around<'a, V: Vm> {
     pub vm: &'a mut Option<V>,
@@ -90,64 +83,26 @@ impl<V: Vm> Around<'_, V> {
     }
 }
 
-/// What protects a machine, around the machine that ships.
-pub trait Protects: std::fmt::Debug {
-    /// Of a machine that was handed over by what is its backup since; not connected yet.
-    fn reversed(
-        identity: HostIdentity,
-        backup: HostId,
-        generation: Generation,
-        epoch: EpochId,
-    ) -> Self;
-
-    fn machine(&self) -> &Primary;
-
-    fn backup(&self) -> HostId;
-
-    /// The last epoch that was sealed.
-    fn sealed(&self) -> EpochId;
-
-    fn is_connected(&self) -> bool;
-
-    /// Whether a claim waits for its timer.
-    fn waits(&self) -> bool;
-
-    fn is_over(&self) -> bool {
-        use State::{Alone, Failed, Gone, Heir, Stopped};
-        matches!(self.machine().state(), Alone | Gone | Heir | Stopped | Failed)
-    }
-
-    /// Whether the old host of a switch-over has not answered yet.
-    fn is_calling(&self) -> bool {
-        self.machine().state() == State::Calling
-    }
-
-    /// Whether this side is the backup of the pair that it was the primary of.
-    fn is_heir(&self) -> bool {
-        self.machine().state() == State::Heir
-    }
-}
-
 /// What runs on a host beside the machine.
 #[expect(clippy::large_enum_variant, reason = "the model clones states by the million")]
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Role<V: Vm, P = <V as Vm>::Primary> {
+pub enum Role<V: Replicated> {
     /// Nothing: there is a machine that is not protected, or not even that.
     None,
-    Primary(P),
+    Primary(primary::Engine),
     Backup(backup::Engine<V>),
 }
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Host<V: Vm, P = <V as Vm>::Primary> {
+pub struct Host<V: Replicated> {
     pub alive: bool,
     pub identity: HostIdentity,
     pub vm: Option<V>,
-    pub role: Role<V, P>,
+    pub role: Role<V>,
 }
 
-impl<V: Vm> Host<V> {
+impl<V: Replicated> Host<V> {
     /// A process that runs a machine.
     #[must_use]
     pub fn running(identity: HostIdentity, vm: V) -> Self {
@@ -186,7 +141,7 @@ impl<V: Vm> Host<V> {
             }
             Role::Backup(engine) => {
                 let reversed = engine.reversed().map(|(backup, generation, epoch)| {
-                    V::Primary::reversed(self.identity, backup, generation, epoch)
+                    primary::Engine::reversed(self.identity, backup, generation, epoch)
                 });
                 (reversed.map(Role::Primary).filter(|_| self.vm.is_some()), engine.is_over())
             }
@@ -194,10 +149,7 @@ impl<V: Vm> Host<V> {
         };
         if over {
             let inherits = matches!(next, Some(Role::Backup(_)));
-            let before = std::mem::replace(&mut self.role, next.unwrap_or(Role::None));
-            if let Role::Primary(engine) = before {
-                V::ends(self.vm.as_mut(), engine);
-            }
+            self.role = next.unwrap_or(Role::None);
             if inherits {
                 self.vm = None;
             }
@@ -216,7 +168,7 @@ impl<V: Vm> Host<V> {
     }
 
     #[must_use]
-    pub fn primary(&self) -> Option<&V::Primary> {
+    pub fn primary(&self) -> Option<&primary::Engine> {
         match &self.role {
             Role::Primary(engine) => Some(engine),
             _ => None,
@@ -245,7 +197,7 @@ impl<V: Vm> Host<V> {
     #[must_use]
     pub fn waits(&self) -> bool {
         match &self.role {
-            Role::Primary(engine) => engine.waits(),
+            Role::Primary(engine) => engine.waits,
             Role::Backup(engine) => engine.waits,
             Role::None => false,
         }
@@ -255,7 +207,7 @@ impl<V: Vm> Host<V> {
     #[must_use]
     pub fn generation(&self) -> Option<Generation> {
         match &self.role {
-            Role::Primary(engine) => Some(engine.machine().generation()),
+            Role::Primary(engine) => Some(engine.machine.generation()),
             Role::Backup(engine) => Some(engine.machine.generation()),
             Role::None => None,
         }

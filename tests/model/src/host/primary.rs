@@ -9,7 +9,7 @@ use replication::protocol::primary::{
     Action, Event, IN_FLIGHT_MAX, Primary, State, is_transition_valid,
 };
 
-use super::{Around, Effect, Message, Protects, Seal, Step, asked, misread};
+use super::{Around, Effect, Message, Seal, Step, asked, misread};
 use crate::broken::Broken;
 use crate::vm::Vm;
 
@@ -66,8 +66,10 @@ pub struct Engine {
     pub waits: bool,
 }
 
-impl Protects for Engine {
-    fn reversed(
+impl Engine {
+    /// Of a machine that was handed over by what is its backup since; not connected yet.
+    #[must_use]
+    pub fn reversed(
         identity: HostIdentity,
         backup: HostId,
         generation: Generation,
@@ -78,28 +80,40 @@ impl Protects for Engine {
         Self { connected: false, first: false, ..engine }
     }
 
-    fn machine(&self) -> &Primary {
-        &self.machine
-    }
-
-    fn backup(&self) -> HostId {
+    #[must_use]
+    pub fn backup(&self) -> HostId {
         self.backup
     }
 
-    fn sealed(&self) -> EpochId {
+    /// The last epoch that was sealed.
+    #[must_use]
+    pub fn sealed(&self) -> EpochId {
         self.sealed
     }
 
-    fn is_connected(&self) -> bool {
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
         self.connected
     }
 
-    fn waits(&self) -> bool {
-        self.waits
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        use State::{Alone, Failed, Gone, Heir, Stopped};
+        matches!(self.machine.state(), Alone | Gone | Heir | Stopped | Failed)
     }
-}
 
-impl Engine {
+    /// Whether the old host of a switch-over has not answered yet.
+    #[must_use]
+    pub fn is_calling(&self) -> bool {
+        self.machine.state() == State::Calling
+    }
+
+    /// Whether this side is the backup of the pair that it was the primary of.
+    #[must_use]
+    pub fn is_heir(&self) -> bool {
+        self.machine.state() == State::Heir
+    }
+
     /// Connected and welcomed; `None` where the record says that another host's machine runs.
     #[must_use]
     pub fn open(

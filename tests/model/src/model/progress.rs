@@ -16,7 +16,6 @@ use replication::protocol::primary::State as PrimaryState;
 
 use super::config::Config;
 use super::world::{Act, At, World};
-use crate::host::Protects;
 use crate::vm::Vm;
 
 /// Steps of a run after which it does not end.

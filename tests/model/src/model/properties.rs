@@ -6,7 +6,6 @@ use stateright::Property;
 
 use super::config::Config;
 use super::world::{Protocol, World};
-use crate::host::Protects;
 use crate::host::primary::Engine as Primary;
 
 pub const ONE_OWNER: &str = "one owner";

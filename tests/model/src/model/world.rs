@@ -16,7 +16,7 @@ use super::properties;
 use crate::arbiter::{Arbiter, Fate};
 use crate::ghost::Ghost;
 use crate::guest::{Guest, Position};
-use crate::host::{Around, Effect, Host, Message, Protects, Role, backup, primary};
+use crate::host::{Around, Effect, Host, Message, Role, backup, primary};
 
 /// One of the two hosts.
 pub type At = usize;
@@ -424,7 +424,7 @@ impl World {
         self.link = Link { open: [true; 2], ..Link::default() };
         self.hosts[at].role = Role::Primary(engine);
         self.ghost.accepts(1 - at);
-        self.tell_backup(1 - at, config, backup::Input::Arrival(me, None));
+        self.tell_backup(1 - at, config, backup::Input::Arrival(me));
         let mut effects = vec![];
         let host = &mut self.hosts[at];
         let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: config.broken };
@@ -447,7 +447,7 @@ impl World {
     fn reach(&mut self, at: At, config: &Config) {
         self.link = Link { open: [true; 2], ..Link::default() };
         let me = self.hosts[at].identity;
-        self.tell_backup(1 - at, config, backup::Input::Arrival(me, None));
+        self.tell_backup(1 - at, config, backup::Input::Arrival(me));
         self.tell_primary(at, config, primary::Input::Reached);
     }
 

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use replication::primary::simulated::Step;
 use replication::protocol::backup::{self, State as B};
 use replication::protocol::ownership::{self, State as C};
 use replication::protocol::primary::{self, Purpose, State as P};
-
-use crate::host::Step;
 
 #[derive(Clone, Debug, Default)]
 pub struct Coverage(BTreeMap<String, u64>);

@@ -1,13 +1,12 @@
 //! What protects a simulated machine: the engine that ships; or, while a new host calls the old one of a reversed
 //! pair, the model's, after `primary/keeper/reversed.rs`.
 
-use replication::ids::{EpochId, Generation};
-use replication::ownership::{HostId, HostIdentity};
+use replication::ids::EpochId;
+use replication::ownership::HostId;
 use replication::primary::simulated::Session;
-use replication::protocol::primary::Primary;
+use replication::protocol::primary::{Primary, State};
 
-use super::machine::{Handle, Machine};
-use crate::host::Protects;
+use super::machine::Handle;
 use crate::host::primary::Engine;
 
 #[derive(Debug)]
@@ -17,59 +16,50 @@ pub enum Driver {
 }
 
 impl Driver {
-    /// It is over.
-    pub fn ends(self, vm: Option<&mut Machine>) {
-        let Self::Works(session) = self else { return };
-        let (rest, again) = session.end();
-        if let Some(vm) = vm {
-            (vm.rest, vm.again) = (rest, again);
-        }
-    }
-}
-
-impl Protects for Driver {
-    fn reversed(
-        identity: HostIdentity,
-        backup: HostId,
-        generation: Generation,
-        epoch: EpochId,
-    ) -> Self {
-        Self::Calls(Box::new(Engine::reversed(identity, backup, generation, epoch)))
-    }
-
-    fn machine(&self) -> &Primary {
+    #[must_use]
+    pub fn machine(&self) -> &Primary {
         match self {
-            Self::Calls(engine) => engine.machine(),
+            Self::Calls(engine) => &engine.machine,
             Self::Works(session) => session.machine(),
         }
     }
 
-    fn backup(&self) -> HostId {
+    #[must_use]
+    pub fn backup(&self) -> HostId {
         match self {
             Self::Calls(engine) => engine.backup(),
             Self::Works(session) => session.backup(),
         }
     }
 
-    fn sealed(&self) -> EpochId {
+    /// The last epoch that was sealed.
+    #[must_use]
+    pub fn sealed(&self) -> EpochId {
         match self {
             Self::Calls(engine) => engine.sealed(),
             Self::Works(session) => session.sealed(),
         }
     }
 
-    fn is_connected(&self) -> bool {
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
         match self {
             Self::Calls(engine) => engine.is_connected(),
             Self::Works(session) => session.is_connected(),
         }
     }
 
-    fn waits(&self) -> bool {
+    #[must_use]
+    pub fn is_over(&self) -> bool {
         match self {
-            Self::Calls(engine) => engine.waits(),
-            // It has a timer of its own.
-            Self::Works(_) => false,
+            Self::Calls(engine) => engine.is_over(),
+            Self::Works(session) => session.is_over(),
         }
+    }
+
+    /// Whether the old host of a switch-over has not answered yet.
+    #[must_use]
+    pub fn is_calling(&self) -> bool {
+        self.machine().state() == State::Calling
     }
 }

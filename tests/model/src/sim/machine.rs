@@ -5,21 +5,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::output_gate::OutputGate;
 use devices::virtio::net::gate::{Limits, TxGate};
-use replication::guest::{Guest, GuestError, MachineState, Waker};
-use replication::ids::{EpochId, Generation};
-use replication::primary::simulated::{Rest, Terms};
+use replication::guest::{Guest, GuestError, Waker};
+use replication::ids::EpochId;
+use replication::primary::simulated::Rest;
 use replication::protocol::backup::Handover;
 use replication::ram::{PageSet, Ram};
 use replication::wire::Base;
 
-use super::driver::Driver;
-use super::image::{Content, Image, State};
 use super::memory::{self, PAGES};
+use super::state::State;
 use crate::broken::Broken;
 use crate::guest::{Guest as History, Position};
-use crate::vm::Vm;
+use crate::vm::{Replicated, Vm};
 
 pub const CLIENTS: usize = 3;
+/// What a backup is told to build.
+pub const DESCRIPTION: &[u8] = b"the machine of the simulator";
 
 /// Pages of the counters (one a client, of the highest request that it served) and of the console.
 const LINE_PAGE: usize = CLIENTS;
@@ -74,8 +75,6 @@ pub struct Machine {
     pub rest: Option<Rest>,
     /// It was protected before, and is alone: nobody has ended that.
     pub again: bool,
-    /// Of a switch-over.
-    pub last: Option<(State, Terms)>,
 }
 
 impl Machine {
@@ -98,7 +97,7 @@ impl Machine {
             out: vec![],
         };
         let handle = Handle(Arc::new(Mutex::new(inside)));
-        Self { handle, rest: None, again: false, last: None }
+        Self { handle, rest: None, again: false }
     }
 
     /// What happens to it.
@@ -114,30 +113,19 @@ impl Machine {
     }
 
     /// The machine of an image that nobody writes any more, with output held or free.
-    fn of(image: &Image, held: bool) -> Self {
-        let state = image.state.as_ref().expect("only what was committed is started");
+    #[must_use]
+    pub fn started(state: &State, ram: Ram, held: bool) -> Self {
         let history = match held {
             true => History::start_held(&state.position),
             false => History::start(&state.position),
         };
-        let mut machine = Self::with(history, image.ram());
-        let mut inside = machine.handle.lock();
-        if held {
-            inside.hold();
-        }
-        inside.console.write(&state.console);
-        let ram = inside.ram.clone();
-        drop(inside);
-        if state.position.handover {
-            // What it writes is noted from its first instruction on, and the old host has the rest.
-            let mut before = PageSet::new(PAGES as u64);
-            ram.drain_written(&mut before);
-            machine.rest = image.terms().map(|terms| {
-                let (generation, committed) = (state.generation, state.epoch);
-                let session = terms.session.0;
-                let base = Base { session, generation, committed, sealed: committed };
-                Rest::handed(base, PAGES as u64)
-            });
+        let machine = Self::with(history, ram);
+        {
+            let mut inside = machine.inside();
+            if held {
+                inside.hold();
+            }
+            inside.console.write(&state.console);
         }
         machine
     }
@@ -297,7 +285,7 @@ impl Guest for Handle {
     }
 
     fn describe(&mut self) -> Result<Vec<u8>, GuestError> {
-        Ok(vec![])
+        Ok(DESCRIPTION.to_vec())
     }
 
     fn start_tracking(&mut self) -> Result<(), GuestError> {
@@ -329,8 +317,7 @@ impl Guest for Handle {
         let History { incarnation, open, .. } = inside.history;
         let position = Position { incarnation, at: open, handover: inside.is_last };
         let console = inside.console.pending();
-        // Which pair's it is the seal says.
-        Ok(State { position, console, epoch: EpochId(0), generation: Generation(0) })
+        Ok(State { position, console })
     }
 
     fn hold_output(&mut self) {
@@ -412,34 +399,15 @@ impl Guest for Handle {
     }
 }
 
-impl MachineState for State {
-    fn encode(&self, out: &mut Vec<u8>) -> Result<(), GuestError> {
-        let Position { incarnation, at, handover } = self.position;
-        out.extend(incarnation.to_le_bytes());
-        out.extend(at.to_le_bytes());
-        out.push(handover.into());
-        out.extend(&self.console);
-        Ok(())
-    }
-}
-
 impl Vm for Machine {
-    type Content = Content;
-    type Image = Image;
-    type Primary = Driver;
+    type Content = ();
 
-    const CALLS_AGAIN: bool = true;
-
-    fn copy(&mut self) -> Option<Content> {
+    fn copy(&mut self) -> Option<()> {
         None
     }
 
-    fn seal(&mut self, _: EpochId, _: Handover) -> Content {
+    fn seal(&mut self, _: EpochId, _: Handover) {
         unreachable!("only the engine that ships seals a simulated machine")
-    }
-
-    fn ends(vm: Option<&mut Self>, primary: Driver) {
-        primary.ends(vm);
     }
 
     fn hold(&mut self) {
@@ -469,32 +437,5 @@ impl Vm for Machine {
 
     fn is_free(&self) -> bool {
         self.inside().history.is_free()
-    }
-
-    fn fits(image: &Image, base: &Base, generation: Generation, committed: EpochId) -> bool {
-        image.terms().is_some_and(|terms| base.fits(terms.session.0, generation, committed))
-    }
-
-    fn drop_staging(image: &mut Image) {
-        image.with(|reception| reception.drop_staging());
-    }
-
-    fn receive(image: &mut Image, content: &Content) {
-        image.receive(content);
-    }
-
-    fn start(image: &Image) -> Self {
-        image.end();
-        Self::of(image, false)
-    }
-
-    fn start_held(image: &Image) -> Self {
-        image.end();
-        Self::of(image, true)
-    }
-
-    fn kept(&self) -> Image {
-        let (state, terms) = self.last.clone().expect("it stands for its last seal");
-        Image::of(self.ram(), state, terms)
     }
 }

@@ -79,6 +79,16 @@ pub fn snapshot(ram: &Ram) -> Snapshot {
     pages
 }
 
+/// Makes memory again what it was.
+///
+/// # Panics
+/// Never: there are these pages.
+pub fn restore(ram: &Ram, from: &Snapshot) {
+    for (page, bytes) in (0..).zip(from) {
+        assert!(ram.write_page(PageIndex(page), bytes), "a page of the machine");
+    }
+}
+
 /// The first page that is not as it was.
 ///
 /// # Panics
@@ -90,4 +100,10 @@ pub fn differs(ram: &Ram, from: &Snapshot) -> Option<usize> {
         assert!(ram.read_page(PageIndex(page), &mut bytes), "a page of the machine");
         bytes != *then
     })
+}
+
+/// The same of memory that was itself kept.
+#[must_use]
+pub fn differ(one: &Snapshot, other: &Snapshot) -> Option<usize> {
+    one.iter().zip(other).position(|(one, other)| one != other)
 }

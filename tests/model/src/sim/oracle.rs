@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use replication::ids::EpochId;
 use replication::ram::Ram;
 
 use super::machine::{CLIENTS, Output};
@@ -22,8 +23,8 @@ pub struct Client {
 #[derive(Debug, Default)]
 pub struct Oracle {
     pub clients: [Client; CLIENTS],
-    /// Memory at each seal, from the last one that was committed on.
-    sealed: HashMap<(u16, u16), Snapshot>,
+    /// Memory at each seal, and of which epoch it was, from the last one that was committed on.
+    sealed: HashMap<(u16, u16), (EpochId, Snapshot)>,
     /// The last line that was read.
     line: u64,
     pub lines: u64,
@@ -86,33 +87,49 @@ impl Oracle {
     }
 
     /// A machine was sealed.
-    pub fn sealed(&mut self, position: Position, ram: &Ram) {
-        self.sealed.insert((position.incarnation, position.at), memory::snapshot(ram));
+    pub fn sealed(&mut self, position: Position, epoch: EpochId, ram: &Ram) {
+        self.sealed.insert((position.incarnation, position.at), (epoch, memory::snapshot(ram)));
     }
 
-    /// A backup has applied an epoch that it acknowledged.
+    /// A backup has applied an epoch that it acknowledged: its image, or as that was before the next.
     ///
     /// # Errors
-    /// Its image is not what was sealed.
-    pub fn committed(&mut self, position: Position, ram: &Ram) -> Result<(), String> {
+    /// It is not what was sealed.
+    pub fn committed(
+        &mut self,
+        position: Position,
+        passed: Option<&Snapshot>,
+        ram: &Ram,
+    ) -> Result<(), String> {
         self.commits += 1;
-        self.is_as_sealed(position, ram)?;
+        match passed {
+            Some(passed) => self.is(position, |sealed| memory::differ(passed, sealed))?,
+            None => self.is(position, |sealed| memory::differs(ram, sealed))?,
+        };
         self.sealed.retain(|(incarnation, at), _| {
             *incarnation != position.incarnation || *at >= position.at
         });
         Ok(())
     }
 
-    /// A machine begins with what was sealed there.
+    /// A machine begins with what was sealed there: of which epoch that is.
     ///
     /// # Errors
     /// Its memory is another one.
-    pub fn is_as_sealed(&self, position: Position, ram: &Ram) -> Result<(), String> {
-        let Some(sealed) = self.sealed.get(&(position.incarnation, position.at)) else {
+    pub fn started(&self, position: Position, ram: &Ram) -> Result<EpochId, String> {
+        self.is(position, |sealed| memory::differs(ram, sealed))
+    }
+
+    fn is(
+        &self,
+        position: Position,
+        differs: impl FnOnce(&Snapshot) -> Option<usize>,
+    ) -> Result<EpochId, String> {
+        let Some((epoch, sealed)) = self.sealed.get(&(position.incarnation, position.at)) else {
             return Err(format!("nothing was sealed at {position:?}"));
         };
-        match memory::differs(ram, sealed) {
-            None => Ok(()),
+        match differs(sealed) {
+            None => Ok(*epoch),
             Some(page) => {
                 Err(format!("page {page} of the image at {position:?} is not what was sealed"))
             }

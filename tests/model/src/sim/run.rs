@@ -1,5 +1,7 @@
 //! One run: a seed, a clock that is ours, and whatever the seed makes happen.
 
+mod backup_side;
+mod call;
 mod connection;
 mod control;
 mod engines;
@@ -15,17 +17,16 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use replication::VmId;
-use replication::ids::Generation;
+use replication::ids::{EpochId, Generation};
 use replication::ownership::{HostId, HostIdentity, Known, Record, Standing};
 use replication::primary::simulated::set_time;
 use replication::protocol::backup::State as BackupState;
 use replication::protocol::ownership::{self as claim};
 use replication::protocol::primary::State as PrimaryState;
-use replication::wire;
 use uuid::Uuid;
 
 use super::coverage::Coverage;
-use super::image::Content;
+use super::host::{Backup, Host, Role};
 use super::machine::{CLIENTS, Machine};
 use super::oracle::Oracle;
 use super::plan::{Kind, Plan};
@@ -33,9 +34,12 @@ use super::storage::{Client, Storage};
 use crate::arbiter::{Arbiter, Fate};
 use crate::broken::Broken;
 use crate::ghost::Ghost;
-use crate::host::{Around, Effect, Host, Message, Protects, Role, Step, backup, primary};
+use crate::host::{Around, Effect, primary};
 use crate::vm::Vm;
+use call::Call;
+use connection::Item;
 use control::Control;
+use engines::Told;
 use etcd::Etcd;
 
 /// Positions of a history are counted in 16 bits.
@@ -46,22 +50,12 @@ const STAND_US: u64 = 3_000 * MS;
 
 const VM: VmId = VmId(Uuid::from_u128(0xace));
 
-/// What reaches a host, by the connection.
-#[derive(Clone, Debug)]
-enum Item {
-    /// Of the control connection: a frame.
-    Control(Vec<u8>),
-    /// Of a data connection: any part of what was written.
-    Data(usize, Vec<u8>),
-    End,
-}
-
 #[derive(Clone, Debug)]
 enum Event {
     Arrives(usize, u64, Item),
+    /// A host says that it lives, in this session.
     Beat(usize, u64),
-    Check(usize, u64),
-    /// The thread of a primary's engine gets to what is in its queue, or is due.
+    /// The thread of an engine gets to what is in its queue, or is due.
     Turn(usize, u64),
     /// A connection sends what is next.
     Sends(usize, u64, usize),
@@ -98,8 +92,10 @@ enum Event {
     Connect(usize),
     /// The new primary of a reversed pair calls its old host.
     Reach(usize, u64),
-    /// One of such a pair has waited for the other long enough.
+    /// It has waited for that long enough.
     Forsaken(usize, u64),
+    /// Who called in this session has waited long enough for a sign of the backup.
+    CallLate(usize, u64),
 }
 
 /// For the queue: the time, and the order in which events were made.
@@ -131,6 +127,7 @@ struct Way {
     /// When the last item arrives, of the control connection and of the pages'.
     last_us: u64,
     data_us: [u64; 2],
+    bell_us: u64,
     /// Nothing passes; what is sent waits.
     cut: bool,
     waiting: Vec<Item>,
@@ -148,7 +145,6 @@ struct Beside {
     /// Grows with every process and engine: events of an older one are nothing.
     life: u64,
     asleep_us: u64,
-    heard_us: u64,
     /// When the engine's thread has its next turn, if it has one.
     turn_us: Option<u64>,
     /// What the process knows of records.
@@ -164,8 +160,17 @@ struct Beside {
     garbles: bool,
     /// Nothing is mounted where the arbiter's directory is to be.
     is_unmounted: bool,
-    /// The control connection's frames, out and in.
+    /// A primary's end of the control connection.
     control: Option<Control>,
+    /// The call that waits for the backup's word.
+    call: Option<Call>,
+    /// A session that its primary has left, at a backup that has not noticed.
+    older: Option<u64>,
+    /// A backup's engine is about to hear of something for which it gives up what it has.
+    gives_up: bool,
+    /// For two broken rules: seals that are not acknowledged, and the last that was before its time.
+    seals: VecDeque<(EpochId, Generation)>,
+    early: Option<EpochId>,
 }
 
 /// What a run came to.
@@ -179,6 +184,8 @@ pub struct Summary {
     pub takeovers: u64,
     /// Sessions that went on from what a backup had kept.
     pub bases: u64,
+    /// Calls that a backup refused.
+    pub refused: u64,
     /// Bits that were turned over on their way.
     pub garbled: u64,
     /// Calls of the arbiter's storage, those that went wrong, and records that a power cut took.
@@ -203,7 +210,7 @@ pub struct Run {
     now_us: u64,
     queue: BinaryHeap<Reverse<Entry>>,
     made: u64,
-    hosts: [Host<Machine>; 2],
+    hosts: [Host; 2],
     beside: [Beside; 2],
     ways: [Way; 2],
     session: u64,
@@ -237,7 +244,7 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
     let mut run = Run {
         hosts: [
             Host::running(identity(1), Machine::new()),
-            Host::listening(identity(2), plan.arbiter),
+            Host::listening(identity(2), &plan, broken),
         ],
         rng,
         plan,
@@ -364,14 +371,10 @@ impl Run {
     fn happens(&mut self, event: Event) -> Result<(), String> {
         match event {
             Event::Arrives(to, session, item) => self.arrives(to, session, item),
-            Event::Beat(at, life) => {
-                if self.is_current(at, life) && self.hosts[at].is_connected() {
-                    self.speaks(at, &wire::Message::Heartbeat);
-                    self.after(self.plan.heartbeat_us, Event::Beat(at, life));
-                }
+            Event::Beat(at, session) => {
+                self.beat(at, session);
                 Ok(())
             }
-            Event::Check(at, life) => self.check(at, life),
             Event::Turn(at, life) if self.is_current(at, life) => self.turns(at),
             Event::Sends(at, life, connection) if self.is_current(at, life) => {
                 self.sends(at, connection)
@@ -383,7 +386,7 @@ impl Run {
                 Ok(())
             }
             Event::Timer(at, life) if self.is_current(at, life) => {
-                self.input(at, || primary::Input::Timer, || backup::Input::Timer)
+                self.tell_caller(at, primary::Input::Timer)
             }
             Event::Call(at, life) if self.is_current(at, life) => {
                 self.calls(at);
@@ -420,10 +423,16 @@ impl Run {
             Event::Fault => self.fault(),
             Event::Mishap => self.mishap(),
             Event::StopSoon(at) => self.stop(at),
-            Event::LostSoon(at) => self.input(at, || primary::Input::Lost, || backup::Input::Lost),
+            Event::LostSoon(at) => self.tell(at, Told::Lost),
             Event::FailoverSoon(at) => self.fail_over(at),
-            Event::LargeSoon(at) => self.floods(at),
-            Event::ImageSoon(at) => self.image_fails(at),
+            Event::LargeSoon(at) => {
+                self.floods(at);
+                Ok(())
+            }
+            Event::ImageSoon(at) => {
+                self.image_fails(at);
+                Ok(())
+            }
             Event::GiveUpSoon(at) => self.gives_up(at),
             Event::CrashSoon(at) => {
                 self.crash(at);
@@ -442,8 +451,12 @@ impl Run {
             Event::Repair => self.repair(),
             Event::Connect(at) => self.connect(at),
             Event::Reach(at, life) if self.is_current(at, life) => self.reach(at),
-            Event::Forsaken(at, life) if self.is_current(at, life) => self.forsaken(at, life),
+            Event::Forsaken(at, life) if self.is_current(at, life) => self.forsaken(at),
             Event::Reach(..) | Event::Forsaken(..) => Ok(()),
+            Event::CallLate(at, session) => {
+                self.call_late(at, session);
+                Ok(())
+            }
         }
     }
 
@@ -475,9 +488,9 @@ impl Run {
         if runs(0) || runs(1) || self.ghost.is_start_lost {
             return true;
         }
-        let undecided = |host: &Host<Machine>| {
+        let undecided = |host: &Host| {
             let primary = host.primary().map(|primary| primary.machine().state());
-            let backup = host.backup().map(|backup| backup.machine.state());
+            let backup = host.backup().map(Backup::state);
             primary == Some(PrimaryState::Undecided) || backup == Some(BackupState::Orphan)
         };
         if !self.plan.arbiter {
@@ -498,7 +511,6 @@ fn of(event: &Event) -> Option<usize> {
     match event {
         Event::Arrives(at, ..)
         | Event::Beat(at, _)
-        | Event::Check(at, _)
         | Event::Turn(at, _)
         | Event::Sends(at, ..)
         | Event::Prints(at)
@@ -506,6 +518,7 @@ fn of(event: &Event) -> Option<usize> {
         | Event::Answer(at, ..)
         | Event::Reach(at, _)
         | Event::Forsaken(at, _)
+        | Event::CallLate(at, _)
         | Event::Connect(at) => Some(*at),
         Event::Etcd(at, _) => *at,
         Event::Call(..)

@@ -14,6 +14,7 @@ pub struct Total {
     pub lines: u64,
     pub takeovers: u64,
     pub bases: u64,
+    pub refused: u64,
     pub garbled: u64,
     pub wire_bytes: u64,
     pub storage_calls: u64,
@@ -34,6 +35,7 @@ impl Total {
         self.lines += summary.lines;
         self.takeovers += summary.takeovers;
         self.bases += summary.bases;
+        self.refused += summary.refused;
         self.garbled += summary.garbled;
         self.wire_bytes += summary.wire_bytes;
         self.storage_calls += summary.storage_calls;
@@ -69,8 +71,8 @@ impl Total {
         }
         let made = counts.iter().filter(|(_, count)| *count > 0).count();
         println!(
-            "{} bytes of pages' frames, {} bits garbled, {} copies from what was kept",
-            self.wire_bytes, self.garbled, self.bases
+            "{} bytes of pages' frames, {} bits garbled, {} copies from what was kept, {} calls refused",
+            self.wire_bytes, self.garbled, self.bases, self.refused
         );
         println!(
             "{} calls of the arbiter's storage, {} of them wrong, {} records lost in power cuts",

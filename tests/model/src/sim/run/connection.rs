@@ -1,14 +1,26 @@
 //! The connection between the hosts.
 
 use rand::Rng;
-use replication::backup::simulated::Reception;
-use replication::wire::{self, SessionId};
+use replication::backup::simulated::Word as BackupWord;
+use replication::ids::{EpochId, Generation};
+use replication::primary::simulated::Word;
+use replication::wire::{Message, SessionId};
 
 use super::super::driver::Driver;
-use super::control::{self, Control};
-use super::{Content, Event, Item, Message, Role, Run, Way, backup, primary};
-use crate::broken::Broken;
-use crate::host::Seal;
+use super::control::Control;
+use super::{Event, Role, Run, Told, Way};
+
+/// What reaches a host, by the connection.
+#[derive(Clone, Debug)]
+pub(super) enum Item {
+    /// Of the control connection: frames, and which epoch's seal they are, for whoever breaks a rule.
+    Control(Vec<u8>, Option<(EpochId, Generation)>),
+    /// Of a data connection: any part of what was written.
+    Data(usize, Vec<u8>),
+    /// The connection that tells of a process's end.
+    Bell,
+    End,
+}
 
 impl Run {
     pub(super) fn send(&mut self, from: usize, item: Item) {
@@ -24,20 +36,25 @@ impl Run {
         let way = &mut self.ways[to];
         let last = match item {
             Item::Data(connection, _) => &mut way.data_us[connection],
-            Item::Control(_) | Item::End => &mut way.last_us,
+            Item::Bell => &mut way.bell_us,
+            Item::Control(..) | Item::End => &mut way.last_us,
         };
         *last = (*last).max(self.now_us + way_us);
         let at_us = *last;
         self.at(at_us, Event::Arrives(to, self.session, item));
     }
 
-    /// Something is said by the control connection.
-    pub(super) fn speaks(&mut self, from: usize, message: &wire::Message) {
+    /// A primary says something.
+    pub(super) fn speaks(&mut self, from: usize, message: &Message) {
         if self.ways[from].open
             && let Some(control) = &mut self.beside[from].control
         {
             let frame = control.write(message);
-            self.send(from, Item::Control(frame));
+            let seal = match message {
+                Message::Seal(seal) => Some((seal.epoch, seal.generation)),
+                _ => None,
+            };
+            self.send(from, Item::Control(frame, seal));
         }
     }
 
@@ -52,137 +69,133 @@ impl Run {
         let way = &self.ways[to];
         let closed = !way.open && self.now_us > way.grace_us;
         let dead = way.dead_us.is_some_and(|dead_us| self.now_us > dead_us);
-        if session != self.session || !self.hosts[to].alive || closed {
+        if session != self.session {
+            self.arrives_late(to, session, item);
+            return Ok(());
+        }
+        if !self.hosts[to].alive || closed {
             return Ok(());
         }
         if dead && !matches!(item, Item::End) {
             return Ok(());
         }
-        self.beside[to].heard_us = self.now_us;
-        if let Role::Primary(Driver::Works(session)) = &self.hosts[to].role {
+        if let Some(session) = self.session(to) {
             session.heard();
         }
         match item {
-            Item::End => self.input(to, || primary::Input::Lost, || backup::Input::Lost),
-            Item::Data(connection, bytes) => self.takes(to, connection, bytes),
-            Item::Control(frame) => self.hears(to, &frame),
+            Item::End if self.beside[to].call.is_some() => self.is_not_answered(to),
+            Item::End => self.tell(to, Told::Lost),
+            Item::Bell => self.tell(to, Told::Bell),
+            Item::Data(connection, bytes) => {
+                self.takes(to, connection, bytes);
+                Ok(())
+            }
+            Item::Control(frames, seal) => self.hears(to, &frames, seal),
         }
     }
 
-    fn hears(&mut self, to: usize, frame: &[u8]) -> Result<(), String> {
+    /// Something arrives of a session that its primary has left, where the backup has not noticed.
+    fn arrives_late(&mut self, to: usize, session: u64, item: Item) {
+        if self.beside[to].older != Some(session) || self.hosts[to].primary().is_some() {
+            return;
+        }
+        let id = SessionId(session);
+        if let Some(backup) = self.backup(to) {
+            match item {
+                Item::Control(frames, _) => backup.reception.hears(id, &frames),
+                Item::Data(connection, bytes) => backup.reception.takes(id, connection, &bytes),
+                Item::Bell => backup.reception.put(BackupWord::Bell(id)),
+                Item::End => backup.reception.put(BackupWord::Lost(id)),
+            }
+        }
+        self.stirs(to);
+    }
+
+    fn hears(
+        &mut self,
+        to: usize,
+        frames: &[u8],
+        seal: Option<(EpochId, Generation)>,
+    ) -> Result<(), String> {
+        let id = SessionId(self.session);
+        if let Some(backup) = self.backup(to) {
+            backup.reception.hears(id, frames);
+            if let Some((epoch, generation)) = seal {
+                self.breaks_at_seal(to, epoch, generation);
+            }
+            self.stirs(to);
+            return Ok(());
+        }
         let Some(control) = &mut self.beside[to].control else { return Ok(()) };
         // Nothing garbles this connection.
-        let Some(message) = control::heard(control.read(frame)?)? else { return Ok(()) };
-        if let Message::Seal(seal) = &message
-            && let Some(reason) = self.gathers(to, seal)
-        {
-            return self.tell_backup(to, backup::Input::Bad(reason));
+        let message = control.read(frames)?;
+        if self.beside[to].call.is_some() {
+            return self.is_answered(to, message);
         }
-        self.input(
-            to,
-            || primary::Input::Message(message.clone()),
-            || backup::Input::Message(message.clone()),
-        )?;
-        self.look(to)
-    }
-
-    /// A seal is staged beside its pages; why it cannot be.
-    fn gathers(&mut self, to: usize, seal: &Seal<Content>) -> Option<String> {
-        let late = self.broken == Some(Broken::AckAfterSuspecting);
-        let backup = self.hosts[to].backup().filter(|backup| backup.is_receiving() || late)?;
-        let Seal { epoch, generation, handover, content } = seal.clone();
-        let Content { pages, state } = content;
-        let seal = wire::Seal { epoch, generation, handover, pages, changes: 0, state };
-        let due = backup.machine.expected();
-        let image = backup.image()?;
-        image.with(|reception| reception.sealed(seal, due))?.err()
+        match message {
+            Message::Heartbeat => {}
+            Message::Progress(bytes) => {
+                if let Some(session) = self.session(to) {
+                    session.progress(bytes);
+                }
+            }
+            message => self.put(to, Word::Message(message)),
+        }
+        Ok(())
     }
 
     /// Bytes of a data connection.
-    fn takes(&mut self, to: usize, connection: usize, mut bytes: Vec<u8>) -> Result<(), String> {
+    fn takes(&mut self, to: usize, connection: usize, mut bytes: Vec<u8>) {
+        if self.backup(to).is_none() {
+            return;
+        }
         if !bytes.is_empty() && std::mem::take(&mut self.beside[to].garbles) {
             let bit = self.rng.random_range(0..bytes.len() * 8);
             bytes[bit / 8] ^= 1 << (bit % 8);
             self.summary.garbled += 1;
         }
-        let late = self.broken == Some(Broken::AckAfterSuspecting);
-        let Some(backup) = self.hosts[to].backup().filter(|of| of.is_receiving() || late) else {
-            return Ok(());
-        };
-        let due = backup.machine.expected();
-        let image = backup.image();
-        let staged = image.and_then(|image| image.with(|of| of.arrived(connection, &bytes, due)));
-        match staged {
-            Some(Err(reason)) => self.tell_backup(to, backup::Input::Bad(reason)),
-            Some(Ok(())) => self.look(to),
-            None => Ok(()),
+        let id = SessionId(self.session);
+        if let Some(backup) = self.backup(to) {
+            backup.reception.takes(id, connection, &bytes);
         }
+        self.stirs(to);
     }
 
-    /// Epochs that are whole.
-    pub(super) fn look(&mut self, at: usize) -> Result<(), String> {
-        let late = self.broken == Some(Broken::AckAfterSuspecting);
-        while let Some(backup) = self.hosts[at].backup().filter(|of| of.awaits_pages() || late) {
-            let Some(image) = backup.image() else { return Ok(()) };
-            match image.with(Reception::is_whole) {
-                Some(Ok(true)) => self.tell_backup(at, backup::Input::Whole)?,
-                Some(Ok(false)) | None => return Ok(()),
-                Some(Err(reason)) => return self.tell_backup(at, backup::Input::Bad(reason)),
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn check(&mut self, at: usize, life: u64) -> Result<(), String> {
-        // The engine of a primary has a clock of its own.
-        if !self.is_current(at, life) || self.hosts[at].primary().is_some() {
-            return Ok(());
-        }
-        if !self.hosts[at].is_connected() {
-            return Ok(());
-        }
-        let timeout_us = self.plan.timeout_us;
-        let deadline_us = self.beside[at].heard_us + timeout_us;
-        if self.now_us < deadline_us {
-            self.at(deadline_us, Event::Check(at, life));
-            return Ok(());
-        }
-        if self.now_us - deadline_us > timeout_us / 2 {
-            // This process itself stood still: the peer gets another chance.
-            self.beside[at].heard_us = self.now_us;
-            self.after(timeout_us, Event::Check(at, life));
-            return Ok(());
-        }
-        let receives = self.hosts[at].backup().is_none_or(|backup| backup.is_receiving());
-        if receives {
-            self.input(at, || primary::Input::Lost, || backup::Input::Lost)?;
-        }
-        if self.hosts[at].is_connected() {
-            self.after(timeout_us, Event::Check(at, life));
-        }
-        Ok(())
-    }
-
-    /// A new session's connection.
-    pub(super) fn link(&mut self) {
+    /// A new connection, from the caller `at`.
+    pub(super) fn link(&mut self, at: usize) {
+        let is_behind = self.hosts[1 - at].backup().is_some_and(|of| of.reception.is_connected());
+        self.beside[1 - at].older = is_behind.then_some(self.session);
         self.session += 1;
         for host in [0, 1] {
             let cut = self.ways[host].cut;
             self.ways[host] = Way { open: true, cut, ..Way::default() };
             let beside = &mut self.beside[host];
-            beside.heard_us = self.now_us;
             beside.sends = [false; 2];
             beside.garbles = false;
-            beside.control = Some(Control::new(SessionId(self.session)));
+            beside.control = None;
+            beside.seals.clear();
+            beside.early = None;
         }
+        self.beside[at].control = Some(Control::new(SessionId(self.session)));
     }
 
-    /// What goes on by itself in a session of this primary.
-    pub(super) fn beats(&mut self) {
-        for host in [0, 1] {
-            let life = self.beside[host].life;
-            self.after(self.plan.heartbeat_us, Event::Beat(host, life));
-            self.after(self.plan.timeout_us, Event::Check(host, life));
+    /// What a session's heart does by itself.
+    pub(super) fn beats(&mut self, at: usize) {
+        self.after(self.plan.heartbeat_us, Event::Beat(at, self.session));
+    }
+
+    pub(super) fn beat(&mut self, at: usize, session: u64) {
+        if session != self.session || !self.hosts[at].is_connected() {
+            return;
         }
+        match &mut self.hosts[at].role {
+            Role::Primary(Driver::Works(_)) => self.speaks(at, &Message::Heartbeat),
+            Role::Backup(backup) => {
+                let done = Message::Progress(backup.reception.done());
+                self.says(at, &done);
+            }
+            Role::Primary(Driver::Calls(_)) | Role::None => return,
+        }
+        self.beats(at);
     }
 }

@@ -1,50 +1,142 @@
-//! Inputs of the engines, and what they do to the world.
+//! What engines are told, and what they do to the world.
 
 use rand::Rng;
-use replication::backup::simulated::Reception;
+use replication::backup::simulated::Word as BackupWord;
+use replication::primary::simulated::{Step, Word, take_steps};
+use replication::wire::SessionId;
 
-use super::control;
-use super::{
-    Around, Broken, Content, Effect, Event, Fate, Item, Kind, MS, Message, Protects, Role, Run,
-    Step, backup, claim, mix, primary,
-};
+use super::super::driver::Driver;
+use super::super::host::Backup;
+use super::{Around, Broken, Effect, Event, Fate, Item, Kind, MS, Role, Run, claim, mix, primary};
+
+/// What an engine is told, whichever it is.
+#[derive(Clone, Debug)]
+pub(super) enum Told {
+    /// The connection ended.
+    Lost,
+    /// The peer's process ended.
+    Bell,
+    /// What a primary needs on its host fails.
+    GiveUp,
+    Stop,
+    Failover,
+    Answer(u64, claim::Event),
+}
 
 impl Run {
-    pub(super) fn input(
-        &mut self,
-        at: usize,
-        primary: impl FnOnce() -> primary::Input<Content>,
-        backup: impl FnOnce() -> backup::Input<Content>,
-    ) -> Result<(), String> {
-        match self.hosts[at].role {
-            Role::Primary(_) => self.tell_primary(at, primary()),
-            Role::Backup(_) => self.tell_backup(at, backup()),
-            Role::None => Ok(()),
+    pub(super) fn backup(&mut self, at: usize) -> Option<&mut Backup> {
+        match &mut self.hosts[at].role {
+            Role::Backup(backup) => Some(backup),
+            _ => None,
         }
     }
 
-    pub(super) fn tell_backup(
+    pub(super) fn tell(&mut self, at: usize, told: Told) -> Result<(), String> {
+        match &self.hosts[at].role {
+            Role::None => {}
+            Role::Primary(Driver::Calls(_)) => {
+                if let Some(input) = of_caller(told) {
+                    return self.tell_caller(at, input);
+                }
+            }
+            Role::Primary(Driver::Works(_)) => {
+                if let Some(word) = self.of_primary(told) {
+                    self.put(at, word);
+                }
+            }
+            Role::Backup(_) => {
+                if let Some(word) = self.of_backup(told) {
+                    self.put_backup(at, word);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn of_primary(&self, told: Told) -> Option<Word> {
+        Some(match told {
+            Told::Lost => Word::Lost,
+            Told::Bell => return None,
+            Told::GiveUp => Word::Fails,
+            Told::Stop => Word::Stop,
+            Told::Failover => Word::Failover { reverses: self.plan.reverses },
+            Told::Answer(number, event) => Word::Answer(number, event),
+        })
+    }
+
+    fn of_backup(&self, told: Told) -> Option<BackupWord> {
+        let session = SessionId(self.session);
+        Some(match told {
+            Told::Lost => BackupWord::Lost(session),
+            Told::Bell => BackupWord::Bell(session),
+            Told::GiveUp => return None,
+            Told::Stop => BackupWord::Stop,
+            Told::Failover => BackupWord::Failover { force: false },
+            Told::Answer(number, event) => BackupWord::Answer(number, event),
+        })
+    }
+
+    /// What calls the old host of a switch-over is told something.
+    pub(super) fn tell_caller(
         &mut self,
         at: usize,
-        input: backup::Input<Content>,
+        input: primary::Input<()>,
     ) -> Result<(), String> {
         let mut effects = vec![];
         let host = &mut self.hosts[at];
         let mut around = Around { vm: &mut host.vm, effects: &mut effects, broken: self.broken };
-        if let Role::Backup(engine) = &mut host.role {
+        if let Role::Primary(Driver::Calls(engine)) = &mut host.role {
             engine.input(input, &mut around);
         }
         self.carry_out(at, effects)
     }
 
-    pub(super) fn carry_out(
-        &mut self,
-        at: usize,
-        effects: Vec<Effect<Content>>,
-    ) -> Result<(), String> {
+    /// The engine has something to do: its thread gets to it soon.
+    pub(super) fn stirs(&mut self, at: usize) {
+        let (is_wanted, due) = match &self.hosts[at].role {
+            Role::Primary(Driver::Works(session)) => (session.is_wanted(), session.due()),
+            Role::Backup(backup) => (backup.reception.is_wanted(), backup.reception.due()),
+            Role::Primary(Driver::Calls(_)) | Role::None => return,
+        };
+        let due_us = u64::try_from(due.as_micros()).unwrap_or(u64::MAX).max(self.now_us);
+        let busy_us = if self.rng.random_ratio(1, 16) { 5 * MS } else { MS / 5 };
+        let soon_us = self.now_us + self.up_to(busy_us);
+        // A thread that waits for a time is up a little after it.
+        let next_us = if is_wanted { soon_us } else { due_us + (soon_us - self.now_us) };
+        if self.beside[at].turn_us.is_none_or(|turn_us| next_us < turn_us) {
+            self.beside[at].turn_us = Some(next_us);
+            self.at(next_us, Event::Turn(at, self.beside[at].life));
+        }
+    }
+
+    /// The engine's thread has a turn.
+    pub(super) fn turns(&mut self, at: usize) -> Result<(), String> {
+        if self.beside[at].turn_us.is_none_or(|turn_us| turn_us > self.now_us) {
+            // An earlier one has dealt with it.
+            return Ok(());
+        }
+        self.beside[at].turn_us = None;
+        match &self.hosts[at].role {
+            Role::Primary(_) => self.primary_turns(at)?,
+            Role::Backup(_) => self.backup_turns(at)?,
+            Role::None => {}
+        }
+        self.stirs(at);
+        Ok(())
+    }
+
+    /// Which transitions were made since.
+    pub(super) fn steps(&mut self, at: usize) -> Vec<Step> {
+        let steps = take_steps();
+        for step in &steps {
+            self.went(at, *step);
+        }
+        steps
+    }
+
+    pub(super) fn carry_out(&mut self, at: usize, effects: Vec<Effect<()>>) -> Result<(), String> {
         for effect in effects {
             match effect {
-                Effect::Send(message) => self.says(at, message)?,
                 Effect::Call(number, action) => {
                     self.beside[at].calls.push_back((number, action));
                     self.next_call(at);
@@ -57,23 +149,9 @@ impl Run {
                     let busy_us = if self.rng.random_ratio(1, 4) { 50 * MS } else { 5 * MS };
                     self.ways[at].grace_us = self.now_us + self.up_to(busy_us);
                 }
-                Effect::Started { epoch, handover } => {
-                    if let Some(vm) = &self.hosts[at].vm {
-                        let ram = vm.ram();
-                        let from = vm.inside().history.from;
-                        self.oracle.is_as_sealed(from, &ram)?;
-                        let generation = self.hosts[at].generation();
-                        generation.into_iter().for_each(|of| self.seen(at).raise(of));
-                        self.ghost.starts(at, &mut vm.inside().history, epoch, handover);
-                    }
-                }
-                Effect::StartFailed => self.ghost.is_start_lost = true,
-                Effect::Went(step) => {
-                    self.summary.coverage.note(step);
-                    if self.tracing {
-                        self.went(at, step);
-                    }
-                }
+                Effect::Went(step) => self.went(at, step),
+                // What calls has nobody yet to say something to, and starts nothing.
+                Effect::Send(_) | Effect::Started { .. } | Effect::StartFailed => {}
             }
         }
         self.outside(at)?;
@@ -82,36 +160,13 @@ impl Run {
         Ok(())
     }
 
-    pub(super) fn went(&mut self, at: usize, step: Step) {
-        let line = format!("          host {at} went {step:?}");
-        self.summary.hash = mix(self.summary.hash, line.as_bytes());
-        self.summary.trace.push(line);
-    }
-
-    pub(super) fn says(&mut self, at: usize, message: Message<Content>) -> Result<(), String> {
-        match &message {
-            Message::Ack { epoch, .. } => {
-                self.ghost.acknowledges(at, *epoch);
-                let host = &self.hosts[at];
-                let image = host.backup().and_then(backup::Engine::image);
-                let early = self.broken == Some(Broken::AckBeforeWhole)
-                    || self.broken == Some(Broken::AckAfterSuspecting);
-                if let Some((image, state)) = image.and_then(|of| Some((of, of.state.as_ref()?)))
-                    && !early
-                {
-                    self.oracle.committed(state.position, &image.ram())?;
-                }
-            }
-            Message::ResyncReady => {
-                let image = self.hosts[at].backup().and_then(backup::Engine::image);
-                image.and_then(|image| image.with(Reception::begin_anew));
-            }
-            _ => {}
+    fn went(&mut self, at: usize, step: Step) {
+        self.summary.coverage.note(step);
+        if self.tracing {
+            let line = format!("          host {at} went {step:?}");
+            self.summary.hash = mix(self.summary.hash, line.as_bytes());
+            self.summary.trace.push(line);
         }
-        if let Some(message) = control::of(message) {
-            self.speaks(at, &message);
-        }
-        Ok(())
     }
 
     /// What the world outside hears of this host.
@@ -134,45 +189,32 @@ impl Run {
         Ok(())
     }
 
-    /// An engine that has ended leaves its connection and its calls behind.
-    pub(super) fn settle(&mut self, at: usize) {
-        if self.hosts[at].settle() {
-            self.abandon(at, true);
-            self.inherits(at);
-        }
-    }
-
-    /// Where a pair was reversed the new primary calls its old host, which waits for that.
-    fn inherits(&mut self, at: usize) {
-        let life = self.beside[at].life;
-        if self.hosts[at].primary().is_some_and(Protects::is_calling) {
-            let soon_us = self.up_to(20 * MS);
-            self.after(soon_us, Event::Reach(at, life));
-            self.after(self.plan.timeout_us, Event::Forsaken(at, life));
-            self.disturbs(at);
-        }
-        let Some(backup) = self.hosts[at].backup() else { return };
-        let (Some(primary), Some(epoch)) = (backup.awaits(), backup.machine.committed()) else {
-            return;
+    /// An engine that has ended leaves its connection and its calls behind, and what follows it begins.
+    fn settle(&mut self, at: usize) {
+        let next = match std::mem::replace(&mut self.hosts[at].role, Role::None) {
+            Role::Primary(driver) if driver.is_over() => self.primary_ends(at, driver),
+            Role::Backup(backup) if backup.reception.is_over() => self.backup_ends(at, *backup),
+            role => {
+                self.hosts[at].role = role;
+                return;
+            }
         };
-        self.ghost.accepts(at);
-        self.ghost.acknowledges(at, epoch);
-        let other = &self.hosts[1 - at];
-        if !(other.alive && other.identity.host == primary) {
-            self.ghost.owes = Some(at);
-        }
-        self.after(2 * self.plan.timeout_us, Event::Forsaken(at, life));
+        self.hosts[at].role = next;
+        self.abandon(at, true);
+        self.calls_back(at);
+        self.awaits(at);
+        self.stirs(at);
     }
 
     /// What befalls a pair that was reversed before it is connected.
-    fn disturbs(&mut self, at: usize) {
+    pub(super) fn disturbs(&mut self, at: usize) {
         if self.are_faults_over() {
             return;
         }
         let soon_us = self.up_to(10 * MS);
-        match self.rng.random_range(0..16) {
-            0 | 1 => self.after(0, Event::LargeSoon(at)),
-            2 => self.after(soon_us, Event::StopSoon(at)),
+        match self.rng.random_range(0..12) {
+            0 => self.after(0, Event::LargeSoon(at)),
+            1 | 2 => self.after(soon_us, Event::StopSoon(at)),
             3 => self.after(soon_us, Event::GiveUpSoon(at)),
             4 => self.after(soon_us, Event::CrashSoon(at)),
             5 => self.after(soon_us, Event::CrashSoon(1 - at)),
@@ -193,6 +235,7 @@ impl Run {
         beside.life += 1;
         (beside.calling, beside.sends) = (false, [false; 2]);
         (beside.turn_us, beside.misreads) = (None, false);
+        (beside.call, beside.older, beside.gives_up) = (None, None, false);
         let (life, alive) = (beside.life - 1, self.hosts[at].alive);
         let calls = std::mem::take(&mut beside.calls);
         if self.plan.kind != Kind::Any {
@@ -252,12 +295,62 @@ impl Run {
         self.beside[at].calling = false;
         let Some((number, action)) = self.beside[at].calls.pop_front() else { return Ok(()) };
         let event = self.misread(at, &action, event);
-        self.input(
-            at,
-            || primary::Input::Answer(number, event.clone()),
-            || backup::Input::Answer(number, event.clone()),
-        )?;
+        if self.discards_for(at, &event) {
+            self.put_backup(at, BackupWord::ImageFails);
+        } else {
+            self.tell(at, Told::Answer(number, event))?;
+        }
         self.next_call(at);
-        self.look(at)
+        Ok(())
     }
+
+    /// What a host with a broken rule makes of an answer of the arbiter.
+    fn misread(&mut self, at: usize, action: &claim::Action, event: claim::Event) -> claim::Event {
+        match &self.hosts[at].role {
+            Role::Primary(Driver::Works(_)) | Role::Backup(_) => {}
+            // The model's has these rules itself.
+            Role::Primary(Driver::Calls(_)) | Role::None => return event,
+        }
+        match (self.broken, action, &event) {
+            (Some(Broken::UnknownIsWon), claim::Action::Swap { .. }, claim::Event::Failed) => won(),
+            (
+                Some(Broken::UnknownIsLost),
+                claim::Action::Swap { next, .. },
+                claim::Event::Failed,
+            ) => lost_to_nobody(*next),
+            (
+                Some(Broken::ReadIsWon),
+                claim::Action::Read { expected },
+                claim::Event::Read(Some(_)),
+            ) => {
+                // A backup looks at the record as well when it is told of a pair, and expects nothing then.
+                let is_claim = self.hosts[at].backup().is_none() || expected.0 > 0;
+                self.beside[at].misreads |= is_claim;
+                event
+            }
+            _ => event,
+        }
+    }
+}
+
+/// The answer to a swap that succeeded.
+pub(super) fn won() -> claim::Event {
+    claim::Event::Swapped(replication::ownership::Outcome::Won)
+}
+
+fn lost_to_nobody(next: replication::ownership::Record) -> claim::Event {
+    use replication::ownership::{HostId, Outcome, Record, Standing};
+    let standing = Standing::Solo { owner: HostId(uuid::Uuid::nil()) };
+    claim::Event::Swapped(Outcome::Lost(Some(Record { standing, ..next })))
+}
+
+fn of_caller(told: Told) -> Option<primary::Input<()>> {
+    Some(match told {
+        Told::Lost => primary::Input::Lost,
+        Told::Bell => return None,
+        Told::GiveUp => primary::Input::GiveUp,
+        Told::Stop => primary::Input::Stop,
+        Told::Failover => primary::Input::Failover,
+        Told::Answer(number, event) => primary::Input::Answer(number, event),
+    })
 }

@@ -2,9 +2,15 @@
 
 use rand::Rng;
 
+use replication::backup::simulated::Word as BackupWord;
+use replication::primary::simulated::Word;
+use replication::wire::SessionId;
+
+use super::super::host::Backup;
+use super::connection::Item;
 use super::{
-    BackupState, Event, Host, Item, Kind, Known, MS, PrimaryState, Protects, Role, Run, Standing,
-    Vm, backup, identity, primary,
+    BackupState, Event, Host, Kind, Known, MS, PrimaryState, Role, Run, Standing, Told, Vm,
+    identity,
 };
 
 impl Run {
@@ -93,16 +99,16 @@ impl Run {
                 self.after(2 * long_us, Event::ArbiterHeals(at));
             }
             9 | 10 => {
-                self.floods(at)?;
+                self.floods(at);
                 self.and_more(at);
             }
             11 => {
-                self.tell_primary(at, primary::Input::GiveUp)?;
+                self.tell(at, Told::GiveUp)?;
                 self.and_more(at);
             }
             // What no checksum of the network's finds.
             12 => self.beside[at].garbles = true,
-            _ => self.image_fails(at)?,
+            _ => self.image_fails(at),
         }
         Ok(())
     }
@@ -137,21 +143,44 @@ impl Run {
         }
     }
 
-    pub(super) fn image_fails(&mut self, at: usize) -> Result<(), String> {
+    /// A connection ends for this host alone.
+    pub(super) fn loses(&mut self, at: usize) -> Result<(), String> {
+        if self.rng.random_ratio(1, 2) {
+            return self.tell(at, Told::Lost);
+        }
+        if self.session(at).is_some() {
+            self.put(at, Word::DataLost);
+        }
+        let connection = self.rng.random_range(0..self.plan.connections);
+        self.put_backup(at, BackupWord::DataLost(SessionId(self.session), connection));
+        Ok(())
+    }
+
+    pub(super) fn image_fails(&mut self, at: usize) {
         let fails = self.hosts[at].backup().is_some_and(|backup| {
-            backup.is_receiving() || backup.machine.state() == BackupState::Orphan
+            backup.reception.is_receiving() || backup.state() == BackupState::Orphan
         });
         if !fails {
-            return Ok(());
+            return;
+        }
+        let kind = self.rng.random_range(0..7);
+        if kind == 6 {
+            // Who lacks something takes over all the same where it has to.
+            if let Some(backup) = self.backup(at) {
+                backup.site.lock().is_lacking = true;
+            }
+            return;
         }
         self.ghost.gives_up(at);
-        let input = match self.rng.random_range(0..7) {
-            0 => backup::Input::Doomed,
-            6 => backup::Input::Lacking,
-            1..3 => backup::Input::Spoiled,
-            _ => backup::Input::ImageFailed,
-        };
-        self.tell_backup(at, input)
+        let Some(backup) = self.backup(at) else { return };
+        match kind {
+            0 => backup.site.lock().is_doomed = true,
+            1..3 => backup.reception.spoils(),
+            _ => {
+                self.beside[at].gives_up = true;
+                self.put_backup(at, BackupWord::ImageFails);
+            }
+        }
     }
 
     pub(super) fn crash(&mut self, at: usize) {
@@ -168,11 +197,10 @@ impl Run {
                 runs && matches!(record.standing, Standing::Pair { .. })
             });
         let replica = self.hosts[1 - at].backup().is_some_and(|backup| {
-            let state = backup.machine.state();
-            let sound = backup.is_sound();
+            let sound = backup.is_sound() && !self.beside[1 - at].gives_up;
             sound
                 && matches!(
-                    state,
+                    backup.state(),
                     BackupState::Replica
                         | BackupState::Heir
                         | BackupState::Claiming
@@ -192,11 +220,14 @@ impl Run {
             let owes = pair && replica && (protected || self.plan.arbiter);
             self.ghost.owes = owes.then_some(1 - at);
         }
+        // A process that is killed closes what it had; a host without power does not.
+        let closes = self.rng.random_ratio(1, 2);
+        if closes && self.session(at).is_some() {
+            self.send(at, Item::Bell);
+        }
         self.hosts[at].crash();
         self.beside[at].known = Known::default();
         self.beside[at].asleep_us = 0;
-        // A process that is killed closes what it had; a host without power does not.
-        let closes = self.rng.random_ratio(1, 2);
         self.abandon(at, closes);
     }
 
@@ -204,7 +235,10 @@ impl Run {
         if self.are_faults_over() {
             return Ok(());
         }
-        let at = self.rng.random_range(0..2);
+        let protects = [0, 1].into_iter().find(|at| self.hosts[*at].primary().is_some());
+        let any = self.rng.random_range(0..2);
+        // What is asked of a primary is the richer.
+        let at = protects.filter(|_| self.rng.random_ratio(1, 2)).unwrap_or(any);
         let undecided = self.hosts[at]
             .primary()
             .is_some_and(|primary| primary.machine().state() == PrimaryState::Undecided);
@@ -228,7 +262,7 @@ impl Run {
                     }
                 }
             }
-            _ => self.force(at)?,
+            _ => self.force(at),
         }
         let next_us = self.about(self.plan.ask_every_us);
         self.after(next_us, Event::Ask);
@@ -236,12 +270,10 @@ impl Run {
     }
 
     pub(super) fn fail_over(&mut self, at: usize) -> Result<(), String> {
-        let state = self.hosts[at].backup().map(|backup| backup.machine.state());
-        if state == Some(BackupState::Orphan) {
+        if self.hosts[at].backup().map(Backup::state) == Some(BackupState::Orphan) {
             return Ok(());
         }
-        let backup = || backup::Input::Failover { force: false };
-        self.input(at, || primary::Input::Failover, backup)
+        self.tell(at, Told::Failover)
     }
 
     /// Where there is no arbiter a person decides, and is right: only if the other host is dead.
@@ -258,18 +290,16 @@ impl Run {
         }
         if self.hosts[at].backup().is_some() {
             self.ghost.gives_up(at);
+            self.beside[at].gives_up = true;
         }
-        self.input(at, || primary::Input::Stop, || backup::Input::Stop)
+        self.tell(at, Told::Stop)
     }
 
-    pub(super) fn force(&mut self, at: usize) -> Result<(), String> {
-        let orphan = self.hosts[at]
-            .backup()
-            .is_some_and(|backup| backup.machine.state() == BackupState::Orphan);
+    pub(super) fn force(&mut self, at: usize) {
+        let orphan = self.hosts[at].backup().map(Backup::state) == Some(BackupState::Orphan);
         if orphan && !self.hosts[1 - at].alive && self.ghost.owes == Some(at) {
-            return self.tell_backup(at, backup::Input::Failover { force: true });
+            self.put_backup(at, BackupWord::Failover { force: true });
         }
-        Ok(())
     }
 
     /// A primary gives up, and hears by the arbiter alone how a switch-over went, or not.
@@ -277,20 +307,7 @@ impl Run {
         if !self.are_faults_over() && self.rng.random_ratio(1, 2) {
             self.cut(at, self.plan.timeout_us);
         }
-        self.tell_primary(at, primary::Input::GiveUp)
-    }
-
-    /// One of a reversed pair has waited for the other long enough: if it waits, or as soon as it does again.
-    pub(super) fn forsaken(&mut self, at: usize, life: u64) -> Result<(), String> {
-        if self.hosts[at].awaits() {
-            return self.input(at, || primary::Input::Lost, || backup::Input::Lost);
-        }
-        // A session that ends before the pair is seen leaves an heir what it was.
-        let backup = self.hosts[at].backup();
-        if backup.is_some_and(|backup| backup.machine.state() == BackupState::Heir) {
-            self.after(self.plan.timeout_us / 2, Event::Forsaken(at, life));
-        }
-        Ok(())
+        self.tell(at, Told::GiveUp)
     }
 
     /// A machine that runs alone is protected again, by whatever host has none.
@@ -306,7 +323,7 @@ impl Run {
                 let beside = &mut self.beside[1 - at];
                 beside.process += if again { 2 } else { 0 };
                 let identity = identity(beside.process);
-                self.hosts[1 - at] = Host::listening(identity, self.plan.arbiter);
+                self.hosts[1 - at] = Host::listening(identity, &self.plan, self.broken);
             }
             let soon_us = self.up_to(200 * MS);
             self.after(soon_us, Event::Connect(at));
