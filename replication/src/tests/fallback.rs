@@ -127,8 +127,11 @@ fn a_backup_that_is_lost_is_called_again_by_tcp() {
 fn a_key_that_is_renewed_between_the_calls_by_rdma_and_by_tcp_ends_nothing() {
     let directory = Authority::new().directory();
     let tls_dir = Some(directory.path().display().to_string());
-    // Its host has no device: whoever comes by RDMA hears so.
-    let backup = backup(|options| options.tls_dir.clone_from(&tls_dir)).unwrap();
+    let backup = backup(|options| {
+        options.rdma_device = Some(FAKE.to_owned());
+        options.tls_dir.clone_from(&tls_dir);
+    });
+    let backup = backup.unwrap();
     let key = directory.path().join("client-key.pem");
     let text = std::fs::read(&key).unwrap();
     let url = backup.handle.local_address().to_string();
@@ -146,7 +149,8 @@ fn a_key_that_is_renewed_between_the_calls_by_rdma_and_by_tcp_ends_nothing() {
     );
     let asked = ReplicateData {
         destination_url: proxy.url().replace("tcp:", "rdma:"),
-        rdma_device: Some(FAKE.to_owned()),
+        // Each call by RDMA is one by TCP in the end.
+        rdma_device: Some(format!("{FAKE} fails")),
         reconnect: true,
         tls_dir,
         ..options(&backup)
