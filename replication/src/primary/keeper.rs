@@ -27,6 +27,7 @@ use crate::engine::spawn;
 use crate::engine::status::Status;
 use crate::error::Error;
 use crate::guest::Guest;
+use crate::log::Log;
 use crate::observer::{Event, Observer};
 use crate::ownership::{HostIdentity, Seen};
 
@@ -40,9 +41,6 @@ const WAIT_MS_SOON: u64 = 5;
 /// peer timeouts, and at least: its device may hang.
 const FALLBACK_TIMEOUTS: u32 = 4;
 const FALLBACK_MIN: Duration = Duration::from_secs(5);
-
-/// How often attempts that fail for the same reason are told again.
-const REMINDER: Duration = Duration::from_secs(60);
 
 /// Where a person's requests go: to whoever reads the present queue.
 #[derive(Clone)]
@@ -61,6 +59,11 @@ impl Mailbox {
 
     fn inputs(&self) -> Sender<Input> {
         self.lock().clone()
+    }
+
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.lock().len()
     }
 
     /// A new queue, in which nothing is of an older session but what a person asked.
@@ -105,25 +108,6 @@ impl Waits {
     }
 }
 
-/// Tells why attempts fail, without filling the log.
-#[derive(Debug, Default)]
-pub(super) struct Log {
-    told: Option<(String, Instant)>,
-}
-
-impl Log {
-    /// Whether `reason` is worth a line now.
-    fn is_news(&mut self, reason: &str, now: Instant) -> bool {
-        let news = self.told.as_ref().is_none_or(|(last, at)| {
-            last != reason || now.saturating_duration_since(*at) >= REMINDER
-        });
-        if news {
-            self.told = Some((reason.to_owned(), now));
-        }
-        news
-    }
-}
-
 /// What ends a wait.
 enum Word {
     Timer,
@@ -156,7 +140,7 @@ impl<G: Guest> Keeper<G> {
         queue: Receiver<Input>,
         verdict: &Sender<Result<(), Error>>,
     ) {
-        let (called, queue) = self.called(Ok(checked), &queue);
+        let (called, queue) = self.called(checked, &queue);
         let first = match called {
             Ok(Some(called)) => self.session(called, queue, Some(verdict)),
             Ok(None) => {
@@ -213,7 +197,7 @@ impl<G: Guest> Keeper<G> {
                     continue;
                 }
             };
-            let (called, next) = self.called(Ok(checked), &queue);
+            let (called, next) = self.called(checked, &queue);
             queue = next;
             let error = match called {
                 Ok(Some(called)) => {
@@ -242,7 +226,7 @@ impl<G: Guest> Keeper<G> {
     /// Calls the backup beside this thread, with a queue of its own; `None` if a person ended that.
     fn called(
         &mut self,
-        checked: Result<Checked, Error>,
+        checked: Checked,
         queue: &Receiver<Input>,
     ) -> (Result<Option<Called>, Error>, Receiver<Input>) {
         let queue = self.mailbox.renew(queue);
@@ -267,9 +251,20 @@ impl<G: Guest> Keeper<G> {
         loop {
             let checked = Checked::new(self.options.clone(), self.fell_back.as_deref());
             queue = self.mailbox.renew(&queue);
-            match self.call(checked, &queue) {
-                Err(Error::Refused(_)) if Instant::now() < until => {}
-                called => return (called, queue),
+            let error = match checked {
+                Ok(checked) => match self.call(checked, &queue) {
+                    Err(error @ Error::Refused(_)) => error,
+                    called => return (called, queue),
+                },
+                // They were good before, see `again`: it passes, as a refusal does.
+                Err(error) => {
+                    let line = error.chain();
+                    self.status.failed(&line);
+                    Error::Failed(line)
+                }
+            };
+            if Instant::now() >= until {
+                return (Err(error), queue);
             }
             if let Word::Stop(answer) = self.wait(&queue, Some(Instant::now() + waits.next())) {
                 self.stopped(&answer);
@@ -322,12 +317,8 @@ impl<G: Guest> Keeper<G> {
         Ok(())
     }
 
-    fn call(
-        &mut self,
-        checked: Result<Checked, Error>,
-        queue: &Receiver<Input>,
-    ) -> Result<Option<Called>, Error> {
-        self.begin_call(checked?, false)?;
+    fn call(&mut self, checked: Checked, queue: &Receiver<Input>) -> Result<Option<Called>, Error> {
+        self.begin_call(checked, false)?;
         match self.wait(queue, None) {
             Word::Called(called) => called.map(Some),
             Word::Stop(answer) => {
@@ -454,15 +445,6 @@ mod tests {
         let mut waits = Waits::new();
         let all: Vec<u128> = (0..8).map(|_| waits.next().as_millis()).collect();
         assert_eq!(all, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
-    }
-
-    #[test]
-    fn a_reason_is_told_once_and_now_and_then() {
-        let (mut log, start) = (Log::default(), Instant::now());
-        let at = |s: u64| start + Duration::from_secs(s);
-        let told = [("a", 0), ("a", 59), ("b", 59), ("b", 60), ("a", 60), ("a", 120), ("a", 121)]
-            .map(|(reason, s)| log.is_news(reason, at(s)));
-        assert_eq!(told, [true, false, true, false, true, true, false]);
     }
 
     #[test]

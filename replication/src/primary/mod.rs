@@ -44,6 +44,7 @@ use crate::engine::status::Status;
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::handover::{Legacy, WayBack};
+use crate::log::Log;
 use crate::observer::Observer;
 use crate::ownership::{HostIdentity, Known};
 use crate::protocol::primary::Primary;
@@ -201,7 +202,7 @@ fn prepare<G: Guest>(
         mailbox: mailbox.clone(),
         rest: None,
         fell_back: None,
-        falls: keeper::Log::default(),
+        falls: Log::default(),
     };
     let thread = std::sync::Mutex::default();
     (PrimaryHandle { mailbox, status, thread, identity, timeout }, keeper, queue)
@@ -291,8 +292,7 @@ impl PrimaryHandle {
         match answered.recv_timeout(self.timeout * 10) {
             Ok(answer) => answer,
             Err(RecvTimeoutError::Disconnected) if matches!(ask, Ask::Stop | Ask::End) => {
-                // It ended by itself in the same moment.
-                Ok(())
+                self.ended_by_itself()
             }
             Err(RecvTimeoutError::Disconnected) => Err(gone()),
             Err(RecvTimeoutError::Timeout) => {
@@ -300,6 +300,20 @@ impl PrimaryHandle {
                 Err(Error::Failed(what.to_owned()))
             }
         }
+    }
+
+    /// What a person is told whose wish to end the protection met its end.
+    fn ended_by_itself(&self) -> Result<(), Error> {
+        match self.info().state {
+            ReplicationState::Lost => Err(Error::Conflict("The backup owns the VM".to_owned())),
+            _ => Ok(()),
+        }
+    }
+
+    /// What waits for whoever works for the VM.
+    #[cfg(test)]
+    pub(crate) fn waiting_inputs(&self) -> usize {
+        self.mailbox.waiting()
     }
 
     /// Pauses that were measured so far, up to the window's size.

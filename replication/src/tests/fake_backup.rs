@@ -263,6 +263,27 @@ fn one_that_accepts_and_never_welcomes_is_given_up() {
     drop(connection);
 }
 
+/// Its heart beats, and it is ready for nothing.
+#[test]
+fn one_that_only_lives_when_it_is_greeted_is_given_up() {
+    let fake = Fake::start();
+    let machine = small_machine();
+    let primary = fake.protect(&machine, very_hurried);
+    let (mut reader, session) = fake.greeted();
+    Message::receive(&mut reader, &mut Vec::new()).unwrap();
+    let mut writer = FrameWriter::new(reader.get_ref().try_clone().unwrap(), session);
+    let beats = std::thread::spawn(move || {
+        while Message::Heartbeat.send(&mut writer).is_ok() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let primary = primary.join().unwrap().unwrap();
+    let Some(Event::Failed { error }) = primary.events.wait(is_failed) else { panic!("not told") };
+    assert!(error.contains("neither takes nor refuses the VM within 4.5 s"), "{error}");
+    assert!(machine.is_running() && !machine.is_tracking());
+    beats.join().unwrap();
+}
+
 #[test]
 fn one_that_builds_for_longer_than_the_timeout_is_waited_for() {
     let fake = Fake::start();
@@ -478,6 +499,69 @@ fn one_that_dies_with_epochs_in_flight_costs_no_output() {
     }
 }
 
+/// Acknowledges what comes until it is told of a copy anew. From then on it only says how often it said something.
+fn never_gets_ready(session: Session, word: impl Fn(u64) -> Message + Send + 'static) {
+    session.drain();
+    let Session { mut reader, mut writer, data } = session;
+    let (heard, hears) = crossbeam_channel::unbounded();
+    std::thread::spawn(move || {
+        while let Ok(message) = Message::receive(&mut reader, &mut Vec::new()) {
+            heard.send(message).unwrap();
+        }
+    });
+    std::thread::spawn(move || {
+        let (mut said, mut is_told) = (0, false);
+        loop {
+            let answer = match hears.recv_timeout(Duration::from_millis(15)) {
+                Ok(Message::Seal(Seal { epoch, generation, .. })) if !is_told => {
+                    Message::Ack { epoch, generation }
+                }
+                Ok(Message::Resync) => {
+                    is_told = true;
+                    continue;
+                }
+                Ok(_) => continue,
+                Err(_) if is_told => word(said),
+                Err(_) => Message::Heartbeat,
+            };
+            said += 1;
+            if answer.send(&mut writer).is_err() {
+                break;
+            }
+        }
+        drop(data);
+    });
+}
+
+/// It was told of a copy anew, lives on, and never says that it is ready for that.
+#[test]
+fn one_that_never_gets_ready_for_a_copy_anew_is_given_up_and_called_again() {
+    type Case = (fn(&mut ReplicateData), fn(u64) -> Message, &'static str);
+    let cases: [Case; 2] = [
+        (hurried, |_| Message::Heartbeat, "does not get ready for a copy anew"),
+        (very_hurried, Message::Progress, "says that it goes on"),
+    ];
+    for (pace, word, reason) in cases {
+        let fake = Fake::start();
+        let machine = large_machine();
+        let primary = fake.protect(&machine, |options| {
+            pace(options);
+            options.reconnect = true;
+        });
+        never_gets_ready(fake.session_with(4 << 20), word);
+        let primary = primary.join().unwrap().unwrap();
+        primary.events.wait(|event| *event == Event::Synced).unwrap();
+        fake.listener.set_nonblocking(true).unwrap();
+        // More than the backup takes in an epoch.
+        write_all(&machine, 1);
+        let is_so = |event: &Event| matches!(event, Event::Degraded { reason: why, .. } if why.contains(reason));
+        assert!(primary.events.wait(is_so).is_some(), "{:?}", primary.events.events());
+        soon(|| fake.listener.accept().is_ok());
+        primary.handle.stop().unwrap();
+        assert!(machine.is_running() && !machine.is_holding());
+    }
+}
+
 #[test]
 fn one_that_is_ready_for_a_copy_unasked_is_lost() {
     let fake = Fake::start();
@@ -583,8 +667,8 @@ impl Doubt {
         Self { records, fake: Fake::start(), machine: large_machine() }
     }
 
-    /// Protected, with an epoch of nearly all pages under way.
-    fn begin(
+    /// Protected, with nothing under way.
+    fn protected(
         &self,
         with: impl FnOnce(&mut ReplicateData),
         session: impl FnOnce(&Fake) -> Session,
@@ -598,6 +682,16 @@ impl Doubt {
         session.protects();
         let primary = primary.join().unwrap().unwrap();
         primary.events.wait(|event| *event == Event::Synced).unwrap();
+        (primary, session)
+    }
+
+    /// Protected, with an epoch of nearly all pages under way.
+    fn begin(
+        &self,
+        with: impl FnOnce(&mut ReplicateData),
+        session: impl FnOnce(&Fake) -> Session,
+    ) -> (Primary, Session) {
+        let (primary, mut session) = self.protected(with, session);
         write_all(&self.machine, 1);
         while session.seal().pages[0] < 8000 {}
         (primary, session)
@@ -617,27 +711,96 @@ impl Doubt {
     }
 }
 
+/// Also where a person asked for a switch-over whose last epoch is not sealed yet: the backup has nothing of it.
 #[test]
 fn a_guest_that_waits_for_room_does_not_wait_for_the_arbiter() {
+    for hands_over in [false, true] {
+        let doubt = Doubt::new();
+        // Room for all of memory once, and not twice.
+        let room = 10_000 * PAGE_SIZE as u64;
+        let (primary, session) = doubt.begin(
+            |_| {},
+            |fake| {
+                let session = fake.session_with(room);
+                session.drain();
+                session
+            },
+        );
+        write_all(&doubt.machine, 2);
+        soon(|| !doubt.machine.is_running());
+        doubt.arbiter_moves("here", "away");
+        std::thread::scope(|scope| {
+            let asked = hands_over.then(|| {
+                let asked = scope.spawn(|| primary.handle.failover(false));
+                primary.events.wait(is_handing_over).unwrap();
+                asked
+            });
+            drop(session);
+            doubt.runs_in_doubt(&primary);
+            // Whoever asked does not wait for the arbiter either.
+            asked.map(|asked| asked.join().unwrap().unwrap_err());
+        });
+        doubt.arbiter_moves("away", "here");
+        primary.handle.join();
+        assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
+    }
+}
+
+fn drained(fake: &Fake) -> Session {
+    let session = fake.session();
+    session.drain();
+    session
+}
+
+fn is_handing_over(event: &Event) -> bool {
+    matches!(event, Event::FailoverStarted { .. })
+}
+
+/// The last epoch of a switch-over is none, and the arbiter is away.
+#[test]
+fn a_switch_over_whose_last_epoch_cannot_be_captured_is_told_as_that_at_once() {
     let doubt = Doubt::new();
-    // Room for all of memory once, and not twice.
-    let room = 10_000 * PAGE_SIZE as u64;
-    let (primary, session) = doubt.begin(
-        |_| {},
-        |fake| {
-            let session = fake.session_with(room);
-            session.drain();
-            session
-        },
-    );
-    write_all(&doubt.machine, 2);
-    soon(|| !doubt.machine.is_running());
+    let (primary, _session) = doubt.protected(|_| {}, drained);
     doubt.arbiter_moves("here", "away");
-    drop(session);
+    doubt.machine.refuse_captures();
+    let error = primary.handle.failover(false).unwrap_err().to_string();
+    assert!(error.contains("A vCPU cannot be read"), "{error}");
+    let told = primary.events.events();
+    assert!(told.iter().any(|event| matches!(event, Event::FailoverFailed { .. })), "{told:?}");
     doubt.runs_in_doubt(&primary);
     doubt.arbiter_moves("away", "here");
     primary.handle.join();
     assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
+}
+
+/// The protection is ended in the moment in which the backup turns out to own the VM.
+#[test]
+fn a_stop_that_meets_the_loss_of_the_vm_is_told_of_it() {
+    let doubt = Doubt::new();
+    let (primary, session) = doubt.protected(|_| {}, drained);
+    let (arrive, arrived) = crossbeam_channel::bounded(1);
+    let (go_on, goes_on) = crossbeam_channel::bounded::<()>(0);
+    doubt.machine.before_destroy(Box::new(move || {
+        arrive.send(()).unwrap();
+        // Until the test says so, or has failed.
+        let _ = goes_on.recv();
+    }));
+    let standing = Standing::Solo { owner: HostId(Uuid::new_v4()) };
+    let vm = primary.handle.identity().vm;
+    let theirs = Record { generation: Generation(2), vm, standing };
+    FileArbiter::new(doubt.records.path().join("here")).compare_and_swap(G1, &theirs).unwrap();
+    drop(session);
+    arrived.recv_timeout(Duration::from_secs(60)).unwrap();
+    std::thread::scope(|scope| {
+        let before = primary.handle.waiting_inputs();
+        let stop = scope.spawn(|| primary.handle.stop());
+        soon(|| primary.handle.waiting_inputs() > before);
+        drop(go_on);
+        let error = stop.join().unwrap().unwrap_err();
+        assert!(matches!(error, Error::Conflict(_)), "{error}");
+    });
+    primary.handle.join();
+    assert!(doubt.machine.is_destroyed());
 }
 
 /// With `cow=off` a guest stands for as long as its memory is sent as it is, and no longer: once nobody reads
