@@ -5,7 +5,7 @@
 //! within the same limit. The number of greetings and of arrivals that the engine has not dealt
 //! with is bounded, and a stranger's first bytes are read only if they can be a greeting.
 
-use std::io::{self, Read as _};
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
