@@ -59,10 +59,9 @@ const LOG_BYTES_MAX: u64 = 64 << 20;
 /// What a person asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ask {
-    /// Where nobody else can say whose the VM is, this says that it is this host's.
-    Stop,
-    /// The VM ends, which says nothing of that.
-    End,
+    /// `decides`: whoever asks has seen that nobody else can say whose the VM is, and says that it is this host's. Not
+    /// so where that came about on the way here, nor where the VM ends.
+    Stop { decides: bool },
     /// `reverses`: this host can be the VM's backup from then on, where the options want it to.
     Failover { reverses: bool },
 }
@@ -746,9 +745,9 @@ impl<'g, G: Guest> Engine<'g, G> {
     fn asked(&mut self, ask: Ask, answer: Sender<Result<(), Error>>) {
         self.asking = Some(ask);
         match ask {
-            Ask::Stop | Ask::End => {
+            Ask::Stop { decides } => {
                 self.stop_answer.push(answer);
-                if ask == Ask::End && self.machine.state() == State::Undecided {
+                if !decides && self.machine.state() == State::Undecided {
                     let what =
                         "A switch-over was cut: nobody but a person can say which host runs the VM";
                     self.refuse(what.to_owned());
@@ -768,7 +767,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     /// Why the request that is being looked at is not carried out.
     fn refuse(&mut self, reason: String) {
         let answer = match self.asking {
-            Some(Ask::Stop | Ask::End) => self.stop_answer.pop(),
+            Some(Ask::Stop { .. }) => self.stop_answer.pop(),
             Some(Ask::Failover { .. }) => self.failover_answer.pop(),
             None => None,
         };

@@ -239,13 +239,17 @@ impl PrimaryHandle {
     }
 
     /// Ends the protection: the VM runs on, its output passes once this host owns it alone, and
-    /// the backup discards its replica.
+    /// the backup discards its replica. Where a switch-over was cut, and shows so (`Suspended`), this says that the VM is
+    /// this host's; where it is cut after the look and before the request, it is refused.
     ///
     /// # Errors
     /// [`Error::Conflict`] if the backup owns the VM; [`Error::Failed`] if the ownership is not
     /// decided within the peer timeout: that goes on in the background, output stays held.
     pub fn stop(&self) -> Result<(), Error> {
-        self.ask(Ask::Stop)
+        let gathered = self.status.lock();
+        let decides = gathered.hands_over && gathered.info.state == ReplicationState::Suspended;
+        drop(gathered);
+        self.ask(Ask::Stop { decides })
     }
 
     /// As [`PrimaryHandle::stop`], for a VM that ends: after a switch-over that was cut, and of which only a person can
@@ -255,7 +259,7 @@ impl PrimaryHandle {
     /// # Errors
     /// As [`PrimaryHandle::stop`], and [`Error::Conflict`] after such a switch-over.
     pub fn end(&self) -> Result<(), Error> {
-        self.ask(Ask::End)
+        self.ask(Ask::Stop { decides: false })
     }
 
     /// Hands the VM over to the backup, which runs it when this returns.
@@ -291,7 +295,7 @@ impl PrimaryHandle {
         // A person waits: long enough for a slow arbiter, not for a dead one.
         match answered.recv_timeout(self.timeout * 10) {
             Ok(answer) => answer,
-            Err(RecvTimeoutError::Disconnected) if matches!(ask, Ask::Stop | Ask::End) => {
+            Err(RecvTimeoutError::Disconnected) if matches!(ask, Ask::Stop { .. }) => {
                 self.ended_by_itself()
             }
             Err(RecvTimeoutError::Disconnected) => Err(gone()),

@@ -272,7 +272,11 @@ impl<G: Guest> Session<G> {
                 let error = matches!(event, Event::Failed).then(|| "it failed".to_owned());
                 Input::Arbiter(Asked { claim, event, error })
             }
-            Word::Stop => self.ask(Ask::Stop),
+            Word::Stop => {
+                // As whoever asks sees it.
+                let decides = self.engine.machine.state() == State::Undecided;
+                self.ask(Ask::Stop { decides })
+            }
             Word::Failover { reverses } => self.ask(Ask::Failover { reverses }),
         };
         self.deliver(input);
