@@ -25,6 +25,7 @@ mod error;
 pub mod guest;
 pub mod handover;
 pub mod ids;
+mod log;
 pub mod observer;
 pub mod output;
 pub mod ownership;

@@ -27,6 +27,7 @@ use crate::engine::spawn;
 use crate::engine::status::Status;
 use crate::error::Error;
 use crate::guest::Guest;
+use crate::log::Log;
 use crate::observer::{Event, Observer};
 use crate::ownership::{HostIdentity, Seen};
 
@@ -40,9 +41,6 @@ const WAIT_MS_SOON: u64 = 5;
 /// peer timeouts, and at least: its device may hang.
 const FALLBACK_TIMEOUTS: u32 = 4;
 const FALLBACK_MIN: Duration = Duration::from_secs(5);
-
-/// How often attempts that fail for the same reason are told again.
-const REMINDER: Duration = Duration::from_secs(60);
 
 /// Where a person's requests go: to whoever reads the present queue.
 #[derive(Clone)]
@@ -102,25 +100,6 @@ impl Waits {
         let ms = self.next_ms;
         self.next_ms = (ms * 2).min(WAIT_MS_LAST);
         Duration::from_millis(ms)
-    }
-}
-
-/// Tells why attempts fail, without filling the log.
-#[derive(Debug, Default)]
-pub(super) struct Log {
-    told: Option<(String, Instant)>,
-}
-
-impl Log {
-    /// Whether `reason` is worth a line now.
-    fn is_news(&mut self, reason: &str, now: Instant) -> bool {
-        let news = self.told.as_ref().is_none_or(|(last, at)| {
-            last != reason || now.saturating_duration_since(*at) >= REMINDER
-        });
-        if news {
-            self.told = Some((reason.to_owned(), now));
-        }
-        news
     }
 }
 
@@ -454,15 +433,6 @@ mod tests {
         let mut waits = Waits::new();
         let all: Vec<u128> = (0..8).map(|_| waits.next().as_millis()).collect();
         assert_eq!(all, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
-    }
-
-    #[test]
-    fn a_reason_is_told_once_and_now_and_then() {
-        let (mut log, start) = (Log::default(), Instant::now());
-        let at = |s: u64| start + Duration::from_secs(s);
-        let told = [("a", 0), ("a", 59), ("b", 59), ("b", 60), ("a", 60), ("a", 120), ("a", 121)]
-            .map(|(reason, s)| log.is_news(reason, at(s)));
-        assert_eq!(told, [true, false, true, false, true, true, false]);
     }
 
     #[test]

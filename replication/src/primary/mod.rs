@@ -44,6 +44,7 @@ use crate::engine::status::Status;
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::handover::{Legacy, WayBack};
+use crate::log::Log;
 use crate::observer::Observer;
 use crate::ownership::{HostIdentity, Known};
 use crate::protocol::primary::Primary;
@@ -201,7 +202,7 @@ fn prepare<G: Guest>(
         mailbox: mailbox.clone(),
         rest: None,
         fell_back: None,
-        falls: keeper::Log::default(),
+        falls: Log::default(),
     };
     let thread = std::sync::Mutex::default();
     (PrimaryHandle { mailbox, status, thread, identity, timeout }, keeper, queue)
