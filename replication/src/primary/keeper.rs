@@ -135,7 +135,7 @@ impl<G: Guest> Keeper<G> {
         queue: Receiver<Input>,
         verdict: &Sender<Result<(), Error>>,
     ) {
-        let (called, queue) = self.called(Ok(checked), &queue);
+        let (called, queue) = self.called(checked, &queue);
         let first = match called {
             Ok(Some(called)) => self.session(called, queue, Some(verdict)),
             Ok(None) => {
@@ -192,7 +192,7 @@ impl<G: Guest> Keeper<G> {
                     continue;
                 }
             };
-            let (called, next) = self.called(Ok(checked), &queue);
+            let (called, next) = self.called(checked, &queue);
             queue = next;
             let error = match called {
                 Ok(Some(called)) => {
@@ -221,7 +221,7 @@ impl<G: Guest> Keeper<G> {
     /// Calls the backup beside this thread, with a queue of its own; `None` if a person ended that.
     fn called(
         &mut self,
-        checked: Result<Checked, Error>,
+        checked: Checked,
         queue: &Receiver<Input>,
     ) -> (Result<Option<Called>, Error>, Receiver<Input>) {
         let queue = self.mailbox.renew(queue);
@@ -246,9 +246,20 @@ impl<G: Guest> Keeper<G> {
         loop {
             let checked = Checked::new(self.options.clone(), self.fell_back.as_deref());
             queue = self.mailbox.renew(&queue);
-            match self.call(checked, &queue) {
-                Err(Error::Refused(_)) if Instant::now() < until => {}
-                called => return (called, queue),
+            let error = match checked {
+                Ok(checked) => match self.call(checked, &queue) {
+                    Err(error @ Error::Refused(_)) => error,
+                    called => return (called, queue),
+                },
+                // They were good before, see `again`: it passes, as a refusal does.
+                Err(error) => {
+                    let line = error.chain();
+                    self.status.failed(&line);
+                    Error::Failed(line)
+                }
+            };
+            if Instant::now() >= until {
+                return (Err(error), queue);
             }
             if let Word::Stop(answer) = self.wait(&queue, Some(Instant::now() + waits.next())) {
                 self.stopped(&answer);
@@ -301,12 +312,8 @@ impl<G: Guest> Keeper<G> {
         Ok(())
     }
 
-    fn call(
-        &mut self,
-        checked: Result<Checked, Error>,
-        queue: &Receiver<Input>,
-    ) -> Result<Option<Called>, Error> {
-        self.begin_call(checked?, false)?;
+    fn call(&mut self, checked: Checked, queue: &Receiver<Input>) -> Result<Option<Called>, Error> {
+        self.begin_call(checked, false)?;
         match self.wait(queue, None) {
             Word::Called(called) => called.map(Some),
             Word::Stop(answer) => {

@@ -1,6 +1,7 @@
 //! TCP where data cannot go by RDMA. No host of these tests has a device for the address that they use.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use api::replication::{ReceiveReplicaData, ReplicateData, ReplicationState};
 
@@ -16,6 +17,7 @@ use crate::testing::{
 };
 use crate::transport::Address;
 use crate::transport::rdma::FAKE;
+use crate::transport::tls::testing::Authority;
 
 struct Backup {
     handle: BackupHandle,
@@ -115,6 +117,57 @@ fn a_backup_that_is_lost_is_called_again_by_tcp() {
     primary.events.wait(|event| *event == Event::Resynced).unwrap();
     let info = primary.handle.info();
     assert_eq!((info.state, info.transport.as_deref()), (ReplicationState::Protected, Some("tcp")));
+    primary.handle.stop().unwrap();
+    assert_eq!(*backup.log.wrong.lock().unwrap(), Vec::<String>::new());
+}
+
+/// Files are replaced now and then, and may be half there: one that cannot be read is no reason to end attempts, whichever
+/// of them meets it.
+#[test]
+fn a_key_that_is_renewed_between_the_calls_by_rdma_and_by_tcp_ends_nothing() {
+    let directory = Authority::new().directory();
+    let tls_dir = Some(directory.path().display().to_string());
+    let backup = backup(|options| {
+        options.rdma_device = Some(FAKE.to_owned());
+        options.tls_dir.clone_from(&tls_dir);
+    });
+    let backup = backup.unwrap();
+    let key = directory.path().join("client-key.pem");
+    let text = std::fs::read(&key).unwrap();
+    let url = backup.handle.local_address().to_string();
+    let (_, port) = url.rsplit_once(':').unwrap();
+    // What passes first is the next call's, which has read the key.
+    let is_due = Arc::new(AtomicBool::new(false));
+    let (renews, path) = (Arc::clone(&is_due), key.clone());
+    let proxy = super::pair::Proxy::start(
+        port.parse().unwrap(),
+        Arc::new(move |_, _, _| {
+            if renews.swap(false, Ordering::AcqRel) {
+                std::fs::write(&path, "").unwrap();
+            }
+        }),
+    );
+    let asked = ReplicateData {
+        destination_url: proxy.url().replace("tcp:", "rdma:"),
+        // Each call by RDMA is one by TCP in the end.
+        rdma_device: Some(format!("{FAKE} fails")),
+        reconnect: true,
+        tls_dir,
+        ..options(&backup)
+    };
+    let machine = small_machine();
+    let primary = protect(&machine, asked).unwrap();
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    proxy.cut();
+    until(|| primary.handle.info(), |info| info.reconnect_attempts > 0);
+    is_due.store(true, Ordering::Release);
+    proxy.heal();
+    let is_of_key = |error: &String| error.contains("client-key.pem");
+    until(|| primary.handle.info(), |info| info.last_error.as_ref().is_some_and(is_of_key));
+    std::fs::write(&key, text).unwrap();
+    let is_end = |event: &Event| matches!(event, Event::Resynced | Event::Failed { .. });
+    assert_eq!(primary.events.wait(is_end), Some(Event::Resynced));
+    assert_eq!(primary.handle.info().transport.as_deref(), Some("tcp+tls"));
     primary.handle.stop().unwrap();
     assert_eq!(*backup.log.wrong.lock().unwrap(), Vec::<String>::new());
 }

@@ -78,12 +78,18 @@ pub(crate) struct Asked {
 }
 
 /// In unit tests, a device that is none: data goes on by the TCP connection that it began with. With a blank and a
-/// number behind it, it registers so many pieces of memory (`fake.rs`), otherwise none.
+/// number behind it, it registers so many pieces of memory (`fake.rs`), otherwise none. With "fails" behind it, it
+/// writes nothing.
 pub(crate) const FAKE: &str = "no device at all";
 
 impl Asked {
     fn is_fake(&self) -> bool {
         cfg!(test) && self.device.as_deref().is_some_and(|device| device.starts_with(FAKE))
+    }
+
+    #[cfg(test)]
+    fn fails(&self) -> bool {
+        self.is_fake() && self.device.as_deref().is_some_and(|device| device.ends_with(" fails"))
     }
 
     #[cfg(test)]
@@ -303,6 +309,11 @@ impl Adapter {
         &self,
         mut control: FrameWriter<Box<dyn Stream>>,
     ) -> Result<FrameWriter<Box<dyn Stream>>, SetupError> {
+        #[cfg(test)]
+        if self.0.asked.fails() {
+            let what = "it fails".to_owned();
+            return Err(TransportError::Rdma(::rdma::Error::Option { what }).into());
+        }
         #[cfg(test)]
         if self.0.asked.plan().is_some() {
             (self.0.report)(super::fake::path());
