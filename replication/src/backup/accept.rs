@@ -5,7 +5,7 @@
 //! within the same limit. The number of greetings and of arrivals that the engine has not dealt
 //! with is bounded, and a stranger's first bytes are read only if they can be a greeting.
 
-use std::io::{self, Read};
+use std::io::{self, Read as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use crate::engine::control::Greeted;
 use crate::engine::spawn;
 use crate::error::{Error, chain};
-use crate::transport::{Listener, Stream, tls};
+use crate::log::Log;
+use crate::transport::{Listener, Stream, Timed, tls};
 use crate::wire::{FrameReader, FrameWriter, Hello, Kind, Message, Offer, SessionId, WireError};
 
 /// Most connections whose greeting is awaited, or that wait for the engine, at once.
@@ -29,6 +30,12 @@ impl Place {
     fn take(taken: &Arc<AtomicUsize>) -> Option<Self> {
         let place = Self(Some(Arc::clone(taken)));
         (taken.fetch_add(1, Ordering::AcqRel) < GREETINGS_MAX).then_some(place)
+    }
+
+    /// Of an acceptor that never waits.
+    #[cfg(test)]
+    pub(super) fn unlimited() -> Self {
+        Self(None)
     }
 }
 
@@ -69,6 +76,7 @@ pub(super) fn start(
     deliver: impl Fn(Arrival, Place) -> bool + Clone + Send + 'static,
 ) -> Result<JoinHandle<()>, Error> {
     let greetings = Arc::new(AtomicUsize::new(0));
+    let mut log = Log::default();
     spawn("repl-accept", None, move || {
         loop {
             match listener.accept() {
@@ -81,7 +89,10 @@ pub(super) fn start(
                         let stream = stream.map_err(|error| chain(&error))?;
                         greet(stream, name, until).map_err(|error| chain(&error))
                     };
-                    greet_aside(greet, peer, &greetings, deliver.clone());
+                    if let Err(what) = greet_aside(greet, peer, &greetings, deliver.clone()) {
+                        // Said here: an engine that is too busy for arrivals would only gather these as well.
+                        tell(&mut log, &what);
+                    }
                 }
                 Ok(None) => return,
                 Err(error) => {
@@ -93,46 +104,32 @@ pub(super) fn start(
     })
 }
 
+/// Greets beside this thread, or says why not.
 fn greet_aside(
     greet: impl FnOnce() -> Result<Arrival, String> + Send + 'static,
     peer: String,
     greetings: &Arc<AtomicUsize>,
     deliver: impl Fn(Arrival, Place) -> bool + Send + 'static,
-) {
-    let Some(place) = Place::take(greetings) else {
-        // Said here: an engine that is too busy for arrivals would only gather these as well.
-        tracing::warn!("a connection from {peer} was closed: too many wait for their greeting");
-        return;
-    };
+) -> Result<(), String> {
+    let place = Place::take(greetings).ok_or("too many wait for their greeting")?;
     let body = move || {
         let arrival = greet().unwrap_or_else(|error| Arrival::Stray { peer, error });
         deliver(arrival, place);
     };
-    if let Err(error) = spawn("repl-hello", None, body) {
-        tracing::warn!("{}", error.chain());
-    }
+    spawn("repl-hello", None, body).map(drop).map_err(|error| error.chain())
 }
 
-/// A stream whose reads all end by one moment, however few bytes each of them brings.
-struct Timed {
-    stream: Box<dyn Stream>,
-    until: Instant,
-}
-
-impl Read for Timed {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let left = self.until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.stream.set_read_timeout(Some(left))?;
-        self.stream.read(into)
+/// However many come.
+fn tell(log: &mut Log, what: &str) {
+    if log.is_news(what, Instant::now()) {
+        tracing::warn!("connections are closed: {what}");
     }
 }
 
 fn greet(stream: Box<dyn Stream>, peer: String, until: Instant) -> Result<Arrival, WireError> {
     let back = stream.duplicate().map_err(WireError::Io)?;
-    let mut reader = FrameReader::new(Timed { stream, until }, None);
+    let timed = Timed { stream, until, each: Duration::MAX };
+    let mut reader = FrameReader::new(timed, None);
     let greeting = receive_greeting(&mut reader);
     let session = reader.session().unwrap_or(SessionId(0));
     let mut writer = FrameWriter::new(back, session);

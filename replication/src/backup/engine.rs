@@ -19,6 +19,7 @@ use crate::error::{Error, chain};
 use crate::guest::{Replica, ReplicaBuilder};
 use crate::handover::{Legacy, WayBack};
 use crate::ids::{EpochId, Generation};
+use crate::log::Log;
 use crate::observer::{Event as Told, Observer};
 use crate::ownership::{Arbiter, HostId, HostIdentity, Record, Standing, VmId};
 use crate::protocol::backup::{Backup, Event, Handover, State};
@@ -145,6 +146,11 @@ pub(super) struct Engine<B: ReplicaBuilder> {
     heir_session: Option<SessionId>,
     /// The only VM that is received here; whichever comes where there is none.
     only: Option<VmId>,
+    /// Why nobody can connect any more.
+    deaf: Option<String>,
+    /// What was told of who is no primary, and of primaries that were refused.
+    strangers: Log,
+    refused: Log,
     /// A primary that came before the session before was over, and until when it waits for that.
     waiting: Option<(Box<Caller>, Instant)>,
     failover_answer: Vec<Sender<Result<(), Error>>>,
@@ -196,6 +202,9 @@ impl<B: ReplicaBuilder> Engine<B> {
             heir_until: None,
             heir_session: None,
             only: None,
+            deaf: None,
+            strangers: Log::default(),
+            refused: Log::default(),
             waiting: None,
             failover_answer: vec![],
         })
@@ -260,6 +269,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             let next = self.asker.timer();
             self.claim_went(next);
         }
+        self.stop_if_deaf();
         let is_idle = self.machine.state() == State::Idle;
         if self.waiting.as_ref().is_some_and(|(_, until)| is_idle || *until <= Instant::now()) {
             self.admit_waiting();

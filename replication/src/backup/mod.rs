@@ -302,6 +302,13 @@ impl BackupHandle {
         }
     }
 
+    /// What comes of a listener that is of no use any more.
+    #[cfg(test)]
+    pub(crate) fn break_listener(&self) {
+        let broken = accept::Arrival::Broken("Nobody can be accepted any more".to_owned());
+        self.inputs.send(Input::Arrival(broken, accept::Place::unlimited())).expect("it runs");
+    }
+
     /// Whether the engine has ended: stopped, or taken over.
     #[must_use]
     pub fn is_finished(&self) -> bool {

@@ -155,6 +155,8 @@ impl Gate {
 pub struct Approach {
     state: Way,
     number: u64,
+    /// The backup has said of that number that it opens no more.
+    refused: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -191,8 +193,7 @@ impl Approach {
     /// If what was asked for before is not over.
     pub fn ask(&mut self) -> u64 {
         assert!(self.is_over(), "one window at a time");
-        self.number += 1;
-        self.state = Way::Asked;
+        *self = Self { state: Way::Asked, number: self.number + 1, refused: false };
         self.number
     }
 
@@ -211,7 +212,7 @@ impl Approach {
 
     /// The backup does not open any more; `false` if that is no answer.
     pub fn none(&mut self, number: u64) -> bool {
-        if number != self.number {
+        if number != self.number || self.refused {
             return false;
         }
         self.state = match self.state {
@@ -222,6 +223,7 @@ impl Approach {
             Way::Ending => Way::Ending,
             Way::Ring | Way::Open | Way::Short => return false,
         };
+        self.refused = true;
         true
     }
 
@@ -522,6 +524,7 @@ mod tests {
         assert_eq!((approach.end(), approach.end()), (Some(1), None));
         // What was under way.
         assert_eq!((approach.opened(1, false), approach.none(1)), (Some(false), true));
+        assert!(!approach.none(1), "once is enough");
         assert!(!approach.closed(2) && !approach.is_over() && approach.closed(1));
         assert!(approach.is_over() && !approach.closed(1));
         // No more than some.

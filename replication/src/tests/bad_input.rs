@@ -143,6 +143,57 @@ fn a_greeting_that_trickles_in_ends_in_time_and_its_place_is_free() {
     assert!(backup.events.events().iter().any(late));
 }
 
+/// However many they are, and whatever each of them says.
+#[test]
+fn a_thousand_strangers_are_a_few_events_and_hide_nothing() {
+    let backup = Backup::start(None);
+    let machine = small_machine();
+    let primary = Primary::start(&machine, &backup.url(), None).unwrap();
+    primary.events.wait(|e| *e == Event::Synced).unwrap();
+    let is_failed = |e: &Event| matches!(e, Event::ReceiveFailed { .. });
+    for number in 0..1000u16 {
+        let mut bytes = greeting(1);
+        bytes[4..6].copy_from_slice(&(100 + number).to_le_bytes());
+        send(&backup, &bytes);
+    }
+    backup.events.wait(is_failed).unwrap();
+    let seen = primary.handle.info().epoch_committed;
+    machine.work(0, crate::ids::PageIndex(5), 1).unwrap();
+    until(|| primary.handle.info(), |info| info.epoch_committed > seen);
+    let info = backup.handle.info();
+    assert_eq!((info.state, info.last_error), (ReplicationState::Protected, None));
+    let told = backup.events.events().iter().filter(|e| is_failed(e)).count();
+    assert!((1..=8).contains(&told), "{told} events");
+    primary.handle.stop().unwrap();
+    assert_eq!(backup.wrong(), Vec::<String>::new());
+}
+
+/// A backup whose listener is of no use any more serves the primary that it has, and waits for no other.
+#[test]
+fn a_backup_that_nobody_can_call_stops_once_it_has_nothing() {
+    let backup = Backup::start(None);
+    let machine = small_machine();
+    let primary = Primary::start(&machine, &backup.url(), None).unwrap();
+    primary.events.wait(|e| *e == Event::Synced).unwrap();
+    backup.handle.break_listener();
+    backup.events.wait(|e| matches!(e, Event::ReceiveFailed { .. })).unwrap();
+    let seen = primary.handle.info().epoch_committed;
+    machine.work(0, crate::ids::PageIndex(5), 1).unwrap();
+    until(|| primary.handle.info(), |info| info.epoch_committed > seen);
+    assert_eq!(backup.handle.info().state, ReplicationState::Protected);
+    primary.handle.stop().unwrap();
+    // The end of the protection, and that of the reception.
+    backup.events.wait_times(2, |e| *e == Event::Stopped).unwrap();
+    let info = until(|| backup.handle.info(), |info| info.state == ReplicationState::Stopped);
+    assert!(info.last_error.unwrap().contains("accepted any more"));
+    backup.handle.join();
+    // The same at once where there is nothing.
+    let idle = Backup::start(None);
+    idle.handle.break_listener();
+    idle.events.wait(|e| *e == Event::Stopped).unwrap();
+    idle.handle.join();
+}
+
 #[test]
 fn a_second_primary_is_refused_and_the_first_goes_on() {
     let backup = Backup::start(None);

@@ -6,24 +6,27 @@
 pub mod memory;
 pub(crate) mod rdma;
 mod tcp;
+mod timed;
 pub mod tls;
 mod unix;
 
 use std::io::{self, IoSlice, PipeReader, PipeWriter, Read, Write};
 use std::net::{IpAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 use vm_memory::{Bytes, ReadVolatile, VolatileMemoryError};
 
 use crate::ids::{PAGE_SIZE, PageIndex};
+use crate::log::Log;
 use crate::ram::Slice;
 
 pub use api::endpoint::Endpoint as Address;
+pub(crate) use timed::Timed;
 
-/// First pause of a listener on a host that lacks descriptors or memory; doubles up to the last.
+/// First pause of a listener while nobody can be accepted; doubles up to the last.
 const PAUSE_MS_FIRST: u16 = 20;
 const PAUSE_MS_LAST: u16 = 2000;
 
@@ -315,14 +318,14 @@ impl Listener {
         &self.address
     }
 
-    /// Waits for the next peer and its name; `None` once the waker is gone. While
-    /// the host lacks descriptors or memory, nobody is accepted, and it is tried again.
+    /// Waits for the next peer and its name; `None` once the waker is gone. While the host lacks descriptors,
+    /// memory or its network, nobody is accepted, and it is tried again.
     ///
     /// # Errors
     /// [`TransportError::Accept`].
     pub(crate) fn accept(&self) -> Result<Option<Accepted>, TransportError> {
         let failed = |error| TransportError::Accept(self.address.to_string(), error);
-        let mut pause_ms = PAUSE_MS_FIRST;
+        let (mut pause_ms, mut log) = (PAUSE_MS_FIRST, Log::default());
         loop {
             let mut fds = [
                 PollFd::new(self.inner.fd(), PollFlags::POLLIN),
@@ -338,13 +341,15 @@ impl Listener {
             }
             match self.inner.accept() {
                 Ok(accepted) => return Ok(Some(accepted)),
-                Err(error) if is_passing(&error) => {}
-                Err(error) if is_scarcity(&error) => {
-                    tracing::warn!("nobody is accepted on {} for now: {error}", self.address);
+                Err(error) if is_of_connection(&error) => {}
+                Err(error) if is_of_listener(&error) => return Err(failed(error)),
+                Err(error) => {
+                    if log.is_news(&error.to_string(), Instant::now()) {
+                        tracing::warn!("nobody is accepted on {} for now: {error}", self.address);
+                    }
                     self.pause(pause_ms).map_err(failed)?;
                     pause_ms = (pause_ms * 2).min(PAUSE_MS_LAST);
                 }
-                Err(error) => return Err(failed(error)),
             }
         }
     }
@@ -361,14 +366,15 @@ impl Listener {
     }
 }
 
-/// Errors of accept that say what the host lacks at the moment; the connection waits.
-fn is_scarcity(error: &io::Error) -> bool {
-    let lacks = [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS];
-    error.raw_os_error().is_some_and(|code| lacks.contains(&code))
+/// Errors of accept(2) after which nobody can be accepted by this descriptor any more. All others pass: those of the
+/// network, which it passes on from the new connection, and of what the host lacks or does not allow.
+fn is_of_listener(error: &io::Error) -> bool {
+    let of_listener = [libc::EBADF, libc::EINVAL, libc::ENOTSOCK];
+    error.raw_os_error().is_some_and(|code| of_listener.contains(&code))
 }
 
-/// Errors of accept that concern one connection, not the listener.
-fn is_passing(error: &io::Error) -> bool {
+/// Errors of accept that concern one connection, and need no rest.
+fn is_of_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | WouldBlock)
 }
@@ -421,15 +427,14 @@ mod tests {
     use super::*;
     use crate::testing::Plain;
 
-    /// Readable at once, and out of descriptors twice.
-    struct Scarce(PipeReader, AtomicUsize);
+    /// Readable at once, and accepts somebody after these errors.
+    struct Scarce(PipeReader, AtomicUsize, &'static [i32]);
 
     impl Accept for Scarce {
         fn accept(&self) -> io::Result<Accepted> {
-            match self.1.fetch_add(1, Ordering::AcqRel) {
-                0 => Err(io::Error::from_raw_os_error(libc::EMFILE)),
-                1 => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
-                _ => Ok((Incoming::Local(memory::pair()?.0), "somebody".to_owned())),
+            match self.2.get(self.1.fetch_add(1, Ordering::AcqRel)) {
+                Some(code) => Err(io::Error::from_raw_os_error(*code)),
+                None => Ok((Incoming::Local(memory::pair()?.0), "somebody".to_owned())),
             }
         }
 
@@ -438,25 +443,47 @@ mod tests {
         }
     }
 
-    fn scarce() -> (Listener, ListenerWaker, PipeWriter) {
+    fn scarce(errors: &'static [i32]) -> (Listener, ListenerWaker, PipeWriter) {
         let (ready, mut write) = io::pipe().unwrap();
         write.write_all(b"x").unwrap();
         let (wake, end) = io::pipe().unwrap();
-        let inner = Box::new(Scarce(ready, AtomicUsize::new(0)));
+        let inner = Box::new(Scarce(ready, AtomicUsize::new(0), errors));
         let address = Address::Tcp { host: "localhost".to_owned(), port: 1 };
         (Listener { inner, address, wake }, ListenerWaker { _end: end }, write)
     }
 
     #[test]
     fn a_lack_of_descriptors_passes() {
-        let (listener, _waker, _write) = scarce();
+        let (listener, _waker, _write) = scarce(&[libc::EMFILE, libc::ENOMEM]);
         let (_, peer) = listener.accept().unwrap().unwrap();
         assert_eq!(peer, "somebody");
     }
 
+    /// What accept(2) passes on from the network, and what a filter of packets makes of it.
+    #[test]
+    fn a_network_that_is_down_passes_and_is_not_asked_without_rest() {
+        const ERRORS: [i32; 4] = [libc::EPROTO, libc::ENETDOWN, libc::EHOSTUNREACH, libc::EPERM];
+        let (listener, _waker, _write) = scarce(&ERRORS);
+        let since = Instant::now();
+        let (_, peer) = listener.accept().unwrap().unwrap();
+        assert_eq!(peer, "somebody");
+        let rest_ms: u16 = (0..4).map(|turn| PAUSE_MS_FIRST << turn).sum();
+        assert!(since.elapsed() >= Duration::from_millis(rest_ms.into()));
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_listener_is_the_end() {
+        let errors: [&[i32]; 3] = [&[libc::EBADF], &[libc::EINVAL], &[libc::ENOTSOCK]];
+        for errors in errors {
+            let (listener, _waker, _write) = scarce(errors);
+            let error = listener.accept().err().unwrap();
+            assert!(matches!(error, TransportError::Accept(..)), "{error:?}");
+        }
+    }
+
     #[test]
     fn a_listener_that_lacks_descriptors_can_be_woken() {
-        let (listener, waker, _write) = scarce();
+        let (listener, waker, _write) = scarce(&[libc::EMFILE, libc::ENOMEM]);
         drop(waker);
         assert!(listener.accept().unwrap().is_none());
     }

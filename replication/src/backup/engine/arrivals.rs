@@ -18,6 +18,7 @@ use crate::backup::receive::{DataConnection, Shared};
 use crate::backup::staging::Budget;
 use crate::capture::cow::Share;
 use crate::checking::reach;
+use crate::engine::clock;
 use crate::engine::control::{Control, Greeted, Pace, Progress};
 use crate::engine::heard::Heard;
 use crate::engine::spawn;
@@ -51,15 +52,36 @@ impl<B: ReplicaBuilder> Engine<B> {
             }
             Arrival::Data { reader, hello } => self.data(reader, hello),
             Arrival::Stray { peer, error } => {
-                let error = format!("A connection from {peer} was refused: {error}");
-                self.session_failed(&error);
+                let line = format!("A connection from {peer} was refused: {error}");
+                let is_news = self.strangers.is_news(&error, clock::now());
+                self.sent_away(&line, is_news);
             }
             Arrival::Broken(error) => {
                 self.session_failed(&error);
-                if self.machine.state() == State::Idle {
-                    self.step(Event::StopAsked);
-                }
+                self.deaf = Some(error);
             }
+        }
+    }
+
+    /// Somebody was sent away, as anybody may have himself, as often as he likes: neither log and events are full of
+    /// that, nor does it hide what the session at hand, or what is left of it, says.
+    fn sent_away(&mut self, line: &str, is_news: bool) {
+        if !is_news {
+            return tracing::debug!("{line}");
+        }
+        if self.machine.state() == State::Idle {
+            self.status.failed(line);
+        }
+        self.observer.event(Told::ReceiveFailed { error: line.to_owned() });
+    }
+
+    /// Where nobody can connect any more there is nothing to wait for.
+    pub(super) fn stop_if_deaf(&mut self) {
+        if self.machine.state() == State::Idle
+            && let Some(error) = self.deaf.take()
+        {
+            self.status.failed(&error);
+            self.step(Event::StopAsked);
         }
     }
 
@@ -181,8 +203,9 @@ impl<B: ReplicaBuilder> Engine<B> {
         let Caller { greeted: Greeted { reader, writer }, hello, mut offer, peer } = caller;
         if let Some(refusal) = self.refusal(&hello, &offer) {
             let reason = refusal.tell(writer);
-            let error = format!("A primary at {peer} was refused: {reason}");
-            self.session_failed(&error);
+            let line = format!("A primary at {peer} was refused: {reason}");
+            let is_news = self.refused.is_news(&reason, clock::now());
+            self.sent_away(&line, is_news);
             return self.was_left(&hello, &offer);
         }
         self.step(Event::Accepted);
