@@ -455,9 +455,12 @@ impl<'g, G: Guest> Engine<'g, G> {
         next
     }
 
-    /// Whether the peer has something to take or to acknowledge.
+    /// Whether the peer has something to take, to acknowledge or to answer.
     fn awaits_peer(&self) -> bool {
-        let busy = self.unsent > 0 || !self.in_flight.is_empty() || self.disks_copy;
+        let busy = self.unsent > 0
+            || !self.in_flight.is_empty()
+            || self.disks_copy
+            || self.machine.awaits_ready();
         // One to which nothing comes has nothing to take.
         self.control.is_some() && busy && self.no_rdma.is_none()
     }
@@ -489,6 +492,9 @@ impl<'g, G: Guest> Engine<'g, G> {
         let verdict = self.patience.verdict(now);
         let reason = match verdict {
             Verdict::Waits => return None,
+            Verdict::Stalled if self.machine.awaits_ready() => {
+                "The backup lives but does not get ready for a copy anew".to_owned()
+            }
             Verdict::Stalled => {
                 "The backup lives but neither takes nor acknowledges an epoch".to_owned()
             }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 const STALL_TIMEOUTS: u32 = 4;
 /// Peer timeouts for which its word counts, whatever it has to do: a flush of an image may wait for
 /// much that was written before.
-const WORD_TIMEOUTS: u32 = 30;
+pub(super) const WORD_TIMEOUTS: u32 = 30;
 /// The least that an image takes in a second; its word counts for so much longer.
 const RATE_BYTES_S_MIN: u64 = 1 << 20;
 /// Most seconds for bytes: what a guest discards or zeroes is large and soon done.

@@ -15,6 +15,7 @@ use api::replication::{ReplicateData, TIMEOUT_MS_MAX};
 use crossbeam_channel::{RecvTimeoutError, bounded, unbounded};
 use uuid::Uuid;
 
+use super::patience::WORD_TIMEOUTS;
 use crate::disk::DISKS_MAX;
 use crate::engine::control::Greeted;
 use crate::engine::spawn;
@@ -23,7 +24,7 @@ use crate::guest::{DESCRIPTION_BYTES_MAX, Guest};
 use crate::ids::PAGE_SIZE;
 use crate::ownership::{HostId, HostIdentity};
 use crate::ram::Ram;
-use crate::transport::{Destination, Stream, TransportError, is_late, rdma};
+use crate::transport::{Destination, Stream, Timed, TransportError, is_late, rdma};
 use crate::wire::{
     Base, FrameReader, FrameWriter, Hello, Message, Offer, REGIONS_MAX, RETURN_BYTES_MAX,
     SessionId, Welcome, WireError, WireRegion,
@@ -32,6 +33,10 @@ use crate::wire::{
 /// Shortest wait for a sign of the backup. While it builds the machine, and memory of hundreds of
 /// GiB takes its time, its heart beats, so the wait is for one beat.
 const SIGN_WAIT_MIN: Duration = Duration::from_secs(1);
+
+/// The least of the machine's memory that a backup makes in a second. Its heart is heard for so much longer than
+/// a word counts.
+const BUILD_BYTES_S_MIN: u64 = 256 << 20;
 
 /// What was agreed, and the connections.
 pub(super) struct Session {
@@ -111,22 +116,28 @@ pub(super) fn open(
     let caller = Caller { destination, session, identity, connections, timeout };
     let io = |error| Error::Wire(WireError::Io(error));
     let patience = timeout.max(SIGN_WAIT_MIN);
-    stream.set_read_timeout(Some(patience)).map_err(io)?;
-    let reader = FrameReader::new(stream.duplicate().map_err(io)?, Some(session));
-    let mut control = Greeted { reader, writer: FrameWriter::new(stream, session) };
+    let limit = timeout * WORD_TIMEOUTS + building(&offer);
+    let until = Instant::now() + limit;
+    let timed = Timed { stream: stream.duplicate().map_err(io)?, until, each: patience };
+    let mut reader = FrameReader::new(timed, Some(session));
+    let mut writer = FrameWriter::new(stream, session);
     // A backup that refuses may close before it has read all: its reason is worth more than the
     // failure to write.
-    let written = caller
-        .hello(0)
-        .send(&mut control.writer)
-        .and_then(|()| Message::Offer(offer).send(&mut control.writer));
-    let welcome = match first_word(&mut control.reader) {
+    let written =
+        caller.hello(0).send(&mut writer).and_then(|()| Message::Offer(offer).send(&mut writer));
+    let welcome = match first_word(&mut reader) {
         Ok(Message::Welcome(welcome)) => welcome,
         Ok(Message::Abort(reason)) => return Err(Error::Refused(reason)),
         Ok(Message::Refuse(reason)) => return Err(Error::Unfit(reason)),
         Ok(other) => {
             let found = other.kind();
             return Err(Error::Wire(WireError::Unexpected { found, expected: "a welcome" }));
+        }
+        Err(WireError::Io(error)) if is_late(&error) && Instant::now() >= until => {
+            let seconds = limit.as_secs_f32();
+            return Err(Error::Failed(format!(
+                "The backup lives, and neither takes nor refuses the VM within {seconds:.1} s"
+            )));
         }
         Err(WireError::Io(error)) if is_late(&error) => {
             let silent_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
@@ -143,8 +154,8 @@ pub(super) fn open(
     let lender = adapter.clone().map(rdma::Adapter::lender);
     let falls_back = adapter.is_some() && options.fallback;
     let data =
-        data_connections(&caller, adapter, heartbeat, &mut control).map_err(
-            |error| match explained(error, &mut control, patience) {
+        data_connections(&caller, adapter, heartbeat, &mut writer).map_err(
+            |error| match explained(error, (&mut reader, &mut writer), patience) {
                 error if falls_back && is_of_rdma(&error) => Error::NoRdma(Box::new(error)),
                 error => error,
             },
@@ -152,6 +163,7 @@ pub(super) fn open(
     let disks = has_disks.then(|| caller.connect(connections + 2)).transpose()?;
     let bell = caller.hello(connections + 1);
     super::bell::start(caller.destination, session, bell, timeout);
+    let control = Greeted { reader: reader.map(|timed| timed.stream), writer };
     Ok(Session { id: session, control, data, disks, lender, backup: HostId(welcome.host), welcome })
 }
 
@@ -161,7 +173,7 @@ fn data_connections(
     caller: &Caller,
     adapter: Option<rdma::Adapter>,
     heartbeat: Duration,
-    control: &mut Greeted,
+    control: &mut FrameWriter<Box<dyn Stream>>,
 ) -> Result<Vec<FrameWriter<Box<dyn Stream>>>, Error> {
     let patience = adapter.as_ref().map(rdma::Adapter::write_patience);
     // When a connection asks the device is told, and when it is made; all of them change hands at once,
@@ -185,7 +197,7 @@ fn data_connections(
     let mut asked = None;
     loop {
         // A connection that fails is noticed by who makes the others.
-        let _ = Message::Heartbeat.send(&mut control.writer);
+        let _ = Message::Heartbeat.send(control);
         match take.recv_timeout(heartbeat) {
             Ok(all) => return all,
             Err(RecvTimeoutError::Timeout) => {}
@@ -222,26 +234,35 @@ fn is_of_rdma(error: &Error) -> bool {
 
 /// Why the data connections were not made: this side's reason is told to the backup; else the backup's own counts
 /// for more than a connection that it closed, and is on its way or comes soon.
-fn explained(error: Error, control: &mut Greeted, patience: Duration) -> Error {
+fn explained(
+    error: Error,
+    (reader, writer): (&mut FrameReader<Timed>, &mut FrameWriter<Box<dyn Stream>>),
+    patience: Duration,
+) -> Error {
     if is_of_device(&error) {
         // A backup that is gone needs no reason.
-        let _ = Message::Abort(error.chain()).send(&mut control.writer);
+        let _ = Message::Abort(error.chain()).send(writer);
         return error;
     }
-    let until = Instant::now() + patience;
+    reader.get_mut().until = Instant::now() + patience;
     let mut payload = Vec::new();
-    while Instant::now() < until {
-        match Message::receive(&mut control.reader, &mut payload) {
+    loop {
+        match Message::receive(reader, &mut payload) {
             Ok(Message::Abort(reason)) => return Error::Refused(reason),
             Ok(Message::Heartbeat | Message::Progress(_)) => {}
-            _ => break,
+            _ => return error,
         }
     }
-    error
+}
+
+/// How long a backup may take to build the machine, beside all else.
+fn building(offer: &Offer) -> Duration {
+    let pages = offer.regions.iter().fold(0, |sum: u64, region| sum.saturating_add(region.pages));
+    Duration::from_secs(pages.saturating_mul(PAGE_SIZE as u64) / BUILD_BYTES_S_MIN)
 }
 
 /// The first message that is no heartbeat: a backup that builds the machine proves its life.
-fn first_word(reader: &mut FrameReader<Box<dyn Stream>>) -> Result<Message, WireError> {
+fn first_word(reader: &mut FrameReader<Timed>) -> Result<Message, WireError> {
     let mut payload = Vec::new();
     loop {
         match Message::receive(reader, &mut payload)? {

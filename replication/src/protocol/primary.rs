@@ -317,6 +317,18 @@ impl Primary {
         self.state == State::Alone && !self.gave_up
     }
 
+    /// Whether the backup was told of a copy anew, and has not said that it is ready for that.
+    #[must_use]
+    pub fn awaits_ready(&self) -> bool {
+        self.awaits_ready
+    }
+
+    /// Whether the last epoch of a switch-over was sealed: the backup may have it.
+    #[must_use]
+    pub fn is_handed(&self) -> bool {
+        self.handed
+    }
+
     /// Whether the switch-over that was asked for is to reverse the pair.
     #[must_use]
     pub fn reverses(&self) -> bool {

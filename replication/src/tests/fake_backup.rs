@@ -263,6 +263,27 @@ fn one_that_accepts_and_never_welcomes_is_given_up() {
     drop(connection);
 }
 
+/// Its heart beats, and it is ready for nothing.
+#[test]
+fn one_that_only_lives_when_it_is_greeted_is_given_up() {
+    let fake = Fake::start();
+    let machine = small_machine();
+    let primary = fake.protect(&machine, very_hurried);
+    let (mut reader, session) = fake.greeted();
+    Message::receive(&mut reader, &mut Vec::new()).unwrap();
+    let mut writer = FrameWriter::new(reader.get_ref().try_clone().unwrap(), session);
+    let beats = std::thread::spawn(move || {
+        while Message::Heartbeat.send(&mut writer).is_ok() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let primary = primary.join().unwrap().unwrap();
+    let Some(Event::Failed { error }) = primary.events.wait(is_failed) else { panic!("not told") };
+    assert!(error.contains("neither takes nor refuses the VM within 4.5 s"), "{error}");
+    assert!(machine.is_running() && !machine.is_tracking());
+    beats.join().unwrap();
+}
+
 #[test]
 fn one_that_builds_for_longer_than_the_timeout_is_waited_for() {
     let fake = Fake::start();
@@ -475,6 +496,69 @@ fn one_that_dies_with_epochs_in_flight_costs_no_output() {
         workers.join();
         // Every word that the guest said has left, what was in flight among it.
         assert_eq!(machine.released()[..3], counters(machine.ram())[..3]);
+    }
+}
+
+/// Acknowledges what comes until it is told of a copy anew. From then on it only says how often it said something.
+fn never_gets_ready(session: Session, word: impl Fn(u64) -> Message + Send + 'static) {
+    session.drain();
+    let Session { mut reader, mut writer, data } = session;
+    let (heard, hears) = crossbeam_channel::unbounded();
+    std::thread::spawn(move || {
+        while let Ok(message) = Message::receive(&mut reader, &mut Vec::new()) {
+            heard.send(message).unwrap();
+        }
+    });
+    std::thread::spawn(move || {
+        let (mut said, mut is_told) = (0, false);
+        loop {
+            let answer = match hears.recv_timeout(Duration::from_millis(15)) {
+                Ok(Message::Seal(Seal { epoch, generation, .. })) if !is_told => {
+                    Message::Ack { epoch, generation }
+                }
+                Ok(Message::Resync) => {
+                    is_told = true;
+                    continue;
+                }
+                Ok(_) => continue,
+                Err(_) if is_told => word(said),
+                Err(_) => Message::Heartbeat,
+            };
+            said += 1;
+            if answer.send(&mut writer).is_err() {
+                break;
+            }
+        }
+        drop(data);
+    });
+}
+
+/// It was told of a copy anew, lives on, and never says that it is ready for that.
+#[test]
+fn one_that_never_gets_ready_for_a_copy_anew_is_given_up_and_called_again() {
+    type Case = (fn(&mut ReplicateData), fn(u64) -> Message, &'static str);
+    let cases: [Case; 2] = [
+        (hurried, |_| Message::Heartbeat, "does not get ready for a copy anew"),
+        (very_hurried, Message::Progress, "says that it goes on"),
+    ];
+    for (pace, word, reason) in cases {
+        let fake = Fake::start();
+        let machine = large_machine();
+        let primary = fake.protect(&machine, |options| {
+            pace(options);
+            options.reconnect = true;
+        });
+        never_gets_ready(fake.session_with(4 << 20), word);
+        let primary = primary.join().unwrap().unwrap();
+        primary.events.wait(|event| *event == Event::Synced).unwrap();
+        fake.listener.set_nonblocking(true).unwrap();
+        // More than the backup takes in an epoch.
+        write_all(&machine, 1);
+        let is_so = |event: &Event| matches!(event, Event::Degraded { reason: why, .. } if why.contains(reason));
+        assert!(primary.events.wait(is_so).is_some(), "{:?}", primary.events.events());
+        soon(|| fake.listener.accept().is_ok());
+        primary.handle.stop().unwrap();
+        assert!(machine.is_running() && !machine.is_holding());
     }
 }
 
