@@ -99,6 +99,8 @@ pub struct Machine {
     all_dirty: AtomicBool,
     tracking: AtomicBool,
     before_pass: Mutex<Option<Hook>>,
+    before_destroy: Mutex<Option<Hook>>,
+    uncapturable: AtomicBool,
     forgotten: Mutex<Option<PageIndex>>,
     disks: Option<Arc<MemoryDisks>>,
 }
@@ -129,6 +131,8 @@ impl Machine {
             all_dirty: AtomicBool::new(false),
             tracking: AtomicBool::new(false),
             before_pass: Mutex::default(),
+            before_destroy: Mutex::default(),
+            uncapturable: AtomicBool::new(false),
             forgotten: Mutex::default(),
         })
     }
@@ -145,6 +149,16 @@ impl Machine {
     /// Calls `hook` before all output passes.
     pub fn before_pass(&self, hook: Hook) {
         *lock(&self.before_pass) = Some(hook);
+    }
+
+    /// Calls `hook` before the guest ends.
+    pub fn before_destroy(&self, hook: Hook) {
+        *lock(&self.before_destroy) = Some(hook);
+    }
+
+    /// No machine state can be had from here on.
+    pub fn refuse_captures(&self) {
+        self.uncapturable.store(true, Ordering::Release);
     }
 
     /// Leaves a page out of all harvests: what replication takes on trust is broken.
@@ -345,6 +359,9 @@ impl Guest for MemoryGuest {
     }
 
     fn capture(&mut self) -> Result<Checksum, GuestError> {
+        if self.0.uncapturable.load(Ordering::Acquire) {
+            return Err("A vCPU cannot be read".into());
+        }
         let disks = self.0.disks.as_ref().map(|disks| disks.state()).unwrap_or_default();
         Ok(Checksum(checksum(&self.0.ram), disks))
     }
@@ -410,6 +427,9 @@ impl Guest for MemoryGuest {
     }
 
     fn destroy(&mut self) {
+        if let Some(hook) = &*lock(&self.0.before_destroy) {
+            hook();
+        }
         lock(&self.0.port).held.clear();
         self.0.power_off();
     }

@@ -61,6 +61,11 @@ impl Mailbox {
         self.lock().clone()
     }
 
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.lock().len()
+    }
+
     /// A new queue, in which nothing is of an older session but what a person asked.
     fn renew(&self, old: &Receiver<Input>) -> Receiver<Input> {
         let mut inputs = self.lock();

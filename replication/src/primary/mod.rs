@@ -281,9 +281,8 @@ impl PrimaryHandle {
         // A person waits: long enough for a slow arbiter, not for a dead one.
         match answered.recv_timeout(self.timeout * 10) {
             Ok(answer) => answer,
-            Err(RecvTimeoutError::Disconnected) if ask == Ask::Stop => {
-                // It ended by itself in the same moment.
-                Ok(())
+            Err(RecvTimeoutError::Disconnected) if matches!(ask, Ask::Stop) => {
+                self.ended_by_itself()
             }
             Err(RecvTimeoutError::Disconnected) => Err(gone()),
             Err(RecvTimeoutError::Timeout) => {
@@ -291,6 +290,20 @@ impl PrimaryHandle {
                 Err(Error::Failed(what.to_owned()))
             }
         }
+    }
+
+    /// What a person is told whose wish to end the protection met its end.
+    fn ended_by_itself(&self) -> Result<(), Error> {
+        match self.info().state {
+            ReplicationState::Lost => Err(Error::Conflict("The backup owns the VM".to_owned())),
+            _ => Ok(()),
+        }
+    }
+
+    /// What waits for whoever works for the VM.
+    #[cfg(test)]
+    pub(crate) fn waiting_inputs(&self) -> usize {
+        self.mailbox.waiting()
     }
 
     /// Pauses that were measured so far, up to the window's size.

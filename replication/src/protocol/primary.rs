@@ -619,7 +619,10 @@ impl Primary {
                 // Whatever becomes of the claim and of the peer: it may be that pages were taken for
                 // an epoch that is none.
                 self.gave_up = true;
-                self.claim(Purpose::GiveUp, reason)
+                match self.state {
+                    State::HandingOver => self.call_off(Purpose::GiveUp, reason),
+                    _ => self.claim(Purpose::GiveUp, reason),
+                }
             }
             _ => vec![],
         }

@@ -335,6 +335,34 @@ fn a_copy_anew_in_a_session_that_ends_is_told() {
     assert!(primary.may_go_on());
 }
 
+/// Only what waits for the backup's word: from the word that it is told to its answer.
+#[test]
+fn a_backup_that_was_told_of_a_copy_anew_owes_an_answer() {
+    let mut primary = protected();
+    primary.step(Event::TooLarge("big".into()));
+    assert!(!primary.awaits_ready());
+    primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+    assert!(primary.awaits_ready());
+    assert_eq!(primary.step(Event::ResyncReady), [Action::Copy]);
+    assert!(!primary.awaits_ready());
+}
+
+#[test]
+fn a_switch_over_that_is_given_up_is_called_off() {
+    let failed = || Action::Report(Report::FailoverFailed("no state".into()));
+    let claim = [failed(), Action::EndEpochs, Action::Claim { expected: G1 }];
+    let (unsealed, mut sealed) = (handing_over(true), handing_over(true));
+    sealed.step(Event::Sealed(EpochId(2)));
+    assert_eq!([unsealed.is_handed(), sealed.is_handed()], [false, true]);
+    // Without an arbiter only before the backup can have the last epoch.
+    for mut primary in [unsealed, sealed, handing_over(false)] {
+        assert_eq!(primary.step(Event::GiveUp("no state".into())), claim);
+        assert_eq!(primary.state(), State::Claiming(Purpose::GiveUp));
+        primary.step(Event::Verdict(Verdict::Owned(Generation(2))));
+        assert!(primary.state() == State::Alone && !primary.may_go_on());
+    }
+}
+
 #[test]
 fn who_gave_up_does_not_go_on_though_the_peer_is_lost_as_well() {
     let mut primary = protected();

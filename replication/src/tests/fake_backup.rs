@@ -667,8 +667,8 @@ impl Doubt {
         Self { records, fake: Fake::start(), machine: large_machine() }
     }
 
-    /// Protected, with an epoch of nearly all pages under way.
-    fn begin(
+    /// Protected, with nothing under way.
+    fn protected(
         &self,
         with: impl FnOnce(&mut ReplicateData),
         session: impl FnOnce(&Fake) -> Session,
@@ -682,6 +682,16 @@ impl Doubt {
         session.protects();
         let primary = primary.join().unwrap().unwrap();
         primary.events.wait(|event| *event == Event::Synced).unwrap();
+        (primary, session)
+    }
+
+    /// Protected, with an epoch of nearly all pages under way.
+    fn begin(
+        &self,
+        with: impl FnOnce(&mut ReplicateData),
+        session: impl FnOnce(&Fake) -> Session,
+    ) -> (Primary, Session) {
+        let (primary, mut session) = self.protected(with, session);
         write_all(&self.machine, 1);
         while session.seal().pages[0] < 8000 {}
         (primary, session)
@@ -701,27 +711,96 @@ impl Doubt {
     }
 }
 
+/// Also where a person asked for a switch-over whose last epoch is not sealed yet: the backup has nothing of it.
 #[test]
 fn a_guest_that_waits_for_room_does_not_wait_for_the_arbiter() {
+    for hands_over in [false, true] {
+        let doubt = Doubt::new();
+        // Room for all of memory once, and not twice.
+        let room = 10_000 * PAGE_SIZE as u64;
+        let (primary, session) = doubt.begin(
+            |_| {},
+            |fake| {
+                let session = fake.session_with(room);
+                session.drain();
+                session
+            },
+        );
+        write_all(&doubt.machine, 2);
+        soon(|| !doubt.machine.is_running());
+        doubt.arbiter_moves("here", "away");
+        std::thread::scope(|scope| {
+            let asked = hands_over.then(|| {
+                let asked = scope.spawn(|| primary.handle.failover(false));
+                primary.events.wait(is_handing_over).unwrap();
+                asked
+            });
+            drop(session);
+            doubt.runs_in_doubt(&primary);
+            // Whoever asked does not wait for the arbiter either.
+            asked.map(|asked| asked.join().unwrap().unwrap_err());
+        });
+        doubt.arbiter_moves("away", "here");
+        primary.handle.join();
+        assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
+    }
+}
+
+fn drained(fake: &Fake) -> Session {
+    let session = fake.session();
+    session.drain();
+    session
+}
+
+fn is_handing_over(event: &Event) -> bool {
+    matches!(event, Event::FailoverStarted { .. })
+}
+
+/// The last epoch of a switch-over is none, and the arbiter is away.
+#[test]
+fn a_switch_over_whose_last_epoch_cannot_be_captured_is_told_as_that_at_once() {
     let doubt = Doubt::new();
-    // Room for all of memory once, and not twice.
-    let room = 10_000 * PAGE_SIZE as u64;
-    let (primary, session) = doubt.begin(
-        |_| {},
-        |fake| {
-            let session = fake.session_with(room);
-            session.drain();
-            session
-        },
-    );
-    write_all(&doubt.machine, 2);
-    soon(|| !doubt.machine.is_running());
+    let (primary, _session) = doubt.protected(|_| {}, drained);
     doubt.arbiter_moves("here", "away");
-    drop(session);
+    doubt.machine.refuse_captures();
+    let error = primary.handle.failover(false).unwrap_err().to_string();
+    assert!(error.contains("A vCPU cannot be read"), "{error}");
+    let told = primary.events.events();
+    assert!(told.iter().any(|event| matches!(event, Event::FailoverFailed { .. })), "{told:?}");
     doubt.runs_in_doubt(&primary);
     doubt.arbiter_moves("away", "here");
     primary.handle.join();
     assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
+}
+
+/// The protection is ended in the moment in which the backup turns out to own the VM.
+#[test]
+fn a_stop_that_meets_the_loss_of_the_vm_is_told_of_it() {
+    let doubt = Doubt::new();
+    let (primary, session) = doubt.protected(|_| {}, drained);
+    let (arrive, arrived) = crossbeam_channel::bounded(1);
+    let (go_on, goes_on) = crossbeam_channel::bounded::<()>(0);
+    doubt.machine.before_destroy(Box::new(move || {
+        arrive.send(()).unwrap();
+        // Until the test says so, or has failed.
+        let _ = goes_on.recv();
+    }));
+    let standing = Standing::Solo { owner: HostId(Uuid::new_v4()) };
+    let vm = primary.handle.identity().vm;
+    let theirs = Record { generation: Generation(2), vm, standing };
+    FileArbiter::new(doubt.records.path().join("here")).compare_and_swap(G1, &theirs).unwrap();
+    drop(session);
+    arrived.recv_timeout(Duration::from_secs(60)).unwrap();
+    std::thread::scope(|scope| {
+        let before = primary.handle.waiting_inputs();
+        let stop = scope.spawn(|| primary.handle.stop());
+        soon(|| primary.handle.waiting_inputs() > before);
+        drop(go_on);
+        let error = stop.join().unwrap().unwrap_err();
+        assert!(matches!(error, Error::Conflict(_)), "{error}");
+    });
+    primary.handle.join();
+    assert!(doubt.machine.is_destroyed());
 }
 
 /// With `cow=off` a guest stands for as long as its memory is sent as it is, and no longer: once nobody reads

@@ -121,9 +121,10 @@ impl<G: Guest> Engine<'_, G> {
 
     /// Who owns the VM is to be found out, which may take for ever: a guest that stood for room, or for
     /// an epoch that is not sealed, runs meanwhile, unheard. Not one whose memory is being sent as it is
-    /// (see [`Engine::end_senders`]), nor one that was handed over.
+    /// (see [`Engine::end_senders`]), nor one whose last epoch the backup may have.
     pub(super) fn go_on_in_doubt(&mut self) {
-        if !self.handover && (self.options.cow != Cow::Off || self.unsent == 0) {
+        let is_handed = self.handover && self.machine.is_handed();
+        if !is_handed && (self.options.cow != Cow::Off || self.unsent == 0) {
             self.release();
         }
     }
