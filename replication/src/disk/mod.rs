@@ -14,7 +14,7 @@ mod journal;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub use blocks::BLOCK_BYTES;
 pub use journal::{Journal, Log, Told};
@@ -23,6 +23,8 @@ pub use journal::{Journal, Log, Told};
 pub const DISKS_MAX: usize = 256;
 /// Ranges are whole sectors.
 pub const SECTOR_BYTES: u64 = 512;
+/// Most zeroes of one change of a first copy: whoever takes it shows progress, and ends when it is to.
+pub const COPY_BYTES_MAX: u64 = 64 << 20;
 /// Most bytes of data of one change.
 pub const CHANGE_BYTES_MAX: usize = 1 << 20;
 /// What a change costs beside its data, wherever it is kept.
@@ -142,16 +144,22 @@ impl Done {
     }
 }
 
-/// Carries out a change whose range was checked, and counts its bytes in `done` as it goes on.
+/// Carries out a change whose range was checked, and counts its bytes in `done` as it goes on. Once it `ended`, what
+/// is left of the change stays undone.
 ///
 /// # Errors
 /// From the host.
-pub(crate) fn carry_out(disk: &dyn ReplicaDisk, change: &Change, done: &Done) -> io::Result<()> {
+pub(crate) fn carry_out(
+    disk: &dyn ReplicaDisk,
+    change: &Change,
+    done: &Done,
+    ended: &AtomicBool,
+) -> io::Result<()> {
     let count = |bytes| done.bytes.fetch_add(bytes, Ordering::Relaxed);
     let in_pieces = |piece: &dyn Fn(u64, u64) -> io::Result<()>| {
         let end = change.offset + change.len;
         let mut at = change.offset;
-        while at < end {
+        while at < end && !ended.load(Ordering::Acquire) {
             let len = PIECE_BYTES.min(end - at);
             piece(at, len)?;
             at += len;

@@ -19,7 +19,9 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use thiserror::Error;
 
-use crate::disk::{BLOCK_BYTES, CHANGE_BYTES_MAX, Change, Disks, Journal, Log, Operation};
+use crate::disk::{
+    BLOCK_BYTES, CHANGE_BYTES_MAX, COPY_BYTES_MAX, Change, Disks, Journal, Log, Operation,
+};
 use crate::engine::spawn;
 use crate::engine::status::Counters;
 use crate::error::Error;
@@ -31,8 +33,6 @@ use crate::wire::{ChangeHead, ConnectionPart, End, FrameWriter, Kind, WireError}
 const PASSES_MAX: u32 = 8;
 /// Marked blocks that are sent while changes are logged already.
 const REST_BYTES: u64 = 16 << 20;
-/// Most zeroes of one frame of a copy: the peer's progress shows.
-const ZERO_BYTES_MAX: u64 = 64 << 20;
 
 /// What the thread is to do.
 pub(super) enum Job {
@@ -244,7 +244,7 @@ impl Sending {
         if let Some(Zeroes { disk: of, range: before }) = &mut self.zeroes
             && *of == disk
             && before.end == range.start
-            && range.end - before.start <= ZERO_BYTES_MAX
+            && range.end - before.start <= COPY_BYTES_MAX
         {
             before.end = range.end;
             return Ok(());

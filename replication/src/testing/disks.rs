@@ -196,6 +196,8 @@ pub struct MemoryImage {
     pub flushes: AtomicU64,
     /// Held by a test, nothing ends.
     pub busy: Mutex<()>,
+    /// Changes that wait for that.
+    pub waiting: AtomicU64,
     /// Held by a test, no flush ends.
     pub flushing: Mutex<()>,
 }
@@ -209,6 +211,7 @@ impl MemoryImage {
             changes_left: AtomicU64::new(u64::MAX),
             flushes: AtomicU64::new(0),
             busy: Mutex::default(),
+            waiting: AtomicU64::new(0),
             flushing: Mutex::default(),
         })
     }
@@ -219,7 +222,9 @@ impl MemoryImage {
     }
 
     fn change(&self, change: impl FnOnce(&mut [u8])) -> io::Result<()> {
+        self.waiting.fetch_add(1, Ordering::AcqRel);
         drop(lock(&self.busy));
+        self.waiting.fetch_sub(1, Ordering::AcqRel);
         let fewer = |left: u64| left.checked_sub(1);
         if self.changes_left.fetch_update(Ordering::AcqRel, Ordering::Acquire, fewer).is_err() {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));

@@ -1,13 +1,16 @@
 //! What a primary must not send on the disks' connection: refused, and never in the image.
 
+use std::io::Read;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use api::replication::ReplicationState;
 use uuid::Uuid;
 
 use super::pair::Backup;
 use super::receive_options;
-use super::scripted::{Script, connect, offer};
-use crate::disk::{CHANGE_BYTES_MAX, Operation};
+use super::scripted::{Script, connect, greet, offer};
+use crate::disk::{CHANGE_BYTES_MAX, COPY_BYTES_MAX, Operation};
 use crate::ids::{EpochId, Generation};
 use crate::protocol::backup::Handover;
 use crate::testing::{MemoryBuilder, MemoryImage};
@@ -16,6 +19,7 @@ use crate::wire::{
 };
 
 const SIZE: u64 = 2 << 20;
+const PIECE: u64 = 4 << 20;
 const SESSION: SessionId = SessionId(42);
 const WRITE: ChangeHead =
     ChangeHead { epoch: EpochId(1), disk: 0, operation: Operation::Write, offset: 512, len: 512 };
@@ -29,11 +33,16 @@ struct DiskScript {
 
 impl DiskScript {
     fn start() -> Self {
-        let image = MemoryImage::new(vec![7; usize::try_from(SIZE).unwrap()]);
+        Self::of(SIZE)
+    }
+
+    /// With a disk of so many bytes.
+    fn of(size: u64) -> Self {
+        let image = MemoryImage::new(vec![7; usize::try_from(size).unwrap()]);
         let builder =
             MemoryBuilder { images: vec![Arc::clone(&image)], ..MemoryBuilder::default() };
         let backup = Backup::with(builder, receive_options(None));
-        let offer = Offer { disks: vec![SIZE], ..offer() };
+        let offer = Offer { disks: vec![size], ..offer() };
         let (vm, host) = (Uuid::new_v4(), Uuid::new_v4());
         let mut script = Script::again(backup, SESSION, (vm, host), offer);
         script.say(&Message::Paired(Generation(1)));
@@ -105,6 +114,52 @@ fn an_unknown_operation_and_a_frame_that_is_none_are_refused() {
     let mut script = DiskScript::start();
     script.disks.write(Kind::Heartbeat, &[]).unwrap();
     script.refused("where a change was due");
+}
+
+/// A frame of 32 bytes is work for as long as its range takes.
+#[test]
+fn a_piece_of_a_copy_that_is_too_long_is_refused() {
+    let size = COPY_BYTES_MAX + 512;
+    for operation in [Operation::Zero { unmap: false }, Operation::Discard] {
+        let mut script = DiskScript::of(size);
+        script.change(
+            ChangeHead { epoch: EpochId(0), operation, offset: 0, len: size, ..WRITE },
+            &[],
+        );
+        script.refused("length of a piece of a copy");
+    }
+}
+
+/// A session that ends waits for the piece at hand, not for the whole change.
+#[test]
+fn a_session_that_ends_while_an_image_is_zeroed_holds_nobody_up() {
+    let size = 4 * PIECE;
+    let mut script = DiskScript::of(size);
+    let operation = Operation::Zero { unmap: false };
+    let image = Arc::clone(&script.image);
+    let busy = image.busy.lock().unwrap();
+    script.change(ChangeHead { epoch: EpochId(0), operation, offset: 0, len: size, ..WRITE }, &[]);
+    super::until(
+        || script.script.backup.handle.info(),
+        |_| image.waiting.load(Ordering::Acquire) > 0,
+    );
+    // Again, which ends the session.
+    script.script.say(&Message::Paired(Generation(1)));
+    // Closed: the receiver was told so before.
+    let mut closed = script.disks.get_ref();
+    assert_eq!(closed.read(&mut [0]).unwrap(), 0);
+    drop(busy);
+    let DiskScript { script: Script { backup, .. }, .. } = script;
+    super::until(|| backup.handle.info(), |info| info.state == ReplicationState::Disconnected);
+    let bytes = image.bytes();
+    let piece = usize::try_from(PIECE).unwrap();
+    assert!(bytes[..piece].iter().all(|byte| *byte == 0));
+    assert!(bytes[piece..].iter().all(|byte| *byte == 7), "more than the piece at hand");
+    // The next one is served.
+    let names = (Uuid::new_v4(), Uuid::new_v4());
+    let offer = Offer { disks: vec![size], ..offer() };
+    let (_, _, word) = greet(&backup, SessionId(43), names, offer);
+    assert!(matches!(word, Message::Welcome(_)), "{word:?}");
 }
 
 #[test]

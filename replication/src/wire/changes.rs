@@ -6,12 +6,12 @@
 //! ```
 //!
 //! Only a write has data, `len` bytes of it; a flush has neither offset nor length. Epoch 0 is a
-//! first copy: such a change goes straight into the backup's image. Otherwise an `End` follows the
+//! first copy: such a change goes straight into the backup's image, and is of 64 MiB at most. Otherwise an `End` follows the
 //! last change of the epoch, where `pages` counts changes.
 
 use super::message::Fields;
 use super::{Kind, WireError};
-use crate::disk::{CHANGE_BYTES_MAX, Change, Operation, SECTOR_BYTES};
+use crate::disk::{CHANGE_BYTES_MAX, COPY_BYTES_MAX, Change, Operation, SECTOR_BYTES};
 use crate::ids::EpochId;
 
 /// Bytes of a change's frame before the data.
@@ -97,6 +97,9 @@ impl ChangeHead {
         if !range {
             return fields.malformed("range outside the disk");
         }
+        if epoch == EpochId(0) && len > COPY_BYTES_MAX {
+            return fields.malformed("length of a piece of a copy");
+        }
         let expected = if operation == Operation::Write { len } else { 0 };
         if data_bytes > CHANGE_BYTES_MAX || expected != data_bytes as u64 {
             return fields.malformed("length of the data");
@@ -159,6 +162,23 @@ mod tests {
         let mut bytes = head(Write, 0, 0, 512).encode();
         bytes[12] = 5;
         assert!(ChangeHead::decode(&bytes, &SIZES, 512).is_err());
+    }
+
+    #[test]
+    fn a_piece_of_a_copy_is_small_and_a_guest_may_discard_a_whole_disk() {
+        use Operation::{Discard, Zero};
+        let sizes = [COPY_BYTES_MAX + SECTOR_BYTES];
+        for operation in [Zero { unmap: false }, Zero { unmap: true }, Discard] {
+            for (epoch, len, is_good) in [
+                (0, COPY_BYTES_MAX, true),
+                (0, COPY_BYTES_MAX + SECTOR_BYTES, false),
+                (3, COPY_BYTES_MAX + SECTOR_BYTES, true),
+            ] {
+                let head = ChangeHead { epoch: EpochId(epoch), ..head(operation, 0, 0, len) };
+                let read = ChangeHead::decode(&head.encode(), &sizes, 0);
+                assert_eq!(read.is_ok(), is_good, "{head:?}");
+            }
+        }
     }
 
     proptest! {

@@ -174,7 +174,7 @@ impl Writer {
             return;
         }
         let disk = self.disks[change.disk as usize].as_ref();
-        if let Err(source) = carry_out(disk, change, &self.counters.images) {
+        if let Err(source) = carry_out(disk, change, &self.counters.images, &self.ended) {
             self.failed = Some(chain(&ImageError { disk: change.disk, source }));
         }
     }
@@ -193,6 +193,35 @@ mod tests {
 
     use super::*;
     use crate::testing::MemoryImage;
+
+    /// Whoever ends the thread waits for the piece at hand, and not for all of a change.
+    #[test]
+    fn a_change_that_is_long_ends_where_it_is() {
+        const PIECE: usize = 4 << 20;
+        let image = MemoryImage::new(vec![7; 4 * PIECE]);
+        let busy = image.busy.lock().unwrap();
+        let disks = vec![Arc::clone(&image) as _];
+        let images = Images::start(disks, 1 << 20, &Arc::default(), |_| {}).unwrap();
+        let (operation, len) = (Operation::Discard, 4 * PIECE as u64);
+        images.apply(vec![Change { disk: 0, operation, offset: 0, len, data: vec![] }]);
+        let soon = |is_so: &dyn Fn() -> bool| {
+            let since = Instant::now();
+            while !is_so() {
+                assert!(since.elapsed() < Duration::from_secs(60));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        soon(&|| image.waiting.load(Ordering::Acquire) > 0);
+        let ended = Arc::clone(&images.ended);
+        std::thread::scope(|scope| {
+            scope.spawn(|| drop(images));
+            soon(&|| ended.load(Ordering::Acquire));
+            drop(busy);
+        });
+        let bytes = image.bytes();
+        assert!(bytes[..PIECE].iter().all(|byte| *byte == 0));
+        assert!(bytes[PIECE..].iter().all(|byte| *byte == 7), "more than the piece at hand");
+    }
 
     /// A primary that waits for the images hears that this host is at it, also when all that is left is to make
     /// them durable.

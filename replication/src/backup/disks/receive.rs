@@ -1,7 +1,7 @@
 //! The receiver of the disks' connection.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use super::{DiskPart, ImageError};
@@ -23,6 +23,7 @@ pub(in crate::backup) type DiskDelivery = Result<(DiskPart, OnItsWay), ReceiveEr
 /// The disks' connection, whose thread runs.
 pub(in crate::backup) struct DiskConnection {
     closer: Box<dyn Stream>,
+    ended: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
@@ -37,7 +38,9 @@ impl DiskConnection {
         let io = |error| Error::Wire(WireError::Io(error));
         let closer = reader.get_ref().duplicate().map_err(io)?;
         closer.set_read_timeout(None).map_err(io)?;
+        let ended = Arc::<AtomicBool>::default();
         let receiver = Receiving {
+            ended: Arc::clone(&ended),
             reader: listening(reader, shared.heard.clone()),
             sizes: disks.iter().map(|disk| disk.size_bytes()).collect(),
             disks,
@@ -47,11 +50,13 @@ impl DiskConnection {
             counted: 0,
         };
         let thread = spawn("repl-recv-disk", None, move || receiver.run(deliver))?;
-        Ok(Self { closer, thread })
+        Ok(Self { closer, ended, thread })
     }
 
     /// Ends the connection; the thread follows.
     pub(in crate::backup) fn close(self) -> JoinHandle<()> {
+        // A change that is being carried out may be long.
+        self.ended.store(true, Ordering::Release);
         self.closer.close();
         self.thread
     }
@@ -62,6 +67,8 @@ struct Receiving {
     disks: Vec<Arc<dyn ReplicaDisk>>,
     sizes: Vec<u64>,
     shared: Shared,
+    /// Nothing is written any more but the piece at hand.
+    ended: Arc<AtomicBool>,
     part: DiskPart,
     /// The round whose copy is over.
     closed_round: Option<u64>,
@@ -157,8 +164,11 @@ impl Receiving {
     /// of it is there before the end of the first epoch is read.
     fn straight(&self, change: &Change) -> Result<(), ReceiveError> {
         let disk = self.disks[change.disk as usize].as_ref();
-        let written = carry_out(disk, change, &self.shared.counters.images);
+        let written = carry_out(disk, change, &self.shared.counters.images, &self.ended);
         written.map_err(|source| ImageError { disk: change.disk, source })?;
+        if self.ended.load(Ordering::Acquire) {
+            return Err(WireError::Closed.into());
+        }
         self.shared.counters.synced_disk_bytes.fetch_add(change.len, Ordering::Relaxed);
         Ok(())
     }
