@@ -84,7 +84,6 @@ impl<V: Vm> Around<'_, V> {
 }
 
 /// What runs on a host beside the machine.
-#[expect(clippy::large_enum_variant, reason = "the model clones states by the million")]
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Role<V: Replicated> {
     /// Nothing: there is a machine that is not protected, or not even that.

@@ -22,7 +22,7 @@ pub(super) type Takes = Box<dyn FnMut(Delivery) -> bool + Send>;
 /// A connection of a session that the engine would have a thread read.
 pub(in crate::backup::engine) enum Hand {
     Control(SessionId, Line),
-    Data(SessionId, usize, Receiving, Takes),
+    Data(SessionId, usize, Box<Receiving>, Takes),
 }
 
 /// A control connection that the engine has accepted.
@@ -69,7 +69,7 @@ enum Stage {
     New(FrameReader<Box<dyn Stream>>),
     /// The engine has not taken it.
     Greeted,
-    Read(Receiving, Takes),
+    Read(Box<Receiving>, Takes),
     Ended,
 }
 
@@ -158,7 +158,7 @@ impl Link {
     pub(super) fn is_taken(
         &mut self,
         index: usize,
-        receiving: Receiving,
+        receiving: Box<Receiving>,
         takes: Takes,
         scratch: &mut [u8],
     ) {
