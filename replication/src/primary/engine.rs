@@ -59,11 +59,10 @@ const LOG_BYTES_MAX: u64 = 64 << 20;
 /// What a person asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ask {
-    Stop,
+    /// `decides`: whoever asks was told that the backup may run the VM, and says that it does not.
+    Stop { decides: bool },
     /// `reverses`: this host can be the VM's backup from then on, where the options want it to.
-    Failover {
-        reverses: bool,
-    },
+    Failover { reverses: bool },
 }
 
 /// Everything that reaches the engine.
@@ -735,7 +734,15 @@ impl<'g, G: Guest> Engine<'g, G> {
     fn asked(&mut self, ask: Ask, answer: Sender<Result<(), Error>>) {
         self.asking = Some(ask);
         match ask {
-            Ask::Stop => {
+            Ask::Stop { decides: false } if self.machine.state() == State::Undecided => {
+                // It was asked for while the VM was as good as here, and means something else by now.
+                let what = "The protection cannot be ended: a switch-over was cut off since that was asked for, \
+                            and nobody but a person can say which host runs the VM (Suspended): if it is \
+                            this one, ask again";
+                // A caller that stopped waiting needs no answer.
+                let _ = answer.send(Err(Error::Conflict(what.to_owned())));
+            }
+            Ask::Stop { .. } => {
                 self.stop_answer.push(answer);
                 self.step(Event::StopAsked);
             }
@@ -751,7 +758,7 @@ impl<'g, G: Guest> Engine<'g, G> {
     /// Why the request that is being looked at is not carried out.
     fn refuse(&mut self, reason: String) {
         let answer = match self.asking {
-            Some(Ask::Stop) => self.stop_answer.pop(),
+            Some(Ask::Stop { .. }) => self.stop_answer.pop(),
             Some(Ask::Failover { .. }) => self.failover_answer.pop(),
             None => None,
         };

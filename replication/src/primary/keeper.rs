@@ -344,7 +344,7 @@ impl<G: Guest> Keeper<G> {
             let far = Instant::now() + Duration::from_secs(3600);
             match queue.recv_deadline(until.unwrap_or(far)) {
                 Ok(Input::Called(called)) => return Word::Called(called),
-                Ok(Input::Ask(Ask::Stop, answer)) => return Word::Stop(answer),
+                Ok(Input::Ask(Ask::Stop { .. }, answer)) => return Word::Stop(answer),
                 Ok(Input::Ask(Ask::Failover { .. }, answer)) => {
                     let what = match self.status.lock().alone {
                         true => "this host runs it without a backup, which is called (Degraded)",
@@ -470,9 +470,9 @@ mod tests {
         let (mailbox, queue) = Mailbox::new();
         let (answer, _answers) = crossbeam_channel::bounded(1);
         assert!(mailbox.send(Input::Output));
-        assert!(mailbox.send(Input::Ask(Ask::Stop, answer)));
+        assert!(mailbox.send(Input::Ask(Ask::Stop { decides: false }, answer)));
         let next = mailbox.renew(&queue);
-        assert!(matches!(next.try_recv(), Ok(Input::Ask(Ask::Stop, _))));
+        assert!(matches!(next.try_recv(), Ok(Input::Ask(Ask::Stop { .. }, _))));
         assert!(next.try_recv().is_err(), "of the older session");
         assert!(mailbox.send(Input::Output) && next.try_recv().is_ok());
         drop(next);

@@ -244,7 +244,11 @@ impl PrimaryHandle {
     /// [`Error::Conflict`] if the backup owns the VM; [`Error::Failed`] if the ownership is not
     /// decided within the peer timeout: that goes on in the background, output stays held.
     pub fn stop(&self) -> Result<(), Error> {
-        self.ask(Ask::Stop)
+        let decides = {
+            let gathered = self.status.lock();
+            gathered.hands_over && gathered.info.state == ReplicationState::Suspended
+        };
+        self.ask(Ask::Stop { decides })
     }
 
     /// Hands the VM over to the backup, which runs it when this returns.
@@ -280,7 +284,7 @@ impl PrimaryHandle {
         // A person waits: long enough for a slow arbiter, not for a dead one.
         match answered.recv_timeout(self.timeout * 10) {
             Ok(answer) => answer,
-            Err(RecvTimeoutError::Disconnected) if ask == Ask::Stop => {
+            Err(RecvTimeoutError::Disconnected) if matches!(ask, Ask::Stop { .. }) => {
                 // It ended by itself in the same moment.
                 Ok(())
             }

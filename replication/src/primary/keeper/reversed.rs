@@ -175,7 +175,7 @@ impl<G: Guest> Keeper<G> {
                 let next = deciding.asker.as_mut().map(|asker| asker.report(&report));
                 self.claim_went(deciding, next);
             }
-            Ok(Input::Ask(Ask::Stop, answer)) => {
+            Ok(Input::Ask(Ask::Stop { .. }, answer)) => {
                 deciding.stops.push(answer);
                 self.step(deciding, Step::StopAsked);
             }
