@@ -748,8 +748,9 @@ impl<'g, G: Guest> Engine<'g, G> {
             Ask::Stop { decides } => {
                 self.stop_answer.push(answer);
                 if !decides && self.machine.state() == State::Undecided {
-                    let what =
-                        "A switch-over was cut: nobody but a person can say which host runs the VM";
+                    let what = "The protection cannot be ended: a switch-over was cut off, and nobody but a \
+                                person can say which host runs the VM (Suspended): if it is this one, stop \
+                                the replication here";
                     self.refuse(what.to_owned());
                 } else {
                     self.step(Event::StopAsked);

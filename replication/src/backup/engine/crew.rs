@@ -53,12 +53,8 @@ impl Crew {
                 let session = reader.session().unwrap_or(crate::wire::SessionId(0));
                 let (connection, receiving) = DataConnection::around(share, reader, shared)?;
                 let (index, takes) = (share.index, Box::new(deliver));
-                let _ = hands.send(super::simulated::Hand::Data(
-                    session,
-                    index,
-                    Box::new(receiving),
-                    takes,
-                ));
+                let receiving = Box::new(receiving);
+                let _ = hands.send(super::simulated::Hand::Data(session, index, receiving, takes));
                 Ok(connection)
             }
         }

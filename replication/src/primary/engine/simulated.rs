@@ -471,6 +471,53 @@ mod tests {
     use crate::ownership::VmId;
     use crate::testing::{Machine, MemoryDisks, MemoryGuest, memory};
 
+    /// Whoever asks for a stop while the VM is handed over does not say that the backup has not got it.
+    #[test]
+    fn a_stop_that_was_asked_for_before_decides_nothing() {
+        set_time(Duration::ZERO);
+        let guest = MemoryGuest(Machine::new(memory(&[(0, 16)])));
+        let [vm, host, backup] = [1, 2, 3].map(uuid::Uuid::from_u128);
+        let identity = HostIdentity { host: HostId(host), vm: VmId(vm) };
+        let welcome = Welcome {
+            host: backup,
+            staging_bytes: 1 << 20,
+            heartbeat_ms: 100,
+            timeout_ms: 1000,
+            has_base: false,
+        };
+        let between = Between { identity, arbiter: false, seen: Seen::default(), welcome };
+        let (start, terms) = (Start::First, Terms { session: SessionId(1), connections: 1 });
+        let options = crate::tests::replicate("tcp:127.0.0.1:1", None);
+        let breaks = Broken::default();
+        let mut session =
+            Session::open(guest, options, between, (start, Generation(0)), terms, None, breaks);
+        session.begin();
+        let turns = |session: &mut Session<MemoryGuest>, word: Option<Word>| {
+            word.into_iter().for_each(|word| session.put(word));
+            while session.is_wanted() || session.is_unsent(0) {
+                session.turn();
+                session.timers();
+                drop(session.send(0));
+            }
+            session.said().into_iter().find_map(|message| match message {
+                Message::Seal(seal) => Some((seal.epoch, seal.generation)),
+                _ => None,
+            })
+        };
+        let (epoch, generation) = turns(&mut session, None).unwrap();
+        let ack = |epoch, generation| Some(Word::Message(Message::Ack { epoch, generation }));
+        assert_eq!(turns(&mut session, ack(epoch, generation)), None);
+        let over = Some(Word::Failover { reverses: false });
+        let (last, generation) = turns(&mut session, over).unwrap();
+        assert_eq!(turns(&mut session, ack(last, generation)), None);
+        assert_eq!(session.machine().state(), State::HandingOver);
+        session.put(Word::Lost);
+        turns(&mut session, Some(Word::Stop));
+        assert_eq!(session.machine().state(), State::Undecided);
+        turns(&mut session, Some(Word::Stop));
+        assert_eq!(session.machine().state(), State::Stopped);
+    }
+
     /// Who calls next goes on from it, or ends the tracking that it says is on.
     #[test]
     fn what_may_differ_outlives_a_session_that_does_not_begin() {

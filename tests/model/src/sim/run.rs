@@ -47,6 +47,8 @@ const SEALS_MAX: u16 = 60_000;
 const MS: u64 = 1000;
 /// How long a guest may stand for room in its backup's staging when a run is to end.
 const STAND_US: u64 = 3_000 * MS;
+/// How long before a run's end a machine was protected, at the least.
+const UNPROTECTED_US: u64 = 5_000 * MS;
 
 const VM: VmId = VmId(Uuid::from_u128(0xace));
 
@@ -214,6 +216,8 @@ pub struct Run {
     beside: [Beside; 2],
     ways: [Way; 2],
     session: u64,
+    /// When an epoch was acknowledged last.
+    committed_us: u64,
     arbiter: Arbiter,
     /// Of the `file:` arbiter, and the clients that are at it.
     storage: Storage,
@@ -255,6 +259,7 @@ pub fn run(seed: u64, broken: Option<Broken>, tracing: bool) -> Summary {
         beside: [Beside::default(), Beside::default()],
         ways: [Way::default(), Way::default()],
         session: 0,
+        committed_us: 0,
         arbiter: Arbiter::default(),
         storage: Storage::default(),
         clients: BTreeMap::new(),
@@ -318,7 +323,20 @@ impl Run {
             self.happens(event)?;
             self.holds()?;
         }
-        if self.goes_on() { Ok(()) } else { Err("nobody goes on after faults have stopped".into()) }
+        if !self.goes_on() {
+            return Err("nobody goes on after faults have stopped".into());
+        }
+        if self.plan.arbiter && self.is_unprotected() {
+            return Err("a machine is not protected again after faults have stopped".into());
+        }
+        Ok(())
+    }
+
+    /// Whether a machine runs, and nothing of it was acknowledged for long. Without an arbiter that may be as
+    /// it should: a person is to decide first.
+    fn is_unprotected(&self) -> bool {
+        let runs = self.hosts.iter().any(|host| host.vm.is_some());
+        runs && !self.ghost.is_start_lost && self.now_us - self.committed_us > UNPROTECTED_US
     }
 
     fn note(&mut self, event: &Event) {

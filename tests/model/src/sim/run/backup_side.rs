@@ -109,6 +109,7 @@ impl Run {
         for (_, message) in said {
             let Message::Ack { epoch, .. } = message else { continue };
             self.ghost.acknowledges(at, *epoch);
+            self.committed_us = self.now_us;
             self.beside[at].seals.retain(|(sealed, _)| sealed > epoch);
             if is_early {
                 continue;
