@@ -333,10 +333,13 @@ impl Run {
     }
 
     /// Whether a machine runs, and nothing of it was acknowledged for long. Without an arbiter that may be as
-    /// it should: a person is to decide first.
+    /// it should: a person is to decide first. So may it where storage has lost a record which somebody had
+    /// seen: what is older is no answer.
     fn is_unprotected(&self) -> bool {
         let runs = self.hosts.iter().any(|host| host.vm.is_some());
-        runs && !self.ghost.is_start_lost && self.now_us - self.committed_us > UNPROTECTED_US
+        runs && self.summary.records_lost == 0
+            && !self.ghost.is_start_lost
+            && self.now_us - self.committed_us > UNPROTECTED_US
     }
 
     fn note(&mut self, event: &Event) {

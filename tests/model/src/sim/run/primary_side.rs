@@ -2,7 +2,7 @@
 
 use rand::Rng;
 use replication::ownership::Standing;
-use replication::primary::simulated::{Session, Word};
+use replication::primary::simulated::{Session, Step, Word};
 use replication::protocol::primary::Purpose;
 use replication::wire;
 
@@ -55,7 +55,14 @@ impl Run {
 
     /// What the engine has done is carried out.
     pub(super) fn has_done(&mut self, at: usize) -> Result<(), String> {
-        self.steps(at);
+        let steps = self.steps(at);
+        let resync = PrimaryState::Claiming(Purpose::Resync);
+        let is_resync = |step: &Step| matches!(step, Step::Primary(_, to) if *to == resync);
+        if steps.iter().any(is_resync) && !self.are_faults_over() && self.rng.random_ratio(1, 32) {
+            // A person has the backup take over in the wrong moment.
+            let soon_us = self.up_to(self.plan.arbiter_us_max / 2);
+            self.after(soon_us, Event::FailoverSoon(1 - at));
+        }
         let Some(session) = self.session(at) else { return Ok(()) };
         let (said, calls, is_open) = (session.said(), session.calls(), session.is_connected());
         // What waits to be written as the connection is closed may be lost.
