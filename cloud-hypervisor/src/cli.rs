@@ -204,8 +204,10 @@ impl Cli {
     /// What a backup is told, with this host's own ports from either place.
     fn received(&self) -> anyhow::Result<Option<ReceiveReplicaData>> {
         let Some(mut data) = self.receive_replica.clone() else { return Ok(None) };
-        data.serial = once("serial", data.serial, self.serial.as_ref())?;
-        data.console = once("console", data.console, self.console.as_ref())?;
+        data.serial = once("serial", data.serial, self.serial.as_ref())
+            .context("--serial contradicts serial= of --receive-replica")?;
+        data.console = once("console", data.console, self.console.as_ref())
+            .context("--console contradicts console= of --receive-replica")?;
         for disk in &self.disk {
             data.disks.push(ReplicaDisk::of(disk).map_err(|what| anyhow!("--disk: {what}"))?);
         }
@@ -246,7 +248,7 @@ impl Cli {
 fn once<T: Clone>(port: &str, own: Option<T>, flag: Option<&T>) -> anyhow::Result<Option<T>> {
     ensure!(
         own.is_none() || flag.is_none(),
-        "--{port} contradicts {port}= of --receive-replica: give one of them"
+        "The backup's {port} is given twice: give one of them"
     );
     Ok(own.or_else(|| flag.cloned()))
 }
