@@ -409,8 +409,11 @@ impl<G: Guest> Keeper<G> {
     /// It has ended for good. Told once: to the caller, if it still waits, or as an event.
     fn failed(&self, error: Error, verdict: Option<&Sender<Result<(), Error>>>) {
         let line = error.chain();
-        self.status.lock().info.state = ReplicationState::Stopped;
-        self.status.failed(&line);
+        {
+            let mut gathered = self.status.lock();
+            gathered.info.state = ReplicationState::Stopped;
+            gathered.info.last_error = Some(line.clone());
+        }
         if verdict.is_none_or(|verdict| verdict.send(Err(error)).is_err()) {
             self.observer.event(Event::Failed { error: line });
         }

@@ -184,7 +184,8 @@ fn prepare<G: Guest>(
     {
         let mut gathered = status.lock();
         gathered.info.role = Role::Primary;
-        gathered.info.state = ReplicationState::Syncing;
+        // Until the backup has accepted.
+        gathered.info.state = ReplicationState::Disconnected;
         gathered.info.peer = Some(options.destination_url.clone());
         gathered.info.transport = transport;
         gathered.info.dirty_log = guest.tracking_name().map(str::to_owned);

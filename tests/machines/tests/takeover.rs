@@ -423,7 +423,7 @@ fn what_a_pair_refuses() -> Result<()> {
     assert!(text.contains("backup"), "{text}");
     for name in ["vm.boot", "vm.pause", "vm.resume", "vm.shutdown", "vm.reboot"] {
         let answer = pair.backup.put(name, None)?;
-        assert!(matches!(answer.status, 404 | 500), "{name} on a backup: {answer:?}");
+        assert!(matches!(answer.status, 409 | 500), "{name} on a backup: {answer:?}");
     }
     // Nothing of it is here to be deleted, and it stays a backup.
     pair.backup.put_expect("vm.delete", None, 204)?;

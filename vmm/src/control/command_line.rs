@@ -31,6 +31,7 @@ impl Controller {
     pub(super) fn start(
         &mut self,
         requests: Vec<First>,
+        calls: &Receiver<Call>,
         notices: &Receiver<Notice>,
     ) -> Result<(), Error> {
         for (what, request, fds) in requests {
@@ -42,7 +43,11 @@ impl Controller {
             self.serve(Call { request, fds, reply });
             let mut result = self.await_answer(&answer, notices);
             if protects && result.is_ok() {
-                result = self.await_backup(notices);
+                result = self.await_backup(calls, notices);
+            }
+            if protects && self.guest_is_down {
+                // There is nothing to protect, and `--no-shutdown` says to stay.
+                continue;
             }
             if let Err(failure) = result {
                 self.take_down();
@@ -60,7 +65,7 @@ impl Controller {
     ) -> Result<(), Failure> {
         let began = Instant::now();
         while self.ending.is_none() {
-            match self.happens(answer, notices) {
+            match self.happens(answer, &crossbeam_channel::never(), notices) {
                 Happened::Answer(answer) => return answer.map(drop),
                 Happened::Nothing => self.tell_wait(began),
                 Happened::Something => {}
@@ -69,20 +74,26 @@ impl Controller {
         Ok(())
     }
 
-    /// Until a backup has accepted the VM: the request is answered before that where it takes long.
-    fn await_backup(&mut self, notices: &Receiver<Notice>) -> Result<(), Failure> {
+    /// Until a backup has accepted the VM: the request is answered before that where it takes long. Clients are served
+    /// meanwhile: all that was asked is under way.
+    fn await_backup(
+        &mut self,
+        calls: &Receiver<Call>,
+        notices: &Receiver<Notice>,
+    ) -> Result<(), Failure> {
         let (began, never) = (Instant::now(), crossbeam_channel::never());
         // Without a protection the guest has ended its VM.
         while let (None, Protection::Primary { handle, .. }) = (&self.ending, &self.protection) {
             let ReplicationInfo { state, last_error, .. } = handle.info();
             match (state, last_error) {
                 (ReplicationState::Disconnected, _) => {}
-                (ReplicationState::Stopped, Some(error)) => {
+                (ReplicationState::Stopped, error) => {
+                    let error = error.unwrap_or_else(|| "The protection was ended".to_owned());
                     return Err(Failure::new(FailureKind::Internal, error));
                 }
                 _ => break,
             }
-            if matches!(self.happens(&never, notices), Happened::Nothing) {
+            if matches!(self.happens(&never, calls, notices), Happened::Nothing) {
                 self.tell_wait(began);
             }
         }
@@ -97,7 +108,12 @@ impl Controller {
     }
 
     /// The next thing, or that a while has passed without any.
-    fn happens(&mut self, answer: &Receiver<Answer>, notices: &Receiver<Notice>) -> Happened {
+    fn happens(
+        &mut self,
+        answer: &Receiver<Answer>,
+        calls: &Receiver<Call>,
+        notices: &Receiver<Notice>,
+    ) -> Happened {
         // Not the machine itself: what is told may let go of it.
         let machine = self.machine.as_ref().filter(|_| self.hears_guest());
         let events = machine.map(|machine| machine.events().clone());
@@ -107,6 +123,7 @@ impl Controller {
             recv(answer) -> answer => {
                 return Happened::Answer(answer.unwrap_or(Ok(Reply::Empty)));
             }
+            recv(calls) -> call => if let Ok(call) = call { self.serve(call) },
             recv(notices) -> notice => if let Ok(notice) = notice { self.notice(notice) },
             recv(events) -> event => if let Ok(event) = event { self.machine_event(event) },
             recv(after(PROGRESS)) -> _ => return Happened::Nothing,

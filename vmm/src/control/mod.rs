@@ -181,7 +181,9 @@ pub fn run(options: Options) -> Result<(), Error> {
     if let Some(receive) = options.receive_replica {
         first.push(("Cannot be a backup", Request::VmReceiveReplica(Box::new(receive)), vec![]));
     }
-    controller.start(first, &notice_queue)?;
+    // Without an API the sender is gone and the channel would be ready for ever.
+    let call_queue = if has_api { call_queue } else { crossbeam_channel::never() };
+    controller.start(first, &call_queue, &notice_queue)?;
     controller.work(&call_queue, &notice_queue);
     controller.finish(call_queue, server)
 }
@@ -213,9 +215,6 @@ impl Controller {
     }
 
     fn work(&mut self, calls: &Receiver<Call>, notices: &Receiver<Notice>) {
-        // Without an API the sender is gone and the channel would be ready for ever.
-        let never = crossbeam_channel::never();
-        let calls = if self.has_api { calls } else { &never };
         while self.ending.is_none() {
             // What has come about before what is asked for: a VM that was taken over is this process's, and
             // no room for another one.
