@@ -1,7 +1,7 @@
 //! Rules of the protocol, broken on purpose: a checker that does not find these finds nothing.
 //!
-//! Each is a change of what the modelled engines do around the shipped machines; the machines
-//! themselves have no switch for it.
+//! Each is a change of what the modelled engines do around the shipped machines, and in the simulator of what is
+//! around the shipped engines; machines and engines themselves have no switch for it.
 
 /// One broken rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
