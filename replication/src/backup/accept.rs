@@ -70,7 +70,7 @@ pub(super) enum Arrival {
 
 /// Starts the acceptor. It ends when the listener is woken.
 pub(super) fn start(
-    listener: Listener,
+    mut listener: Listener,
     tls: Option<tls::Server>,
     patience: Duration,
     deliver: impl Fn(Arrival, Place) -> bool + Clone + Send + 'static,

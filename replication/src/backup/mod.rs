@@ -247,7 +247,11 @@ fn look_at_arbiter(options: &ReceiveReplicaData, status: &Status) {
                 "The arbiter cannot be read, and until it can no VM is protected here: {why}"
             );
             tracing::warn!("{line}");
-            status.failed(&line);
+            let mut gathered = status.lock();
+            // Storage may hang before it fails: what a session says by then is its own.
+            if gathered.info.state == ReplicationState::Disconnected {
+                gathered.info.last_error = Some(line);
+            }
         }
     };
     if let Err(error) = spawn("repl-look", None, look) {

@@ -10,8 +10,8 @@
 //! by such a connection without a frame and without a copy, straight into the backup's memory ([`Straight`]).
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -129,18 +129,31 @@ impl Senders {
     /// have sent by then is all that they send. A connection that is closed may take more for a while (by RDMA
     /// nobody looks at the TCP connection as long as there is room). A thread that hangs in a device reads on
     /// for all that is known, and `then` is not called.
-    pub(super) fn close_and(self, then: impl FnOnce() + Send + 'static) -> Result<(), Error> {
-        let threads = self.close();
-        let body = move || {
-            for thread in threads {
-                if thread.join().is_err() {
-                    tracing::error!("A sender panicked");
-                }
-            }
-            then();
+    pub(super) fn close_and(self, then: impl FnOnce() + Send + 'static) {
+        let ended = Arc::new(Mutex::new(Some((self.close(), then))));
+        let body = {
+            let ended = Arc::clone(&ended);
+            move || await_end(&ended)
         };
-        spawn("repl-ended", None, body).map(drop)
+        if let Err(error) = spawn("repl-ended", None, body) {
+            tracing::warn!("senders are waited for here: {}", error.chain());
+            await_end(&ended);
+        }
     }
+}
+
+/// What is called once threads have ended, and these.
+type Ended<F> = Mutex<Option<(Vec<JoinHandle<()>>, F)>>;
+
+fn await_end<F: FnOnce()>(ended: &Ended<F>) {
+    let taken = ended.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let Some((threads, then)) = taken else { return };
+    for thread in threads {
+        if thread.join().is_err() {
+            tracing::error!("A sender panicked");
+        }
+    }
+    then();
 }
 
 /// Groups of pages that go straight together, and their checksums.

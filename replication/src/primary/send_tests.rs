@@ -369,7 +369,7 @@ fn a_sender_that_goes_on_after_its_end_is_waited_for() {
     senders.send(&Job { number: 7, epoch: EpochId(1), source });
     asked.recv().unwrap();
     let (tell, told) = unbounded();
-    senders.close_and(move || tell.send(()).unwrap()).unwrap();
+    senders.close_and(move || tell.send(()).unwrap());
     assert!(told.recv_timeout(Duration::from_millis(200)).is_err(), "it is at it yet");
     answer.send(false).unwrap();
     told.recv_timeout(Duration::from_secs(10)).unwrap();

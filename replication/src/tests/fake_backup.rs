@@ -7,9 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use api::replication::{
-    Compression, Cow, RdmaPin, ReplicateData, ReplicationInfo, ReplicationState,
-};
+use api::replication::{Compression, Cow, ReplicateData, ReplicationState};
 use uuid::Uuid;
 
 use super::pair::Primary;
@@ -25,28 +23,28 @@ use crate::wire::{FrameReader, FrameWriter, Message, Seal, SessionId, Welcome, W
 const G1: Generation = Generation(1);
 const STAGING_BYTES: u64 = 256 << 20;
 
-struct Fake {
+pub(super) struct Fake {
     listener: TcpListener,
 }
 
 /// A primary that was welcomed.
-struct Session {
+pub(super) struct Session {
     reader: FrameReader<TcpStream>,
     writer: FrameWriter<TcpStream>,
-    data: Vec<TcpStream>,
+    pub(super) data: Vec<TcpStream>,
 }
 
 impl Fake {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         Self { listener: TcpListener::bind("127.0.0.1:0").unwrap() }
     }
 
-    fn url(&self) -> String {
+    pub(super) fn url(&self) -> String {
         format!("tcp:{}", self.listener.local_addr().unwrap())
     }
 
     /// Protects `machine` aside: the call returns only once there is an answer.
-    fn protect(
+    pub(super) fn protect(
         &self,
         machine: &Arc<Machine>,
         change: impl FnOnce(&mut ReplicateData),
@@ -60,7 +58,7 @@ impl Fake {
         std::thread::spawn(move || Primary::with(&machine, options, HostIdentity::random()))
     }
 
-    fn greeted(&self) -> (FrameReader<TcpStream>, SessionId) {
+    pub(super) fn greeted(&self) -> (FrameReader<TcpStream>, SessionId) {
         let (stream, _) = self.listener.accept().unwrap();
         let mut reader = FrameReader::new(stream, None);
         let hello = Message::receive(&mut reader, &mut Vec::new()).unwrap();
@@ -69,11 +67,11 @@ impl Fake {
         (reader, session)
     }
 
-    fn welcome() -> Message {
+    pub(super) fn welcome() -> Message {
         Self::welcome_with(STAGING_BYTES)
     }
 
-    fn welcome_with(staging_bytes: u64) -> Message {
+    pub(super) fn welcome_with(staging_bytes: u64) -> Message {
         Message::Welcome(Welcome {
             host: Uuid::new_v4(),
             staging_bytes,
@@ -84,11 +82,11 @@ impl Fake {
     }
 
     /// Welcomes a primary and takes its one data connection.
-    fn session(&self) -> Session {
+    pub(super) fn session(&self) -> Session {
         self.session_with(STAGING_BYTES)
     }
 
-    fn session_with(&self, staging_bytes: u64) -> Session {
+    pub(super) fn session_with(&self, staging_bytes: u64) -> Session {
         let (mut reader, session) = self.greeted();
         let offer = Message::receive(&mut reader, &mut Vec::new()).unwrap();
         assert!(matches!(offer, Message::Offer(_)), "{offer:?}");
@@ -102,7 +100,7 @@ impl Fake {
 
 impl Session {
     /// Reads away whatever comes on the data connections.
-    fn drain(&self) {
+    pub(super) fn drain(&self) {
         for stream in &self.data {
             let mut stream = stream.try_clone().unwrap();
             std::thread::spawn(move || {
@@ -112,7 +110,7 @@ impl Session {
         }
     }
 
-    fn next(&mut self) -> Message {
+    pub(super) fn next(&mut self) -> Message {
         loop {
             match Message::receive(&mut self.reader, &mut Vec::new()).unwrap() {
                 Message::Heartbeat | Message::Progress(_) => {}
@@ -121,7 +119,7 @@ impl Session {
         }
     }
 
-    fn seal(&mut self) -> Seal {
+    pub(super) fn seal(&mut self) -> Seal {
         loop {
             match self.next() {
                 Message::Seal(seal) => return seal,
@@ -131,23 +129,23 @@ impl Session {
         }
     }
 
-    fn say(&mut self, message: &Message) {
+    pub(super) fn say(&mut self, message: &Message) {
         message.send(&mut self.writer).unwrap();
     }
 
-    fn ack(&mut self, seal: &Seal) {
+    pub(super) fn ack(&mut self, seal: &Seal) {
         self.say(&Message::Ack { epoch: seal.epoch, generation: seal.generation });
     }
 
     /// Acknowledges the first epoch.
-    fn protects(&mut self) {
+    pub(super) fn protects(&mut self) {
         let seal = self.seal();
         assert_eq!(seal.epoch, EpochId(1));
         self.ack(&seal);
     }
 
     /// Whether something else than heartbeats comes within `time`.
-    fn hears_within(&mut self, time: Duration) -> Option<Message> {
+    pub(super) fn hears_within(&mut self, time: Duration) -> Option<Message> {
         let until = Instant::now() + time;
         self.reader.get_ref().set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         while Instant::now() < until {
@@ -162,7 +160,7 @@ impl Session {
     }
 
     /// A heart that beats, whatever the test does.
-    fn beat(self) -> JoinHandle<()> {
+    pub(super) fn beat(self) -> JoinHandle<()> {
         let Self { reader, mut writer, data } = self;
         std::thread::spawn(move || {
             while Message::Heartbeat.send(&mut writer).is_ok() {
@@ -182,11 +180,11 @@ fn is_degraded(event: &Event) -> bool {
 }
 
 /// Memory that no socket buffer holds.
-fn large_machine() -> Arc<Machine> {
+pub(super) fn large_machine() -> Arc<Machine> {
     Machine::new(memory(&[(0, 8192)]))
 }
 
-fn write_all(machine: &Machine, fill: u8) {
+pub(super) fn write_all(machine: &Machine, fill: u8) {
     machine.run(|ram| {
         for page in 1..ram.pages() {
             assert!(ram.write_page(PageIndex(page), &[fill; PAGE_SIZE]));
@@ -645,232 +643,12 @@ fn an_acknowledgement_before_all_is_sent_seals_no_empty_epoch() {
 }
 
 /// Waits for what comes by itself.
-fn soon(is_so: impl Fn() -> bool) {
+pub(super) fn soon(is_so: impl Fn() -> bool) {
     let start = Instant::now();
     while !is_so() {
         assert!(start.elapsed() < Duration::from_secs(60), "it does not come about");
         std::thread::sleep(Duration::from_millis(1));
     }
-}
-
-/// A protected machine whose arbiter goes away.
-struct Doubt {
-    records: tempfile::TempDir,
-    fake: Fake,
-    machine: Arc<Machine>,
-}
-
-impl Doubt {
-    fn new() -> Self {
-        let records = tempfile::tempdir().unwrap();
-        std::fs::create_dir(records.path().join("here")).unwrap();
-        Self { records, fake: Fake::start(), machine: large_machine() }
-    }
-
-    /// Protected, with nothing under way.
-    fn protected(
-        &self,
-        with: impl FnOnce(&mut ReplicateData),
-        session: impl FnOnce(&Fake) -> Session,
-    ) -> (Primary, Session) {
-        let url = format!("file:{}", self.records.path().join("here").display());
-        let primary = self.fake.protect(&self.machine, |options| {
-            options.arbiter = Some(url);
-            with(options);
-        });
-        let mut session = session(&self.fake);
-        session.protects();
-        let primary = primary.join().unwrap().unwrap();
-        primary.events.wait(|event| *event == Event::Synced).unwrap();
-        (primary, session)
-    }
-
-    /// Protected, with an epoch of nearly all pages under way.
-    fn begin(
-        &self,
-        with: impl FnOnce(&mut ReplicateData),
-        session: impl FnOnce(&Fake) -> Session,
-    ) -> (Primary, Session) {
-        let (primary, mut session) = self.protected(with, session);
-        write_all(&self.machine, 1);
-        while session.seal().pages[0] < 8000 {}
-        (primary, session)
-    }
-
-    fn arbiter_moves(&self, from: &str, to: &str) {
-        let path = |name| self.records.path().join(name);
-        std::fs::rename(path(from), path(to)).unwrap();
-    }
-
-    /// The guest runs, unheard, while nobody says whose it is.
-    fn runs_in_doubt(&self, primary: &Primary) {
-        let is_suspended = |info: &ReplicationInfo| info.state == ReplicationState::Suspended;
-        super::until(|| primary.handle.info(), is_suspended);
-        soon(|| self.machine.is_running());
-        assert!(self.machine.is_holding());
-    }
-}
-
-/// Also where a person asked for a switch-over whose last epoch is not sealed yet: the backup has nothing of it.
-#[test]
-fn a_guest_that_waits_for_room_does_not_wait_for_the_arbiter() {
-    for hands_over in [false, true] {
-        let doubt = Doubt::new();
-        // Room for all of memory once, and not twice.
-        let room = 10_000 * PAGE_SIZE as u64;
-        let (primary, session) = doubt.begin(
-            |_| {},
-            |fake| {
-                let session = fake.session_with(room);
-                session.drain();
-                session
-            },
-        );
-        write_all(&doubt.machine, 2);
-        soon(|| !doubt.machine.is_running());
-        doubt.arbiter_moves("here", "away");
-        std::thread::scope(|scope| {
-            let asked = hands_over.then(|| {
-                let asked = scope.spawn(|| primary.handle.failover(false));
-                primary.events.wait(is_handing_over).unwrap();
-                asked
-            });
-            drop(session);
-            doubt.runs_in_doubt(&primary);
-            // Whoever asked does not wait for the arbiter either.
-            asked.map(|asked| asked.join().unwrap().unwrap_err());
-        });
-        doubt.arbiter_moves("away", "here");
-        primary.handle.join();
-        assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
-    }
-}
-
-fn drained(fake: &Fake) -> Session {
-    let session = fake.session();
-    session.drain();
-    session
-}
-
-fn is_handing_over(event: &Event) -> bool {
-    matches!(event, Event::FailoverStarted { .. })
-}
-
-/// The last epoch of a switch-over is none, and the arbiter is away.
-#[test]
-fn a_switch_over_whose_last_epoch_cannot_be_captured_is_told_as_that_at_once() {
-    let doubt = Doubt::new();
-    let (primary, _session) = doubt.protected(|_| {}, drained);
-    doubt.arbiter_moves("here", "away");
-    doubt.machine.refuse_captures();
-    let error = primary.handle.failover(false).unwrap_err().to_string();
-    assert!(error.contains("A vCPU cannot be read"), "{error}");
-    let told = primary.events.events();
-    assert!(told.iter().any(|event| matches!(event, Event::FailoverFailed { .. })), "{told:?}");
-    doubt.runs_in_doubt(&primary);
-    doubt.arbiter_moves("away", "here");
-    primary.handle.join();
-    assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
-}
-
-/// The protection is ended in the moment in which the backup turns out to own the VM.
-#[test]
-fn a_stop_that_meets_the_loss_of_the_vm_is_told_of_it() {
-    let doubt = Doubt::new();
-    let (primary, session) = doubt.protected(|_| {}, drained);
-    let (arrive, arrived) = crossbeam_channel::bounded(1);
-    let (go_on, goes_on) = crossbeam_channel::bounded::<()>(0);
-    doubt.machine.before_destroy(Box::new(move || {
-        arrive.send(()).unwrap();
-        // Until the test says so, or has failed.
-        let _ = goes_on.recv();
-    }));
-    let standing = Standing::Solo { owner: HostId(Uuid::new_v4()) };
-    let vm = primary.handle.identity().vm;
-    let theirs = Record { generation: Generation(2), vm, standing };
-    FileArbiter::new(doubt.records.path().join("here")).compare_and_swap(G1, &theirs).unwrap();
-    drop(session);
-    arrived.recv_timeout(Duration::from_secs(60)).unwrap();
-    std::thread::scope(|scope| {
-        let before = primary.handle.waiting_inputs();
-        let stop = scope.spawn(|| primary.handle.stop());
-        soon(|| primary.handle.waiting_inputs() > before);
-        drop(go_on);
-        let error = stop.join().unwrap().unwrap_err();
-        assert!(matches!(error, Error::Conflict(_)), "{error}");
-    });
-    primary.handle.join();
-    assert!(doubt.machine.is_destroyed());
-}
-
-/// With `cow=off` a guest stands for as long as its memory is sent as it is, and no longer: once nobody reads
-/// it any more it runs, unheard.
-#[test]
-fn a_guest_whose_epoch_is_not_taken_does_not_wait_for_the_arbiter() {
-    let doubt = Doubt::new();
-    // Nobody reads the data connection.
-    let (primary, session) = doubt.begin(|options| options.cow = Cow::Off, Fake::session);
-    assert!(!doubt.machine.is_running());
-    doubt.arbiter_moves("here", "away");
-    drop(session);
-    doubt.runs_in_doubt(&primary);
-    doubt.arbiter_moves("away", "here");
-    primary.handle.join();
-    assert!(doubt.machine.is_running() && !doubt.machine.is_holding());
-}
-
-/// Without an arbiter the backup may be told by a person to go on from what it took for a whole epoch: as long as
-/// one is read from memory the guest stands, whoever ends its protection.
-#[test]
-fn a_guest_whose_memory_is_read_stands_until_it_is_not() {
-    let (fake, machine) = (Fake::start(), large_machine());
-    let primary = fake.protect(&machine, |options| options.cow = Cow::Off);
-    // Nobody reads the data connection.
-    let mut session = fake.session();
-    session.protects();
-    let primary = primary.join().unwrap().unwrap();
-    primary.events.wait(|event| *event == Event::Synced).unwrap();
-    write_all(&machine, 1);
-    while session.seal().pages[0] < 8000 {}
-    std::thread::scope(|scope| {
-        let stop = scope.spawn(|| primary.handle.stop());
-        let is_asked = |info: &ReplicationInfo| {
-            matches!(info.state, ReplicationState::Suspended | ReplicationState::Stopped)
-        };
-        super::until(|| primary.handle.info(), is_asked);
-        assert!(!machine.is_running());
-        drop(session);
-        stop.join().unwrap().unwrap();
-    });
-    primary.handle.join();
-    assert!(machine.is_running() && !machine.is_holding());
-}
-
-/// The same where TCP is to take over from RDMA, and the backup still hears this side.
-#[test]
-fn a_guest_whose_epoch_cannot_go_by_rdma_does_not_wait_for_the_arbiter() {
-    let doubt = Doubt::new();
-    let rdma = doubt.fake.url().replace("tcp:", "rdma:");
-    let by_rdma = |options: &mut ReplicateData| {
-        options.cow = Cow::Off;
-        options.destination_url = rdma;
-        options.rdma_device = Some(crate::transport::rdma::FAKE.to_owned());
-        options.rdma_pin = Some(RdmaPin::Off);
-        (options.fallback, options.reconnect) = (true, true);
-        (options.heartbeat_ms, options.timeout_ms) = (50, 2000);
-    };
-    let (primary, mut session) = doubt.begin(by_rdma, Fake::session);
-    doubt.arbiter_moves("here", "away");
-    // What it had is unread: the sender finds a connection that was reset.
-    session.data.clear();
-    let beats = session.beat();
-    doubt.runs_in_doubt(&primary);
-    assert!(!beats.is_finished(), "only once the backup hears nobody any more");
-    doubt.arbiter_moves("away", "here");
-    soon(|| !doubt.machine.is_holding());
-    primary.handle.stop().unwrap();
-    assert!(doubt.machine.is_running());
-    beats.join().unwrap();
 }
 
 #[test]

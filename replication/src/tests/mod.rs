@@ -5,6 +5,7 @@ mod bad_input;
 mod bounds;
 mod disk_input;
 mod disks;
+mod doubt;
 mod encodings;
 mod failover;
 mod fake_backup;

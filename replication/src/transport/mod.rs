@@ -292,6 +292,8 @@ pub struct Listener {
     inner: Box<dyn Accept>,
     address: Address,
     wake: PipeReader,
+    /// Why nobody is accepted for a while.
+    log: Log,
 }
 
 /// Ends [`Listener::accept`] from another thread, when it is dropped.
@@ -318,7 +320,8 @@ impl Listener {
                 (inner, Address::Rdma { host, port })
             }
         };
-        Ok((Self { inner, address, wake }, ListenerWaker { _end: end }))
+        let log = Log::default();
+        Ok((Self { inner, address, wake, log }, ListenerWaker { _end: end }))
     }
 
     /// Where this listens, with the port that was picked.
@@ -332,9 +335,10 @@ impl Listener {
     ///
     /// # Errors
     /// [`TransportError::Accept`].
-    pub(crate) fn accept(&self) -> Result<Option<Accepted>, TransportError> {
-        let failed = |error| TransportError::Accept(self.address.to_string(), error);
-        let (mut pause_ms, mut log) = (PAUSE_MS_FIRST, Log::default());
+    pub(crate) fn accept(&mut self) -> Result<Option<Accepted>, TransportError> {
+        let name = self.address.to_string();
+        let failed = |error| TransportError::Accept(name.clone(), error);
+        let mut pause_ms = PAUSE_MS_FIRST;
         loop {
             let mut fds = [
                 PollFd::new(self.inner.fd(), PollFlags::POLLIN),
@@ -353,8 +357,8 @@ impl Listener {
                 Err(error) if is_of_connection(&error) => {}
                 Err(error) if is_of_listener(&error) => return Err(failed(error)),
                 Err(error) => {
-                    if log.is_news(&error.to_string(), Instant::now()) {
-                        tracing::warn!("nobody is accepted on {} for now: {error}", self.address);
+                    if self.log.is_news(&error.to_string(), Instant::now()) {
+                        tracing::warn!("nobody is accepted on {name} for a moment: {error}");
                     }
                     self.pause(pause_ms).map_err(failed)?;
                     pause_ms = (pause_ms * 2).min(PAUSE_MS_LAST);
@@ -458,21 +462,24 @@ mod tests {
         let (wake, end) = io::pipe().unwrap();
         let inner = Box::new(Scarce(ready, AtomicUsize::new(0), errors));
         let address = Address::Tcp { host: "localhost".to_owned(), port: 1 };
-        (Listener { inner, address, wake }, ListenerWaker { _end: end }, write)
+        (Listener { inner, address, wake, log: Log::default() }, ListenerWaker { _end: end }, write)
     }
 
     #[test]
     fn a_lack_of_descriptors_passes() {
-        let (listener, _waker, _write) = scarce(&[libc::EMFILE, libc::ENOMEM]);
+        let (mut listener, _waker, _write) = scarce(&[libc::EMFILE, libc::ENOMEM]);
         let (_, peer) = listener.accept().unwrap().unwrap();
         assert_eq!(peer, "somebody");
+        // Of a host at its limit that now and then has one: it is told once, and not with each that comes.
+        let again = io::Error::from_raw_os_error(libc::EMFILE).to_string();
+        assert!(!listener.log.is_news(&again, Instant::now()));
     }
 
     /// What accept(2) passes on from the network, and what a filter of packets makes of it.
     #[test]
     fn a_network_that_is_down_passes_and_is_not_asked_without_rest() {
         const ERRORS: [i32; 4] = [libc::EPROTO, libc::ENETDOWN, libc::EHOSTUNREACH, libc::EPERM];
-        let (listener, _waker, _write) = scarce(&ERRORS);
+        let (mut listener, _waker, _write) = scarce(&ERRORS);
         let since = Instant::now();
         let (_, peer) = listener.accept().unwrap().unwrap();
         assert_eq!(peer, "somebody");
@@ -484,7 +491,7 @@ mod tests {
     fn a_descriptor_that_is_no_listener_is_the_end() {
         let errors: [&[i32]; 3] = [&[libc::EBADF], &[libc::EINVAL], &[libc::ENOTSOCK]];
         for errors in errors {
-            let (listener, _waker, _write) = scarce(errors);
+            let (mut listener, _waker, _write) = scarce(errors);
             let error = listener.accept().err().unwrap();
             assert!(matches!(error, TransportError::Accept(..)), "{error:?}");
         }
@@ -492,7 +499,7 @@ mod tests {
 
     #[test]
     fn a_listener_that_lacks_descriptors_can_be_woken() {
-        let (listener, waker, _write) = scarce(&[libc::EMFILE, libc::ENOMEM]);
+        let (mut listener, waker, _write) = scarce(&[libc::EMFILE, libc::ENOMEM]);
         drop(waker);
         assert!(listener.accept().unwrap().is_none());
     }

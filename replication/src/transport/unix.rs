@@ -137,7 +137,7 @@ mod tests {
         let (_directory, path, address) = place();
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        let (listener, _waker) = Listener::bind(&address).unwrap();
+        let (mut listener, _waker) = Listener::bind(&address).unwrap();
         let _primary = UnixStream::connect(&path).unwrap();
         assert!(listener.accept().unwrap().is_some());
         drop(listener);

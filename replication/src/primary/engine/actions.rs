@@ -214,9 +214,7 @@ impl<G: Guest> Engine<'_, G> {
             // An engine that has ended has let the guest go.
             let _ = inputs.send(Input::Sent(Ok(number)));
         };
-        if let Err(error) = senders.close_and(back) {
-            tracing::warn!("the guest stands until its owner is known: {}", error.chain());
-        }
+        senders.close_and(back);
     }
 
     /// What the backup may have of this session, for a copy that goes on from there.

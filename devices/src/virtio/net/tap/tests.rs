@@ -68,6 +68,20 @@ fn a_tap_is_made_and_configured() {
     });
 }
 
+/// The kernel would take it for one of class A, and route all of 10.0.0.0/8 to the tap.
+#[test]
+fn an_address_without_a_mask_is_one_of_256() {
+    in_own_namespace(|| {
+        let settings =
+            TapSettings { ip: Some("10.1.2.3".parse().unwrap()), ..TapSettings::default() };
+        let _taps = open(&TapSource::Named("ut4".into()), 1, &settings).unwrap();
+        let socket = UdpSocket::bind("10.1.2.3:0").unwrap();
+        socket.connect("10.1.2.200:9").unwrap();
+        let error = socket.connect("10.1.3.200:9").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NetworkUnreachable);
+    });
+}
+
 #[test]
 fn a_tap_of_ipv6_and_one_without_a_name() {
     in_own_namespace(|| {
