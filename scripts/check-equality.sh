@@ -32,9 +32,13 @@ ship do it themselves (replication/src/checking.rs). Exits 0 only if no page eve
                     these points of an epoch: seal, arm, fault, take, send, unprotect, ack
   --dirty-log LOG   where KVM notes the pages that the guest writes: bitmap or ring (default: what the
                     VMM finds cheaper)
-  --matrix          each mode with 1, 2, 4 and 16 vCPUs, each workload, delays, huge pages, rings, and
-                    the two broken builds; --epochs counts for each (half an hour with 300)
+  --matrix          each mode with 1, 2, 4 and 16 vCPUs, each workload with these, and with delays; huge
+                    pages, rings, and the two broken builds; --epochs counts for each
   --transport T     tcp (default), unix, or rdma:ADDRESS, this host's address on an RDMA device
+  --connections N   data connections (default 1)
+  --compression C   as --replicate compression= takes it (default auto)
+  --without-place   tests the check of a first copy by RDMA straight into the backup's memory: some
+                    pages are not written. Exits 0 as soon as that is seen
   --help            this text
 TXT
 }
@@ -50,12 +54,12 @@ matrix() {
     for vcpus in 1 2 4 16; do
         one --cow all --vcpus "$vcpus" "$@"
         one --cow all --vcpus "$vcpus" --workload random "$@"
+        one --cow all --vcpus "$vcpus" --workload runs "$@"
+        one --cow all --vcpus "$vcpus" --workload all "$@"
+        one --cow all --vcpus "$vcpus" --delays \
+            seal:2000,arm:500,fault:500,take:2000,send:2000,unprotect:500,ack:5000 "$@"
     done
-    one --cow all --workload runs "$@"
     one --cow all --workload runs --huge-pages "$@"
-    one --cow all --workload all "$@"
-    one --cow all --delays \
-        seal:2000,arm:500,fault:500,take:2000,send:2000,unprotect:500,ack:5000 "$@"
     one --cow all --vcpus 4 --dirty-log ring "$@"
     # These end with the first page that differs, whatever --epochs says.
     one --cow copy,protect,hybrid --without-cow

@@ -108,12 +108,26 @@ shell_syntax() {
 fuzz_targets() {
     (cd "$ROOT/fuzz" && cargo fmt --check &&
         cargo clippy --locked --features machine --all-targets -- -D warnings &&
-        cargo test --locked)
+        cargo test --locked --features machine)
 }
 
 # orders: all orders in which threads can meet at the record of written pages, by loom.
 orders() {
     (cd "$ROOT" && RUSTFLAGS="--cfg loom" cargo test --locked -p guest-memory --lib --target-dir target/loom)
+}
+
+# without_rdma: the VMM as who has no use for RDMA builds it.
+without_rdma() {
+    (cd "$ROOT" &&
+        cargo clippy --release --locked -p cloud-hypervisor --no-default-features --all-targets -- -D warnings &&
+        cargo test --release --locked -p rdma --no-default-features --lib library)
+}
+
+# equality: a few epochs of each mode on whole VMMs, and that the comparison sees what it is for.
+equality() {
+    "$ROOT/scripts/check-equality.sh" --cow all --epochs 10 &&
+        "$ROOT/scripts/check-equality.sh" --cow copy,protect,hybrid --without-cow &&
+        "$ROOT/scripts/check-equality.sh" --cow protect,hybrid --without-protection --workload random
 }
 
 # kvm_test_list FILE: a line for each test program of a crate that needs KVM.
@@ -168,6 +182,7 @@ command -v etcd >/dev/null || need_packages etcd-server
 command -v busybox >/dev/null || need_packages busybox
 step "Formatting" cargo fmt --all --check
 step "Lints" cargo clippy --release --locked --workspace --all-targets -- -D warnings
+step "Lints and a test without RDMA" without_rdma
 step "Syntax of the scripts" shell_syntax
 step "Orders in which threads meet" orders
 step "Fuzz targets, over their seeds" fuzz_targets
@@ -181,6 +196,7 @@ if [ -z "$WITH_KVM" ]; then
     timed "Tests" cargo_tests --workspace "${KVM_CRATES[@]/#/--exclude=}"
 elif [ -z "$KVM_PROBLEM" ]; then
     timed "Tests, with this host's /dev/kvm" cargo_tests --workspace
+    step "Equality of memory, a few epochs" equality
     step "The fault matrix, its quick rows" scripts/fault-matrix.sh --quick
 else
     note "$KVM_PROBLEM; so the KVM tests run inside the nested bed"

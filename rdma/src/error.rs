@@ -8,6 +8,10 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum Error {
     #[error(
+        "This build has no RDMA: use tcp:, or a build with the feature `rdma`, which is in by default"
+    )]
+    NotBuilt,
+    #[error(
         "RDMA needs the library libibverbs.so.1, which cannot be loaded ({reason}): install the \
          packages libibverbs1 and ibverbs-providers"
     )]

@@ -59,7 +59,7 @@ pub use devices::{Device, Gid, GidEntry, GidKind, LinkLayer, Port, PortState};
 pub use endpoint::{ConnectOptions, Depths, Endpoint, Origin};
 pub use error::Error;
 pub use lent::LentMemory;
-pub use library::Library;
+pub use library::{BUILT_IN, Library};
 pub use memory::{Access, MemoryRegion, ProtectionDomain, Remote, Segment};
 pub use queue_pair::QueuePair;
 pub use work::{Operation, Request, RequestList};

@@ -11,6 +11,9 @@ use std::sync::Arc;
 use crate::abi;
 use crate::error::Error;
 
+/// Whether this build loads the library where it is asked for.
+pub const BUILT_IN: bool = cfg!(feature = "verbs");
+
 const NAME: &CStr = c"libibverbs.so.1";
 
 /// The functions: `name(parameters) -> result, version;`.
@@ -105,8 +108,12 @@ impl Library {
     /// Loads libibverbs and finds its functions.
     ///
     /// # Errors
-    /// If this host has no libibverbs, or one without a function that is needed.
+    /// If this build is one without RDMA; if this host has no libibverbs, or one without a function that is
+    /// needed.
     pub fn load() -> Result<Arc<Self>, Error> {
+        if !BUILT_IN {
+            return Err(Error::NotBuilt);
+        }
         // SAFETY: loading runs the library's constructors; it is the system's own, and has none that
         // expect anything. The flag keeps it loaded whatever happens to the handle.
         let handle = unsafe {
@@ -202,6 +209,11 @@ mod tests {
 
     #[test]
     fn the_library_is_found_and_has_all_functions() {
+        if !BUILT_IN {
+            let refused = Library::load().unwrap_err();
+            assert!(matches!(refused, Error::NotBuilt), "{refused}");
+            return;
+        }
         if crate::abi::tests::waived() {
             return;
         }

@@ -15,7 +15,7 @@
 //! - `UNDERSTUDY_TEST_DELAYS=POINT:MICROSECONDS[,...]`: at each such point of an epoch the thread
 //!   that gets there sleeps for a random time up to that: `seal` (pages are kept, the guest still
 //!   stands), `arm` (after each call that protects), `fault` (before one is served), `take` (between
-//!   claiming pages and copying them), `unprotect` (after that), `ack` (before an acknowledgement is
+//!   claiming pages and copying them), `send` (before a chunk of pages goes out), `unprotect` (after that), `ack` (before an acknowledgement is
 //!   looked at).
 //! - `UNDERSTUDY_TEST_FAULT=POINT:ACTION:FILE`: once FILE is there, the thread that gets to POINT next
 //!   renames it to `FILE.reached` and does ACTION: `kill` and `stop` send the process SIGKILL and

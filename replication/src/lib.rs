@@ -43,3 +43,5 @@ pub mod wire;
 pub use error::{Error, ErrorKind, chain};
 pub use observer::{Event, Observer};
 pub use ownership::{HostId, HostIdentity, Known, VmId};
+/// Whether this build speaks RDMA.
+pub use rdma::BUILT_IN as HAS_RDMA;

@@ -17,10 +17,9 @@ pub(super) fn json<T: Serialize>(value: &T) -> Answer {
 }
 
 pub(super) fn ping() -> Answer {
-    json(&VmmPingResponse::new(
-        std::process::id(),
-        ["kvm", "replication", "rdma"].map(str::to_owned).into(),
-    ))
+    let rdma = replication::HAS_RDMA.then_some("rdma");
+    let features = ["kvm", "replication"].into_iter().chain(rdma);
+    json(&VmmPingResponse::new(std::process::id(), features.map(str::to_owned).collect()))
 }
 
 impl Controller {
