@@ -150,8 +150,13 @@ impl Row {
 
     /// Holds the quotient of two columns' medians against a bound.
     pub fn check_medians(&mut self, above: &str, below: &str, bound: Bound) {
+        self.check_medians_as(format!("{above} / {below}"), above, below, bound);
+    }
+
+    /// The same under another name.
+    pub fn check_medians_as(&mut self, name: String, above: &str, below: &str, bound: Bound) {
         let value = self.quotient(above, below, |stats| stats.median);
-        self.check(format!("{above} / {below}"), value, bound);
+        self.check(name, value, bound);
     }
 
     /// The same of their 99th percentiles.
