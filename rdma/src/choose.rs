@@ -93,6 +93,25 @@ impl Wanted {
     }
 }
 
+/// What `open` makes of the place that fits best; of the next one if its device cannot be opened. Each device is
+/// opened once at most, and none that is not chosen.
+pub(crate) fn first_usable<T>(
+    mut devices: Vec<Device>,
+    wanted: &Wanted,
+    mut open: impl FnMut(&Place) -> Result<T, Error>,
+) -> Result<(T, Place), Error> {
+    loop {
+        let place = wanted.choose(&devices)?;
+        let problem = match open(&place) {
+            Ok(opened) => return Ok((opened, place)),
+            Err(error) => error.in_words(),
+        };
+        for device in devices.iter_mut().filter(|device| device.name == place.device) {
+            device.problem = Some(problem.clone());
+        }
+    }
+}
+
 fn list(devices: &[Device]) -> String {
     if devices.is_empty() {
         return "no RDMA device at all (Soft-RoCE: rdma link add rxe0 type rxe netdev <interface>)"

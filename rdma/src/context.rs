@@ -1,6 +1,5 @@
 //! An opened device, what it says of its ports, and what it reports by itself.
 
-use std::error::Error as _;
 use std::ffi::c_int;
 use std::fmt;
 use std::io;
@@ -10,6 +9,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::abi;
+use crate::choose::{Place, Wanted, first_usable};
 use crate::devices::{self, Device, Gid, LinkLayer, PortState};
 use crate::error::{Error, check, given_back};
 use crate::library::Library;
@@ -93,18 +93,34 @@ impl Library {
     /// # Errors
     /// If the kernel lists none.
     pub fn devices(self: &Arc<Self>) -> Result<Vec<Device>, Error> {
-        let mut devices = devices::scan(Path::new(devices::FOLDER))?;
-        let names = self.device_names()?;
-        for device in &mut devices {
-            if !names.contains(&device.name) {
-                device.problem = Some("no provider: install ibverbs-providers".to_owned());
-            } else if let Err(error) = self.complete(device) {
-                // Others may be all right.
-                let source = error.source().map(|source| format!(": {source}"));
-                device.problem = Some(format!("{error}{}", source.unwrap_or_default()));
-            }
+        let mut devices = self.listed()?;
+        for device in devices.iter_mut().filter(|device| device.problem.is_none()) {
+            device.problem = self.complete(device).err().map(|error| error.in_words());
         }
         Ok(devices)
+    }
+
+    /// Without what is only known of one that is open.
+    fn listed(&self) -> Result<Vec<Device>, Error> {
+        let mut devices = devices::scan(Path::new(devices::FOLDER))?;
+        let names = self.device_names()?;
+        for device in devices.iter_mut().filter(|device| !names.contains(&device.name)) {
+            device.problem = Some("no provider: install ibverbs-providers".to_owned());
+        }
+        Ok(devices)
+    }
+
+    /// Opens the device that fits best; another that fits only if that one cannot be opened. One that hangs
+    /// keeps nobody from another.
+    ///
+    /// # Errors
+    /// If nothing fits, or what fits cannot be used.
+    pub fn open(self: &Arc<Self>, wanted: &Wanted) -> Result<(Arc<Context>, Place), Error> {
+        first_usable(self.listed()?, wanted, |place| {
+            let context = Context::open(self, &place.device)?;
+            context.port(place.port)?;
+            Ok(context)
+        })
     }
 
     /// Adds what the kernel tells about an opened device.

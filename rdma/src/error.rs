@@ -1,5 +1,6 @@
 //! What can go wrong, and what to do about it.
 
+use std::error::Error as _;
 use std::io;
 
 use thiserror::Error;
@@ -57,6 +58,14 @@ pub enum Error {
     /// None from `index` on was posted, all before it were.
     #[error("Work request {index} of {count} cannot be posted to queue pair {queue_pair}")]
     Post { queue_pair: u32, index: usize, count: usize, source: io::Error },
+}
+
+impl Error {
+    /// With its cause, for a person.
+    pub(crate) fn in_words(&self) -> String {
+        let source = self.source().map(|source| format!(": {source}"));
+        format!("{self}{}", source.unwrap_or_default())
+    }
 }
 
 /// What a verb returned that answers 0, an errno, or -1 with the errno set.

@@ -148,3 +148,31 @@ fn a_device_that_cannot_be_used_is_not_chosen() {
     let error = wanted(Some("10.77.0.1")).choose(&devices).unwrap_err().to_string();
     assert!(error.contains("mlx5_0 (no provider) port 1"), "{error}");
 }
+
+#[test]
+fn another_device_is_opened_only_if_the_best_cannot_be() {
+    let refused = |device: &str| Error::NoDevice { name: device.to_owned() };
+    let wanted = Wanted::default();
+    let mut asked = Vec::new();
+    let opened = first_usable(devices(), &wanted, |place| {
+        asked.push(place.device.clone());
+        Ok(())
+    });
+    let best = opened.unwrap().1.device;
+    assert_eq!(asked, [best.clone()]);
+    let (_, next) = first_usable(devices(), &wanted, |place| match place.device == best {
+        true => Err(refused(&best)),
+        false => Ok(()),
+    })
+    .unwrap();
+    assert_ne!(next.device, best);
+    let mut asked = Vec::new();
+    let none = first_usable::<()>(devices(), &wanted, |place| {
+        asked.push(place.device.clone());
+        Err(refused(&place.device))
+    });
+    assert_eq!(asked, [best, next.device]);
+    let why = none.unwrap_err().to_string();
+    let words = ["on a device without a problem", "knows a provider for"];
+    assert!(words.iter().all(|part| why.contains(part)), "{why}");
+}

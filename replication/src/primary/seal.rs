@@ -112,6 +112,8 @@ fn freezer(
                 tracing::warn!("no copy-on-write, dirty pages are copied: {}", chain(&error));
                 copies()?
             }
+            // A sender of the session before, held up by its device, has not let go of the memory yet.
+            Err(error) if error.is_busy() => return Err(Error::Failed(chain(&error))),
             Err(error) => {
                 return Err(Error::Option { option: "cow", reason: chain(&error) });
             }
@@ -309,5 +311,23 @@ impl Sealer {
             None => Source::Still(set),
         };
         Ok(Pause::Sealed(Sealed { state, source, log, stood, steps: steps.steps }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::memory;
+
+    #[test]
+    fn memory_that_a_session_before_still_protects_is_waited_for() {
+        let ram = memory(&[(0, 64)]);
+        let kept = |cow| freezer(&ram, cow, 64, Duration::from_secs(1));
+        let before = kept(Cow::Protect).unwrap();
+        let error = kept(Cow::Protect).err().unwrap();
+        assert!(error.may_pass(), "{error}");
+        assert!(kept(Cow::Hybrid).unwrap().is_some());
+        drop(before);
+        kept(Cow::Protect).unwrap();
     }
 }

@@ -33,7 +33,6 @@ impl<B: ReplicaBuilder> Engine<B> {
         }
         let Some(way_back) = &self.way_back else { return Handover::Leave };
         let Some(replica) = &mut self.replica else { return Handover::Leave };
-        let unusable = check(way_back.clone()).err().map(|error| error.chain());
         let by_rdma = way_back.destination_url.starts_with("rdma:");
         let untracked = replica.track().err().map(|error| error.to_string());
         self.is_tracked = untracked.is_none();
@@ -44,7 +43,9 @@ impl<B: ReplicaBuilder> Engine<B> {
         // Whatever carried this session: the first one back would have to register memory with output held.
         let by_rdma =
             by_rdma.then(|| "guest memory has to be registered with the RDMA device".to_owned());
-        match unusable.or(untracked).or(disks).or(by_rdma) {
+        // A device is not asked: the guest stands meanwhile.
+        let unusable = || check(way_back.clone()).err().map(|error| error.chain());
+        match untracked.or(disks).or(by_rdma).or_else(unusable) {
             None => Handover::Reverse,
             Some(why) => {
                 tracing::warn!("the VM is unprotected until it is copied back: {why}");

@@ -58,6 +58,14 @@ pub enum CowError {
     Thread(#[source] std::io::Error),
 }
 
+impl CowError {
+    /// Whether somebody else still protects this memory, and may end that.
+    pub(crate) fn is_busy(&self) -> bool {
+        let Self::Protect(UserfaultError::Register { source, .. }) = self else { return false };
+        source.kind() == std::io::ErrorKind::ResourceBusy
+    }
+}
+
 /// One sender's part of a set: every aligned group of 64 pages belongs to one share, so that
 /// copies of a page from different epochs travel in order on one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -111,11 +111,11 @@ impl Device {
     }
 
     /// Takes what the device reports by itself. All connections of a session hear it from the same place, whoever
-    /// is first: what concerns all ends this one, and with it the session.
-    fn take_events(&self, queue_pair: u32) -> io::Result<()> {
+    /// is first: what ends any of them ends this one, and with it the session.
+    fn take_events(&self) -> io::Result<()> {
         while let Some(event) = self.context.next_event().map_err(failed)? {
             tell(self.context.name(), event);
-            if let Some(what) = ends(event, queue_pair) {
+            if let Some(what) = ends(event) {
                 return Err(io::Error::new(ErrorKind::ConnectionReset, what));
             }
         }
@@ -140,18 +140,16 @@ fn tell(device: &str, event: Event) {
     }
 }
 
-/// Why a connection with this queue pair is over, if the event says so.
-fn ends(event: Event, queue_pair: u32) -> Option<&'static str> {
+/// Why a session is over, if the event says so. A queue pair's end is told to one connection, which need not be
+/// its own: whose it is may hear nothing else.
+fn ends(event: Event) -> Option<&'static str> {
     match event {
         Event::DeviceFailed => Some("The RDMA device has failed"),
         Event::CompletionQueueFailed => Some("A completion queue of the RDMA device ran over"),
-        Event::QueuePairFailed { number } if number == queue_pair => {
-            Some("The RDMA device reports that the queue pair has failed")
+        Event::QueuePairFailed { .. } => {
+            Some("The RDMA device reports that a queue pair has failed")
         }
-        Event::QueuePairFailed { .. }
-        | Event::Port { .. }
-        | Event::QueuePair { .. }
-        | Event::Other { .. } => None,
+        Event::Port { .. } | Event::QueuePair { .. } | Event::Other { .. } => None,
     }
 }
 
@@ -232,7 +230,7 @@ impl End {
         }
         let [tcp, channel, events] = fds.map(|fd| fd.any().unwrap_or(true));
         if events {
-            self.device.take_events(self.pair.number())?;
+            self.device.take_events()?;
         }
         if channel {
             self.device.channel.take_wakeups().map_err(failed)?;

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::rdma::{
-    Access, Buffer, ConnectOptions, Context, Depths, Library, Origin, Place, ProtectionDomain,
-    QueuePair, Remote, RequestList, Wanted,
+    Access, Buffer, ConnectOptions, Depths, Library, Origin, Place, ProtectionDomain, QueuePair,
+    Remote, RequestList, Wanted,
 };
 use api::replication::{RDMA_DEPTH, RDMA_DEPTH_DEFAULT, RdmaPath};
 use thiserror::Error;
@@ -112,8 +112,7 @@ impl Asked {
         }
         let wanted = self.wanted();
         let choice = aside(CHECK_PATIENCE, move || {
-            let devices = Library::load().and_then(|library| library.devices());
-            devices.and_then(|devices| wanted.choose(&devices))
+            Library::load().and_then(|library| library.open(&wanted))
         })?;
         choice.map(drop).map_err(TransportError::Rdma)
     }
@@ -131,8 +130,7 @@ struct Opened {
 impl Opened {
     fn new(wanted: &Wanted, depth: Option<u32>) -> Result<Self, ::rdma::Error> {
         let library = Library::load()?;
-        let place = wanted.choose(&library.devices()?)?;
-        let context = Context::open(&library, &place.device)?;
+        let (context, place) = library.open(wanted)?;
         let limits = context.limits()?;
         let chunks = chunks(depth, limits.requests_max, limits.completions_max, &place.device)?;
         let domain = ProtectionDomain::new(&context)?;
