@@ -1,13 +1,15 @@
 //! What a vCPU says about itself: KVM's CPUID, with the leaves that name this vCPU and its place.
 //!
 //! In: the leaves that KVM supports, the vCPU's APIC id, the topology. Out: the leaves of that
-//! vCPU. All vCPUs of a VM get the same features. Two hosts that protect each other's VMs must
-//! offer the same base.
+//! vCPU. All vCPUs of a VM get the same features. A host that is to run another one's VM gives it
+//! the base that it had there, and must have what that offers ([`base`]).
 //!
 //! An APIC id is made of bit fields, lowest first: thread, core, die, package.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use thiserror::Error;
+
+pub mod base;
 
 use crate::vcpu::{Vcpu, VcpuError};
 
@@ -53,6 +55,8 @@ pub enum CpuidError {
     TooManyBits(u32),
     #[error("More CPUID leaves than KVM takes")]
     TooManyLeaves,
+    #[error("CPUID leaves of no CPU: those of vendor and features are missing")]
+    NoCpu,
 }
 
 /// How vCPUs are arranged.
@@ -175,6 +179,11 @@ pub fn compose(base: &CpuId, identity: &Identity) -> Result<CpuId, CpuidError> {
         });
     }
     CpuId::from_entries(&leaves).map_err(|_| CpuidError::TooManyLeaves)
+}
+
+fn of(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
+    let is_it = |entry: &&kvm_cpuid_entry2| (entry.function, entry.index) == (function, index);
+    cpuid.as_slice().iter().find(is_it).copied()
 }
 
 /// "AuthenticAMD" or "HygonGenuine".
@@ -331,7 +340,7 @@ mod tests {
     fn of(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
         let same = |entry: &&kvm_cpuid_entry2| (entry.function, entry.index) == (function, index);
         assert!(cpuid.as_slice().iter().filter(same).count() <= 1, "{function:#x} twice");
-        cpuid.as_slice().iter().find(same).copied()
+        super::of(cpuid, function, index)
     }
 
     const SIX: Topology =

@@ -20,7 +20,8 @@ use crossbeam_channel::{Receiver, unbounded};
 use devices::acpi::pm::PowerEvent;
 use hypervisor::dirty::RING_ENTRIES;
 use hypervisor::{
-    Hypervisor, StateError, Topology, Tracking, Vcpu, VcpuError, VcpuState, Vm, VmError, VmState,
+    CpuId, Hypervisor, StateError, Topology, Tracking, Vcpu, VcpuError, VcpuState, Vm, VmError,
+    VmState,
 };
 use replication::ids::PageIndex;
 use replication::ram::PageSet;
@@ -139,6 +140,8 @@ pub struct Machine {
     vm: Arc<Vm>,
     memory: Memory,
     config: VmConfig,
+    /// What those of the vCPUs were made from.
+    cpuid: CpuId,
     /// What the guest did to the machine as a whole. Of this machine alone, so that nothing of an
     /// old one reaches a new one.
     events: Receiver<MachineEvent>,
@@ -157,16 +160,18 @@ impl Machine {
         taps: TapDescriptors,
     ) -> Result<Self, MachineError> {
         let memory = Memory::new(&config.memory)?;
-        Self::build_around(memory, hypervisor, config, taps)
+        let cpuid = hypervisor.supported_cpuid()?;
+        Self::build_around(memory, hypervisor, config, taps, cpuid)
     }
 
     /// As [`Machine::build`], around memory that was another machine's, which is gone. It is what the
-    /// configuration asks for, and stays as it is.
+    /// configuration asks for, and stays as it is. `cpuid`: what the vCPUs' are made from.
     pub fn build_around(
         memory: Memory,
         hypervisor: &Arc<Hypervisor>,
         mut config: VmConfig,
         taps: TapDescriptors,
+        cpuid: CpuId,
     ) -> Result<Self, MachineError> {
         complete(&mut config).map_err(MachineError::Random)?;
         let asked = config.cpus.boot_vcpus;
@@ -186,7 +191,6 @@ impl Machine {
         let (sender, events) = unbounded();
         let devices = Devices::new(&config, &vm, &memory, taps, &sender)?;
         settle_images(&mut config);
-        let cpuid = hypervisor.supported_cpuid()?;
         let topology = topology(&config.cpus)?;
         let mut vcpus = Vec::new();
         for id in 0..asked {
@@ -204,6 +208,7 @@ impl Machine {
             vm,
             memory,
             config,
+            cpuid,
             events,
             power_on,
             life: Mutex::new(Life::default()),
@@ -221,6 +226,12 @@ impl Machine {
     #[must_use]
     pub fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// What a host that is to run this machine must have.
+    #[must_use]
+    pub fn cpuid(&self) -> &CpuId {
+        &self.cpuid
     }
 
     /// What the guest did to the machine as a whole.

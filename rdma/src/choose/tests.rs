@@ -159,7 +159,7 @@ fn another_device_is_opened_only_if_the_best_cannot_be() {
         Ok(())
     });
     let best = opened.unwrap().1.device;
-    assert_eq!(asked, [best.clone()]);
+    assert_eq!(asked, std::slice::from_ref(&best));
     let (_, next) = first_usable(devices(), &wanted, |place| match place.device == best {
         true => Err(refused(&best)),
         false => Ok(()),

@@ -22,6 +22,7 @@
 //! pair stands. Also a copy straight into the backup's
 //! memory; the offer says why data comes by TCP. Version 9: checksums of the pages of such a copy come beside it.
 //! Version 10: the memory for it is opened piece by piece.
+//! Version 11: the description has the CPUID that the guest was told.
 
 mod changes;
 mod contents;
@@ -51,7 +52,7 @@ pub use verbs::Verbs;
 /// First bytes of every frame: "USTD".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"USTD");
 /// The version that this build speaks.
-pub const VERSION: u16 = 10;
+pub const VERSION: u16 = 11;
 /// Most data connections of a session.
 pub const CONNECTIONS_MAX: u32 = 128;
 

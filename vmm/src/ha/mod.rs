@@ -5,6 +5,7 @@
 //! [`Notice`](crate::control::Notice)s.
 
 mod codec;
+mod description;
 mod disks;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;

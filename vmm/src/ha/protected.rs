@@ -12,6 +12,7 @@ use replication::ids::EpochId;
 use replication::ram::{PageSet, Ram};
 
 use super::codec::Captured;
+use super::description::Description;
 use super::disks::ReplicatedDisks;
 use crate::device_manager::Holds;
 use crate::machine::Machine;
@@ -75,7 +76,7 @@ impl Guest for ProtectedVm {
     }
 
     fn describe(&mut self) -> Result<Vec<u8>, GuestError> {
-        Ok(serde_json::to_vec(self.machine.config())?)
+        Ok(Description::of(&self.machine).encode()?)
     }
 
     fn start_tracking(&mut self) -> Result<(), GuestError> {

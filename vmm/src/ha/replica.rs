@@ -8,7 +8,9 @@ use api::replication::ReplicateData;
 use crossbeam_channel::Sender;
 use devices::pci::virtio::VirtioPciState;
 use devices::virtio::state::DeviceState;
-use hypervisor::Hypervisor;
+use hypervisor::cpuid::CpuidError;
+use hypervisor::cpuid::base::{self, Leaf};
+use hypervisor::{CpuId, Hypervisor};
 use replication::disk::ReplicaDisk;
 use replication::guest::{GuestError, Replica, ReplicaBuilder};
 use replication::primary::PrimaryHandle;
@@ -16,6 +18,7 @@ use replication::ram::{PageSet, Ram};
 use thiserror::Error;
 
 use super::codec::{self, Captured};
+use super::description::Description;
 use super::disks::Receiving;
 use super::overrides::{OverrideError, Overrides, article, is_there};
 use super::protected::holds;
@@ -29,8 +32,15 @@ use crate::request::{Failure, FailureKind};
 /// A primary's description cannot be built on this host.
 #[derive(Debug, Error)]
 pub enum ReplicaError {
-    #[error("The primary's description is not a VM configuration")]
+    #[error("The primary's description is not that of a VM")]
     Description(#[source] serde_json::Error),
+    #[error("The primary's description has no CPUID that can be used")]
+    Cpuid(#[source] CpuidError),
+    #[error(
+        "This host's CPU, as KVM offers it to guests, lacks what the VM may use since it began: {lacks}. \
+         Hosts that protect each other's VMs need CPUs of the same model, or the VM must begin on the lesser one"
+    )]
+    Cpu { lacks: String },
     #[error("The primary's VM cannot run here: {0}")]
     Unusable(String),
     #[error("The machine state has {found} vCPUs, this VM {expected}")]
@@ -109,11 +119,21 @@ impl ReplicaVms {
         Self { taps, ..self }
     }
 
-    /// The primary's configuration as it is here.
-    fn configure(&self, description: &[u8]) -> Result<VmConfig, ReplicaError> {
-        let mut config = serde_json::from_slice(description).map_err(ReplicaError::Description)?;
-        self.overrides.apply(&mut config)?;
-        Ok(config)
+    /// The primary's machine as it is here.
+    fn configure(&self, description: &[u8]) -> Result<Description, ReplicaError> {
+        let mut theirs = Description::decode(description).map_err(ReplicaError::Description)?;
+        self.overrides.apply(&mut theirs.config)?;
+        Ok(theirs)
+    }
+
+    /// What the vCPUs' CPUID is made from: what it was on the host where the guest began, since that has seen it.
+    fn cpuid(&self, leaves: &[Leaf]) -> Result<CpuId, GuestError> {
+        let cpuid = base::from_leaves(leaves).map_err(ReplicaError::Cpuid)?;
+        let lacks = base::lacks(&cpuid, &self.hypervisor.supported_cpuid()?);
+        if !lacks.is_empty() {
+            return Err(ReplicaError::Cpu { lacks: lacks.join(", ") }.into());
+        }
+        Ok(cpuid)
     }
 }
 
@@ -156,8 +176,9 @@ impl ReplicaBuilder for ReplicaVms {
     fn build(&mut self, description: &[u8]) -> Result<ReplicaVm, GuestError> {
         // Of the first machine alone: whatever a later one is to be, it begins with memory that is empty.
         let kept = self.kept.take();
-        let config = self.configure(description)?;
+        let Description { config, cpuid } = self.configure(description)?;
         check_host(&config)?;
+        let cpuid = self.cpuid(&cpuid)?;
         let memory = match kept {
             Some(kept) => {
                 // One that hangs in a device keeps its memory. Nobody is heard here until this returns, not the
@@ -174,7 +195,8 @@ impl ReplicaBuilder for ReplicaVms {
             }
         };
         let taps = self.taps.duplicate()?;
-        let machine = Arc::new(Machine::build_around(memory, &self.hypervisor, config, taps)?);
+        let machine =
+            Arc::new(Machine::build_around(memory, &self.hypervisor, config, taps, cpuid)?);
         // Only looked at from there: the engine alone decides how long a replica lives, and its
         // memory and sockets must be free before another is built. A closed channel means that
         // the VMM is on its way out.
@@ -333,6 +355,39 @@ mod tests {
         config
     }
 
+    /// As a primary on this host describes a machine.
+    fn described(config: &VmConfig, hypervisor: &Hypervisor) -> Vec<u8> {
+        let cpuid = base::to_leaves(&hypervisor.supported_cpuid().unwrap());
+        Description { config: config.clone(), cpuid }.encode().unwrap()
+    }
+
+    #[test]
+    fn a_host_that_lacks_what_the_guest_may_use_cannot_build_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = bootable(dir.path());
+        config.serial.mode = ConsoleOutputMode::Null;
+        let hypervisor = Arc::new(Hypervisor::open().unwrap());
+        let (notices, _notice_queue) = crossbeam_channel::unbounded();
+        let mut builder = ReplicaVms::new(Arc::clone(&hypervisor), Overrides::default(), notices);
+        let mut theirs = Description::decode(&described(&config, &hypervisor)).unwrap();
+        // A bit of leaf 7.2 that no CPU has yet.
+        theirs.cpuid.retain(|leaf| (leaf[0], leaf[1]) != (7, 2));
+        theirs.cpuid.push([7, 2, 1, 0, 0, 0, 1 << 31]);
+        let error = builder.build(&theirs.encode().unwrap()).err().unwrap();
+        let why = replication::chain(error.as_ref());
+        assert!(why.contains("bit 31 of EDX in CPUID leaf 0x7.2"), "{why}");
+        theirs.cpuid.pop();
+        // What this host has and the guest was not told of stays hidden from it.
+        let features = theirs.cpuid.iter_mut().find(|leaf| leaf[0] == 1).unwrap();
+        features[5] &= !(1 << 30);
+        let built = builder.build(&theirs.encode().unwrap()).unwrap();
+        let told = base::to_leaves(built.machine.cpuid());
+        assert_eq!(told, theirs.cpuid);
+        let none = Description { cpuid: vec![], ..theirs }.encode().unwrap();
+        let why = replication::chain(builder.build(&none).err().unwrap().as_ref());
+        assert!(why.contains("no CPUID"), "{why}");
+    }
+
     /// Needs /dev/kvm, as all that builds a machine does.
     #[test]
     fn a_replica_that_was_let_go_leaves_its_place_to_the_next() {
@@ -344,8 +399,8 @@ mod tests {
             ..VmConfig::default().serial
         };
         config.console = ConsoleConfig::on_socket(dir.path().join("console"));
-        let description = serde_json::to_vec(&config).unwrap();
         let hypervisor = Arc::new(Hypervisor::open().unwrap());
+        let description = described(&config, &hypervisor);
         // Nobody reads the notices: what they carry lives for as long as this test.
         let (notices, _notice_queue) = crossbeam_channel::unbounded();
         let mut builder = ReplicaVms::new(hypervisor, Overrides::default(), notices);
@@ -370,8 +425,8 @@ mod tests {
         let mut theirs = config.clone();
         let card = &mut theirs.net.as_mut().unwrap()[0];
         (card.tap, card.fds) = (Some("tap9".to_owned()), None);
-        let [own, theirs] = [&config, &theirs].map(|config| serde_json::to_vec(config).unwrap());
         let hypervisor = Arc::new(Hypervisor::open().unwrap());
+        let [own, theirs] = [&config, &theirs].map(|config| described(config, &hypervisor));
         let (notices, _notice_queue) = crossbeam_channel::unbounded();
         let builder = || {
             let overrides = Overrides::of(&config);
