@@ -42,8 +42,8 @@ strike_at() { # POINT ACTION
     STRIKE_AT=$1
     # Only the primary gets to such a step, though both have it in their environment.
     export "UNDERSTUDY_TEST_FAULT=$1:$2:$CASE/strike"
-    # In the midst of sending an epoch for as long as the shell needs: a pause before each group of its pages.
-    [ "$2" != wait ] || export UNDERSTUDY_TEST_DELAYS=send:100000
+    # Its senders are at work for as long as the shell needs: a pause before each group of pages.
+    [ "$1" != given ] || export UNDERSTUDY_TEST_DELAYS=send:20000
 }
 
 # The next thread that gets to the step has got there.
@@ -69,6 +69,7 @@ mid_epoch() {
     shift
     # Each count makes an epoch of several groups of pages, of which most leave from memory.
     L2_CMDLINE="$L2_CMDLINE bed.load=2:60"
+    L2_READY_S=$((3 * L2_READY_S))
     PAIR_OPTIONS=,cow=protect,compression=none
     device_fails "$@"
 }
@@ -136,7 +137,7 @@ link_goes_down() {
 # out by itself that it lost, and destroy its VM.
 wakes_up() {
     rxe
-    local before late lost verdict
+    local before late lost sent taken verdict
     PAIR_MORE="$PAIR_MORE --event-monitor path=$CASE/a.events"
     pair 2
     unset UNDERSTUDY_TEST_FAULT
@@ -147,31 +148,29 @@ wakes_up() {
     wait_state_or_end b TakenOver 120
     wait_serial b "^count [0-9]* up" 120
     before=$(wc -c <"$CASE/a.serial")
-    device_errors >"$CASE/errors.before"
+    sent=$(device_counts sent_pkts) taken=$(device_counts rdma_recvs)
     kill -CONT "$(pid_of a)"
     wait_state a Lost 60
     lost=$(grep -a "ERROR.*replication-lost: " "$CASE/a.err") || fail "the primary's log does not say that it lost"
     grep -q replication-lost "$CASE/a.events" || fail "the primary has no event replication-lost"
     wait_for 60 "the primary's VM to be gone" has_no_vm a
-    device_errors >"$CASE/errors.after"
     wait_serial b "^L2 END" $((LINUX_COUNTS + 120))
     expect_status b 0 60
     no_complaints b
     # An acknowledgement from before the take-over may have been in its socket, and let output go: the backup says
     # the same, or the two are not one stream.
     late=$(($(wc -c <"$CASE/a.serial") - before))
+    # Nobody else sends since the take-over, and the backup gave its queue pair back before it.
+    sent=$(($(device_counts sent_pkts) - sent)) taken=$(($(device_counts rdma_recvs) - taken))
+    [ "$taken" -eq 0 ] || fail "the backup's device took $taken chunks of the woken primary"
     verdict=$(judge) || fail "$verdict"
-    detail "${STRIKE_AT:+stopped at '$STRIKE_AT', }lost: $(echo "$lost" | sed 's/.*replication-lost: //'), $late bytes late; $(
-        )data: $(refused); $verdict"
+    detail "${STRIKE_AT:+stopped at '$STRIKE_AT', }lost: $(echo "$lost" | sed 's/.*replication-lost: //'), $late bytes late, $(
+        )$sent packets, of which nothing was taken; $(grep -ao "data connection ended: .*" "$CASE/a.err"); $verdict"
 }
 
-has_no_vm() { "$REMOTE" "--api-socket=$CASE/$1.sock" info 2>&1 | grep -q "No VM is created"; }
+has_no_vm() { "$REMOTE" "--api-socket=$CASE/$1.sock" info 2>&1 | grep -q "No VM has been created"; }
 
-# What the device counts, a line each.
-device_errors() { grep . /sys/class/infiniband/rxe_verbs/ports/1/hw_counters/*; }
-
-# What became of WRITEs into a queue pair that the backup gave back.
-refused() { grep -a "data connection ended" "$CASE/a.err" | tail -n 1 | sed 's/.*connection ended: //' | cut -c 1-200; }
+device_counts() { cat "/sys/class/infiniband/rxe_verbs/ports/1/hw_counters/$1"; }
 
 # The same for one that stops in the middle of sending an epoch, and wakes up there.
 wakes_up_mid_epoch() {
