@@ -149,6 +149,7 @@ wakes_up() {
     wait_serial b "^count [0-9]* up" 120
     before=$(wc -c <"$CASE/a.serial")
     sent=$(device_counts sent_pkts) taken=$(device_counts rdma_recvs)
+    [ "$taken" -gt 0 ] || fail "the device does not count what it takes"
     kill -CONT "$(pid_of a)"
     wait_state a Lost 60
     lost=$(grep -a "ERROR.*replication-lost: " "$CASE/a.err") || fail "the primary's log does not say that it lost"

@@ -183,8 +183,9 @@ fn wake(pair: &mut Pair) -> Result<String> {
     // which the backup's VM says as well.
     ensure!(pair.backup_serial.text().contains(late), "The woken primary said by itself: {late:?}");
     let log = pair.primary.log();
-    let says =
-        |text: &str| log.lines().filter_map(|line| Some(line.split_once(text)?.1.trim())).last();
+    let says = |text: &str| {
+        log.lines().rev().find_map(|line| line.split_once(text).map(|(_, said)| said.trim()))
+    };
     let owner = says("replication-lost: ")
         .with_context(|| format!("The woken primary does not say that it lost:\n{log}"))?;
     let late = late.len();
