@@ -68,7 +68,7 @@ mid_epoch() {
     strike_at "$1" wait
     shift
     # Each count makes an epoch of several groups of pages, of which most leave from memory.
-    L2_CMDLINE="$L2_CMDLINE bed.load=2:60"
+    L2_CMDLINE="$L2_CMDLINE bed.load=2:30"
     L2_READY_S=$((3 * L2_READY_S))
     PAIR_OPTIONS=,cow=protect,compression=none
     device_fails "$@"
@@ -166,7 +166,7 @@ wakes_up() {
     [ "$taken" -eq 0 ] || fail "the backup's device took $taken chunks of the woken primary"
     verdict=$(judge) || fail "$verdict"
     detail "${STRIKE_AT:+stopped at '$STRIKE_AT', }lost: $(echo "$lost" | sed 's/.*replication-lost: //'), $late bytes late, $(
-        )$sent packets, of which nothing was taken; $(grep -ao "data connection ended: .*" "$CASE/a.err"); $verdict"
+        )$sent packets, of which nothing was taken; $verdict"
 }
 
 has_no_vm() { "$REMOTE" "--api-socket=$CASE/$1.sock" info 2>&1 | grep -q "No VM has been created"; }
@@ -176,7 +176,7 @@ device_counts() { cat "/sys/class/infiniband/rxe_verbs/ports/1/hw_counters/$1"; 
 # The same for one that stops in the middle of sending an epoch, and wakes up there.
 wakes_up_mid_epoch() {
     strike_at send stop
-    L2_CMDLINE="$L2_CMDLINE bed.load=2:60"
+    L2_CMDLINE="$L2_CMDLINE bed.load=2:30"
     PAIR_OPTIONS=,compression=none
     wakes_up
 }
