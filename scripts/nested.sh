@@ -23,7 +23,7 @@ $(for file in "$BED"/suites/*.sh; do
     done)
 
 Options:
-  --binaries DIR    use cloud-hypervisor, ch-remote and (suite redis) redis-writer, (suite verbs)
+  --binaries DIR    use cloud-hypervisor, ch-remote and (suites redis, rdma) redis-writer, (suite verbs)
                     examples/verbs_check, (suites rdma, rdma-bench) kill-rounds, check-equality and
                     bench of DIR (default: build in release mode)
   --kvm-tests PATH  test programs for the suite "kvm": a folder of them, or a file that lists them
@@ -91,7 +91,7 @@ build_binaries() {
     [ -n "$BINARIES" ] && return
     log "Building the release binaries"
     local packages=(-p cloud-hypervisor)
-    ! wanted redis || packages+=(-p redis-writer)
+    ! { wanted redis || wanted rdma; } || packages+=(-p redis-writer)
     ! { wanted rdma || wanted rdma-bench; } || packages+=(-p understudy-tests)
     quietly "cargo build --release ${packages[*]}" "$SCRATCH/cargo.log" \
         cargo build --release "${packages[@]}" --manifest-path "$ROOT/Cargo.toml"
@@ -174,7 +174,7 @@ fill_share() {
         done
     } >"$SHARE/settings"
     [ -z "$KVM_TESTS" ] || list_kvm_tests
-    ! wanted redis || add_redis_tools
+    ! { wanted redis || wanted rdma; } || add_redis_tools
     ! wanted verbs || add_verbs_check
     ! wanted rdma || add_rdma_tools
     ! wanted rdma-bench || add_bench

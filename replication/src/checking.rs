@@ -22,8 +22,8 @@
 //!   SIGSTOP, `wait` stays there until `FILE.reached` is gone. So a test says when, knows that it
 //!   happened, and it happens once. Points of the primary: `copy` (the first pages of a copy are on
 //!   their way), `paired` (the record says so, the backup does not know), `seal` (the guest stands),
-//!   `sealed` (it runs again, nothing is sent), `given` (the epoch is the senders'), `sent` (it is
-//!   out), `ack`, `acked` (its output is released), `handover` (the last epoch of a switch-over is
+//!   `sealed` (it runs again, nothing is sent), `given` (the epoch is the senders'), `send` (a sender is about to
+//!   send a group of its pages, as `UNDERSTUDY_TEST_DELAYS` has it), `sent` (it is out), `ack`, `acked` (its output is released), `handover` (the last epoch of a switch-over is
 //!   to be sealed), `handed` (it is acknowledged). Of the backup: `accepted` (it has built the
 //!   machine), `paired` (it has read the record), `verified` (the epoch is whole, not acknowledged),
 //!   `acked` (it is, and not applied), `applying` (half of a connection's runs of pages are in the

@@ -170,7 +170,7 @@ class Image(unittest.TestCase):
                                capture_output=True)
             script = (
                 f"run_case() {{ :; }}; fail() {{ echo \"$*\"; exit 1; }}; CASE={case}; "
-                f"sed 's,^\\. /h/suites,. {BED}/suites,' {BED}/suites/redis.sh >{case}/suite.sh; "
+                f"sed 's,^\\. /h/,. {BED}/,' {BED}/suites/redis.sh >{case}/suite.sh; "
                 f"TOOLS={self.TOOLS}; . {case}/suite.sh; WRITER={case}/client; "
                 f"image_holds_all {image}"
             )

@@ -3,6 +3,8 @@
 RDMA_KILLS=${RDMA_KILLS:-5}       # rounds of the test guest, which verifies its own memory
 RDMA_TIMEOUT_MS=${RDMA_TIMEOUT_MS:-20000} # of those rounds: a device that is emulated on a busy machine is slow
 RDMA_EPOCHS=${RDMA_EPOCHS:-20}    # epochs that are compared page by page, for each cow mode
+RDMA_WAKES=${RDMA_WAKES:-2}       # and of those in which its primary stands still and wakes up
+RDMA_STAGING=${RDMA_STAGING:-2M}  # of the backup of the case small-staging, which asks for epochs that exceed it
 RDMA_CASES=${RDMA_CASES-*}      # patterns with blanks between them: which cases run beside those of the suite linux
 LINUX_ROUNDS=${RDMA_ROUNDS:-2}
 LINUX_VCPUS=${RDMA_VCPUS-1 4}
@@ -33,25 +35,76 @@ goes_on() {
         [ "$(replication a epoch_committed)" -ge $((committed + 20)) ]
 }
 
+# At which step of an epoch the fault comes: the next primary is held up or stopped there (ACTION: wait, stop)
+# once `strike` says so. Without: at any moment.
+STRIKE_AT=
+strike_at() { # POINT ACTION
+    STRIKE_AT=$1
+    # Only the primary gets to such a step, though both have it in their environment.
+    export "UNDERSTUDY_TEST_FAULT=$1:$2:$CASE/strike"
+    # Its senders are at work for as long as the shell needs: a pause before each group of pages.
+    [ "$1" != given ] || export UNDERSTUDY_TEST_DELAYS=send:20000
+}
+
+# The next thread that gets to the step has got there.
+strike() {
+    local end=$(($(seconds) + 60))
+    : >"$CASE/strike"
+    # Looked at often: a guest that stands still for a page waits for it no longer than the timeout.
+    until [ -e "$CASE/strike.reached" ]; do
+        [ "$(seconds)" -lt "$end" ] || fail "the primary does not get to '$STRIKE_AT'"
+        usleep 5000
+    done
+}
+
+# It goes on from there.
+let_go() { rm "$CASE/strike.reached"; }
+
+# pages_given NAME: bytes of pages that were given to its device so far, and of the machine's state.
+pages_given() { replication "$1" bytes_raw; }
+
+# mid_epoch POINT COMMAND...: device_fails, while the primary is held up at that step of an epoch.
+mid_epoch() {
+    strike_at "$1" wait
+    shift
+    # Each count makes an epoch of several groups of pages, of which most leave from memory.
+    L2_CMDLINE="$L2_CMDLINE bed.load=2:30"
+    L2_READY_S=$((3 * L2_READY_S))
+    PAIR_OPTIONS=,cow=protect,compression=none
+    device_fails "$@"
+}
+
 # device_fails COMMAND...: the guest goes on, on one side, or on both when the kernel keeps the device.
 device_fails() {
     rxe
-    local committed deleting='' counts why
+    local committed deleting='' counts why before=0 given=''
     pair 2
+    unset UNDERSTUDY_TEST_FAULT UNDERSTUDY_TEST_DELAYS
     wait_state a Protected 300
     wait_serial a "^L2 READY cpus 2 " "$L2_READY_S"
     wait_serial a "^count " 120
     usleep $(($(random 500 3000) * 1000))
     committed=$(replication a epoch_committed)
+    [ -z "$STRIKE_AT" ] || strike
     "$@" || fail "cannot: $*"
+    if [ -n "$STRIKE_AT" ]; then
+        before=$(pages_given a)
+        let_go
+    fi
     wait_for 120 "one side to own the VM alone, or epochs to go on" eval 'alone || goes_on'
     why=$(replication a last_error)
+    if [ -n "$STRIKE_AT" ]; then
+        # The epoch was not over: its device was given more of it after that. A machine state alone has less.
+        given=$(($(pages_given a) - before))
+        [ "$given" -gt 65536 ] || fail "only $given bytes of the epoch were left to be sent"
+        given="$given bytes more after the fault at '$STRIKE_AT'; "
+    fi
     if in_state b TakenOver; then
         wait_serial b "^L2 END" $((LINUX_COUNTS + 120))
         expect_status b 0 60
         local verdict
         verdict=$(judge) || fail "$verdict"
-        detail "the backup goes on, $verdict"
+        detail "${given}the backup goes on, $verdict"
         return
     fi
     wait_serial a "^L2 END" $((LINUX_COUNTS + 120))
@@ -61,16 +114,18 @@ device_fails() {
     counts=$(grep -a "^count" "$CASE/a.serial" | awk '{ if ($2 != NR) exit 1 } END { print NR }') ||
         fail "the primary's counts are not whole"
     [ "$counts" -eq "$LINUX_COUNTS" ] || fail "$counts counts of $LINUX_COUNTS"
-    if [ -n "$deleting" ] && [ -z "$why" ]; then
+    if [ -n "$deleting" ]; then
         # Both sides have given it back, the backup's process lives.
         wait_for 60 "the device to be gone" eval '! is_deleting'
         ! rdma link show rxe_verbs/1 || fail "the device is still there"
-        detail "the kernel kept it while it was in use, the VM was protected to its end, $(
-            )$(replication b epoch_committed) epochs; then it was gone"
+    fi
+    if [ -n "$deleting" ] && [ -z "$why" ]; then
+        detail "${given}the kernel kept it while it was in use, the VM was protected to its end, $(
+            )$committed epochs before that and at least 20 more; then it was gone"
         return
     fi
     [ -n "$why" ] || fail "the primary does not say why it is alone"
-    detail "the primary goes on: $(grep -a "replication-degraded" "$CASE/a.err" | head -n 1 |
+    detail "${given}the primary goes on: $(grep -a "replication-degraded" "$CASE/a.err" | head -n 1 |
         sed 's/.*replication-degraded: //' | cut -c 1-250)"
 }
 
@@ -78,26 +133,52 @@ link_goes_down() {
     /sbin/ip link set verbs0 down
 }
 
-# A primary that stands still for longer than the timeout, and wakes up when the VM is the backup's.
+# A primary that stands still for longer than the timeout, and wakes up when the VM is the backup's: it has to find
+# out by itself that it lost, and destroy its VM.
 wakes_up() {
     rxe
+    local before late lost sent taken verdict
+    PAIR_MORE="$PAIR_MORE --event-monitor path=$CASE/a.events"
     pair 2
+    unset UNDERSTUDY_TEST_FAULT
     wait_state a Protected 300
     wait_serial a "^count " 120
     usleep $(($(random 500 3000) * 1000))
-    kill -STOP "$(pid_of a)"
+    if [ -n "$STRIKE_AT" ]; then strike; else kill -STOP "$(pid_of a)"; fi
     wait_state_or_end b TakenOver 120
     wait_serial b "^count [0-9]* up" 120
-    local before
     before=$(wc -c <"$CASE/a.serial")
+    sent=$(device_counts sent_pkts) taken=$(device_counts rdma_recvs)
+    [ "$taken" -gt 0 ] || fail "the device does not count what it takes"
     kill -CONT "$(pid_of a)"
+    wait_state a Lost 60
+    lost=$(grep -a "ERROR.*replication-lost: " "$CASE/a.err") || fail "the primary's log does not say that it lost"
+    grep -q replication-lost "$CASE/a.events" || fail "the primary has no event replication-lost"
+    wait_for 60 "the primary's VM to be gone" has_no_vm a
     wait_serial b "^L2 END" $((LINUX_COUNTS + 120))
     expect_status b 0 60
-    [ "$(wc -c <"$CASE/a.serial")" -eq "$before" ] || fail "the primary said more after it woke up"
     no_complaints b
-    local verdict
+    # An acknowledgement from before the take-over may have been in its socket, and let output go: the backup says
+    # the same, or the two are not one stream.
+    late=$(($(wc -c <"$CASE/a.serial") - before))
+    # Nobody else sends since the take-over, and the backup gave its queue pair back before it.
+    sent=$(($(device_counts sent_pkts) - sent)) taken=$(($(device_counts rdma_recvs) - taken))
+    [ "$taken" -eq 0 ] || fail "the backup's device took $taken chunks of the woken primary"
     verdict=$(judge) || fail "$verdict"
-    detail "$verdict"
+    detail "${STRIKE_AT:+stopped at '$STRIKE_AT', }lost: $(echo "$lost" | sed 's/.*replication-lost: //'), $late bytes late, $(
+        )$sent packets, of which nothing was taken; $verdict"
+}
+
+has_no_vm() { "$REMOTE" "--api-socket=$CASE/$1.sock" info 2>&1 | grep -q "No VM has been created"; }
+
+device_counts() { cat "/sys/class/infiniband/rxe_verbs/ports/1/hw_counters/$1"; }
+
+# The same for one that stops in the middle of sending an epoch, and wakes up there.
+wakes_up_mid_epoch() {
+    strike_at send stop
+    L2_CMDLINE="$L2_CMDLINE bed.load=2:30"
+    PAIR_OPTIONS=,compression=none
+    wakes_up
 }
 
 PAIR_MORE="-v" PAIR_MORE_BACKUP="-v"
@@ -193,6 +274,23 @@ kill_rounds() {
     detail "$(tail -n 1 "$CASE/kill.out")"
 }
 
+# Its primary is stopped past the timeout, at any moment and while it sends an epoch, and wakes up when the VM is the
+# backup's, which verifies its memory after that.
+verified_wakes_up() { # MORE...
+    rxe
+    local said
+    /h/bin/kill-rounds --rounds "$RDMA_WAKES" --vcpus 2 --memory 64M --epoch-ms 100 --kill stop "$@" \
+        --transport rdma:10.77.0.1 --timeout-ms 5000 --keep "$CASE" >"$CASE/kill.out" 2>&1 ||
+        fail "$(tail -n 5 "$CASE/kill.out")"
+    said=$(grep -c "VERDICT ok.*; woke up, lost to .*generation 2" "$CASE/kill.out")
+    [ "$said" -eq "$RDMA_WAKES" ] || fail "$said primaries of $RDMA_WAKES ended by their own fence"
+    detail "$(tail -n 1 "$CASE/kill.out"); $(grep "woke up" "$CASE/kill.out" | tail -n 1)"
+}
+
+# A round of Redis, as in the suite of that name.
+TRANSPORT=rdma
+. /h/l1/redis.sh
+
 equality() { # COW WORKLOAD COMPRESSION
     rxe
     # Pages that are not hot, and go as they are: those that leave from memory.
@@ -232,6 +330,9 @@ rdma_case straight-hybrid 600 straight hybrid
 rdma_case straight-off 600 straight off
 rdma_case straight-without-place 600 straight hybrid --without-place
 rdma_case kill-rounds 600 kill_rounds
+rdma_case verified-wakes-up 600 verified_wakes_up
+rdma_case verified-wakes-up-mid-epoch 600 verified_wakes_up --at send
+rdma_case redis 1800 redis_survives
 for cow in off copy protect hybrid; do
     rdma_case "equality-$cow" 600 equality "$cow" random none
     rdma_case "equality-$cow-hot" 600 equality "$cow" hot auto
@@ -239,6 +340,12 @@ done
 # The command waits until nobody has the device open.
 delete_link() {
     rdma link delete rxe_verbs &
+    deleting=$!
+}
+
+# The network device goes from under it: the kernel unregisters it with that, and the command waits as well.
+delete_netdev() {
+    /sbin/ip link del verbs0 &
     deleting=$!
 }
 
@@ -263,6 +370,8 @@ queue_pair_fails() {
 # A primary gives up a backup whose staging too many epochs exceed, one after the other, as those of a boot
 # may on a slow machine. The boot is over: the same backup will do now.
 protect_again() {
+    # And so is what the first counts write.
+    wait_serial a "^count 6 " 240
     local end=$(($(seconds) + 120))
     until in_state a Protected; do
         still_up a
@@ -299,16 +408,20 @@ queue_pair_falls_back() {
     detail "$(grep -a "by TCP, not by RDMA" "$CASE/a.err" | tail -n 1 | cut -c 1-200); $verdict"
 }
 
-# What a boot writes does not fit the staging: epochs are sealed earlier, the guest waits for room, or is copied anew.
+# What a boot writes does not fit the staging, and surely not what the first counts do: epochs are sealed earlier, the
+# guest waits for room, or is copied anew.
 staging_is_small() {
     rxe
-    local again=0
+    local again=0 too_large
+    L2_CMDLINE="$L2_CMDLINE bed.load=16:5"
     LINUX_READY=protect_again LINUX_COUNTS=$((LINUX_COUNTS + 60))
-    PAIR_OPTIONS=,cow=protect,compression=none PAIR_OPTIONS_BACKUP=,staging_size=2M
+    PAIR_OPTIONS=,cow=protect,compression=none PAIR_OPTIONS_BACKUP=,staging_size=$RDMA_STAGING
     # A guest that waits for room boots slowly.
     L2_READY_S=$((3 * L2_READY_S))
     survives 2
-    detail "$(cat "$CASE/detail"); $(grep -ac "exceeds the backup's staging" "$CASE/a.err") epochs too large, $again times protected again"
+    too_large=$(grep -ac "exceeds the backup's staging" "$CASE/a.err")
+    [ "$too_large" -gt 0 ] || fail "no epoch was too large for a staging of $RDMA_STAGING"
+    detail "$(cat "$CASE/detail"); $too_large epochs too large, $again times protected again"
 }
 
 # pin_is KIND: all of the memory is registered, or nothing is locked and pages are copied.
@@ -462,5 +575,10 @@ rdma_case small-staging $((limit + 240)) staging_is_small
 rdma_case pin-off "$limit" pin_is off
 rdma_case pin-on "$limit" pin_is on
 rdma_case link-deleted "$limit" device_fails delete_link
+rdma_case link-deleted-mid-epoch "$limit" mid_epoch send delete_link
 rdma_case link-down "$limit" device_fails link_goes_down
+rdma_case link-down-mid-epoch "$limit" mid_epoch send link_goes_down
+rdma_case link-down-given "$limit" mid_epoch given link_goes_down
+rdma_case netdev-deleted-mid-epoch "$limit" mid_epoch send delete_netdev
 rdma_case primary-wakes-up "$limit" wakes_up
+rdma_case primary-wakes-up-mid-epoch "$limit" wakes_up_mid_epoch

@@ -1,6 +1,7 @@
 //! One kill round: sync, run protected, SIGKILL the primary, take over, the guest's verdict.
 
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -27,6 +28,8 @@ pub struct Outcome {
     pub verdict: String,
     pub last_tick_primary: Option<u64>,
     pub first_tick_backup: Option<u64>,
+    /// What a primary that was stopped said of itself when it woke up.
+    pub fence: Option<String>,
 }
 
 /// Told while a round runs.
@@ -40,11 +43,44 @@ impl Watcher for () {}
 
 /// What is done to the primary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blow {
+pub enum Blow<'a> {
     /// SIGKILL.
     Kill,
     /// SIGSTOP, until the backup has taken over.
     Stop,
+    /// The same, by the thread that gets to this step of an epoch next (`UNDERSTUDY_TEST_FAULT` of the crate
+    /// `replication` has the names): when it wakes up, it goes on there.
+    StopAt(&'a str),
+}
+
+impl Blow<'_> {
+    /// What the primary is started with, so that it can be struck in `folder`.
+    fn prepare(self, folder: &Path, setup: &Setup) -> Setup {
+        let mut setup = setup.clone();
+        if let Self::StopAt(point) = self {
+            let fault = format!("{point}:stop:{}", fault_file(folder).display());
+            setup.primary_environment.push(("UNDERSTUDY_TEST_FAULT".to_owned(), fault));
+        }
+        setup
+    }
+
+    fn strike(self, folder: &Path, pair: &mut Pair) -> Result<()> {
+        match self {
+            Self::Kill => pair.primary.kill(),
+            Self::Stop => pair.primary.signal(libc::SIGSTOP),
+            Self::StopAt(point) => {
+                let file = fault_file(folder);
+                File::create(&file).context("Cannot arm a fault")?;
+                pair.primary.wait(&format!("the step {point:?}"), LIMIT, |_| {
+                    file.with_extension("reached").exists().then_some(())
+                })
+            }
+        }
+    }
+}
+
+fn fault_file(folder: &Path) -> PathBuf {
+    folder.join("fault")
 }
 
 /// Runs a round in which the primary is killed, with the test guest's `verify` workload, or with any
@@ -60,13 +96,13 @@ pub fn run(
 
 /// As [`run`], with another blow.
 pub fn run_by(
-    blow: Blow,
+    blow: Blow<'_>,
     folder: &Path,
     setup: &Setup,
     protected_for: Duration,
     watcher: &mut dyn Watcher,
 ) -> Result<Outcome> {
-    let mut pair = Pair::start(folder, setup)?;
+    let mut pair = Pair::start(folder, &blow.prepare(folder, setup))?;
     let start = Instant::now();
     let synced = pair.primary.wait("the first sync", LIMIT, |vmm| {
         let info = vmm.replication().ok()?;
@@ -93,10 +129,7 @@ pub fn run_by(
     }
     ensure!(primary.role == Role::Primary, "the primary says it is {:?}", primary.role);
     let killed_us = now_us();
-    match blow {
-        Blow::Kill => pair.primary.kill()?,
-        Blow::Stop => pair.primary.signal(libc::SIGSTOP)?,
-    }
+    blow.strike(folder, &mut pair)?;
     watcher.killed();
     let protected_us = micros(start.elapsed()) - sync_us;
     let backup = pair
@@ -105,10 +138,10 @@ pub fn run_by(
         .context("The backup did not take over")?;
     pair.backup_serial.wait_line("any output", 0, LIMIT, |_| true)?;
     let first_output = pair.backup_serial.first_byte_us().context("no output")?;
-    if blow == Blow::Stop {
-        pair.primary.signal(libc::SIGCONT)?;
-        pair.primary.wait_state(ReplicationState::Lost, LIMIT)?;
-    }
+    let fence = match blow {
+        Blow::Kill => None,
+        Blow::Stop | Blow::StopAt(_) => Some(wake(&mut pair)?),
+    };
     // All of it: no client reads what comes after the end.
     let spoken = pair.primary_serial.whole(LIMIT)?;
     let times = backup.takeover.context("The backup does not say when it took over")?;
@@ -130,6 +163,35 @@ pub fn run_by(
         verdict,
         last_tick_primary: ticks(&spoken).last().copied(),
         first_tick_backup: ticks(&said).first().copied(),
+        fence,
+    })
+}
+
+/// Wakes a primary whose VM is the backup's by now. It has to find that out by itself, destroy its VM, and say
+/// nothing more that is not the backup's as well; what its log says of that.
+fn wake(pair: &mut Pair) -> Result<String> {
+    pair.primary_serial.settled()?;
+    let before = pair.primary_serial.text();
+    pair.primary.signal(libc::SIGCONT)?;
+    pair.primary.wait_state(ReplicationState::Lost, LIMIT)?;
+    pair.primary.wait("its VM to be gone", LIMIT, |vmm| {
+        (vmm.get("vm.info").ok()?.status == 404).then_some(())
+    })?;
+    let after = pair.primary_serial.whole(LIMIT)?;
+    let late = after.strip_prefix(&before).context("The woken primary takes back what it said")?;
+    // An acknowledgement from before the take-over may have been in its socket: it lets that epoch's output go,
+    // which the backup's VM says as well.
+    ensure!(pair.backup_serial.text().contains(late), "The woken primary said by itself: {late:?}");
+    let log = pair.primary.log();
+    let says = |text: &str| {
+        log.lines().rev().find_map(|line| line.split_once(text).map(|(_, said)| said.trim()))
+    };
+    let owner = says("replication-lost: ")
+        .with_context(|| format!("The woken primary does not say that it lost:\n{log}"))?;
+    let late = late.len();
+    Ok(match says("a data connection ended: ") {
+        Some(reason) => format!("lost to {owner}, {late} bytes late, data refused: {reason}"),
+        None => format!("lost to {owner}, {late} bytes late"),
     })
 }
 

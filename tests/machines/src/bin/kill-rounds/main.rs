@@ -45,10 +45,14 @@ struct Options {
     /// Keep the logs of a failed round here.
     #[arg(long)]
     keep: Option<PathBuf>,
-    /// What is struck: the primary is killed, the backup is killed, or the primary is stopped until
-    /// the backup has the VM, and then wakes. With --workload kv.
+    /// What is struck: the primary is killed, the backup is killed (with --workload kv), or the primary is stopped
+    /// until the backup has the VM, and then wakes.
     #[arg(long, value_enum, default_value_t = Kill::Primary)]
     kill: Kill,
+    /// The primary is stopped when it gets to this step of an epoch, not at any moment: a point of
+    /// UNDERSTUDY_TEST_FAULT, `send` for example. With --workload verify and --kill stop.
+    #[arg(long)]
+    at: Option<String>,
     /// Clients of the server, each with a connection. With --workload kv.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=60))]
     clients: u32,
@@ -123,15 +127,19 @@ fn run(options: &Options) -> Result<bool> {
     println!("{} rounds, {} vCPUs, {}, seed {seed}", options.rounds, options.vcpus, options.memory);
     match options.workload {
         Workload::Verify => {
-            let others =
-                options.without_gate || options.bare_first || options.kill != Kill::Primary;
-            ensure!(!others, "--kill, --bare-first and --without-gate are for --workload kv");
+            let others = options.without_gate || options.bare_first || options.kill == Kill::Backup;
+            ensure!(
+                !others,
+                "--kill backup, --bare-first and --without-gate are for --workload kv"
+            );
+            let is_alone = options.at.is_some() && options.kill != Kill::Stop;
+            ensure!(!is_alone, "--at is for --kill stop");
             verify::run(options, seed)
         }
         Workload::Kv => {
             let is_tcp = options.transport == Transport::Tcp;
-            let are_others = is_tcp && options.timeout_ms.is_none();
-            ensure!(are_others, "--transport and --timeout-ms are for --workload verify");
+            let are_others = is_tcp && options.timeout_ms.is_none() && options.at.is_none();
+            ensure!(are_others, "--transport, --timeout-ms and --at are for --workload verify");
             let is_blind = options.without_gate && options.kill == Kill::Backup;
             ensure!(!is_blind, "--without-gate: a primary that goes on takes nothing back");
             kv::run(options, seed)

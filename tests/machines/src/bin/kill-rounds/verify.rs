@@ -8,10 +8,10 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use understudy_tests::interrupt::Folder;
 use understudy_tests::pair::Setup;
-use understudy_tests::round::{self, Outcome};
+use understudy_tests::round::{self, Blow, Outcome};
 use understudy_tests::statistics::Summary;
 
-use crate::{Options, keep, ms};
+use crate::{Kill, Options, keep, ms};
 
 pub fn run(options: &Options, seed: u64) -> Result<bool> {
     let mut random = StdRng::seed_from_u64(seed);
@@ -23,12 +23,21 @@ pub fn run(options: &Options, seed: u64) -> Result<bool> {
             given.push_str(&format!(",timeout_ms={timeout_ms}"));
         }
     }
+    let blow = match (options.kill, &options.at) {
+        (Kill::Stop, Some(point)) => Blow::StopAt(point),
+        (Kill::Stop, None) => Blow::Stop,
+        _ => Blow::Kill,
+    };
+    if blow != Blow::Kill {
+        // Its log is to say why its data was refused.
+        setup.primary_arguments.push("-v".to_owned());
+    }
     let mut outcomes = Vec::new();
     let mut failed = 0;
     for number in 1..=options.rounds {
         let protected_for = Duration::from_millis(random.random_range(50..1500));
         let folder = Folder::new()?;
-        match round::run(folder.path(), &setup, protected_for, &mut ()) {
+        match round::run_by(blow, folder.path(), &setup, protected_for, &mut ()) {
             Ok(outcome) => {
                 println!("round {number}: {}", line(&outcome));
                 outcomes.push(outcome);
@@ -47,8 +56,9 @@ pub fn run(options: &Options, seed: u64) -> Result<bool> {
 }
 
 fn line(outcome: &Outcome) -> String {
+    let fence = outcome.fence.as_ref().map_or(String::new(), |said| format!("; woke up, {said}"));
     format!(
-        "detected {}, owned {}, resumed {}, first output {} after the kill; epoch {} of {}; {}",
+        "detected {}, owned {}, resumed {}, first output {} after the blow; epoch {} of {}; {}{fence}",
         ms(outcome.detected_us),
         ms(outcome.owned_us),
         ms(outcome.resumed_us),
