@@ -12,10 +12,9 @@ use crate::scene::{LIMIT, Scene};
 use crate::world::Place::{self, A, Arbiter, B};
 
 pub fn rows() -> Vec<Row> {
-    let mut rows: Vec<Row> = [A, B].into_iter().flat_map(lost_as_one_asks).collect();
-    rows.extend(lost_as_both_ask());
-    rows.extend(lost_as_a_pairs());
-    let rows = rows.into_iter().map(|row| row.with(EACH));
+    let one_asks = [A, B].into_iter().flat_map(lost_as_one_asks);
+    let rows = one_asks.chain(lost_as_both_ask()).map(|row| row.with(EACH));
+    let rows = rows.chain(lost_as_a_pairs());
     let one_way = [A, B].into_iter().flat_map(one_way).chain([A, B].map(unanswered));
     let one_way = one_way.chain([A, B].map(unanswered_and_cut)).map(|row| row.with(ETCD));
     rows.chain(one_way).collect()
@@ -124,12 +123,13 @@ fn lost_as_both_ask() -> Vec<Row> {
     vec![asked.fault(B, "swap", Does::Wait), answered.fault(B, "swapped", Does::Wait)]
 }
 
-/// A, not protected yet, asks for the pair. Its VM runs on, whatever becomes of that.
+/// A, not protected yet, asks for the pair. Its VM runs on, whatever becomes of that. Where an unmounted
+/// directory is asked for a first record it takes it: decision 21 says what is left of that.
 fn lost_as_a_pairs() -> Vec<Row> {
     let mut rows = vec![];
-    for (point, when) in [
-        ("swap", "as A asks it for the pair"),
-        ("swapped", "once it has the pair, which nobody knows"),
+    for (point, when, arbiters) in [
+        ("swap", "as A asks it for the pair", ETCD),
+        ("swapped", "once it has the pair, which nobody knows", EACH),
     ] {
         let act = |scene: &mut Scene| {
             scene.blow();
@@ -146,7 +146,7 @@ fn lost_as_a_pairs() -> Vec<Row> {
             format!("The arbiter is lost {when}: A's VM runs on; then it is back, and A protected");
         let row =
             Row::new(format!("arbiter-lost-{point}-first"), what, Expect::Only(End::Pair), act);
-        rows.push(row.unprotected().fault(A, point, Does::Wait));
+        rows.push(row.with(arbiters).unprotected().fault(A, point, Does::Wait));
     }
     rows
 }
