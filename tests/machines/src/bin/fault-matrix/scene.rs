@@ -413,8 +413,11 @@ impl Scene {
         self.b.wait_state(ReplicationState::Degraded, LIMIT).map(|_| ())
     }
 
-    /// B, which protected its VM again, is without a backup: that may have ended before it began.
-    pub fn wait_b_unprotected(&mut self) -> Result<()> {
+    /// B is without a backup, and the protection that was asked for is over, or was refused at once.
+    pub fn wait_b_unprotected(&mut self, is_begun: bool) -> Result<()> {
+        if !is_begun {
+            return Ok(());
+        }
         use ReplicationState::{Degraded, Stopped, TakenOver};
         self.b.wait("B to be without a backup", LIMIT, |vmm| {
             let state = vmm.replication().ok()?.state;

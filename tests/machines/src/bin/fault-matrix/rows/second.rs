@@ -162,9 +162,9 @@ fn other_kill_a((point, when): Step) -> Row {
         scene.blow();
         other_listens(scene)?;
         scene.arm(Place::A)?;
-        scene.protect_b()?;
+        let is_begun = scene.protect_b()?;
         scene.wait_killed(Place::A)?;
-        scene.wait_b_unprotected()?;
+        scene.wait_b_unprotected(is_begun)?;
         Ok(End::B)
     };
     let what = format!("A is killed, B protects the VM by another process, which is killed {when}");
