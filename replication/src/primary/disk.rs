@@ -57,7 +57,8 @@ pub(super) type Sent = Result<u64, DiskError>;
 pub(super) struct DiskSender {
     pub(super) journal: Arc<Journal>,
     disks: Arc<dyn Disks>,
-    jobs: Sender<Job>,
+    /// `None` at the end: the thread may be waiting for a job.
+    jobs: Option<Sender<Job>>,
     closer: Box<dyn Stream>,
     closed: Arc<AtomicBool>,
     /// Disconnected once the thread has ended.
@@ -93,7 +94,7 @@ impl DiskSender {
             thread.run(&queue, deliver);
             drop::<Sender<()>>(ends);
         })?;
-        Ok(Self { journal, disks, jobs, closer, closed, ended })
+        Ok(Self { journal, disks, jobs: Some(jobs), closer, closed, ended })
     }
 
     /// From now on every change is recorded.
@@ -108,8 +109,10 @@ impl DiskSender {
     }
 
     pub(super) fn give(&self, job: Job) {
-        // A thread that is gone has reported why.
-        let _ = self.jobs.send(job);
+        if let Some(jobs) = &self.jobs {
+            // A thread that is gone has reported why.
+            let _ = jobs.send(job);
+        }
     }
 
     /// Ends the connection; the thread follows.
@@ -120,9 +123,10 @@ impl DiskSender {
 
     /// As [`DiskSender::close`], and waits until the thread has let go of the images, for `limit`
     /// at most: whoever ends a VM may use them at once.
-    pub(super) fn end(self, limit: Duration) {
+    pub(super) fn end(mut self, limit: Duration) {
         self.detach();
         self.close();
+        self.jobs = None;
         // Nothing is ever sent: the wait ends with the thread, or the patience.
         let _ = self.ended.recv_timeout(limit);
     }
@@ -307,4 +311,30 @@ fn is_zero(bytes: &[u8]) -> bool {
     let (chunks, rest) = bytes.as_chunks::<64>();
     chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
         && rest.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::guest::Waker;
+    use crate::testing::MemoryDisks;
+    use crate::transport::memory;
+    use crate::wire::SessionId;
+
+    #[test]
+    fn the_end_of_a_thread_that_has_nothing_to_do_is_not_waited_for() {
+        const LIMIT: Duration = Duration::from_secs(20);
+        let disks = MemoryDisks::new(vec![vec![0; 4096]]);
+        let sizes = disks.sizes_bytes();
+        let nobody = || Waker::new(|| {});
+        let journal = Arc::new(Journal::new(&sizes, nobody(), nobody()));
+        let (ours, _theirs) = memory::pair().unwrap();
+        let writer = FrameWriter::new(ours, SessionId(1));
+        let sender = DiskSender::start(disks, journal, writer, &Arc::default(), |_| true).unwrap();
+        let start = Instant::now();
+        sender.end(LIMIT);
+        assert!(start.elapsed() < LIMIT, "it was waited for to the end of the patience");
+    }
 }

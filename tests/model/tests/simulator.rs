@@ -101,3 +101,23 @@ fn the_oracle_sees_a_page_that_differs_and_answers_that_cannot_be() {
     assert_eq!(oracle.left(Output::Line(1)), Ok(()));
     assert!(oracle.left(Output::Line(3)).is_err(), "a line is missing");
 }
+
+#[test]
+fn the_oracle_sees_a_sum_that_falls_behind_one_that_somebody_was_told() {
+    let answer = |client, request, total| Output::Response { client, request, total };
+    let mut oracle = Oracle::default();
+    oracle.begins(0);
+    oracle.begins(1);
+    // Of client 0's request nobody was told but by this sum.
+    assert_eq!(oracle.left(answer(1, 1, 2)), Ok(()));
+    oracle.begins(1);
+    let counted_once = oracle.left(answer(1, 2, 2));
+    assert!(counted_once.is_err(), "the request of client 0 was counted, and is no more");
+
+    let mut oracle = Oracle::default();
+    (0..3).for_each(|client| drop(oracle.begins(client)));
+    assert_eq!(oracle.left(answer(1, 1, 3)), Ok(()));
+    assert_eq!(oracle.left(answer(0, 1, 1)), Ok(()), "asked before: its answer may be late");
+    oracle.begins(0);
+    assert_eq!(oracle.left(answer(0, 2, 4)), Ok(()));
+}

@@ -16,7 +16,7 @@ pub struct Client {
     pub request: u64,
     /// The last that was answered.
     pub answered: u64,
-    /// Least and most that the counters may say when the answer to the present request comes.
+    /// Least that the counters may sum up to in the answer to the present request.
     least: u64,
 }
 
@@ -25,6 +25,8 @@ pub struct Oracle {
     pub clients: [Client; CLIENTS],
     /// Memory at each seal, and of which epoch it was, from the last one that was committed on.
     sealed: HashMap<(u16, u16), (EpochId, Snapshot)>,
+    /// The largest sum that anybody was told yet.
+    told: u64,
     /// The last line that was read.
     line: u64,
     pub lines: u64,
@@ -33,9 +35,11 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// The client begins its next request.
+    /// The client begins its next request. In real time it comes after all that anybody was told so
+    /// far, so its answer counts that, and itself. A sum that was told may have in it what is not
+    /// answered yet: who heard it has heard of that, too.
     pub fn begins(&mut self, client: usize) -> u64 {
-        let least = self.answered();
+        let least = self.answered().max(self.told) + 1;
         let of = &mut self.clients[client];
         of.request = of.answered + 1;
         of.least = least;
@@ -66,6 +70,7 @@ impl Oracle {
             }
             Output::Response { client, request, total } => {
                 self.responses += 1;
+                self.told = self.told.max(total);
                 let asked = self.asked();
                 let of = &mut self.clients[client];
                 if request > of.request {
@@ -76,8 +81,8 @@ impl Oracle {
                     of.answered = request;
                     if total < least || total > asked {
                         return Err(format!(
-                            "client {client} is told a sum of {total}, where {least} were \
-                             answered before it asked and {asked} were ever asked"
+                            "client {client} is told a sum of {total}, where {least} is the least \
+                             after what was told before it asked, and {asked} were ever asked"
                         ));
                     }
                 }

@@ -69,8 +69,13 @@ impl Arbiter {
                 // A row may have mounted something there.
                 std::fs::create_dir_all(&storage)?;
                 std::fs::create_dir(&directory)?;
-                mount(&world.a, &storage, &directory)?;
-                mount(&world.b, &storage, &directory)?;
+                for host in [&world.a, &world.b] {
+                    // Where the storage is away a host has an empty directory of its own, as with mount
+                    // points of two machines.
+                    let own = format!("-t tmpfs none {}", directory.display());
+                    host.mounts.run("mount", &own)?;
+                    mount(host, &storage, &directory)?;
+                }
                 return Ok(Self::File { storage, directory });
             }
             Kind::Etcd => 1,
@@ -109,6 +114,27 @@ impl Arbiter {
             Self::File { storage, directory } => mount(host(world, from)?, storage, directory),
             Self::Etcd(_) => world.mend(from, Place::Arbiter),
             Self::None => bail!("there is none"),
+        }
+    }
+
+    /// It is gone: unmounted on both hosts, or all its servers killed.
+    pub fn lose(&mut self, world: &World) -> Result<()> {
+        match self {
+            Self::Etcd(cluster) => inside(&world.arbiter, || {
+                (0..cluster.members()).try_for_each(|member| cluster.kill(member))
+            }),
+            _ => self.cut(world, Place::A).and_then(|()| self.cut(world, Place::B)),
+        }
+    }
+
+    /// It is back, with all that it knew.
+    pub fn restore(&mut self, world: &World) -> Result<()> {
+        match self {
+            Self::Etcd(cluster) => inside(&world.arbiter, || {
+                (0..cluster.members()).try_for_each(|member| cluster.restart(member))?;
+                cluster.wait_serving()
+            }),
+            _ => self.heal(world, Place::A).and_then(|()| self.heal(world, Place::B)),
         }
     }
 

@@ -96,6 +96,8 @@ pub struct Prepared {
     pub images: Option<fn(&Path) -> Result<Kept>>,
     /// The VM has no disk, and A is to be its backup after a switch-over.
     pub reverses: bool,
+    /// After a switch-over A is called again and copied to: the VM has a disk.
+    pub recalls: bool,
     /// Its disk is one image for both hosts.
     pub is_shared: bool,
     /// The hosts show each other certificates.
@@ -117,6 +119,7 @@ impl Default for Prepared {
             receive: "",
             images: None,
             reverses: false,
+            recalls: false,
             is_shared: false,
             has_tls: false,
             silence_limit: Duration::from_secs(30),
@@ -193,6 +196,13 @@ impl Row {
     #[must_use]
     pub fn reverses(mut self) -> Self {
         self.prepared.reverses = true;
+        self
+    }
+
+    /// After a switch-over the VM is copied back to A.
+    #[must_use]
+    pub fn recalls(mut self) -> Self {
+        self.prepared.recalls = true;
         self
     }
 

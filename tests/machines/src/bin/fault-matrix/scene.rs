@@ -40,6 +40,8 @@ const MEMORY: &str = "64M";
 /// Where the backup listens, and where the old primary does after a switch-over.
 const PORT: u16 = 4400;
 const RETURN_PORT: u16 = 4401;
+/// The process on A's host that takes the place of A.
+const RETURNED_A: &str = "a2";
 
 /// A pair and its surroundings. A begins as the primary, B as the backup.
 pub struct Scene {
@@ -75,7 +77,7 @@ impl Scene {
         let mut setup = round::setup(folder, 1, MEMORY, disk)?;
         let kept = prepared.images.map_or(Ok(vec![]), |prepare| prepare(folder))?;
         let world = World::new()?;
-        if prepared.reverses {
+        if prepared.reverses || prepared.recalls {
             let back = format!(",return_url=tcp:{}:{RETURN_PORT}", world.a.address);
             setup.replicate_options.push_str(&back);
         }
@@ -210,17 +212,17 @@ impl Scene {
     /// Begins the first copy of a VM that has run alone so far; whether it has begun. What becomes of it
     /// is seen later, and there may be no answer.
     pub fn protect(&self) -> Result<bool> {
-        let answer = self.a.put("vm.replicate", Some(&self.replicate()?));
+        let answer = self.a.put("vm.replicate", Some(&self.replicate(&self.url)?));
         Ok(answer.is_ok_and(|answer| answer.is_success()))
     }
 
     /// The same on a thread of its own: A may stand still before it answers.
     pub fn ask_protect(&self) -> Result<JoinHandle<bool>> {
-        Ok(self.ask("vm.replicate", Some(self.replicate()?)))
+        Ok(self.ask("vm.replicate", Some(self.replicate(&self.url)?)))
     }
 
-    fn replicate(&self) -> Result<String> {
-        let options = pair::replicate_options(&self.folder, &self.url, &self.setup);
+    fn replicate(&self, url: &str) -> Result<String> {
+        let options = pair::replicate_options(&self.folder, url, &self.setup);
         let data: ReplicateData =
             options.parse().map_err(|error| anyhow::anyhow!("{options}: {error}"))?;
         Ok(serde_json::to_string(&data)?)
@@ -234,6 +236,37 @@ impl Scene {
         let arguments = pair::backup_arguments(&self.folder, &name, &self.url, &self.setup);
         self.b = start(&self.folder, &name, &arguments, &self.setup, &self.world)?;
         Ok(())
+    }
+
+    /// A backup on A's host, in the place of an A that has ended, on A's tap and image.
+    pub fn return_a(&mut self) -> Result<()> {
+        let mut setup = self.setup.clone();
+        setup.backup_environment.clone_from(&self.setup.primary_environment);
+        let image = self.image(Place::A).display().to_string();
+        let events = events_file(&self.folder, Place::A);
+        setup.backup_arguments = vec![
+            "--net".into(),
+            format!("tap={}", self.world.a.tap),
+            "--disk".into(),
+            format!("path={image}"),
+            "--event-monitor".into(),
+            format!("path={}", events.display()),
+            "-v".into(),
+        ];
+        let arguments =
+            pair::backup_arguments(&self.folder, RETURNED_A, &self.return_url(), &setup);
+        self.a = start(&self.folder, RETURNED_A, &arguments, &setup, &self.world)?;
+        Ok(())
+    }
+
+    fn return_url(&self) -> String {
+        format!("tcp:{}:{PORT}", self.world.a.address)
+    }
+
+    /// Begins the first copy of the VM that B took over, to A's host; whether it has begun.
+    pub fn protect_b(&self) -> Result<bool> {
+        let answer = self.b.put("vm.replicate", Some(&self.replicate(&self.return_url())?));
+        Ok(answer.is_ok_and(|answer| answer.is_success()))
     }
 
     /// Asks A to hand over, on a thread of its own: A may not live to answer.
@@ -380,6 +413,18 @@ impl Scene {
         self.b.wait_state(ReplicationState::Degraded, LIMIT).map(|_| ())
     }
 
+    /// B is without a backup, and the protection that was asked for is over, or was refused at once.
+    pub fn wait_b_unprotected(&mut self, is_begun: bool) -> Result<()> {
+        if !is_begun {
+            return Ok(());
+        }
+        use ReplicationState::{Degraded, Stopped, TakenOver};
+        self.b.wait("B to be without a backup", LIMIT, |vmm| {
+            let state = vmm.replication().ok()?.state;
+            matches!(state, Degraded | Stopped | TakenOver).then_some(())
+        })
+    }
+
     /// Who of two that live has won.
     pub fn wait_winner(&mut self) -> Result<Place> {
         let start = Instant::now();
@@ -523,6 +568,7 @@ fn start(
 ) -> Result<Vmm> {
     let (host, environment) = match name {
         "a" => (&world.a, &setup.primary_environment),
+        RETURNED_A => (&world.a, &setup.backup_environment),
         _ => (&world.b, &setup.backup_environment),
     };
     Vmm::start_in(folder, name, arguments, environment, &host.namespaces())

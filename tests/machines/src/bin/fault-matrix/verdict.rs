@@ -33,8 +33,8 @@ pub struct Outcome {
 pub fn settle(mut scene: Scene, end: End, row: &Row) -> Result<Outcome> {
     ensure!(row.expect.allows(end), "{end:?} goes on, which is not {:?}", row.expect);
     match end {
-        End::A => alone(&mut scene, Place::A, Place::B)?,
-        End::B => alone(&mut scene, Place::B, Place::A)?,
+        End::A => alone(&mut scene, Place::A, Place::B, row.prepared.recalls)?,
+        End::B => alone(&mut scene, Place::B, Place::A, row.prepared.recalls)?,
         End::Pair => pair(&mut scene)?,
         End::Reversed => reversed(&mut scene)?,
         End::Back => back(&mut scene)?,
@@ -73,22 +73,23 @@ pub fn settle(mut scene: Scene, end: End, row: &Row) -> Result<Outcome> {
 }
 
 /// One side goes on, the other has nothing more to say.
-fn alone(scene: &mut Scene, survivor: Place, other: Place) -> Result<()> {
+fn alone(scene: &mut Scene, survivor: Place, other: Place, recalls: bool) -> Result<()> {
     scene.wait_served()?;
+    let is_primary = scene.vmm(survivor).replication()?.role == Role::Primary;
     let (wanted, event) = match survivor {
         Place::A => (ReplicationState::Degraded, "replication-degraded"),
         // It has it by a switch-over, and was told of a backup.
-        _ if scene.b.replication()?.role == Role::Primary => {
-            (ReplicationState::Degraded, "replication-degraded")
-        }
+        _ if is_primary => (ReplicationState::Degraded, "replication-degraded"),
         _ => (ReplicationState::TakenOver, "failover-finished"),
     };
     let found = scene.vmm(survivor).replication()?.state;
     // A failure before the first commit ends what had not begun.
     use ReplicationState::{Disconnected, Stopped};
-    let is_early = survivor == Place::A && matches!(found, Stopped | Disconnected);
+    let is_early = is_primary && matches!(found, Stopped | Disconnected);
     ensure!(found == wanted || is_early, "{survivor:?} goes on and is {found:?}");
-    let is_told = is_early || scene.has_event(survivor, event);
+    // Alone since the switch-over, if no epoch of the copy back was committed: nothing has changed.
+    let was_alone = recalls && !scene.has_event(survivor, "replication-synced");
+    let is_told = is_early || was_alone || scene.has_event(survivor, event);
     ensure!(is_told, "{survivor:?} has not shown {event}");
     scene.wait_without_vm(other)?;
     let is_backup =

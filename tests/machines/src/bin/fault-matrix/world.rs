@@ -97,6 +97,10 @@ pub enum Place {
 /// The arbiter's address there.
 pub const ARBITER: &str = "10.78.0.9";
 
+/// A packet that begins a request for etcd's transaction, to nft(8): 12 bytes after a TCP header with the
+/// timestamps that Linux sends, `POST /v3/kv/txn` has `txn`.
+const TRANSACTION: &str = "@th,352,24 0x74786e";
+
 impl World {
     /// The hosts see what the calling thread has mounted so far.
     pub fn new() -> Result<Self> {
@@ -148,6 +152,16 @@ impl World {
     pub fn lose(&self, percent: u32) -> Result<()> {
         let some = format!("numgen random mod 100 < {percent} ");
         self.drop(Place::A, Place::B, &some).and_then(|()| self.drop(Place::B, Place::A, &some))
+    }
+
+    /// No answer of etcd to a transaction that this host asks for arrives any more; all else does, so that
+    /// what is asked for comes about.
+    pub fn cut_verdicts(&self, host: Place) -> Result<()> {
+        let asks =
+            format!("add rule inet fault out ip daddr {ARBITER} {TRANSACTION} ct mark set 1");
+        self.namespace(host).within(|| run("nft", &asks))??;
+        // Words, and not the connection's beginning and end.
+        self.drop(Place::Arbiter, host, "ct mark 1 tcp flags & psh == psh ")
     }
 
     fn drop(&self, from: Place, to: Place, which: &str) -> Result<()> {
@@ -229,8 +243,9 @@ fn connect(host: &Host) -> Result<()> {
     run("ip", "link set repl up")
 }
 
-/// The chain that cuts go into.
+/// The chain that cuts go into, and one in which packets are marked.
 fn filter() -> Result<()> {
     run("nft", "add table inet fault")?;
+    run("nft", "add chain inet fault out { type filter hook output priority 0 ; }")?;
     run("nft", "add chain inet fault in { type filter hook input priority 0 ; }")
 }

@@ -70,7 +70,7 @@ fn between_the_hosts() -> Vec<Row> {
     ]
 }
 
-fn one_wins(scene: &mut Scene) -> Result<End> {
+pub(super) fn one_wins(scene: &mut Scene) -> Result<End> {
     let winner = scene.wait_winner()?;
     scene.wait_served()?;
     scene.world.heal()?;

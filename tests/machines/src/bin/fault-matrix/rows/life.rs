@@ -309,7 +309,7 @@ fn by_itself() -> Vec<Row> {
 }
 
 /// B stands still, and A has suspected it and goes on alone.
-fn b_sleeps(scene: &mut Scene) -> Result<()> {
+pub(super) fn b_sleeps(scene: &mut Scene) -> Result<()> {
     scene.b.signal(libc::SIGSTOP)?;
     scene.wait_a_alone()?;
     scene.wait_served()

@@ -5,15 +5,19 @@
 //! - [`kinds`]: a host is killed in pairs of other kinds
 //! - [`frozen`]: a process stands still for longer than the time-out, and wakes
 //! - [`cuts`]: the network between hosts and arbiter
+//! - [`second`]: a process is killed at a step of a later pair
+//! - [`asking`]: the arbiter is lost, or hears and is not heard, as it is asked
 //! - [`storage`]: the arbiter's directory, and the images of the disks
 //! - [`clocks`]: wall clocks that jump
 //! - [`life`]: what a person or the guest does to a VM that is protected
 
+mod asking;
 mod clocks;
 mod cuts;
 mod frozen;
 mod kinds;
 mod life;
+mod second;
 mod steps;
 mod storage;
 mod switches;
@@ -26,8 +30,10 @@ pub fn all() -> Vec<Row> {
     rows.extend(kinds::rows());
     rows.extend(frozen::rows());
     rows.extend(cuts::rows());
+    rows.extend(asking::rows());
     rows.extend(storage::rows());
     rows.extend(clocks::rows());
     rows.extend(life::rows());
+    rows.extend(second::rows());
     rows
 }
