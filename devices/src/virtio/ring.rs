@@ -8,12 +8,16 @@
 //!
 //! Used buffers are made visible together, which `Queue::add_used` cannot: a frame that is spread
 //! over several buffers must not be seen in part (5.1.6.4).
+//!
+//! Whether the driver is to ring is written only where that differs from what is there. A device
+//! looks at its rings after each pause, and what it writes makes a page dirty: a guest that does
+//! nothing would have something to seal in every epoch.
 
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, Permissions};
 
@@ -98,7 +102,42 @@ pub fn has_more(queue: &mut Queue, memory: &GuestMemory) -> Result<bool, RingErr
     if available != Wrapping(queue.next_avail()) {
         return Ok(true);
     }
-    queue.enable_notification(memory).map_err(RingError::Notification)
+    enable_notification(queue, memory)
+}
+
+/// Asks the driver to ring for the next chain. True if that is there already.
+pub fn enable_notification(queue: &mut Queue, memory: &GuestMemory) -> Result<bool, RingError> {
+    let used = GuestAddress(queue.used_ring());
+    if queue.event_idx_enabled() {
+        let event = RING_HEADER_BYTES + u64::from(queue.size()) * USED_ELEMENT_BYTES;
+        write_wish(memory, offset(used, event)?, queue.next_avail())?;
+    } else {
+        write_wish(memory, used, 0)?;
+    }
+    // The wish must be visible before the index is read: the driver does the reverse. It is also
+    // where it was read only, since it was written before.
+    fence(Ordering::SeqCst);
+    let available = queue.avail_idx(memory, Ordering::Relaxed).map_err(RingError::Available)?;
+    Ok(available != Wrapping(queue.next_avail()))
+}
+
+/// Tells the driver that it need not ring. With event indices it rings once at most anyway.
+pub fn disable_notification(queue: &Queue, memory: &GuestMemory) -> Result<(), RingError> {
+    if queue.event_idx_enabled() {
+        return Ok(());
+    }
+    let flags = u16::try_from(VRING_USED_F_NO_NOTIFY).unwrap_or_default();
+    write_wish(memory, GuestAddress(queue.used_ring()), flags)
+}
+
+fn write_wish(memory: &GuestMemory, at: GuestAddress, value: u16) -> Result<(), RingError> {
+    let failed = |error| RingError::Notification(virtio_queue::Error::GuestMemory(error));
+    let value = value.to_le();
+    let found: u16 = memory.load(at, Ordering::Relaxed).map_err(failed)?;
+    if found == value {
+        return Ok(());
+    }
+    memory.store(value, at, Ordering::Relaxed).map_err(failed)
 }
 
 /// Walks the next segment of `chain`: an item for each descriptor.

@@ -13,11 +13,16 @@ pub(super) struct BlockMap {
 }
 
 impl BlockMap {
-    /// All blocks of an image.
-    pub(super) fn full(size_bytes: u64) -> Self {
+    /// No block of an image.
+    pub(super) fn empty(size_bytes: u64) -> Self {
         let words = size_bytes.div_ceil(BLOCK_BYTES * 64);
         let words = vec![0; usize::try_from(words).expect("a bitmap fits the address space")];
-        let mut map = Self { words, size_bytes };
+        Self { words, size_bytes }
+    }
+
+    /// All blocks of an image.
+    pub(super) fn full(size_bytes: u64) -> Self {
+        let mut map = Self::empty(size_bytes);
         map.mark(0..size_bytes);
         map
     }
@@ -43,6 +48,12 @@ impl BlockMap {
 
     fn has(&self, block: u64) -> bool {
         self.words[index(block)] & (1 << (block % 64)) != 0
+    }
+
+    /// Whether a block that the range touches is in the set.
+    pub(super) fn has_any(&self, range: &Range<u64>) -> bool {
+        let first = self.next(range.start / BLOCK_BYTES);
+        first.is_some_and(|block| block * BLOCK_BYTES < range.end)
     }
 
     fn next(&self, from: u64) -> Option<u64> {

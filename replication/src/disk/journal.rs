@@ -34,6 +34,8 @@ enum Phase {
 struct Inner {
     phase: Phase,
     blocks: Vec<BlockMap>,
+    /// What was ever changed since the journal began.
+    touched: Vec<BlockMap>,
     open: Vec<Change>,
     open_bytes: u64,
     /// For changes that the host was given and that have not ended.
@@ -91,6 +93,7 @@ impl Journal {
             inner: Mutex::new(Inner {
                 phase: Phase::Map,
                 blocks: sizes_bytes.iter().map(|size| BlockMap::full(*size)).collect(),
+                touched: sizes_bytes.iter().map(|size| BlockMap::empty(*size)).collect(),
                 open: Vec::new(),
                 open_bytes: 0,
                 reserved_bytes: 0,
@@ -150,6 +153,9 @@ impl Journal {
         // Copied without the lock, if it will be needed.
         let kept = self.logs.load(Ordering::Acquire).then(|| told.keep());
         let mut inner = self.lock();
+        if let Some(touched) = inner.touched.get_mut(told.disk as usize) {
+            touched.mark(told.offset..told.offset + told.len);
+        }
         if inner.phase != Phase::Log {
             if let Some(blocks) = inner.blocks.get_mut(told.disk as usize) {
                 blocks.mark(told.offset..told.offset + told.len);
@@ -238,6 +244,13 @@ impl Journal {
     #[must_use]
     pub fn next_marked(&self, disk: usize, from: u64, most: u64) -> Option<Range<u64>> {
         self.lock().blocks.get_mut(disk)?.take(from, most)
+    }
+
+    /// Whether a change of the range was recorded since the journal began. One that is under way and
+    /// is recorded later marks its blocks or is logged: it is seen in time.
+    #[must_use]
+    pub fn is_touched(&self, disk: usize, range: &Range<u64>) -> bool {
+        self.lock().touched.get(disk).is_some_and(|touched| touched.has_any(range))
     }
 
     /// Bytes of the blocks that are marked.

@@ -104,3 +104,21 @@ fn whoever_waits_for_a_log_that_is_called_off_is_told() {
     rig.journal.stop_log();
     assert!(!waits.join().unwrap());
 }
+
+#[test]
+fn what_was_ever_changed_is_known() {
+    let rig = rig();
+    let touched = |blocks: Range<u64>| {
+        rig.journal.is_touched(0, &(blocks.start * BLOCK_BYTES..blocks.end * BLOCK_BYTES))
+    };
+    assert!(!touched(0..4));
+    rig.journal.record(write(0, 2 * BLOCK_BYTES - 512, &[1; 512]));
+    assert!(rig.journal.next_marked(0, 0, u64::MAX).is_some());
+    rig.journal.begin_log(1 << 20);
+    assert!(rig.journal.wait_log());
+    rig.journal.record(write(0, 3 * BLOCK_BYTES, &[2; 512]));
+    assert_eq!(rig.journal.seal().changes.len(), 1);
+    assert_eq!([0, 1, 2, 3].map(|block| touched(block..block + 1)), [false, true, false, true]);
+    assert!(touched(0..2) && touched(0..4) && touched(2..4));
+    assert!(!rig.journal.is_touched(1, &(0..BLOCK_BYTES)) && !rig.journal.is_touched(9, &(0..1)));
+}

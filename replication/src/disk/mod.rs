@@ -79,11 +79,20 @@ pub trait Disks: Send + Sync {
     /// From the host.
     fn read(&self, disk: usize, offset: u64, into: &mut [u8]) -> io::Result<()>;
 
-    /// Bytes from `offset` on that the host knows to be zero without reading; 0 if it does not.
+    /// Bytes from `offset` on that the host knows to be zero without reading; 0 if it does not. Some
+    /// file systems know nothing of what was written and is not on the storage yet: true only of
+    /// what was flushed since its last change.
     fn hole_bytes(&self, disk: usize, offset: u64) -> u64 {
         let _ = (disk, offset);
         0
     }
+
+    /// What was written before is on the host's storage on return. Called from a thread that may
+    /// wait for it.
+    ///
+    /// # Errors
+    /// From the host.
+    fn flush(&self, disk: usize) -> io::Result<()>;
 
     /// Tells every change that ends from now on to `journal`, or to nobody. A change is told after
     /// the host has carried it out and before the guest hears of it, with no seal in between; two

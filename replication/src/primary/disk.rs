@@ -6,6 +6,10 @@
 //!   Epoch:  the log of an epoch, and its end
 //! ```
 //!
+//! What the host knows to be zero is not read. On some file systems that is wrong for what was
+//! written and is not on the storage yet: so all is flushed first, once changes are recorded, and a
+//! block that was changed since is read.
+//!
 //! A block that is read after logging began may have some of what the log has too: the log is
 //! applied over it and ends with the last value of each byte. It is read by this thread, which
 //! may wait for the host's disk as long as it likes: neither a vCPU nor a pause waits for it.
@@ -85,6 +89,7 @@ impl DiskSender {
             writer,
             counters: Arc::clone(counters),
             closed: Arc::clone(&closed),
+            knows_holes: None,
             zeroes: None,
             counted: 0,
         };
@@ -152,6 +157,8 @@ struct Sending {
     writer: FrameWriter<Box<dyn Stream>>,
     counters: Arc<Counters>,
     closed: Arc<AtomicBool>,
+    /// Whether the images were flushed; unknown before the first copy.
+    knows_holes: Option<bool>,
     zeroes: Option<Zeroes>,
     /// Bytes of the writer that the counters know.
     counted: u64,
@@ -181,6 +188,9 @@ impl Sending {
 
     /// Passes over what is marked, while that shrinks.
     fn copy(&mut self) -> Result<(), DiskError> {
+        if self.knows_holes.is_none() {
+            self.knows_holes = Some(self.flush_images());
+        }
         let mut before = u64::MAX;
         for _ in 0..PASSES_MAX {
             self.pass()?;
@@ -191,6 +201,23 @@ impl Sending {
             before = rest;
         }
         Ok(())
+    }
+
+    /// False if the storage refuses: then everything is read.
+    fn flush_images(&self) -> bool {
+        (0..self.sizes.len()).all(|disk| {
+            let flushed = self.disks.flush(disk);
+            if let Err(error) = &flushed {
+                tracing::warn!("disk {disk} cannot be flushed, so its holes are read: {error}");
+            }
+            flushed.is_ok()
+        })
+    }
+
+    fn is_hole(&self, disk: usize, range: &Range<u64>) -> bool {
+        self.knows_holes == Some(true)
+            && !self.journal.is_touched(disk, range)
+            && self.disks.hole_bytes(disk, range.start) >= range.end - range.start
     }
 
     fn pass(&mut self) -> Result<(), DiskError> {
@@ -217,7 +244,7 @@ impl Sending {
         buffer: &mut [u8],
     ) -> Result<(), DiskError> {
         let len = range.end - range.start;
-        if self.disks.hole_bytes(disk, range.start) >= len {
+        if self.is_hole(disk, &range) {
             return self.zero(disk, range);
         }
         let bytes = &mut buffer[..usize::try_from(len).expect("at most a frame")];

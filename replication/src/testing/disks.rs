@@ -33,6 +33,10 @@ struct Known {
 /// The disks of a protected machine.
 pub struct MemoryDisks {
     host: Vec<Mutex<Vec<u8>>>,
+    /// What the host's storage has: what was not flushed looks like a hole where this is zero.
+    stored: Vec<Mutex<Vec<u8>>>,
+    /// Flushes for a copy fail from here on.
+    pub unflushable: AtomicBool,
     known: Mutex<Known>,
     journal: RwLock<Option<Arc<Journal>>>,
     wakes: Mutex<u64>,
@@ -57,6 +61,8 @@ impl MemoryDisks {
     pub fn new(images: Vec<Vec<u8>>) -> Arc<Self> {
         Arc::new(Self {
             host: images.iter().cloned().map(Mutex::new).collect(),
+            stored: images.iter().map(|image| Mutex::new(vec![0; image.len()])).collect(),
+            unflushable: AtomicBool::new(false),
             known: Mutex::new(Known { images, ..Known::default() }),
             journal: RwLock::default(),
             wakes: Mutex::default(),
@@ -174,6 +180,21 @@ impl Disks for MemoryDisks {
         }
         let range = offset..offset + into.len() as u64;
         into.copy_from_slice(&lock(&self.host[disk])[at(&range)]);
+        Ok(())
+    }
+
+    fn hole_bytes(&self, disk: usize, offset: u64) -> u64 {
+        let stored = lock(&self.stored[disk]);
+        let from = usize::try_from(offset).expect("a test's image is small");
+        stored[from..].iter().take_while(|byte| **byte == 0).count() as u64
+    }
+
+    fn flush(&self, disk: usize) -> io::Result<()> {
+        if self.unflushable.load(Ordering::Acquire) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        let host = lock(&self.host[disk]).clone();
+        *lock(&self.stored[disk]) = host;
         Ok(())
     }
 

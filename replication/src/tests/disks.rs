@@ -171,7 +171,14 @@ fn a_switch_over_hands_over_the_disks() {
 
 #[test]
 fn a_first_copy_of_a_quiet_disk_is_the_disk() {
+    for flushes in [true, false] {
+        quiet_copy(flushes);
+    }
+}
+
+fn quiet_copy(flushes: bool) {
     let pair = pair(None, 5);
+    pair.disks.unflushable.store(!flushes, Ordering::Release);
     let primary = Primary::start(&pair.machine, &pair.backup.url(), None).unwrap();
     primary.events.wait(is_synced).unwrap();
     for (disk, image) in pair.images.iter().enumerate() {

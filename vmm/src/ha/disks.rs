@@ -55,6 +55,10 @@ impl Disks for ReplicatedDisks {
         self.0[disk].hole_bytes(offset)
     }
 
+    fn flush(&self, disk: usize) -> io::Result<()> {
+        self.0[disk].flush_image()
+    }
+
     fn set_journal(&self, journal: Option<Arc<Journal>>) {
         for (number, disk) in (0..).zip(&self.0) {
             let log = journal.as_ref().map(|journal| {

@@ -394,6 +394,21 @@ fn a_device_that_refuses_needs_a_reset() {
 }
 
 #[test]
+fn a_worker_that_is_late_does_not_spoil_a_reset() {
+    let machine = Machine::new();
+    machine.drive();
+    let interrupt = machine.interrupt();
+    machine.set_status(0);
+    machine.messages.take();
+    // It found the rings broken before the reset, and says so only now.
+    interrupt.needs_reset("a test");
+    assert_eq!(machine.status(), 0, "a driver waits for this (4.1.4.3.2)");
+    assert!(machine.messages.take().is_empty());
+    machine.drive();
+    assert_eq!(machine.status() & NEEDS_RESET, 0);
+}
+
+#[test]
 fn doorbells_follow_the_bar() {
     let machine = Machine::new();
     let bound = || machine.bound.0.lock().unwrap().clone();

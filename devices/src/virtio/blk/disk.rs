@@ -84,12 +84,23 @@ impl Disk {
         self.core.image.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The slot's share of the image; who is using it at this moment has one too.
+    pub(super) fn let_go_of_image(&self) {
+        let image = self.image_slot().take();
+        // Not under the slot's lock: to close a file may take its time.
+        drop(image);
+    }
+
     /// Opens and locks the configured image, before the disk is attached: for a copy of another
     /// host's image that is written from outside first. Does nothing if that was done.
     pub fn claim(&self) -> Result<Arc<dyn Image>, AttachError> {
         let mut slot = self.image_slot();
         if let Some(image) = &*slot {
             return Ok(Arc::clone(image));
+        }
+        if self.core.engine.get().is_some() {
+            // It was given up for good, see [`Disk::discard`]; the lock may be the peer's.
+            return Err(self.attached_before());
         }
         let len = self.image_sectors << SECTOR_SHIFT;
         let image: Arc<dyn Image> = Arc::new(open(&self.config, len).map_err(attach_error)?);
@@ -335,8 +346,7 @@ impl Drop for Disk {
             warn!(disk = self.config.id, "The host does not finish a disk's I/O");
         }
         // A worker that is on its way out holds the core, and must not hold the image's lock.
-        let image = self.image_slot().take();
-        drop(image);
+        self.let_go_of_image();
     }
 }
 

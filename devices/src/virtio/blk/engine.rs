@@ -55,7 +55,8 @@ pub trait Engine: Send + Sync {
 #[derive(Default)]
 struct Jobs {
     list: VecDeque<(Io, Done)>,
-    closed: bool,
+    /// None once the engine is closed: the image's lock ends with the I/O that is under way then.
+    image: Option<Arc<dyn Image>>,
     threads: usize,
 }
 
@@ -113,12 +114,14 @@ impl ThreadPool {
         names: Vec<String>,
         durability: &Durability,
     ) -> io::Result<Self> {
-        let shared = Shared { durability: durability.clone(), ..Shared::default() };
+        let jobs = Jobs { image: Some(Arc::clone(image)), ..Jobs::default() };
+        let shared =
+            Shared { jobs: Mutex::new(jobs), durability: durability.clone(), ..Shared::default() };
         let pool = Self { shared: Arc::new(shared) };
         for name in names {
-            let (shared, image) = (Arc::clone(&pool.shared), Arc::clone(image));
+            let shared = Arc::clone(&pool.shared);
             pool.shared.lock().threads += 1;
-            let started = thread::Builder::new().name(name).spawn(move || serve(&shared, image));
+            let started = thread::Builder::new().name(name).spawn(move || serve(&shared));
             if let Err(error) = started {
                 pool.shared.lock().threads -= 1;
                 pool.close(Duration::ZERO);
@@ -129,25 +132,23 @@ impl ThreadPool {
     }
 }
 
-fn serve(shared: &Shared, image: Arc<dyn Image>) {
+fn serve(shared: &Shared) {
     loop {
         let jobs = shared.lock();
         let mut jobs = shared
             .changed
-            .wait_while(jobs, |jobs| jobs.list.is_empty() && !jobs.closed)
+            .wait_while(jobs, |jobs| jobs.list.is_empty() && jobs.image.is_some())
             .unwrap_or_else(PoisonError::into_inner);
-        if jobs.closed {
-            break;
-        }
+        let Some(image) = jobs.image.clone() else { break };
         let job = jobs.list.pop_front();
         drop(jobs);
         if let Some((mut io, done)) = job {
             let result = perform(image.as_ref(), &mut io, &shared.durability);
+            // Before the answer, which may wait for the end of a park that never comes.
+            drop(image);
             done(io, result);
         }
     }
-    // The image's lock ends with its last user, and whoever waits in `close` wants it ended.
-    drop(image);
     shared.lock().threads -= 1;
     shared.changed.notify_all();
 }
@@ -174,7 +175,7 @@ fn perform(image: &dyn Image, io: &mut Io, durability: &Durability) -> io::Resul
 impl Engine for ThreadPool {
     fn submit(&self, io: Io, done: Done) {
         let mut jobs = self.shared.lock();
-        if jobs.closed {
+        if jobs.image.is_none() {
             return;
         }
         jobs.list.push_back((io, done));
@@ -184,11 +185,11 @@ impl Engine for ThreadPool {
 
     fn close(&self, patience: Duration) -> bool {
         let mut jobs = self.shared.lock();
-        jobs.closed = true;
+        let image = jobs.image.take();
         let abandoned = std::mem::take(&mut jobs.list);
         drop(jobs);
         // Outside of the lock: a job holds what it was made from.
-        drop(abandoned);
+        drop((image, abandoned));
         self.shared.changed.notify_all();
         let (jobs, _) = self
             .shared

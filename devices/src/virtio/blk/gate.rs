@@ -43,12 +43,14 @@ impl Disk {
 
     /// The peer owns the VM: nothing reaches the host from here any more, neither what is held nor
     /// what was released and has not begun, since the peer carries out both. Final: reads are not
-    /// carried out either. What the host is doing at this moment cannot be called back.
+    /// carried out either. What the host is doing at this moment cannot be called back; the image's
+    /// lock ends with it, whoever still holds the disk, so that the peer can have the image.
     pub fn discard(&self) {
         self.core.schedule().discard();
         if let Some(engine) = self.core.engine.get() {
             engine.close(Duration::ZERO);
         }
+        self.let_go_of_image();
     }
 
     /// What belongs to uncommitted epochs, unsealed requests included.

@@ -73,7 +73,7 @@ pub(super) struct Core {
     pub(super) turnstile: Turnstile,
     pub(super) engine: OnceLock<Arc<dyn Engine>>,
     pub(super) log: RwLock<Option<Arc<dyn WriteLog>>>,
-    /// Taken out when the disk ends: its lock ends with its last user.
+    /// Taken out when the disk ends or is given up: its lock ends with its last user.
     pub(super) image: Mutex<Option<Arc<dyn Image>>>,
     pub(super) counters: BlkCounters,
     pub(super) identification: [u8; 20],

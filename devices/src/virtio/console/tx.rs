@@ -51,7 +51,7 @@ pub fn take(
     scratch: &mut Scratch,
 ) -> Result<(TakeEnd, bool), RingError> {
     scratch.used.clear();
-    queue.disable_notification(memory).map_err(RingError::Notification)?;
+    ring::disable_notification(queue, memory)?;
     let mut room = PASS_BYTES_MAX;
     let end = loop {
         if room == 0 || scratch.used.len() >= PASS_CHAINS_MAX {

@@ -59,9 +59,7 @@ pub fn deliver(
     if gathered != Delivery::Done {
         // The doorbell is asked for from behind what was gathered: it shall ring for the buffer
         // after that, not for the first one.
-        if gathered == Delivery::NoBuffers
-            && queue.enable_notification(memory).map_err(RingError::Notification)?
-        {
+        if gathered == Delivery::NoBuffers && ring::enable_notification(queue, memory)? {
             gathered = Delivery::Retry;
         }
         queue.set_next_avail(position);

@@ -46,7 +46,6 @@ pub fn take(
     scratch: &mut Scratch,
 ) -> Result<(TakeEnd, bool), RingError> {
     scratch.used.clear();
-    queue.disable_notification(memory).map_err(RingError::Notification)?;
     let mut bytes = 0;
     let end = loop {
         if scratch.used.len() >= BATCH_FRAMES || bytes >= BATCH_BYTES {
@@ -59,6 +58,8 @@ pub fn take(
         let Some(chain) = ring::pop(queue, memory)? else {
             break if ring::has_more(queue, memory)? { TakeEnd::Budget } else { TakeEnd::Empty };
         };
+        // Not before there is one: a look at an empty ring leaves the page as it is.
+        ring::disable_notification(queue, memory)?;
         let head = chain.head_index();
         match copy_out(queue, chain, memory, &mut scratch.segments) {
             Ok(frame) => {

@@ -156,6 +156,39 @@ fn what_was_released_and_has_not_begun_is_discarded_too() {
 }
 
 #[test]
+fn a_discarded_disk_gives_its_image_up_while_its_machine_is_still_there() {
+    let file = file();
+    let mut rig = Rig::on_file(config(&file));
+    let sent = rig.drivers[0].write(0, &[1; 512]);
+    assert_eq!(rig.drivers[0].end(sent), (OK, 1));
+    let other = Rig::bare(config(&file));
+    assert!(other.disk.claim().err().unwrap().what.contains("another process holds its lock"));
+    rig.disk.discard();
+    until("the end of the lock", || other.disk.claim().is_ok());
+    // Final: it does not take it back.
+    drop(other);
+    assert!(rig.disk.claim().err().unwrap().what.contains("attached before"));
+    assert!(rig.disk.attach().is_err());
+    assert!(rig.disk.read_image(0, &mut [0; 512]).is_err());
+}
+
+#[test]
+fn an_image_is_kept_for_what_the_host_still_does_and_no_longer() {
+    let image = TestImage::new();
+    let (mut rig, _) = holding(&image);
+    image.block();
+    rig.drivers[0].write(0, &[1; 512]);
+    until("the host's I/O", || image.begun().len() == 1);
+    // Its end is to be answered, which a parked disk does not do.
+    rig.disk.park();
+    rig.disk.discard();
+    thread::sleep(MOMENT);
+    assert!(Arc::strong_count(&image) > 1, "the host writes to it");
+    image.unblock();
+    until("the end of its use", || Arc::strong_count(&image) == 1);
+}
+
+#[test]
 fn a_reset_drops_what_is_held() {
     let image = TestImage::new();
     let (mut rig, _) = holding(&image);

@@ -2,6 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
+use vm_memory::{GuestMemoryBackend, MmapRegion};
+
 use super::*;
 use crate::virtio::net::announce::PAUSES_MS;
 use crate::virtio::net::features::GUEST_ANNOUNCE;
@@ -158,6 +160,43 @@ fn a_restored_device_goes_on_where_the_saved_one_was() {
     replica.net.park();
     let after = state_of(&replica.net);
     assert_eq!((after.announce, after.queues.len()), (false, 0));
+}
+
+/// A guest that does nothing is not sealed: so what ends each epoch, a park, writes nothing.
+#[test]
+fn an_idle_card_dirties_no_page_from_epoch_to_epoch() {
+    for wanted in [u64::MAX, !features::EVENT_IDX] {
+        let mut bench = Bench::with_features(options(2), wanted);
+        bench.send(0, &frame(1, 60));
+        bench.transmit[0].wait_used(1);
+        // The world says something that the guest has no buffer for; and its second pair has one.
+        bench.worlds[0].send(&frame(2, 60));
+        bench.offer(1, BUFFERS + 0x20_0000, 2048);
+        bench.write(BUFFERS, &[3, 0]);
+        bench.control.add(&[(BUFFERS, 2, 0), (BUFFERS + 16, 1, WRITE)]);
+        bench.control.kick();
+        bench.control.wait_used(1);
+        settle();
+        // Not the trait's, which has no drain.
+        let memory = Arc::clone(&bench.memory);
+        let written = MmapRegion::bitmap(memory.iter().next().unwrap());
+        written.drain(|_, _| ());
+        for _ in 0..5 {
+            bench.net.park();
+            bench.net.unpark();
+            settle();
+        }
+        assert_eq!(written.count(), 0, "{wanted:#x}");
+        // And it hears its doorbells still.
+        bench.send(0, &frame(3, 60));
+        bench.transmit[0].wait_used(1);
+        bench.offer(0, BUFFERS + 0x20_1000, 2048);
+        bench.receive[0].wait_used(1);
+        assert_eq!(bench.read(BUFFERS + 0x20_1000 + 12, 60), frame(2, 60)[12..]);
+        bench.control.add(&[(BUFFERS, 2, 0), (BUFFERS + 16, 1, WRITE)]);
+        bench.control.kick();
+        bench.control.wait_used(1);
+    }
 }
 
 #[test]
