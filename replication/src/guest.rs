@@ -60,7 +60,9 @@ pub trait Guest: Send + 'static {
 
     /// Stops every vCPU and parks every device at a request boundary. On return nobody writes
     /// guest memory and no device state changes until [`Guest::release`]. Waits for nothing that
-    /// the host's disks or network could delay. Has no side effect that a client can see.
+    /// the host's disks or network could delay, but for the RDMA device where a vCPU or a device writes
+    /// a page that it reads: until its completion, or the session's patience. Has no side effect that a
+    /// client can see.
     fn quiesce(&mut self) -> Result<(), GuestError>;
 
     /// As [`Guest::quiesce`], for a guest that only has to wait: nothing of it is going to be captured

@@ -10,7 +10,8 @@
 //!
 //! - Whoever touches guest memory, a ring or a device's state holds a [`turnstile::Pass`], and
 //!   holds none while it waits for the host's disk or network. So [`device::VirtioDevice::park`]
-//!   returns after a request's worth of copying, whatever the host does.
+//!   returns after a request's worth of copying, whatever the host does (by RDMA, a page that is read as it is written is
+//!   waited for until its send completes).
 //! - Host I/O works on buffers of the VMM. Guest memory is read and written under a pass only,
 //!   through the one mapping, whose bitmap sees the writes.
 //! - A request that was taken from a ring and not answered is *in flight*: its head is part of the
