@@ -37,6 +37,8 @@ pub struct MemoryDisks {
     stored: Vec<Mutex<Vec<u8>>>,
     /// Flushes for a copy fail from here on.
     pub unflushable: AtomicBool,
+    /// Done once, between a flush for a copy and what follows it.
+    pub after_flush: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     known: Mutex<Known>,
     journal: RwLock<Option<Arc<Journal>>>,
     wakes: Mutex<u64>,
@@ -63,6 +65,7 @@ impl MemoryDisks {
             host: images.iter().cloned().map(Mutex::new).collect(),
             stored: images.iter().map(|image| Mutex::new(vec![0; image.len()])).collect(),
             unflushable: AtomicBool::new(false),
+            after_flush: Mutex::default(),
             known: Mutex::new(Known { images, ..Known::default() }),
             journal: RwLock::default(),
             wakes: Mutex::default(),
@@ -195,6 +198,10 @@ impl Disks for MemoryDisks {
         }
         let host = lock(&self.host[disk]).clone();
         *lock(&self.stored[disk]) = host;
+        let after = lock(&self.after_flush).take();
+        if let Some(after) = after {
+            after();
+        }
         Ok(())
     }
 

@@ -192,6 +192,27 @@ fn quiet_copy(flushes: bool) {
     assert!(!pair.disks.is_journalled());
 }
 
+/// It is marked already, so what takes the mark must not believe that it is a hole still.
+#[test]
+fn what_is_written_as_a_copy_begins_is_no_hole() {
+    let disks = MemoryDisks::new(SIZES.iter().map(|len| vec![0; *len]).collect());
+    let machine = Machine::with_disks(memory(&LAYOUT), Some(Arc::clone(&disks)));
+    let range = 2 << 20..(2 << 20) + 512;
+    let write = Request { disk: 0, operation: Operation::Write, range, fill: 7 };
+    let (of, guest) = (Arc::clone(&disks), Arc::clone(&machine));
+    let late = move || of.request(&guest, &write).expect("the guest runs");
+    *disks.after_flush.lock().unwrap() = Some(Box::new(late));
+    let pair = Pair { disks, machine, ..pair(None, 5) };
+    let primary = Primary::start(&pair.machine, &pair.backup.url(), None).unwrap();
+    primary.events.wait(is_synced).unwrap();
+    assert_eq!(pair.disks.image(0)[2 << 20], 7);
+    for (disk, image) in pair.images.iter().enumerate() {
+        assert!(image.bytes() == pair.disks.image(disk), "disk {disk}");
+    }
+    primary.handle.stop().unwrap();
+    primary.handle.join();
+}
+
 #[test]
 fn an_image_of_another_size_is_refused_before_a_byte_is_written() {
     for (images, text) in [
