@@ -28,6 +28,9 @@ const LEAF_CACHES_AMD: u32 = 0x8000_001d;
 const LEAF_TOPOLOGY_AMD: u32 = 0x8000_001e;
 const LEAF_TOPOLOGY_AMD_V2: u32 = 0x8000_0026;
 
+/// Leaves of which nothing is taken from the base.
+const REBUILT: [u32; 4] = [LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2, LEAF_TOPOLOGY_AMD_V2, LEAF_FREQUENCIES];
+
 const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
@@ -154,9 +157,8 @@ pub fn compose(base: &CpuId, identity: &Identity) -> Result<CpuId, CpuidError> {
     identity.topology.check()?;
     let base = base.as_slice();
     let amd = base.iter().any(|entry| entry.function == LEAF_VENDOR && is_amd(entry));
-    let rebuilt = [LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2, LEAF_TOPOLOGY_AMD_V2, LEAF_FREQUENCIES];
     let mut leaves: Vec<_> =
-        base.iter().filter(|entry| !rebuilt.contains(&entry.function)).copied().collect();
+        base.iter().filter(|entry| !REBUILT.contains(&entry.function)).copied().collect();
     for entry in &mut leaves {
         adapt(entry, identity, amd);
     }

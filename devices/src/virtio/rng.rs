@@ -30,6 +30,7 @@ use super::device::{
     ActivateError, Activation, AttachError, DeviceType, GuestMemory, Interrupt, QueuePosition,
     StateError, VirtioDevice,
 };
+use super::ring::{RingError, enable_notification};
 use super::state::DeviceState;
 use super::turnstile::Turnstile;
 use crate::counters::Counter;
@@ -366,7 +367,8 @@ impl Active {
         let memory = &*self.memory;
         let failed = |error: virtio_queue::Error| format!("its ring is not usable: {error}");
         let mut chain = self.queue.iter(memory).map_err(failed)?.next();
-        if chain.is_none() && self.queue.enable_notification(memory).map_err(failed)? {
+        let unusable = |error: RingError| format!("its ring is not usable: {error}");
+        if chain.is_none() && enable_notification(&mut self.queue, memory).map_err(unusable)? {
             chain = self.queue.iter(memory).map_err(failed)?.next();
         }
         let Some(chain) = chain else { return Ok(None) };

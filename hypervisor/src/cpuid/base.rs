@@ -13,11 +13,17 @@ const LEAF_SIZES: u32 = 0x8000_0008;
 /// A leaf: function, index, flags, EAX, EBX, ECX, EDX.
 pub type Leaf = [u32; 7];
 
-/// What [`from_leaves`] makes a CPUID of again.
+/// What [`from_leaves`] makes a CPUID of again. Without the place of the processor that KVM was asked on, which
+/// is another one the next time; each vCPU gets its own.
 #[must_use]
 pub fn to_leaves(cpuid: &CpuId) -> Vec<Leaf> {
-    let leaf = |e: &kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
-    cpuid.as_slice().iter().map(leaf).collect()
+    let leaf = |e: &kvm_cpuid_entry2| match e.function {
+        LEAF_FEATURES => [e.function, e.index, e.flags, e.eax, e.ebx & 0xffff, e.ecx, e.edx],
+        super::LEAF_TOPOLOGY_AMD => [e.function, e.index, e.flags, 0, 0, 0, e.edx],
+        _ => [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx],
+    };
+    let kept = cpuid.as_slice().iter().filter(|e| !super::REBUILT.contains(&e.function));
+    kept.map(leaf).collect()
 }
 
 /// # Errors
@@ -74,13 +80,16 @@ impl Register {
     }
 }
 
+/// What [`super::compose`] says itself, whatever the base does. Which of these KVM reports depends on its version.
+const COMPOSED: u32 = super::ECX_X2APIC | super::ECX_TSC_DEADLINE | super::ECX_HYPERVISOR;
+
 /// Registers whose bits are features, and which of them count: not what is the topology's, the operating
 /// system's (OSXSAVE, OSPKE), or a word on what the CPU no longer does.
 const FEATURES: [(u32, u32, Register, u32); 23] = [
-    (LEAF_FEATURES, 0, Ecx, !(1 << 27)),
+    (LEAF_FEATURES, 0, Ecx, !(1 << 27 | COMPOSED)),
     (LEAF_FEATURES, 0, Edx, !super::EDX_HTT),
     (7, 0, Ebx, !(1 << 6 | 1 << 13)),
-    (7, 0, Ecx, !(1 << 4)),
+    (7, 0, Ecx, !(1 << 4 | super::ECX_SHADOW_STACK)),
     (7, 0, Edx, !0),
     (7, 1, Eax, !0),
     (7, 1, Ebx, !0),
@@ -222,11 +231,12 @@ mod tests {
         let text = |text: &[u8; 4]| u32::from_le_bytes(*text);
         let mut leaves = vec![
             [0, 0, 0, 0xd, text(b"Genu"), text(b"ntel"), text(b"ineI")],
-            [1, 0, 0, 0x123, 0x0504_0800, 1 << 28 | 1 << 27, 1 << 28],
-            [7, 0, 1, 2, 1 << 16 | 1 << 5, 0, 1 << 3],
+            [1, 0, 0, 0x123, 0x0504_0800, 1 << 28 | 1 << 27 | COMPOSED, 1 << 28],
+            [7, 0, 1, 2, 1 << 16 | 1 << 5, super::super::ECX_SHADOW_STACK, 1 << 3],
             [0xd, 0, 1, 7, 0x340, 0, 0],
             [0xd, 2, 1, 256, 576, 0, 0],
             [0x8000_0008, 0, 0, 46, 0, 0, 0],
+            [0xb, 0, 1, 1, 2, 0x100, 5],
         ];
         change(&mut leaves);
         from_leaves(&leaves).unwrap()
@@ -236,9 +246,11 @@ mod tests {
     fn a_cpu_lacks_nothing_of_itself_whatever_a_leaf_says_of_the_place() {
         let whole = cpu(|_| {});
         assert_eq!(lacks(&whole, &whole), [""; 0]);
-        // APIC id, OSXSAVE, hyper-threading, and a newer host.
+        // APIC id, OSXSAVE, hyper-threading; what an older KVM does not report, and what a guest is never told;
+        // and a newer CPU.
         let other = cpu(|leaves| {
             (leaves[1][4], leaves[1][5], leaves[1][6]) = (0x0704_0800, 1 << 28, 0);
+            leaves[2][5] = 0;
             leaves[2][4] |= 1 << 30;
             leaves[5][3] = 52;
         });
@@ -274,7 +286,10 @@ mod tests {
     #[test]
     fn leaves_are_numbers_and_back() {
         let whole = cpu(|_| {});
-        assert_eq!(from_leaves(&to_leaves(&whole)).unwrap().as_slice(), whole.as_slice());
+        let of_this = to_leaves(&whole);
+        assert_eq!(of_this[1], [1, 0, 0, 0x123, 0x0800, 1 << 28 | 1 << 27 | COMPOSED, 1 << 28]);
+        assert_eq!(of_this.len(), whole.as_slice().len() - 1, "where it was asked is left out");
+        assert_eq!(to_leaves(&from_leaves(&of_this).unwrap()), of_this);
         assert_eq!(from_leaves(&[]).map(drop), Err(CpuidError::NoCpu));
         let many = [[1; 7]; KVM_MAX_CPUID_ENTRIES + 1];
         assert_eq!(from_leaves(&many).map(drop), Err(CpuidError::TooManyLeaves));

@@ -52,8 +52,9 @@ impl BlockMap {
 
     /// Whether a block that the range touches is in the set.
     pub(super) fn has_any(&self, range: &Range<u64>) -> bool {
-        let first = self.next(range.start / BLOCK_BYTES);
-        first.is_some_and(|block| block * BLOCK_BYTES < range.end)
+        // Not further than the range: the bitmap of a large image is long.
+        let end = range.end.min(self.size_bytes).div_ceil(BLOCK_BYTES);
+        (range.start / BLOCK_BYTES..end).any(|block| self.has(block))
     }
 
     fn next(&self, from: u64) -> Option<u64> {

@@ -38,7 +38,8 @@ pub enum ReplicaError {
     Cpuid(#[source] CpuidError),
     #[error(
         "This host's CPU, as KVM offers it to guests, lacks what the VM may use since it began: {lacks}. \
-         Hosts that protect each other's VMs need CPUs of the same model, or the VM must begin on the lesser one"
+         Hosts that protect each other's VMs need CPUs of the same model with the same kernel and microcode, or the \
+         VM must begin on the one that offers less"
     )]
     Cpu { lacks: String },
     #[error("The primary's VM cannot run here: {0}")]

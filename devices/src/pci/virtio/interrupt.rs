@@ -82,15 +82,16 @@ impl Interrupt for Interrupts {
     }
 
     fn needs_reset(&self, why: &str) {
+        // Not where the driver has reset the device meanwhile: it waits for a status of 0, and this
+        // would be there for ever.
+        let spoil = |status: u8| (status & DRIVER_OK != 0).then_some(status | NEEDS_RESET);
+        if self.status.fetch_update(Ordering::AcqRel, Ordering::Acquire, spoil).is_err() {
+            return;
+        }
         self.needs_resets.add(1);
         if self.needs_resets.get() <= LOGGED_MAX {
             tracing::warn!("{} stops until its driver resets it: {why}", self.id);
         }
-        // Not where the driver has reset the device meanwhile: it waits for a status of 0, and this
-        // would be there for ever.
-        let spoil = |status: u8| (status & DRIVER_OK != 0).then_some(status | NEEDS_RESET);
-        if self.status.fetch_update(Ordering::AcqRel, Ordering::Acquire, spoil).is_ok() {
-            self.config();
-        }
+        self.config();
     }
 }

@@ -29,6 +29,7 @@ use super::state::BlkQueueState;
 use crate::virtio::device::{
     ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, QueuePosition,
 };
+use crate::virtio::ring::enable_notification;
 
 /// A ring, and which of its heads are in flight.
 struct Ring {
@@ -215,7 +216,7 @@ impl Ring {
                 return Ok(Some(chain.head_index()));
             }
             // Again if something came between the look and the request.
-            if !self.queue.enable_notification(memory).map_err(|_| WHY)? {
+            if !enable_notification(&mut self.queue, memory).map_err(|_| WHY)? {
                 break;
             }
         }

@@ -51,7 +51,6 @@ pub fn take(
     scratch: &mut Scratch,
 ) -> Result<(TakeEnd, bool), RingError> {
     scratch.used.clear();
-    ring::disable_notification(queue, memory)?;
     let mut room = PASS_BYTES_MAX;
     let end = loop {
         if room == 0 || scratch.used.len() >= PASS_CHAINS_MAX {
@@ -64,6 +63,8 @@ pub fn take(
         let Some(chain) = ring::pop(queue, memory)? else {
             break if ring::has_more(queue, memory)? { TakeEnd::Budget } else { TakeEnd::Empty };
         };
+        // Not before there is one: a look at an empty ring leaves the page as it is.
+        ring::disable_notification(queue, memory)?;
         let head = chain.head_index();
         match copy_out(queue, chain, memory, (*taken, room), scratch) {
             Ok(is_rest) => {
