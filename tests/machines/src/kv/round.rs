@@ -25,8 +25,8 @@ use crate::serial::Serial;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Answers to each client after the blow: the connections are of use, not only open.
 const ANSWERS_AFTER: u64 = 20;
-/// Of an image: a sector for each write of a round.
-const DISK_BYTES: u64 = 32 << 20;
+/// Of an image: a sector for each write of a round, of which one that waits for the arbiter's time-outs has many.
+const DISK_BYTES: u64 = 96 << 20;
 const PRIMARY: &str = "primary";
 const BACKUP: &str = "backup";
 const MAC: &str = "52:54:00:77:00:02";

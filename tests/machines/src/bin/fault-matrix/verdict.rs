@@ -40,6 +40,11 @@ pub fn settle(mut scene: Scene, end: End, row: &Row) -> Result<Outcome> {
         End::Back => back(&mut scene)?,
         End::Nobody => nobody(&mut scene)?,
     }
+    if end == End::A {
+        // What is cut yet. The clients go on meanwhile, and no word of theirs is lost by it.
+        scene.world.heal()?;
+        scene.wait_served()?;
+    }
     let records = scene.arbiter.records(&scene.world)?;
     let blow = scene.blow_at().context("the row has not said when it strikes")?;
     let mut seen = scene.take_crowd()?.finish();
@@ -85,10 +90,12 @@ fn alone(scene: &mut Scene, survivor: Place, other: Place, recalls: bool) -> Res
     let found = scene.vmm(survivor).replication()?.state;
     // A failure before the first commit ends what had not begun.
     use ReplicationState::{Disconnected, Stopped};
-    let is_early = is_primary && matches!(found, Stopped | Disconnected);
+    let never_synced = !scene.has_event(survivor, "replication-synced");
+    let is_early = matches!(found, Stopped | Disconnected)
+        && (is_primary || survivor == Place::B && never_synced);
     ensure!(found == wanted || is_early, "{survivor:?} goes on and is {found:?}");
     // Alone since the switch-over, if no epoch of the copy back was committed: nothing has changed.
-    let was_alone = recalls && !scene.has_event(survivor, "replication-synced");
+    let was_alone = recalls && never_synced;
     let is_told = is_early || was_alone || scene.has_event(survivor, event);
     ensure!(is_told, "{survivor:?} has not shown {event}");
     scene.wait_without_vm(other)?;

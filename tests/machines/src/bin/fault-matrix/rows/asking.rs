@@ -190,9 +190,12 @@ fn one_way(place: Place) -> Vec<Row> {
             wait_owner(scene, other(place))?;
             scene.wait_served()?;
             scene.wait_holds(place)?;
-            scene.world.heal()?;
             if place == B {
+                // As in `one_wins`.
+                scene.world.mend(B, Place::Arbiter)?;
                 scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+            } else {
+                scene.world.heal()?;
             }
             Ok(end(other(place)))
         };
@@ -253,7 +256,8 @@ fn unanswered_and_cut(place: Place) -> Row {
         }
         scene.wait_holds(place)?;
         scene.is_held()?;
-        scene.world.heal()?;
+        // The hosts hear each other again only after the verdict, as in `one_wins`.
+        scene.world.mend(place, Place::Arbiter)?;
         wait_owner(scene, place)?;
         Ok(end(place))
     };

@@ -34,9 +34,11 @@ pub fn rows() -> Vec<Row> {
                 scene.world.cut(A, B)?;
                 let winner = scene.wait_winner()?;
                 scene.wait_served()?;
-                scene.world.heal()?;
                 if winner == A {
+                    // Healed after the verdict, as in the other cuts.
                     scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+                } else {
+                    scene.world.heal()?;
                 }
                 scene.shows_year(A, EARLY)?;
                 scene.shows_year(B, LATE)?;

@@ -73,11 +73,14 @@ fn between_the_hosts() -> Vec<Row> {
 pub(super) fn one_wins(scene: &mut Scene) -> Result<End> {
     let winner = scene.wait_winner()?;
     scene.wait_served()?;
-    scene.world.heal()?;
     if winner == A {
+        // B learns it of the arbiter. What lies between the hosts is healed after the verdict on A alone: it
+        // calls B at once, and protects its VM again.
+        scene.world.mend(B, Place::Arbiter)?;
         scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
         return Ok(End::A);
     }
+    scene.world.heal()?;
     Ok(End::B)
 }
 
@@ -170,7 +173,8 @@ fn with_the_arbiter() -> Vec<Row> {
                 scene.wait_a_alone()?;
                 scene.wait_served()?;
                 scene.wait_holds(B)?;
-                heal(scene, B)?;
+                // The link to A only after the verdict, as in `one_wins`.
+                scene.arbiter.heal(&scene.world, B)?;
                 scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
                 Ok(End::A)
             },
