@@ -161,7 +161,7 @@ fn prepare_at(address: &Address, options: ReceiveReplicaData) -> Result<Prepared
     match rdma.as_ref().map_or(Ok(()), rdma::Asked::check) {
         Ok(()) => {}
         // A primary that hears so by the first data connection falls back.
-        Err(error) if options.fallback => tracing::warn!("no RDMA for now: {}", chain(&error)),
+        Err(error) if options.fallback => tracing::warn!("no RDMA yet: {}", chain(&error)),
         Err(error) => return Err(Error::Transport(error)),
     }
     if options.fallback && rdma.is_none() {

@@ -169,7 +169,7 @@ pub fn run_by(
 
 /// Wakes a primary whose VM is the backup's by now. It has to find that out by itself, destroy its VM, and say
 /// nothing more that is not the backup's as well; what its log says of that.
-fn wake(pair: &mut Pair) -> Result<String> {
+pub fn wake(pair: &mut Pair) -> Result<String> {
     pair.primary_serial.settled()?;
     let before = pair.primary_serial.text();
     pair.primary.signal(libc::SIGCONT)?;

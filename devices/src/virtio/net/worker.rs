@@ -64,7 +64,7 @@ pub struct Worker {
     /// The first pair's queue, which is always enabled.
     first_tap: Arc<dyn TapQueue>,
     first: Option<First>,
-    /// What the tap is watched for now.
+    /// What the tap is watched for at present.
     interest: EventSet,
     /// The doorbell has rung, or it may have: there may be chains.
     transmit: bool,

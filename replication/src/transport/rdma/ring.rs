@@ -62,7 +62,7 @@ impl Outgoing {
         self.chunks_max.saturating_sub(self.chunks.len())
     }
 
-    /// Bytes, and chunks, that may be written at some time whatever the reader keeps to itself for now.
+    /// Bytes, and chunks, that may be written at some time whatever the reader has not said yet.
     pub(super) fn room_for_sure(&self) -> (usize, usize) {
         let part = |whole: usize| whole - whole / CREDIT_PART;
         (part(usize::try_from(self.size).unwrap_or(0)), part(self.chunks_max))

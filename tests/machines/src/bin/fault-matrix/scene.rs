@@ -425,6 +425,13 @@ impl Scene {
         })
     }
 
+    /// A has won, and B hears of the arbiter that it has lost. Whatever lies between the hosts is healed after the
+    /// verdict on A alone: A calls B at once then, and protects its VM again.
+    pub fn b_hears_that_it_lost(&mut self) -> Result<()> {
+        self.world.mend(Place::B, Place::Arbiter)?;
+        self.b.wait_state(ReplicationState::Disconnected, LIMIT).map(drop)
+    }
+
     /// Who of two that live has won.
     pub fn wait_winner(&mut self) -> Result<Place> {
         let start = Instant::now();

@@ -191,9 +191,7 @@ fn one_way(place: Place) -> Vec<Row> {
             scene.wait_served()?;
             scene.wait_holds(place)?;
             if place == B {
-                // As in `one_wins`.
-                scene.world.mend(B, Place::Arbiter)?;
-                scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+                scene.b_hears_that_it_lost()?;
             } else {
                 scene.world.heal()?;
             }
@@ -256,7 +254,7 @@ fn unanswered_and_cut(place: Place) -> Row {
         }
         scene.wait_holds(place)?;
         scene.is_held()?;
-        // The hosts hear each other again only after the verdict, as in `one_wins`.
+        // The hosts hear each other again only after the verdict: A would call B.
         scene.world.mend(place, Place::Arbiter)?;
         wait_owner(scene, place)?;
         Ok(end(place))

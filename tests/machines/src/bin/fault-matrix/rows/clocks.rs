@@ -1,10 +1,9 @@
 //! Wall clocks that jump, on either side, by years: nothing rests on one.
 
 use anyhow::{Result, ensure};
-use api::replication::ReplicationState;
 
 use crate::row::{EACH, End, Expect, Row};
-use crate::scene::{LIMIT, Scene};
+use crate::scene::Scene;
 use crate::world::Place::{self, A, B};
 
 const LATE: u32 = 2040;
@@ -35,8 +34,7 @@ pub fn rows() -> Vec<Row> {
                 let winner = scene.wait_winner()?;
                 scene.wait_served()?;
                 if winner == A {
-                    // Healed after the verdict, as in the other cuts.
-                    scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+                    scene.b_hears_that_it_lost()?;
                 } else {
                     scene.world.heal()?;
                 }

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use api::replication::ReplicationState;
 use api::response::VmState;
 
 use crate::row::{EACH, ETCD, ETCD_3, End, Expect, Row};
@@ -74,10 +73,7 @@ pub(super) fn one_wins(scene: &mut Scene) -> Result<End> {
     let winner = scene.wait_winner()?;
     scene.wait_served()?;
     if winner == A {
-        // B learns it of the arbiter. What lies between the hosts is healed after the verdict on A alone: it
-        // calls B at once, and protects its VM again.
-        scene.world.mend(B, Place::Arbiter)?;
-        scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+        scene.b_hears_that_it_lost()?;
         return Ok(End::A);
     }
     scene.world.heal()?;
@@ -173,9 +169,8 @@ fn with_the_arbiter() -> Vec<Row> {
                 scene.wait_a_alone()?;
                 scene.wait_served()?;
                 scene.wait_holds(B)?;
-                // The link to A only after the verdict, as in `one_wins`.
                 scene.arbiter.heal(&scene.world, B)?;
-                scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+                scene.b_hears_that_it_lost()?;
                 Ok(End::A)
             },
         ),

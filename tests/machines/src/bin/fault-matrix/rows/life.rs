@@ -286,24 +286,6 @@ fn by_itself() -> Vec<Row> {
                 Ok(End::B)
             },
         ),
-        Row::new(
-            "recall-kill-b",
-            "B stands still until A goes on alone, and wakes; B is killed as A copies to it again, and \
-             started anew: A calls that one",
-            Expect::Only(End::Pair),
-            |scene| {
-                scene.blow();
-                b_sleeps(scene)?;
-                scene.arm(Place::B)?;
-                scene.b.signal(libc::SIGCONT)?;
-                scene.wait_killed(Place::B)?;
-                scene.wait_served()?;
-                scene.restart_b()?;
-                scene.wait_protected()?;
-                Ok(End::Pair)
-            },
-        )
-        .fault(Place::B, "accepted", Does::Kill),
         lost_in_the_copy,
     ]
 }

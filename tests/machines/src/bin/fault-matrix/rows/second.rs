@@ -11,39 +11,22 @@ use anyhow::{Result, ensure};
 use api::replication::ReplicationState;
 
 use super::life::b_sleeps;
+use super::steps::{OF_THE_FIRST, OF_THE_PAIR, Step};
+use super::switches::a_is_killed_by_its_heir;
 use crate::row::{Does, End, Expect, Row};
 use crate::scene::{LIMIT, Scene};
 use crate::world::Place;
 
 const SHORT: Duration = Duration::from_secs(4);
 
-type Step = (&'static str, &'static str);
-
-/// Of the primary: until the first epoch is acknowledged its backup has nothing to start from.
-const OF_PRIMARY: &[Step] = &[
-    ("swap", "before it asks the arbiter for the pair"),
-    ("swapped", "once the arbiter has the pair, before it knows"),
-    ("paired", "before it tells its backup that they are a pair"),
-    ("seal", "in the first seal"),
-];
-
-/// Of the backup.
-const OF_BACKUP: &[Step] = &[
-    ("accepted", "with the copy about to come"),
-    ("paired", "once it has read that they are a pair"),
-    ("verified", "with the first epoch whole and not acknowledged"),
-    ("applied", "with the first epoch applied"),
-];
-
 pub fn rows() -> Vec<Row> {
     let mut rows = vec![];
-    rows.extend(OF_PRIMARY.iter().map(|step| recall_kill_a(*step)));
-    // A row of its own has `accepted`.
-    rows.extend(OF_BACKUP[1..].iter().map(|step| recall_kill_b(*step)));
-    rows.extend(OF_PRIMARY.iter().map(|step| return_kill_b(*step)));
-    rows.extend(OF_BACKUP.iter().map(|step| return_kill_a(*step)));
-    rows.extend(OF_PRIMARY.iter().map(|step| other_kill_b(*step)));
-    rows.extend(OF_BACKUP.iter().map(|step| other_kill_a(*step)));
+    rows.extend(OF_THE_PAIR.iter().map(|step| recall_kill_a(*step)));
+    rows.extend(OF_THE_FIRST.iter().map(|step| recall_kill_b(*step)));
+    rows.extend(OF_THE_PAIR.iter().map(|step| return_kill_b(*step)));
+    rows.extend(OF_THE_FIRST.iter().map(|step| return_kill_a(*step)));
+    rows.extend(OF_THE_PAIR.iter().map(|step| other_kill_b(*step)));
+    rows.extend(OF_THE_FIRST.iter().map(|step| other_kill_a(*step)));
     rows.push(other_takes_over());
     rows
 }
@@ -121,18 +104,10 @@ fn return_kill_b((point, when): Step) -> Row {
 }
 
 fn return_kill_a((point, when): Step) -> Row {
-    let act = |scene: &mut Scene| {
-        scene.blow();
-        scene.arm(Place::A)?;
-        let waits = scene.ask_failover();
-        scene.wait_killed(Place::A)?;
-        scene.wait_b_alone()?;
-        let _ = waits.join();
-        Ok(End::B)
-    };
     let what =
         format!("B has the VM by a switch-over and copies it back to A, which is killed {when}");
-    let row = Row::new(format!("return-kill-a-{point}"), what, Expect::Only(End::B), act);
+    let name = format!("return-kill-a-{point}");
+    let row = Row::new(name, what, Expect::Only(End::B), a_is_killed_by_its_heir);
     row.recalls().fault(Place::A, point, Does::Kill)
 }
 

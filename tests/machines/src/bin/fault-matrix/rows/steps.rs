@@ -9,7 +9,7 @@ use crate::scene::Scene;
 use crate::world::Place;
 
 /// A step of a side, and what it is in words.
-type Step = (&'static str, &'static str);
+pub(super) type Step = (&'static str, &'static str);
 
 const A_STEPS: &[Step] = &[
     ("seal", "with the guest stopped for a seal"),
@@ -27,19 +27,17 @@ const B_STEPS: &[Step] = &[
     ("applied", "with an epoch applied"),
 ];
 
-/// Of the first copy and the first epoch of A.
-const A_BEGINNINGS: &[Step] = &[
-    ("copy", "with the first pages on their way"),
+/// Of a primary, from the arbiter's pair to the first seal: nothing is acknowledged yet.
+pub(super) const OF_THE_PAIR: &[Step] = &[
     ("swap", "before it asks the arbiter for the pair"),
     ("swapped", "once the arbiter has the pair, before it knows"),
-    ("paired", "before it tells B that they are a pair"),
+    ("paired", "before it tells its backup that they are a pair"),
     ("seal", "in the first seal"),
-    ("sent", "with the first epoch sent"),
 ];
 
-/// The same of B.
-const B_BEGINNINGS: &[Step] = &[
-    ("accepted", "with the first copy about to come"),
+/// Of a backup, from the first copy to the first epoch.
+pub(super) const OF_THE_FIRST: &[Step] = &[
+    ("accepted", "with the copy about to come"),
     ("paired", "once it has read that they are a pair"),
     ("verified", "with the first epoch whole and not acknowledged"),
     ("applied", "with the first epoch applied"),
@@ -51,8 +49,10 @@ pub fn rows() -> Vec<Row> {
     let mut rows = vec![];
     rows.extend(A_STEPS.iter().map(|step| kill_a(*step)));
     rows.extend(B_STEPS.iter().map(|step| kill_b(*step)));
-    rows.extend(A_BEGINNINGS.iter().map(|step| kill_a_early(*step)));
-    rows.extend(B_BEGINNINGS.iter().map(|step| kill_b_early(*step)));
+    rows.push(kill_a_early(("copy", "with the first pages on their way")));
+    rows.extend(OF_THE_PAIR.iter().map(|step| kill_a_early(*step)));
+    rows.push(kill_a_early(("sent", "with the first epoch sent")));
+    rows.extend(OF_THE_FIRST.iter().map(|step| kill_b_early(*step)));
     rows.extend(take_over());
     rows.extend(claims());
     rows.extend(switch_over());

@@ -5,6 +5,7 @@ use anyhow::{Result, ensure};
 use api::replication::ReplicationState;
 use understudy_tests::network::run;
 
+use super::steps::OF_THE_FIRST;
 use crate::row::{Does, End, Expect, Row};
 use crate::scene::{LIMIT, Scene};
 use crate::world::Place;
@@ -124,6 +125,18 @@ fn rename(scene: &Scene, from: &str, to: &str) -> Result<()> {
     })?
 }
 
+/// A hands its VM over, and is killed at the step of its fault, as the backup of the new primary.
+pub(super) fn a_is_killed_by_its_heir(scene: &mut Scene) -> Result<End> {
+    scene.blow();
+    scene.arm(Place::A)?;
+    let waits = scene.ask_failover();
+    scene.wait_killed(Place::A)?;
+    scene.wait_b_alone()?;
+    // There is nobody left who could answer.
+    let _ = waits.join();
+    Ok(End::B)
+}
+
 /// The pair is reversed, both hosts live, and one is lost as they connect.
 fn heirs() -> Vec<Row> {
     let mut rows = vec![];
@@ -147,24 +160,10 @@ fn heirs() -> Vec<Row> {
         let row = Row::new(name, what, Expect::Only(End::Back), act);
         rows.push(row.reverses().fault(Place::B, point, Does::Kill));
     }
-    for (point, when) in [
-        ("accepted", "as it is called"),
-        ("paired", "once it has read that they are a pair"),
-        ("verified", "with the first epoch whole and not acknowledged"),
-        ("applied", "with the first epoch applied"),
-    ] {
-        let act = move |scene: &mut Scene| {
-            scene.blow();
-            scene.arm(Place::A)?;
-            let waits = scene.ask_failover();
-            scene.wait_killed(Place::A)?;
-            scene.wait_b_alone()?;
-            let _ = waits.join();
-            Ok(End::B)
-        };
+    for (point, when) in [("accepted", "as it is called")].iter().chain(&OF_THE_FIRST[1..]) {
         let what = format!("The pair is reversed, and A is killed {when}");
         let name = format!("reverse-kill-a-first-{point}");
-        let row = Row::new(name, what, Expect::Only(End::B), act);
+        let row = Row::new(name, what, Expect::Only(End::B), a_is_killed_by_its_heir);
         rows.push(row.reverses().fault(Place::A, point, Does::Kill));
     }
     rows
