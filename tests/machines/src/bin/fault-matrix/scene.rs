@@ -425,11 +425,14 @@ impl Scene {
         })
     }
 
-    /// A has won, and B hears of the arbiter that it has lost. Whatever lies between the hosts is healed after the
-    /// verdict on A alone: A calls B at once then, and protects its VM again.
-    pub fn b_hears_that_it_lost(&mut self) -> Result<()> {
-        self.world.mend(Place::B, Place::Arbiter)?;
-        self.b.wait_state(ReplicationState::Disconnected, LIMIT).map(drop)
+    /// A goes on alone, and B, which lives, knows that its session is over. By its events too, as A calls it at
+    /// once, and its state is that of the next session then.
+    pub fn wait_b_without_primary(&mut self) -> Result<()> {
+        let events = events_file(&self.folder, Place::B);
+        self.b.wait("B to be without its primary", LIMIT, |vmm| {
+            let is_over = vmm.replication().ok()?.state == ReplicationState::Disconnected;
+            (is_over || shows(&events, "replication-lost")).then_some(())
+        })
     }
 
     /// Who of two that live has won.
@@ -504,9 +507,20 @@ impl Scene {
 
     /// What a side's event monitor shows so far.
     pub fn has_event(&self, place: Place, name: &str) -> bool {
-        let file = events_file(&self.folder, place);
-        std::fs::read_to_string(file).is_ok_and(|text| text.contains(&format!("\"{name}\"")))
+        shows(&events_file(&self.folder, place), name)
     }
+
+    /// One of these events is shown, which is written aside of what it tells of.
+    pub fn wait_event(&mut self, place: Place, names: &[&str]) -> Result<()> {
+        let file = events_file(&self.folder, place);
+        let what = format!("the event {}", names.join(" or "));
+        let is_shown = || names.iter().any(|name| shows(&file, name));
+        self.vmm(place).wait(&what, LIMIT, |_| is_shown().then_some(()))
+    }
+}
+
+fn shows(events: &Path, name: &str) -> bool {
+    std::fs::read_to_string(events).is_ok_and(|text| text.contains(&format!("\"{name}\"")))
 }
 
 /// Makes certificates for hosts with these addresses; the option that names them.

@@ -190,10 +190,9 @@ fn one_way(place: Place) -> Vec<Row> {
             wait_owner(scene, other(place))?;
             scene.wait_served()?;
             scene.wait_holds(place)?;
+            scene.world.heal()?;
             if place == B {
-                scene.b_hears_that_it_lost()?;
-            } else {
-                scene.world.heal()?;
+                scene.wait_b_without_primary()?;
             }
             Ok(end(other(place)))
         };
@@ -254,8 +253,7 @@ fn unanswered_and_cut(place: Place) -> Row {
         }
         scene.wait_holds(place)?;
         scene.is_held()?;
-        // The hosts hear each other again only after the verdict: A would call B.
-        scene.world.mend(place, Place::Arbiter)?;
+        scene.world.heal()?;
         wait_owner(scene, place)?;
         Ok(end(place))
     };

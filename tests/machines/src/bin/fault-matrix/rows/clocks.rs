@@ -33,10 +33,9 @@ pub fn rows() -> Vec<Row> {
                 scene.world.cut(A, B)?;
                 let winner = scene.wait_winner()?;
                 scene.wait_served()?;
+                scene.world.heal()?;
                 if winner == A {
-                    scene.b_hears_that_it_lost()?;
-                } else {
-                    scene.world.heal()?;
+                    scene.wait_b_without_primary()?;
                 }
                 scene.shows_year(A, EARLY)?;
                 scene.shows_year(B, LATE)?;

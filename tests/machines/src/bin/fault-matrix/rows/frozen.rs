@@ -156,7 +156,7 @@ fn early() -> Vec<Row> {
             scene.wait_a_unprotected(asked.join().unwrap_or_default())?;
             scene.wait_served()?;
             scene.b.signal(libc::SIGCONT)?;
-            scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+            scene.wait_b_without_primary()?;
             Ok(End::A)
         });
         rows.push(row.unprotected().fault(Place::B, point, Does::Stop));
@@ -175,7 +175,7 @@ fn b_wakes_late(scene: &mut Scene) -> Result<End> {
     scene.wait_a_alone()?;
     scene.wait_served()?;
     scene.b.signal(libc::SIGCONT)?;
-    scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+    scene.wait_b_without_primary()?;
     Ok(End::A)
 }
 

@@ -5,13 +5,12 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use api::replication::ReplicationState;
 use nix::sys::stat::Mode;
 use understudy_tests::network::run;
 
 use crate::failing::Call;
 use crate::row::{End, Expect, FILE, Kept, Row};
-use crate::scene::{LIMIT, Scene};
+use crate::scene::Scene;
 use crate::world::Place;
 
 /// A record that no host of the pair has written.
@@ -31,7 +30,7 @@ fn input_output_errors() -> Vec<Row> {
             scene.blow();
             scene.fail(Place::B, call)?;
             scene.wait_a_alone()?;
-            scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+            scene.wait_b_without_primary()?;
             has_given_up(scene)?;
             Ok(End::A)
         })
@@ -195,7 +194,7 @@ fn images() -> Vec<Row> {
             scene.blow();
             fill(&scene.folder.join("small/filler"))?;
             scene.wait_a_alone()?;
-            scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+            scene.wait_b_without_primary()?;
             has_given_up(scene)?;
             Ok(End::A)
         });

@@ -101,7 +101,7 @@ fn without_tap() -> Row {
         scene.world.b.network.within(|| run("ip", &format!("link add {tap} type bridge")))??;
         let is_done = scene.ask_failover().join().unwrap_or_default();
         ensure!(!is_done, "a switch-over to a host without the VM's tap is answered as done");
-        ensure!(scene.has_event(Place::A, "failover-failed"), "A does not say that it failed");
+        scene.wait_event(Place::A, &["failover-failed"])?;
         scene.wait_served()?;
         scene.wait_protected()?;
         scene.world.b.network.within(|| run("ip", &format!("link delete {tap}")))??;
