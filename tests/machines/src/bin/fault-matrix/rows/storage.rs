@@ -93,12 +93,7 @@ fn input_output_errors() -> Vec<Row> {
 
 /// B shows that it ended the replica for what it could not do.
 fn has_given_up(scene: &mut Scene) -> Result<()> {
-    ensure!(
-        scene.has_event(Place::B, "replica-receive-failed"),
-        "B has not shown replica-receive-failed:\n{}",
-        scene.b.log()
-    );
-    Ok(())
+    scene.wait_event(Place::B, &["replica-receive-failed"])
 }
 
 fn directory() -> Vec<Row> {
