@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::abi;
 use crate::choose::{Place, Wanted, first_usable};
@@ -19,6 +20,8 @@ pub struct Context {
     library: Arc<Library>,
     raw: NonNull<abi::Context>,
     name: String,
+    /// The device has said that it must be opened again.
+    has_failed: AtomicBool,
 }
 
 // SAFETY: libibverbs may be called from any thread, and from several at once: its objects have their own
@@ -110,14 +113,37 @@ impl Library {
         Ok(devices)
     }
 
+    /// Whether a device is there for whoever would open it, with a port that is up. Asks the kernel, not the device. One
+    /// that is being removed is not, though whoever has it open may keep it.
+    ///
+    /// # Errors
+    /// If the kernel lists none.
+    pub fn is_up(&self, name: &str) -> Result<bool, Error> {
+        let is_up = |device: &Device| {
+            device.name == name
+                && device.problem.is_none()
+                && device.ports.iter().any(|port| port.state == PortState::Active)
+        };
+        Ok(self.listed()?.iter().any(is_up))
+    }
+
     /// Opens the device that fits best; another that fits only if that one cannot be opened. One that hangs
-    /// keeps nobody from another.
+    /// keeps nobody from another. `before` is taken if that is its device, and it has not failed.
     ///
     /// # Errors
     /// If nothing fits, or what fits cannot be used.
-    pub fn open(self: &Arc<Self>, wanted: &Wanted) -> Result<(Arc<Context>, Place), Error> {
+    pub fn open(
+        self: &Arc<Self>,
+        wanted: &Wanted,
+        before: Option<&Arc<Context>>,
+    ) -> Result<(Arc<Context>, Place), Error> {
         first_usable(self.listed()?, wanted, |place| {
-            let context = Context::open(self, &place.device)?;
+            let is_same =
+                |before: &&Arc<Context>| before.name() == place.device && !before.has_failed();
+            let context = match before.filter(is_same) {
+                Some(before) => Arc::clone(before),
+                None => Context::open(self, &place.device)?,
+            };
             context.port(place.port)?;
             Ok(context)
         })
@@ -150,7 +176,8 @@ impl Context {
         let raw = opened
             .ok_or_else(|| Error::NoDevice { name: name.to_owned() })?
             .map_err(|source| Error::Open { device: name.to_owned(), source })?;
-        let this = Self { library: Arc::clone(library), raw, name: name.to_owned() };
+        let (library, name) = (Arc::clone(library), name.to_owned());
+        let this = Self { library, raw, name, has_failed: AtomicBool::new(false) };
         set_nonblocking(this.as_fd()).map_err(|source| this.failed("be watched", source))?;
         Ok(Arc::new(this))
     }
@@ -158,13 +185,20 @@ impl Context {
     /// For a test: a device that is no more than the functions of `library`.
     #[cfg(test)]
     pub(crate) fn of(library: Library, raw: NonNull<abi::Context>) -> Arc<Self> {
-        Arc::new(Self { library: Arc::new(library), raw, name: "test0".to_owned() })
+        let (library, name) = (Arc::new(library), "test0".to_owned());
+        Arc::new(Self { library, raw, name, has_failed: AtomicBool::new(false) })
     }
 
     /// The device's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether the device has said that it is gone or must be opened again ([`Event::DeviceFailed`]).
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.has_failed.load(Ordering::Acquire)
     }
 
     pub(crate) fn library(&self) -> &Library {
@@ -268,6 +302,9 @@ impl Context {
             };
         }
         let event = decode(&raw);
+        if event == Event::DeviceFailed {
+            self.has_failed.store(true, Ordering::Release);
+        }
         // SAFETY: the event came from the call above and is acknowledged once. Destroying what it is
         // about waits for this, so the pointer that `decode` followed was valid.
         unsafe { (self.library.ibv_ack_async_event)(&raw mut raw) };

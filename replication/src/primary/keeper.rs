@@ -30,6 +30,7 @@ use crate::guest::Guest;
 use crate::log::Log;
 use crate::observer::{Event, Observer};
 use crate::ownership::{HostIdentity, Seen};
+use crate::transport::rdma;
 
 /// First wait before an attempt; doubles up to the last.
 const WAIT_MS_FIRST: u64 = 100;
@@ -130,6 +131,8 @@ pub(super) struct Keeper<G: Guest> {
     /// again.
     pub(super) fell_back: Option<String>,
     pub(super) falls: Log,
+    /// The guest's memory, as the sessions by RDMA leave it to one another.
+    pub(super) registered: rdma::Registered,
 }
 
 impl<G: Guest> Keeper<G> {
@@ -187,6 +190,7 @@ impl<G: Guest> Keeper<G> {
                 Word::Timer | Word::Called(_) => {}
             }
             self.status.lock().info.reconnect_attempts += 1;
+            self.registered.look(rdma::CHECK_PATIENCE);
             // They were good before: a certificate is being renewed, or its storage is away.
             let checked = match Checked::new(self.options.clone(), self.fell_back.as_deref()) {
                 Ok(checked) => checked,
@@ -285,6 +289,8 @@ impl<G: Guest> Keeper<G> {
             tracing::warn!("data goes by TCP, not by RDMA: {reason}");
         }
         self.fell_back = Some(reason.to_owned());
+        // Nobody hears what the device says meanwhile.
+        self.registered.let_go();
     }
 
     /// What carries the data of the next session, and why it is not what the URL says.
@@ -308,9 +314,9 @@ impl<G: Guest> Keeper<G> {
         let offer = session::offer(&mut self.guest, &checked.options, way, base, reversed)?;
         let (identity, status, inputs) =
             (self.identity, self.status.clone(), self.mailbox.inputs());
-        let seen = self.seen.clone();
+        let (seen, registered) = (self.seen.clone(), self.registered.clone());
         spawn("repl-call", None, move || {
-            let called = call(checked, offer, identity, status, &seen);
+            let called = call(checked, offer, identity, status, (&seen, registered));
             // Nobody listens: what was made ends here.
             let _ = inputs.send(Input::Called(Box::new(called)));
         })?;

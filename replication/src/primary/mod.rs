@@ -49,7 +49,7 @@ use crate::observer::Observer;
 use crate::ownership::{HostIdentity, Known};
 use crate::protocol::primary::Primary;
 use crate::ram::PageSet;
-use crate::transport::name;
+use crate::transport::{name, rdma};
 use crate::wire::SessionId;
 use engine::{Ask, Input};
 use keeper::{Keeper, Mailbox};
@@ -204,6 +204,7 @@ fn prepare<G: Guest>(
         rest: None,
         fell_back: None,
         falls: Log::default(),
+        registered: rdma::Registered::default(),
     };
     let thread = std::sync::Mutex::default();
     (PrimaryHandle { mailbox, status, thread, identity, timeout }, keeper, queue)

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use api::replication::{ReceiveReplicaData, ReplicateData, ReplicationInfo};
+use api::replication::{ReceiveReplicaData, ReplicateData};
 
 use crate::ids::PageIndex;
 use crate::testing::{Machine, memory};
@@ -101,10 +101,7 @@ impl Random {
 }
 
 /// Waits until `info` says so; panics with it after a minute.
-pub(crate) fn until(
-    info: impl Fn() -> ReplicationInfo,
-    wanted: impl Fn(&ReplicationInfo) -> bool,
-) -> ReplicationInfo {
+pub(crate) fn until<T: std::fmt::Debug>(info: impl Fn() -> T, wanted: impl Fn(&T) -> bool) -> T {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let now = info();

@@ -15,7 +15,7 @@ use crate::ram::Ram;
 use crate::testing::{Machine, MemoryBuilder, Recorder, ReplicaLog, memory};
 use crate::transport::Address;
 use crate::transport::rdma::FAKE;
-use crate::transport::rdma::fake::open_pieces;
+use crate::transport::rdma::fake::{Reading, open_pieces, reading};
 
 /// More than there are in the memory.
 const ALL: u64 = 1000;
@@ -219,4 +219,50 @@ fn a_copy_that_ends_half_way_leaves_nothing_open() {
             assert_eq!(backup.wrong(), Vec::<String>::new(), "{pieces} pieces");
         }
     }
+}
+
+/// A backup that is lost and called again, twice: what the guest's memory is registered for is its reading, whoever
+/// the session is.
+#[test]
+fn memory_stays_registered_from_session_to_session() {
+    let backup = Backup::start(ALL);
+    let (machine, workers) = guest(9);
+    let mut options = ReplicateData { reconnect: true, ..backup.asked(ALL) };
+    let (_, port) = options.destination_url.rsplit_once(':').unwrap();
+    let proxy = Proxy::plain(port.parse().unwrap());
+    options.destination_url = proxy.url().replace("tcp:", "rdma:");
+    let primary = protect(&machine, options);
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    for _ in 0..2 {
+        assert_eq!(reading(machine.ram()), Reading { made: PIECES, now: PIECES });
+        let committed = primary.handle.info().epoch_committed;
+        proxy.cut();
+        until(|| primary.handle.info(), |info| info.reconnect_attempts > 0);
+        proxy.heal();
+        let is_protected = |state| state == ReplicationState::Protected;
+        let info = until(
+            || primary.handle.info(),
+            |info| is_protected(info.state) && info.epoch_committed > committed + 5,
+        );
+        assert_eq!(info.rdma.unwrap().registered_bytes, BYTES);
+    }
+    primary.handle.stop().unwrap();
+    until(|| reading(machine.ram()), |found| *found == Reading { made: PIECES, now: 0 });
+    machine.power_off();
+    workers.join();
+    assert_eq!(backup.wrong(), Vec::<String>::new());
+}
+
+/// What a device has no room for all of is of no use to any session.
+#[test]
+fn memory_that_is_registered_in_part_does_not_stay_so() {
+    let backup = Backup::start(ALL);
+    let (machine, workers) = guest(10);
+    let primary = protect(&machine, backup.asked(5));
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    until(|| reading(machine.ram()), |found| *found == Reading { made: 5, now: 0 });
+    primary.handle.stop().unwrap();
+    machine.power_off();
+    workers.join();
+    assert_eq!(backup.wrong(), Vec::<String>::new());
 }

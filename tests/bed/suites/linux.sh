@@ -16,12 +16,16 @@ pair() { # VCPUS
     mkdir "$CASE/arbiter"
     replicate="destination_url=$LINUX_URL,arbiter=file:$CASE/arbiter,$(
         )epoch_ms=$LINUX_EPOCH_MS,timeout_ms=$LINUX_TIMEOUT_MS${PAIR_OPTIONS:-}"
+    backup
+    primary "$1"
+}
+
+backup() {
     start b ${PAIR_RUN_BACKUP:-} "$VMM" --api-socket "path=$CASE/b.sock" \
         --receive-replica "receiver_url=${LINUX_URL_BACKUP:-$LINUX_URL},arbiter=file:$CASE/arbiter$(
         )${PAIR_OPTIONS_BACKUP:-}" \
         --serial "file=$CASE/b.serial" --console off ${PAIR_MORE_BACKUP:-}
     wait_for 60 "the backup to listen on port $PORT" listens "$PORT"
-    primary "$1"
 }
 
 primary() { # VCPUS

@@ -519,6 +519,41 @@ device_fails_in_the_copy() {
     detail "the primary is $state${why:+: $(echo "$why" | cut -c 1-200)}"
 }
 
+# The backup dies, and is started again.
+backup_dies() {
+    kill -KILL "$(pid_of b)"
+    wait_state a Degraded 120
+    mv "$CASE/b.err" "$CASE/b-$1.err"
+    rm -f "$CASE"/b.sock "$CASE"/b.status "$CASE"/b.pid
+}
+
+# A primary whose backup dies keeps its memory registered, so the next session need not wait for that. A device that is to
+# go while the VM is alone is not kept from it.
+stays_registered() {
+    rxe
+    local all=$((256 << 10)) deleting='' pinned
+    # Alone and protected again to the end of the case.
+    LINUX_COUNTS=100000
+    pair 2
+    wait_state a Protected 300
+    wait_serial a "^count " 300
+    backup_dies first
+    pinned=$(pinned_kib a)
+    [ "$pinned" -ge "$all" ] || fail "the primary's memory is registered no more: VmPin $pinned kB"
+    backup
+    wait_state a Protected 300
+    grep -qa "memory are registered since an earlier session" "$CASE/a.err" || fail "it was registered anew"
+    [ "$(grep -ca "registering 256 MiB" "$CASE/a.err")" -eq 1 ] || fail "it was registered more than once"
+    told a | grep -q "\"registered_bytes\":$((256 << 20))," || fail "a says $(told a)"
+    backup_dies second
+    delete_link
+    wait_for 60 "the device to be gone" eval '! is_deleting'
+    [ "$(pinned_kib a)" -lt "$all" ] || fail "memory is pinned for a device that is gone"
+    in_state a Degraded || in_state a Disconnected || fail "the primary is $(replication a state)"
+    detail "VmPin $pinned kB while alone, protected again without registering; then $(
+        )$(grep -ao "memory does not stay registered.*" "$CASE/a.err" | tail -n 1)"
+}
+
 # All that goes by TCP is TLS.
 over_tls() {
     PAIR_OPTIONS=,tls_dir=/h/tls PAIR_OPTIONS_BACKUP=,tls_dir=/h/tls
@@ -565,6 +600,7 @@ rdma_case copy-primary-dies "$limit" primary_dies_in_the_copy
 rdma_case copy-backup-dies "$limit" backup_dies_in_the_copy
 rdma_case copy-link-down "$limit" device_fails_in_the_copy link_goes_down
 rdma_case copy-link-deleted "$limit" device_fails_in_the_copy delete_link
+rdma_case stays-registered "$limit" stays_registered
 rdma_case tls "$limit" over_tls
 rdma_case memlock-auto "$limit" too_little_locked auto
 rdma_case memlock-on "$limit" too_little_locked on

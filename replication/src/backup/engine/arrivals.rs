@@ -319,7 +319,9 @@ impl<B: ReplicaBuilder> Engine<B> {
     ) -> Shared {
         let adapter = self.rdma.clone().filter(|_| by_rdma).map(|asked| {
             let status = self.status.clone();
-            rdma::Adapter::new(asked, timeout, move |path| status.lock().info.rdma = Some(path))
+            let report = move |path| status.lock().info.rdma = Some(path);
+            // The image is opened for the time of a copy only.
+            rdma::Adapter::new(asked, timeout, report, rdma::Registered::default())
         });
         Shared {
             ram,

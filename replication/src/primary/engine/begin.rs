@@ -67,7 +67,7 @@ pub(in crate::primary) fn call(
     offer: Offer,
     identity: HostIdentity,
     status: Status,
-    seen: &Seen,
+    (seen, registered): (&Seen, rdma::Registered),
 ) -> Result<Called, Error> {
     let Checked { options, destination, rdma, fell_back: _, arbiter } = checked;
     let generation = match &arbiter {
@@ -78,7 +78,8 @@ pub(in crate::primary) fn call(
         None => Generation(0),
     };
     let report = move |path| status.lock().info.rdma = Some(path);
-    let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report));
+    let adapter =
+        rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report, registered));
     let session = session::open(offer, &destination, &options, identity, adapter)?;
     Ok(Called { options, arbiter, generation, session })
 }

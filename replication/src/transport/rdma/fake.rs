@@ -32,6 +32,27 @@ static OPEN: Mutex<BTreeMap<u32, (Ram, PageIndex, u64)>> = Mutex::new(BTreeMap::
 static WRITES: Mutex<u64> = Mutex::new(0);
 static WRITTEN: Condvar = Condvar::new();
 static KEYS: AtomicU32 = AtomicU32::new(1);
+/// By memory.
+static READ: Mutex<BTreeMap<usize, Reading>> = Mutex::new(BTreeMap::new());
+
+/// Pieces of a memory that the device was to read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Reading {
+    /// Ever registered.
+    pub(crate) made: usize,
+    /// Registered now.
+    pub(crate) now: usize,
+}
+
+fn read<T>(ram: &Ram, look: impl FnOnce(&mut Reading) -> T) -> T {
+    let mut all = READ.lock().unwrap_or_else(PoisonError::into_inner);
+    look(all.entry(Arc::as_ptr(ram.mapping()).addr()).or_default())
+}
+
+/// Of this memory.
+pub(crate) fn reading(ram: &Ram) -> Reading {
+    read(ram, |reading| *reading)
+}
 
 fn open() -> MutexGuard<'static, BTreeMap<u32, (Ram, PageIndex, u64)>> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -123,6 +144,9 @@ impl Plan {
             return Err(Error::Option { what: "there is no room for another piece".to_owned() });
         }
         let (ram, first) = (ram.clone(), PageIndex(page));
+        if purpose == Purpose::Reading {
+            read(&ram, |of| (of.made, of.now) = (of.made + 1, of.now + 1));
+        }
         let key = (purpose == Purpose::Opened).then(|| {
             // None is used again.
             let key = KEYS.fetch_add(1, Ordering::Relaxed);
@@ -142,8 +166,9 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if let Some(key) = self.key {
-            open().remove(&key);
+        match self.key {
+            Some(key) => drop(open().remove(&key)),
+            None => read(&self.ram, |of| of.now -= 1),
         }
     }
 }

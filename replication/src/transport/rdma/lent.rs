@@ -1,4 +1,4 @@
-//! Guest memory that the primary's device may read: registered once a session.
+//! Guest memory that the primary's device may read.
 //!
 //! Enters: a memory. Leaves: segments for requests: of a copy's pages as soon as their piece is registered, of an
 //! epoch's once all of it is ([`Pieces`]). Always holds: what was ready for a copy stays registered until the engine
@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use ::rdma::Segment;
 
-use super::pieces::{LendError, Pieces, Purpose};
+use super::pieces::{LendError, Pieces, Purpose, Step};
 use super::registrar::Registrar;
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::ram::Ram;
@@ -81,6 +81,11 @@ impl Lent {
         self.ended.store(true, Ordering::Release);
     }
 
+    /// Lends what is registered already.
+    pub(super) fn lend_again(&self, pieces: &Arc<Pieces>) {
+        drop(self.put(Some(Arc::clone(pieces))));
+    }
+
     /// Registers all of `ram`, of which `done` is told how many bytes are.
     ///
     /// # Errors
@@ -90,10 +95,12 @@ impl Lent {
         ram: &Ram,
         registrar: &Registrar,
         mut done: impl FnMut(u64) + Send,
-    ) -> Result<(), LendError> {
+    ) -> Result<Arc<Pieces>, LendError> {
         let pieces = Arc::new(Pieces::new(ram, registrar));
         self.put(Some(Arc::clone(&pieces)));
-        pieces.register(ram, registrar, Purpose::Reading, &self.ended, |step| done(step.bytes))
+        let done = |step: Step<'_>| done(step.bytes);
+        pieces.register(ram, registrar, Purpose::Reading, &self.ended, done)?;
+        Ok(pieces)
     }
 
     /// Not all of it could be registered, and no request reads what is.

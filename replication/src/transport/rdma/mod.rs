@@ -32,6 +32,7 @@ mod aside;
 pub(crate) mod fake;
 mod flight;
 mod gather;
+mod kept;
 mod lent;
 mod opened;
 mod opening;
@@ -61,6 +62,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use self::aside::drop_aside;
 use self::flight::{Flight, Leases};
 use self::gather::{Chunk, Limits, Place, Rest};
+pub(crate) use self::kept::Registered;
 pub(crate) use self::lent::Lent;
 pub(crate) use self::opened::{NotOpened, Opened};
 use self::pace::Pace;
@@ -68,7 +70,7 @@ pub(crate) use self::pieces::{LendError, patience as registering_patience};
 use self::ring::{Incoming, Outgoing, RING_BYTES};
 #[cfg(test)]
 pub(crate) use self::setup::FAKE;
-pub(crate) use self::setup::{Adapter, Asked, Lender, SetupError};
+pub(crate) use self::setup::{Adapter, Asked, CHECK_PATIENCE, Lender, SetupError};
 pub(crate) use self::window::PLACED_PAGES_MAX;
 use self::window::Placed;
 pub use self::window::Window;
@@ -96,18 +98,40 @@ fn invalid(what: &'static str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, what)
 }
 
+/// The numbers of a session's queue pairs. A device may stay open from one session to the next, and its word about a
+/// pair of the one before be late.
+#[derive(Default)]
+struct Pairs(Mutex<Vec<u32>>);
+
+impl Pairs {
+    fn add(&self, pair: &QueuePair) {
+        lock(&self.0).push(pair.number());
+    }
+
+    fn has(&self, number: u32) -> bool {
+        lock(&self.0).contains(&number)
+    }
+}
+
 /// What an end has of the device for itself.
 struct Device {
     context: Arc<Context>,
     channel: Arc<CompletionChannel>,
     completions: Arc<CompletionQueue>,
+    /// Of all ends of the session.
+    pairs: Arc<Pairs>,
 }
 
 impl Device {
-    fn new(domain: &ProtectionDomain, entries: u32) -> Result<Self, ::rdma::Error> {
+    fn new(
+        domain: &ProtectionDomain,
+        entries: u32,
+        pairs: &Arc<Pairs>,
+    ) -> Result<Self, ::rdma::Error> {
         let channel = CompletionChannel::new(domain.context())?;
         let completions = CompletionQueue::new(domain.context(), entries, Some(&channel))?;
-        Ok(Self { context: Arc::clone(domain.context()), channel, completions })
+        let (context, pairs) = (Arc::clone(domain.context()), Arc::clone(pairs));
+        Ok(Self { context, channel, completions, pairs })
     }
 
     /// Takes what the device reports by itself. All connections of a session hear it from the same place, whoever
@@ -115,7 +139,7 @@ impl Device {
     fn take_events(&self) -> io::Result<()> {
         while let Some(event) = self.context.next_event().map_err(failed)? {
             tell(self.context.name(), event);
-            if let Some(what) = ends(event) {
+            if let Some(what) = ends(event, |number| self.pairs.has(number)) {
                 return Err(io::Error::new(ErrorKind::ConnectionReset, what));
             }
         }
@@ -140,16 +164,19 @@ fn tell(device: &str, event: Event) {
     }
 }
 
-/// Why a session is over, if the event says so. A queue pair's end is told to one connection, which need not be
-/// its own: whose it is may hear nothing else.
-fn ends(event: Event) -> Option<&'static str> {
+/// Why a session is over, if the event says so; `ours` are its queue pairs. A queue pair's end is told to one
+/// connection, which need not be its own: whose it is may hear nothing else.
+fn ends(event: Event, ours: impl Fn(u32) -> bool) -> Option<&'static str> {
     match event {
         Event::DeviceFailed => Some("The RDMA device has failed"),
         Event::CompletionQueueFailed => Some("A completion queue of the RDMA device ran over"),
-        Event::QueuePairFailed { .. } => {
+        Event::QueuePairFailed { number } if ours(number) => {
             Some("The RDMA device reports that a queue pair has failed")
         }
-        Event::Port { .. } | Event::QueuePair { .. } | Event::Other { .. } => None,
+        Event::QueuePairFailed { .. }
+        | Event::Port { .. }
+        | Event::QueuePair { .. }
+        | Event::Other { .. } => None,
     }
 }
 

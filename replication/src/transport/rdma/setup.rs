@@ -6,7 +6,7 @@
 //! patience that was given, since what asks it is a thread of its own ([`aside`]).
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ::rdma::{
@@ -18,13 +18,14 @@ use thiserror::Error;
 
 use super::aside::{aside, drop_aside};
 use super::flight::Flight;
+use super::kept::{Kept, Registered};
 use super::lent::Lent;
 use super::opening::Opening;
 use super::pace::Pace;
 use super::pieces::LendError;
 use super::registrar::Registrar;
 use super::ring::{Incoming, Outgoing, RING_BYTES};
-use super::{CREDIT_BYTES, Device, End, Parts, Reader, Writer};
+use super::{CREDIT_BYTES, Device, End, Pairs, Parts, Reader, Writer, lock};
 use crate::checking::is_broken;
 use crate::error::chain;
 use crate::ram::Ram;
@@ -32,7 +33,7 @@ use crate::transport::{Stream, TransportError, is_late};
 use crate::wire::{FrameReader, FrameWriter, Kind, SessionId, Verbs, WireError};
 
 /// How long a device may take to say what it is, when nothing else waits for it yet.
-const CHECK_PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const CHECK_PATIENCE: Duration = Duration::from_secs(5);
 /// Chunks that read guest memory before a queue pair fails for a test.
 const FAILS_AFTER: u32 = 20;
 /// Segments of a request that are of use: a frame's scattered pages, and what stands between them.
@@ -112,7 +113,7 @@ impl Asked {
         }
         let wanted = self.wanted();
         let choice = aside(CHECK_PATIENCE, move || {
-            Library::load().and_then(|library| library.open(&wanted))
+            Library::load().and_then(|library| library.open(&wanted, None))
         })?;
         choice.map(drop).map_err(TransportError::Rdma)
     }
@@ -125,17 +126,29 @@ struct Opened {
     chunks: u32,
     /// Segments of a request that are asked for.
     segments: u32,
+    pairs: Arc<Pairs>,
+    /// What is registered in the domain since an earlier session, until it is lent.
+    kept: Mutex<Option<Kept>>,
 }
 
 impl Opened {
-    fn new(wanted: &Wanted, depth: Option<u32>) -> Result<Self, ::rdma::Error> {
+    fn new(wanted: &Wanted, depth: Option<u32>, kept: Option<Kept>) -> Result<Self, ::rdma::Error> {
         let library = Library::load()?;
-        let (context, place) = library.open(wanted)?;
+        let kept = kept.filter(Kept::is_usable);
+        let domain = kept.as_ref().and_then(Kept::domain).cloned();
+        let (context, place) = library.open(wanted, domain.as_ref().map(|old| old.context()))?;
+        let domain = domain.filter(|domain| Arc::ptr_eq(domain.context(), &context));
+        // That of another device, or of one that is opened anew, ends here.
+        let kept = Mutex::new(kept.filter(|_| domain.is_some()));
         let limits = context.limits()?;
         let chunks = chunks(depth, limits.requests_max, limits.completions_max, &place.device)?;
-        let domain = ProtectionDomain::new(&context)?;
+        let domain = domain.map_or_else(|| ProtectionDomain::new(&context), Ok)?;
         let segments = limits.segments_max.clamp(1, SEGMENTS_MAX);
-        Ok(Self { domain, place, chunks, segments })
+        Ok(Self { domain, place, chunks, segments, pairs: Arc::default(), kept })
+    }
+
+    fn device(&self) -> Result<Device, ::rdma::Error> {
+        Device::new(&self.domain, completions(self.chunks), &self.pairs)
     }
 
     fn pair(
@@ -152,7 +165,10 @@ impl Opened {
             inline_bytes: 0,
         };
         let origin = Origin { port: self.place.port, gid_index: self.place.gid_index, access };
-        QueuePair::new(&self.domain, &device.completions, &device.completions, &depths, origin)
+        let queue = &device.completions;
+        let pair = QueuePair::new(&self.domain, queue, queue, &depths, origin)?;
+        self.pairs.add(&pair);
+        Ok(pair)
     }
 
     /// One whose requests gather as many segments as the device has room for in all of them.
@@ -211,6 +227,7 @@ struct Shared {
     report: Box<dyn Fn(RdmaPath) + Send + Sync>,
     opening: Opening<Opened>,
     lent: Arc<Lent>,
+    registered: Registered,
 }
 
 impl Drop for Shared {
@@ -224,15 +241,16 @@ impl Drop for Shared {
 
 impl Adapter {
     /// Nothing is opened yet: which device it is depends on how the peer is reached. `timeout` is the session's,
-    /// and `report` hears what each connection uses.
+    /// and `report` hears what each connection uses. `registered` is what the VM's sessions leave to one another.
     pub(crate) fn new(
         asked: Asked,
         timeout: Duration,
         report: impl Fn(RdmaPath) + Send + Sync + 'static,
+        registered: Registered,
     ) -> Self {
         let (report, opening) = (Box::new(report), Opening::new());
         let lent = Arc::default();
-        Self(Arc::new(Shared { asked, timeout, report, opening, lent }))
+        Self(Arc::new(Shared { asked, timeout, report, opening, lent, registered }))
     }
 
     /// See [`FAKE`].
@@ -248,8 +266,23 @@ impl Adapter {
     fn opened(&self, tcp: &dyn Stream) -> Result<Arc<Opened>, TransportError> {
         self.0.opening.get(self.patience(), || {
             let wanted = Wanted { local: tcp.local_address(), ..self.0.asked.wanted() };
-            Opened::new(&wanted, self.0.asked.depth)
+            Opened::new(&wanted, self.0.asked.depth, self.0.registered.take())
         })
+    }
+
+    /// The device of the connections that were made.
+    fn made(&self) -> Result<Arc<Opened>, TransportError> {
+        let none = || Err(::rdma::Error::Option { what: "no device is opened".to_owned() });
+        self.0.opening.get(self.patience(), none)
+    }
+
+    /// What an earlier session has registered with the device of the connections that were made.
+    fn kept(&self) -> Option<Kept> {
+        #[cfg(test)]
+        if self.0.asked.plan().is_some() {
+            return self.0.registered.take();
+        }
+        lock(&self.made().ok()?.kept).take()
     }
 
     /// That of the device of the connections that were made.
@@ -258,9 +291,7 @@ impl Adapter {
         if let Some(plan) = self.0.asked.plan() {
             return Ok(Registrar::Fake(Arc::new(plan)));
         }
-        let none = || Err(::rdma::Error::Option { what: "no device is opened".to_owned() });
-        let opened = self.0.opening.get(self.patience(), none)?;
-        Ok(Registrar::Device(Arc::clone(&opened.domain)))
+        Ok(Registrar::Device(Arc::clone(&self.made()?.domain)))
     }
 
     /// What lends guest memory to the connections that were made.
@@ -325,7 +356,7 @@ impl Adapter {
         let tcp = control.get_ref().duplicate().map_err(WireError::Io)?;
         tcp.set_read_timeout(Some(self.answer_patience())).map_err(WireError::Io)?;
         let opened = self.opened(tcp.as_ref())?;
-        let device = Device::new(&opened.domain, completions(opened.chunks))?;
+        let device = opened.device()?;
         let pair = opened.gathering_pair(&device)?;
         let segments_max = pair.depths().send_segments.clamp(1, SEGMENTS_MAX);
         let ours = Verbs::of(pair.endpoint(), opened.chunks);
@@ -406,7 +437,7 @@ impl Adapter {
         tcp: Box<dyn Stream>,
     ) -> Result<Reader, SetupError> {
         let opened = self.opened(tcp.as_ref())?;
-        let device = Device::new(&opened.domain, completions(opened.chunks))?;
+        let device = opened.device()?;
         let local = Buffer::new(&opened.domain, RING_BYTES, Access::REMOTE_WRITE)?;
         let pair = opened.pair(&device, Access::REMOTE_WRITE, 1)?;
         let Remote { address, key } = local.remote();
@@ -444,13 +475,26 @@ impl Lender {
         self.adapter.as_ref().map_or(SETUP_PATIENCE_MIN, Adapter::patience)
     }
 
-    /// Registers all of `ram`, piece by piece, `done` bytes so far. Asks the device, so not for an engine's thread.
+    /// Lends what an earlier session has registered; `false` if there is nothing, or not of this memory.
+    pub(crate) fn lend_again(&self, ram: &Ram) -> bool {
+        let Some(adapter) = &self.adapter else { return false };
+        let Some(kept) = adapter.kept().filter(|kept| kept.is_of(ram)) else { return false };
+        adapter.0.lent.lend_again(&kept.pieces);
+        adapter.0.registered.keep(kept);
+        true
+    }
+
+    /// Registers all of `ram`, piece by piece, `done` bytes so far, for this session and those after it. Asks the
+    /// device, so not for an engine's thread.
     ///
     /// # Errors
     /// [`LendError`]; see [`Lent::give_up`].
     pub(crate) fn lend(&self, ram: &Ram, done: impl FnMut(u64) + Send) -> Result<(), LendError> {
         let Some(adapter) = &self.adapter else { return Err(LendError::Ended) };
-        adapter.0.lent.lend(ram, &adapter.registrar()?, done)
+        let registrar = adapter.registrar()?;
+        let pieces = adapter.0.lent.lend(ram, &registrar, done)?;
+        adapter.0.registered.keep(Kept { registrar, pieces, ram: ram.clone() });
+        Ok(())
     }
 }
 
