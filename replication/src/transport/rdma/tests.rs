@@ -4,8 +4,10 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
+use ::rdma::{Event, PortChange};
 use proptest::prelude::*;
 
+use super::ends;
 use super::flight::Flight;
 use super::gather::{Chunk, Limits, Place, Rest};
 use super::ring::{Incoming, Outgoing};
@@ -242,4 +244,18 @@ fn a_build_that_lets_go_when_it_posts_is_found() {
     let steps = [(0, 10, vec![1, 2, 3]), (1, 0, vec![]), (3, RING, vec![])];
     assert!(run(Connection::new(4, 8, 4, false), &steps));
     assert!(!run(Connection::new(4, 8, 4, true), &steps));
+}
+
+/// The device stays open from session to session, and is heard by one connection for all.
+#[test]
+fn a_queue_pair_that_fails_ends_its_own_session() {
+    let ours = |number| [7, 9].contains(&number);
+    for number in [7, 9] {
+        assert!(ends(Event::QueuePairFailed { number }, ours).is_some(), "of any connection");
+    }
+    assert_eq!(ends(Event::QueuePairFailed { number: 8 }, ours), None, "of the session before");
+    assert!(ends(Event::DeviceFailed, ours).is_some());
+    assert!(ends(Event::CompletionQueueFailed, ours).is_some());
+    let down = Event::Port { port: 1, change: PortChange::Down };
+    assert_eq!(ends(down, ours), None, "it may be back before patience is over");
 }
