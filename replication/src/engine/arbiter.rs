@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use super::spawn;
 use crate::checking::reach;
 use crate::error::{Error, chain};
-use crate::ownership::{Arbiter, carry_out};
+use crate::ownership::{Arbiter, ArbiterError, carry_out};
 use crate::protocol::asking::Asking;
 pub(crate) use crate::protocol::asking::Next;
 use crate::protocol::ownership::{Action, Claim, Event};
@@ -18,6 +18,8 @@ pub(crate) struct Report {
     pub(crate) claim: u64,
     pub(crate) event: Event,
     pub(crate) error: Option<String>,
+    /// It failed because an older record stands than was expected, or none.
+    pub(crate) is_gone: bool,
 }
 
 /// Asks the arbiter on behalf of an engine: [`Asking`] decides, a thread calls.
@@ -130,8 +132,11 @@ fn work(
             reach("swapped");
         }
         let report = match answer {
-            Ok(event) => Report { claim, event, error: None },
-            Err(error) => Report { claim, event: Event::Failed, error: Some(chain(&error)) },
+            Ok(event) => Report { claim, event, error: None, is_gone: false },
+            Err(error) => {
+                let is_gone = matches!(error, ArbiterError::Vanished(_));
+                Report { claim, event: Event::Failed, error: Some(chain(&error)), is_gone }
+            }
         };
         if !deliver(report) {
             return;

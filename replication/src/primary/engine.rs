@@ -565,6 +565,12 @@ impl<'g, G: Guest> Engine<'g, G> {
                     self.arbiter_failed(error);
                 }
                 let next = self.asker.report(&report);
+                if report.is_gone && self.is_unfounded(&next) {
+                    let reason = report.error.unwrap_or_default();
+                    return self.step(Event::PeerLost(format!(
+                        "{reason} Nobody but this host knows of that one: protection begins anew"
+                    )));
+                }
                 self.claim_went(next);
             }
             Input::Ask(ask, answer) => self.asked(ask, answer),
@@ -802,6 +808,14 @@ impl<'g, G: Guest> Engine<'g, G> {
         if !std::mem::replace(&mut self.undecided_told, true) {
             self.observer.event(Told::Undecided { error: error.to_owned() });
         }
+    }
+
+    /// Whether a pair is asked for in place of a record that no backup has seen, which may never have been where it is
+    /// asked: in an empty mount point, say. To wait for it would be for ever, and nobody has anything of this session.
+    fn is_unfounded(&self, next: &Next) -> bool {
+        matches!(next, Next::Wait { .. })
+            && self.machine.state() == State::Pairing
+            && self.seen.generation() < self.machine.generation()
     }
 
     fn claim_went(&mut self, next: Next) {

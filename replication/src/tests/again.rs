@@ -566,3 +566,35 @@ fn a_first_protection_at_an_empty_mount_point_is_followed_by_one_at_the_right_pl
     takes_over(&backup, &primary, &machine);
     primary.handle.join();
 }
+
+/// The same where it comes back after a session has looked at the record, and before it puts its own in that one's place.
+#[test]
+fn a_record_that_only_this_host_has_seen_is_not_waited_for() {
+    let mount = Arc::new(Mount::new());
+    let records = mount.behind("records");
+    mount.put("empty");
+    let backup = Backup::start(Some(&records));
+    // Control, data and bell of the session whose pair is refused, and then the control connection of the next.
+    let next = replicate("tcp:none:1", None).connections as usize + 2;
+    let mounts = Arc::clone(&mount);
+    let proxy = Proxy::start(
+        backup.port(),
+        Arc::new(move |number, offset, _| {
+            if (number, offset) == (next, 0) {
+                mounts.put("records");
+            }
+        }),
+    );
+    let machine = small_machine();
+    let options = options(&proxy.url(), Some(&mount.point()));
+    let primary = Primary::with(&machine, options, HostIdentity::random()).unwrap();
+    let resynced = |event: &Event| *event == Event::Resynced;
+    primary.events.wait(resynced).unwrap();
+    let unfounded = |event: &Event| matches!(event, Event::Undecided { error } if error.contains("where generation 1 was"));
+    assert!(primary.events.events().iter().any(unfounded), "it was not asked for");
+    assert_eq!(record(&records).generation.0, 1, "what stood elsewhere counts for nothing");
+    assert!(machine.is_holding() && !machine.is_destroyed());
+    machine.work(0, PageIndex(3), 5).unwrap();
+    takes_over(&backup, &primary, &machine);
+    primary.handle.join();
+}

@@ -236,7 +236,7 @@ impl<B: ReplicaBuilder> Reception<B> {
             }
             Word::Answer(claim, event) => {
                 let error = matches!(event, Event::Failed).then(|| "it failed".to_owned());
-                self.deliver(Input::Arbiter(Asked { claim, event, error }));
+                self.deliver(Input::Arbiter(Asked { claim, event, error, is_gone: false }));
             }
             Word::Stop => self.ask(Ask::Stop),
             Word::Failover { force } => self.ask(Ask::Failover { force }),

@@ -270,7 +270,7 @@ impl<G: Guest> Session<G> {
             }
             Word::Answer(claim, event) => {
                 let error = matches!(event, Event::Failed).then(|| "it failed".to_owned());
-                Input::Arbiter(Asked { claim, event, error })
+                Input::Arbiter(Asked { claim, event, error, is_gone: false })
             }
             Word::Stop => {
                 // As whoever asks sees it.
