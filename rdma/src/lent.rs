@@ -80,6 +80,12 @@ impl LentMemory {
         Ok(Self { region: Some(region), memory: Some(memory) })
     }
 
+    /// Where it is registered.
+    #[must_use]
+    pub fn domain(&self) -> &Arc<ProtectionDomain> {
+        self.region.as_ref().expect("it ends when it is dropped").domain()
+    }
+
     /// Where a peer finds it. The key is good for nothing unless it was opened.
     #[must_use]
     pub fn remote(&self) -> Remote {

@@ -155,6 +155,12 @@ impl MemoryRegion {
         Ok(Self { domain: Arc::clone(domain), raw, start, len })
     }
 
+    /// Where it is registered.
+    #[must_use]
+    pub fn domain(&self) -> &Arc<ProtectionDomain> {
+        &self.domain
+    }
+
     /// The key for one's own requests.
     #[must_use]
     pub fn local_key(&self) -> u32 {

@@ -143,6 +143,8 @@ pub(super) struct Engine<'g, G: Guest> {
     lender: Option<rdma::Lender>,
     lent: Option<Arc<rdma::Lent>>,
     lending: bool,
+    /// What the next session may find of it, and until when that is waited for.
+    registered: Option<(rdma::Kept, Instant)>,
     /// The writing of the backup's memory, what of the copy goes so, and until when the backup is to
     /// answer.
     approach: Approach,
@@ -293,6 +295,7 @@ impl<'g, G: Guest> Engine<'g, G> {
             lent: lender.as_ref().map(rdma::Lender::lent),
             lender,
             lending: false,
+            registered: None,
             approach: Approach::default(),
             straight: None,
             opens_zero: false,
@@ -423,8 +426,10 @@ impl<'g, G: Guest> Engine<'g, G> {
     fn ended(mut self) -> Option<Ended> {
         let goes_on = self.options.reconnect && self.machine.may_go_on();
         let no_rdma = self.no_rdma.take();
+        self.end_lent();
+        let registered = self.registered.take().map(|(kept, _)| kept);
         let rest = self.end(goes_on);
-        goes_on.then_some(Ended { rest, no_rdma })
+        goes_on.then_some(Ended { rest, no_rdma, registered })
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -449,6 +454,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         next = next.min(self.claim_due.unwrap_or(next));
         next = next.min(self.handover_due.unwrap_or(next));
         next = next.min(self.data_lost.as_ref().map_or(next, |(_, until)| *until));
+        next = next.min(self.registered.as_ref().map_or(next, |(_, until)| *until));
         if self.awaits_peer() {
             next = next.min(self.patience.deadline());
         }
@@ -740,6 +746,7 @@ impl<'g, G: Guest> Engine<'g, G> {
         if self.brake_due().is_some_and(|due| due <= now) {
             self.brake();
         }
+        self.unregister_late(now);
     }
 
     fn tell(&self, message: Message) {

@@ -35,6 +35,8 @@ use crate::transport::rdma;
 /// First wait before an attempt; doubles up to the last.
 const WAIT_MS_FIRST: u64 = 100;
 const WAIT_MS_LAST: u64 = 5000;
+/// How often the device that has the guest's memory is looked at while a call goes on.
+const LOOKS: Duration = Duration::from_secs(5);
 /// First wait where the peer is well and about to listen.
 const WAIT_MS_SOON: u64 = 5;
 
@@ -131,7 +133,7 @@ pub(super) struct Keeper<G: Guest> {
     /// again.
     pub(super) fell_back: Option<String>,
     pub(super) falls: Log,
-    /// The guest's memory, as the sessions by RDMA leave it to one another.
+    /// The guest's memory, as one session by RDMA leaves it to the next.
     pub(super) registered: rdma::Registered,
 }
 
@@ -190,7 +192,7 @@ impl<G: Guest> Keeper<G> {
                 Word::Timer | Word::Called(_) => {}
             }
             self.status.lock().info.reconnect_attempts += 1;
-            self.registered.look(rdma::CHECK_PATIENCE);
+            self.look_at_device();
             // They were good before: a certificate is being renewed, or its storage is away.
             let checked = match Checked::new(self.options.clone(), self.fell_back.as_deref()) {
                 Ok(checked) => checked,
@@ -290,7 +292,16 @@ impl<G: Guest> Keeper<G> {
         }
         self.fell_back = Some(reason.to_owned());
         // Nobody hears what the device says meanwhile.
-        self.registered.let_go();
+        self.registered.put(None);
+    }
+
+    /// Whether the device may keep the guest's memory, while no session hears it.
+    fn look_at_device(&self) {
+        if !self.registered.look(rdma::CHECK_PATIENCE)
+            && let Some(path) = &mut self.status.lock().info.rdma
+        {
+            path.registered_bytes = 0;
+        }
     }
 
     /// What carries the data of the next session, and why it is not what the URL says.
@@ -314,9 +325,9 @@ impl<G: Guest> Keeper<G> {
         let offer = session::offer(&mut self.guest, &checked.options, way, base, reversed)?;
         let (identity, status, inputs) =
             (self.identity, self.status.clone(), self.mailbox.inputs());
-        let (seen, registered) = (self.seen.clone(), self.registered.clone());
+        let (seen, finds) = (self.seen.clone(), self.registered.finds());
         spawn("repl-call", None, move || {
-            let called = call(checked, offer, identity, status, (&seen, registered));
+            let called = call(checked, offer, identity, status, (&seen, finds));
             // Nobody listens: what was made ends here.
             let _ = inputs.send(Input::Called(Box::new(called)));
         })?;
@@ -338,8 +349,7 @@ impl<G: Guest> Keeper<G> {
     /// Waits for the answer to a call, or for a moment, and serves people meanwhile.
     fn wait(&self, queue: &Receiver<Input>, until: Option<Instant>) -> Word {
         loop {
-            let far = Instant::now() + Duration::from_secs(3600);
-            match queue.recv_deadline(until.unwrap_or(far)) {
+            match queue.recv_deadline(until.unwrap_or_else(|| Instant::now() + LOOKS)) {
                 Ok(Input::Called(called)) => return Word::Called(called),
                 Ok(Input::Ask(Ask::Stop { .. }, answer)) => return Word::Stop(answer),
                 Ok(Input::Ask(Ask::Failover { .. }, answer)) => {
@@ -353,7 +363,7 @@ impl<G: Guest> Keeper<G> {
                 }
                 // Of a session that has ended.
                 Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) if until.is_none() => {}
+                Err(RecvTimeoutError::Timeout) if until.is_none() => self.look_at_device(),
                 Err(RecvTimeoutError::Timeout) => return Word::Timer,
                 Err(RecvTimeoutError::Disconnected) => {
                     unreachable!("the mailbox holds a sender")
@@ -406,6 +416,7 @@ impl<G: Guest> Keeper<G> {
     /// What the next session has of the one before.
     fn goes_on_from(&mut self, ended: Ended) {
         self.rest = ended.rest;
+        self.registered.put(ended.registered);
         self.fell_back = None;
         if let Some(reason) = ended.no_rdma {
             self.fall_back(&reason);

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use api::replication::{RdmaPin, ReplicateData, ReplicationState};
+use api::replication::{RdmaPin, ReceiveReplicaData, ReplicateData, ReplicationState};
 
 use super::pair::{Primary, Proxy};
 use super::{LAYOUT, Workers, receive_options, replicate, small_machine, until};
@@ -53,10 +53,13 @@ struct Backup {
 
 impl Backup {
     fn start(device: impl Into<Device>) -> Self {
+        Self::with(device, receive_options(None))
+    }
+
+    fn with(device: impl Into<Device>, mut options: ReceiveReplicaData) -> Self {
         let image = memory(&LAYOUT);
         let builder = MemoryBuilder { kept: Some(image.clone()), ..MemoryBuilder::default() };
         let log = Arc::clone(&builder.log);
-        let mut options = receive_options(None);
         options.rdma_device = device.into().name();
         let address = Address::Rdma { host: "127.0.0.1".to_owned(), port: 0 };
         let events = Arc::new(Recorder::default());
@@ -248,6 +251,39 @@ fn memory_stays_registered_from_session_to_session() {
     }
     primary.handle.stop().unwrap();
     until(|| reading(machine.ram()), |found| *found == Reading { made: PIECES, now: 0 });
+    machine.power_off();
+    workers.join();
+    assert_eq!(backup.wrong(), Vec::<String>::new());
+}
+
+/// An arbiter that is away may be so for long, and nobody hears what the device says meanwhile.
+#[test]
+fn memory_does_not_stay_registered_while_it_is_open_whose_the_vm_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let [here, away] = ["records", "away"].map(|name| dir.path().join(name));
+    std::fs::create_dir(&here).unwrap();
+    // It does not suspect a primary that is cut off.
+    let patient = ReceiveReplicaData { timeout_ms: 600_000, ..receive_options(Some(&here)) };
+    let backup = Backup::with(ALL, patient);
+    let (machine, workers) = guest(11);
+    let mut options = ReplicateData { reconnect: true, ..backup.asked(ALL) };
+    let (_, port) = options.destination_url.rsplit_once(':').unwrap();
+    let proxy = Proxy::plain(port.parse().unwrap());
+    options.destination_url = proxy.url().replace("tcp:", "rdma:");
+    options.arbiter = Some(format!("file:{}", here.display()));
+    options.timeout_ms = 1000;
+    let primary = protect(&machine, options);
+    primary.events.wait(|event| *event == Event::Synced).unwrap();
+    std::fs::rename(&here, &away).unwrap();
+    proxy.cut_front();
+    until(|| reading(machine.ram()), |found| found.now == 0);
+    assert!(machine.is_holding(), "it was decided");
+    std::fs::rename(&away, &here).unwrap();
+    primary.events.wait(|event| matches!(event, Event::Degraded { .. })).unwrap();
+    proxy.heal();
+    primary.events.wait(|event| *event == Event::Resynced).unwrap();
+    assert_eq!(reading(machine.ram()), Reading { made: 2 * PIECES, now: PIECES });
+    primary.handle.stop().unwrap();
     machine.power_off();
     workers.join();
     assert_eq!(backup.wrong(), Vec::<String>::new());

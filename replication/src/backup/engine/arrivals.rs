@@ -321,7 +321,7 @@ impl<B: ReplicaBuilder> Engine<B> {
             let status = self.status.clone();
             let report = move |path| status.lock().info.rdma = Some(path);
             // The image is opened for the time of a copy only.
-            rdma::Adapter::new(asked, timeout, report, rdma::Registered::default())
+            rdma::Adapter::new(asked, timeout, report, rdma::Finds::default())
         });
         Shared {
             ram,

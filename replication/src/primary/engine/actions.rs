@@ -188,9 +188,7 @@ impl<G: Guest> Engine<'_, G> {
         if let Some(disks) = &self.disks {
             disks.close();
         }
-        if let Some(lent) = self.lent.take() {
-            lent.end();
-        }
+        self.end_lent();
         self.disks_copy = false;
         self.disk_job += 1;
         self.in_flight.forget();
@@ -339,9 +337,6 @@ impl<G: Guest> Engine<'_, G> {
         }
         if let Some(senders) = self.senders.take() {
             drop(senders.close());
-        }
-        if let Some(lent) = self.lent.take() {
-            lent.end();
         }
         let patience = self.timeout();
         if let Some(disks) = self.disks.take() {

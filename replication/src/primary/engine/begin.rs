@@ -67,7 +67,7 @@ pub(in crate::primary) fn call(
     offer: Offer,
     identity: HostIdentity,
     status: Status,
-    (seen, registered): (&Seen, rdma::Registered),
+    (seen, finds): (&Seen, rdma::Finds),
 ) -> Result<Called, Error> {
     let Checked { options, destination, rdma, fell_back: _, arbiter } = checked;
     let generation = match &arbiter {
@@ -78,8 +78,7 @@ pub(in crate::primary) fn call(
         None => Generation(0),
     };
     let report = move |path| status.lock().info.rdma = Some(path);
-    let adapter =
-        rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report, registered));
+    let adapter = rdma.map(|asked| |timeout| rdma::Adapter::new(asked, timeout, report, finds));
     let session = session::open(offer, &destination, &options, identity, adapter)?;
     Ok(Called { options, arbiter, generation, session })
 }
@@ -118,4 +117,6 @@ pub(in crate::primary) struct Ended {
     pub(in crate::primary) rest: Option<Rest>,
     /// Why data is to go by TCP in the next one.
     pub(in crate::primary) no_rdma: Option<String>,
+    /// The guest's memory, if it is registered with an RDMA device.
+    pub(in crate::primary) registered: Option<rdma::Kept>,
 }

@@ -11,7 +11,7 @@ use std::time::Instant;
 use api::replication::{Cow, RdmaPin};
 
 use super::{Engine, Error, Event, Guest, Input, Work, rdma};
-use crate::engine::spawn;
+use crate::engine::{clock, spawn};
 use crate::error::chain;
 use crate::ids::PAGE_SIZE;
 
@@ -86,6 +86,19 @@ impl<G: Guest> Engine<'_, G> {
             Work::Opening => self.approached(),
             Work::AwaitingRest if !self.disks_copy => self.copy(1),
             _ => {}
+        }
+    }
+
+    /// Nothing is lent any more. What is registered is the next session's, if that comes soon.
+    pub(super) fn end_lent(&mut self) {
+        let Some(lent) = self.lent.take() else { return };
+        self.registered = lent.end().map(|kept| (kept, clock::now() + self.timeout()));
+    }
+
+    /// Whose the VM is has been open for long, and nobody hears its device meanwhile.
+    pub(super) fn unregister_late(&mut self, now: Instant) {
+        if self.registered.take_if(|(_, until)| *until <= now).is_some() {
+            tracing::info!("guest memory does not stay registered: whose the VM is is not decided");
         }
     }
 

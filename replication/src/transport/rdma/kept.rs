@@ -1,12 +1,18 @@
 //! Guest memory that stays registered from one session of a VM to the next: to register it again would keep a VM
 //! that is alone from being protected for as long as that takes.
 //!
+//! ```text
+//!   keeper ── Registered ──> the session's device, when it is opened ──> its connections ──> engine
+//!     ^                                                                                        |
+//!     +------- once the VM is alone, unless whose it is was open for long (or for TCP) <-------+
+//! ```
+//!
 //! Enters: what a session has registered, all of it. Leaves: the same, for the next session, if that is by the same
-//! device. Always holds: only its own device reads it, and for this VM's requests only, since its keys give a peer no
-//! right; a device that has failed, has no port that is up, or is about to be removed, which may wait for whoever has it
-//! open, has nothing of a VM that is alone.
+//! device. Always holds: it has one place, so what fails on the way ends it; only its own device reads it, and for
+//! this VM's requests only, since its keys give a peer no right; nobody asks a device on an engine's or the keeper's
+//! thread: the pieces have the last hold of its domain, and end on a thread of their own.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use ::rdma::{Context, Library, ProtectionDomain};
@@ -14,15 +20,13 @@ use ::rdma::{Context, Library, ProtectionDomain};
 use super::aside::aside;
 use super::lock;
 use super::pieces::Pieces;
-use super::registrar::Registrar;
 use super::tell;
 use crate::error::chain;
 use crate::ram::Ram;
 
-/// What a session leaves to the next. Dropping it asks no device: a thread of its own does.
-pub(super) struct Kept {
-    /// Before the pieces, which hold the same domain: its end is theirs.
-    pub(super) registrar: Registrar,
+/// What a session leaves to the next.
+#[derive(Clone)]
+pub(crate) struct Kept {
     pub(super) pieces: Arc<Pieces>,
     pub(super) ram: Ram,
 }
@@ -33,12 +37,9 @@ impl Kept {
         Arc::ptr_eq(self.ram.mapping(), ram.mapping())
     }
 
-    pub(super) fn domain(&self) -> Option<&Arc<ProtectionDomain>> {
-        match &self.registrar {
-            Registrar::Device(domain) => Some(domain),
-            #[cfg(test)]
-            Registrar::Fake(_) => None,
-        }
+    /// Where it is registered.
+    pub(super) fn domain(&self) -> Option<Arc<ProtectionDomain>> {
+        self.pieces.domain().map(Arc::clone)
     }
 
     /// Whether a session may use it, as far as its device has said.
@@ -55,37 +56,44 @@ fn is_well(context: &Context) -> Result<bool, ::rdma::Error> {
     Ok(!context.has_failed())
 }
 
-/// A VM's, for all of its sessions.
-#[derive(Clone, Default)]
+/// Where it is between two sessions. A VM's keeper has the only one.
+#[derive(Default)]
 pub(crate) struct Registered(Arc<Mutex<Option<Kept>>>);
 
+/// Whoever opens a device looks there, unless the VM is not kept protected any more.
+#[derive(Clone, Default)]
+pub(crate) struct Finds(Weak<Mutex<Option<Kept>>>);
+
+impl Finds {
+    pub(super) fn take(&self) -> Option<Kept> {
+        lock(&*self.0.upgrade()?).take()
+    }
+}
+
 impl Registered {
-    pub(super) fn keep(&self, kept: Kept) {
-        let before = lock(&self.0).replace(kept);
+    pub(crate) fn finds(&self) -> Finds {
+        Finds(Arc::downgrade(&self.0))
+    }
+
+    /// What is there ends, and this takes its place.
+    pub(crate) fn put(&self, kept: Option<Kept>) {
+        let before = std::mem::replace(&mut *lock(&self.0), kept);
         drop(before);
     }
 
-    pub(super) fn take(&self) -> Option<Kept> {
-        lock(&self.0).take()
-    }
-
-    /// Nothing stays registered.
-    pub(crate) fn let_go(&self) {
-        drop(self.take());
-    }
-
-    /// Lets go of what a device should not have any longer. For a VM that is alone; `patience` is for a device that
-    /// hangs.
-    pub(crate) fn look(&self, patience: Duration) {
-        let domain = lock(&self.0).as_ref().and_then(|kept| kept.domain().map(Arc::clone));
-        let Some(domain) = domain else { return };
+    /// Lets go of what a device should not have any longer: one that has failed, that has no port that is up, or that is
+    /// about to be removed, which may wait for whoever has it open. `patience` is for one that hangs. `false` if
+    /// that was so.
+    pub(crate) fn look(&self, patience: Duration) -> bool {
+        let domain = lock(&self.0).as_ref().and_then(Kept::domain);
+        let Some(domain) = domain else { return true };
         let name = domain.context().name().to_owned();
         let looked = aside(patience, move || {
             let context = domain.context();
             Ok::<_, ::rdma::Error>(is_well(context)? && Library::load()?.is_up(context.name())?)
         });
         let reason = match looked {
-            Ok(Ok(true)) => return,
+            Ok(Ok(true)) => return true,
             Ok(Ok(false)) => "it failed, is down, or is being removed".to_owned(),
             Ok(Err(error)) => chain(&error),
             Err(error) => chain(&error),
@@ -93,6 +101,7 @@ impl Registered {
         tracing::info!(
             "guest memory does not stay registered with the RDMA device {name}: {reason}"
         );
-        self.let_go();
+        self.put(None);
+        false
     }
 }

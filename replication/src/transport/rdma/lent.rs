@@ -9,7 +9,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use ::rdma::Segment;
 
-use super::pieces::{LendError, Pieces, Purpose, Step};
+use super::kept::Kept;
+use super::pieces::{LendError, Pieces, Purpose};
 use super::registrar::Registrar;
 use crate::ids::{PAGE_SIZE, PageIndex};
 use crate::ram::Ram;
@@ -17,13 +18,14 @@ use crate::ram::Ram;
 /// The memory of a session, for all of its connections.
 #[derive(Default)]
 pub(crate) struct Lent {
-    pieces: RwLock<Option<Arc<Pieces>>>,
+    kept: RwLock<Option<Kept>>,
     ended: AtomicBool,
 }
 
 impl Lent {
     fn with<T>(&self, look: impl FnOnce(&Pieces) -> T) -> Option<T> {
-        self.pieces.read().unwrap_or_else(PoisonError::into_inner).as_deref().map(look)
+        let kept = self.kept.read().unwrap_or_else(PoisonError::into_inner);
+        kept.as_ref().map(|kept| look(&kept.pieces))
     }
 
     /// Whether all pages can be read in memory.
@@ -76,14 +78,16 @@ impl Lent {
         self.with(|pieces| pieces.of(page).map(|(_, memory)| look(memory))).flatten()
     }
 
-    /// The session is over: what is not registered yet will not be.
-    pub(crate) fn end(&self) {
+    /// The session is over: what is not registered yet will not be. What another one may find, if all of it is.
+    pub(crate) fn end(&self) -> Option<Kept> {
         self.ended.store(true, Ordering::Release);
+        let kept = self.kept.read().unwrap_or_else(PoisonError::into_inner);
+        kept.as_ref().filter(|kept| kept.pieces.is_all_ready()).cloned()
     }
 
     /// Lends what is registered already.
-    pub(super) fn lend_again(&self, pieces: &Arc<Pieces>) {
-        drop(self.put(Some(Arc::clone(pieces))));
+    pub(super) fn lend_again(&self, kept: Kept) {
+        drop(self.put(Some(kept)));
     }
 
     /// Registers all of `ram`, of which `done` is told how many bytes are.
@@ -95,12 +99,10 @@ impl Lent {
         ram: &Ram,
         registrar: &Registrar,
         mut done: impl FnMut(u64) + Send,
-    ) -> Result<Arc<Pieces>, LendError> {
+    ) -> Result<(), LendError> {
         let pieces = Arc::new(Pieces::new(ram, registrar));
-        self.put(Some(Arc::clone(&pieces)));
-        let done = |step: Step<'_>| done(step.bytes);
-        pieces.register(ram, registrar, Purpose::Reading, &self.ended, done)?;
-        Ok(pieces)
+        drop(self.put(Some(Kept { pieces: Arc::clone(&pieces), ram: ram.clone() })));
+        pieces.register(ram, registrar, Purpose::Reading, &self.ended, |step| done(step.bytes))
     }
 
     /// Not all of it could be registered, and no request reads what is.
@@ -108,8 +110,8 @@ impl Lent {
         drop(self.put(None));
     }
 
-    fn put(&self, pieces: Option<Arc<Pieces>>) -> Option<Arc<Pieces>> {
-        let mut held = self.pieces.write().unwrap_or_else(PoisonError::into_inner);
-        std::mem::replace(&mut held, pieces)
+    fn put(&self, kept: Option<Kept>) -> Option<Kept> {
+        let mut held = self.kept.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut held, kept)
     }
 }

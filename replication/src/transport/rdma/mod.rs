@@ -62,7 +62,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use self::aside::drop_aside;
 use self::flight::{Flight, Leases};
 use self::gather::{Chunk, Limits, Place, Rest};
-pub(crate) use self::kept::Registered;
+pub(crate) use self::kept::{Finds, Kept, Registered};
 pub(crate) use self::lent::Lent;
 pub(crate) use self::opened::{NotOpened, Opened};
 use self::pace::Pace;
@@ -143,7 +143,11 @@ impl Device {
                 return Err(io::Error::new(ErrorKind::ConnectionReset, what));
             }
         }
-        Ok(())
+        match self.context.has_failed() {
+            // An end of the session before may have been the one that heard it.
+            true => Err(io::Error::new(ErrorKind::ConnectionReset, "The RDMA device has failed")),
+            false => Ok(()),
+        }
     }
 }
 

@@ -16,10 +16,11 @@
 use std::mem::ManuallyDrop;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use ::rdma::ProtectionDomain;
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
@@ -159,6 +160,11 @@ impl Pieces {
             let (registrar, ram) = (registrar.clone(), ram.clone());
             move || registrar.register(&ram, purpose, start, bytes / PAGE_SIZE as u64)
         })
+    }
+
+    /// Where they are registered; `None` as long as the first is not.
+    pub(super) fn domain(&self) -> Option<&Arc<ProtectionDomain>> {
+        self.list.first()?.memory.get()?.domain()
     }
 
     /// The piece that a page is in, and what the device has of it, if it is ready.
@@ -393,7 +399,7 @@ fn layout_of(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Barrier, mpsc};
+    use std::sync::{Barrier, mpsc};
 
     use super::*;
     use crate::testing::memory;

@@ -63,6 +63,14 @@ impl Registrar {
 }
 
 impl Memory {
+    pub(super) fn domain(&self) -> Option<&Arc<ProtectionDomain>> {
+        match self {
+            Self::Device(memory) => Some(memory.domain()),
+            #[cfg(test)]
+            Self::Fake(_) => None,
+        }
+    }
+
     /// Where a peer finds it.
     pub(super) fn remote(&self) -> Remote {
         match self {

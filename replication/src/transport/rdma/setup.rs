@@ -18,7 +18,7 @@ use thiserror::Error;
 
 use super::aside::{aside, drop_aside};
 use super::flight::Flight;
-use super::kept::{Kept, Registered};
+use super::kept::{Finds, Kept};
 use super::lent::Lent;
 use super::opening::Opening;
 use super::pace::Pace;
@@ -135,7 +135,7 @@ impl Opened {
     fn new(wanted: &Wanted, depth: Option<u32>, kept: Option<Kept>) -> Result<Self, ::rdma::Error> {
         let library = Library::load()?;
         let kept = kept.filter(Kept::is_usable);
-        let domain = kept.as_ref().and_then(Kept::domain).cloned();
+        let domain = kept.as_ref().and_then(Kept::domain);
         let (context, place) = library.open(wanted, domain.as_ref().map(|old| old.context()))?;
         let domain = domain.filter(|domain| Arc::ptr_eq(domain.context(), &context));
         // That of another device, or of one that is opened anew, ends here.
@@ -227,7 +227,7 @@ struct Shared {
     report: Box<dyn Fn(RdmaPath) + Send + Sync>,
     opening: Opening<Opened>,
     lent: Arc<Lent>,
-    registered: Registered,
+    finds: Finds,
 }
 
 impl Drop for Shared {
@@ -241,16 +241,16 @@ impl Drop for Shared {
 
 impl Adapter {
     /// Nothing is opened yet: which device it is depends on how the peer is reached. `timeout` is the session's,
-    /// and `report` hears what each connection uses. `registered` is what the VM's sessions leave to one another.
+    /// and `report` hears what each connection uses. `finds` is what the VM's last session left.
     pub(crate) fn new(
         asked: Asked,
         timeout: Duration,
         report: impl Fn(RdmaPath) + Send + Sync + 'static,
-        registered: Registered,
+        finds: Finds,
     ) -> Self {
         let (report, opening) = (Box::new(report), Opening::new());
         let lent = Arc::default();
-        Self(Arc::new(Shared { asked, timeout, report, opening, lent, registered }))
+        Self(Arc::new(Shared { asked, timeout, report, opening, lent, finds }))
     }
 
     /// See [`FAKE`].
@@ -266,7 +266,7 @@ impl Adapter {
     fn opened(&self, tcp: &dyn Stream) -> Result<Arc<Opened>, TransportError> {
         self.0.opening.get(self.patience(), || {
             let wanted = Wanted { local: tcp.local_address(), ..self.0.asked.wanted() };
-            Opened::new(&wanted, self.0.asked.depth, self.0.registered.take())
+            Opened::new(&wanted, self.0.asked.depth, self.0.finds.take())
         })
     }
 
@@ -280,7 +280,7 @@ impl Adapter {
     fn kept(&self) -> Option<Kept> {
         #[cfg(test)]
         if self.0.asked.plan().is_some() {
-            return self.0.registered.take();
+            return self.0.finds.take();
         }
         lock(&self.made().ok()?.kept).take()
     }
@@ -479,22 +479,17 @@ impl Lender {
     pub(crate) fn lend_again(&self, ram: &Ram) -> bool {
         let Some(adapter) = &self.adapter else { return false };
         let Some(kept) = adapter.kept().filter(|kept| kept.is_of(ram)) else { return false };
-        adapter.0.lent.lend_again(&kept.pieces);
-        adapter.0.registered.keep(kept);
+        adapter.0.lent.lend_again(kept);
         true
     }
 
-    /// Registers all of `ram`, piece by piece, `done` bytes so far, for this session and those after it. Asks the
-    /// device, so not for an engine's thread.
+    /// Registers all of `ram`, piece by piece, `done` bytes so far. Asks the device, so not for an engine's thread.
     ///
     /// # Errors
     /// [`LendError`]; see [`Lent::give_up`].
     pub(crate) fn lend(&self, ram: &Ram, done: impl FnMut(u64) + Send) -> Result<(), LendError> {
         let Some(adapter) = &self.adapter else { return Err(LendError::Ended) };
-        let registrar = adapter.registrar()?;
-        let pieces = adapter.0.lent.lend(ram, &registrar, done)?;
-        adapter.0.registered.keep(Kept { registrar, pieces, ram: ram.clone() });
-        Ok(())
+        adapter.0.lent.lend(ram, &adapter.registrar()?, done)
     }
 }
 
