@@ -25,7 +25,7 @@
 //!   `sealed` (it runs again, nothing is sent), `given` (the epoch is the senders'), `send` (a sender is about to
 //!   send a group of its pages, as `UNDERSTUDY_TEST_DELAYS` has it), `sent` (it is out), `ack`, `acked` (its output is released), `handover` (the last epoch of a switch-over is
 //!   to be sealed), `handed` (it is acknowledged). Of the backup: `accepted` (it has built the
-//!   machine), `paired` (it has read the record), `verified` (the epoch is whole, not acknowledged),
+//!   machine), `paired` (it has read the record), `staged` (it has some pages of an epoch), `verified` (the epoch is whole, not acknowledged),
 //!   `acked` (it is, and not applied), `applying` (half of a connection's runs of pages are in the
 //!   image), `applied`, `start` (it owns the VM), `started`. Of both: `reset` (the machine is to be reset), `claim` (suspicion, nobody was asked), `swap` and `swapped` (around the arbiter's
 //!   compare-and-swap, its answer not used yet).

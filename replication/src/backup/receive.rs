@@ -12,6 +12,7 @@ use super::disks::ImageError;
 use super::staging::{Budget, Needs, Part, cost_bytes};
 use super::suspects::Suspects;
 use crate::capture::cow::{GROUP_PAGES, Share};
+use crate::checking::reach;
 use crate::engine::control::listening;
 use crate::engine::heard::{Heard, Listening};
 use crate::engine::spawn;
@@ -436,6 +437,7 @@ impl Receiving {
         };
         self.part.sum.add(self.header.pages(), crc);
         self.count_raw();
+        reach("staged");
         Ok(())
     }
 
