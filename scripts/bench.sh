@@ -12,8 +12,8 @@ Measures what docs/SPECIFICATION.md promises under "Performance". Every figure s
 or a baseline that was measured in the same run, by turns; docs/benchmark.md says what exactly each
 row measures. A promise that is not kept is a row that says MISSED, not a failure of the run.
 
-  --quick           in about five minutes (default)
-  --full            more and longer turns, 16 GiB, the slow link; half an hour
+  --quick           in less than five minutes on a quiet host (default)
+  --full            more and longer turns, 16 GiB, the slow link; some forty minutes
   --rows NAME,...   only these rows; a name that there is not lists them all
   --rdma ADDRESS    this host's address on an RDMA device: the rows rdma-*, too, which are left out
                     without it (in the nested bed: scripts/nested.sh rdma-bench)

@@ -10,8 +10,8 @@ usage: scripts/kill-rounds.sh [options]
 
 Each round starts a backup and a primary on loopback and protects the test guest.
 
-With --workload verify, the primary is killed with SIGKILL at a random moment, and the guest checks
-all of its memory on the backup.
+With --workload verify, the primary is killed with SIGKILL, or stopped, at a random moment or at a
+step of an epoch, and the guest checks all of its memory on the backup.
 
 With --workload kv, the guest is a TCP server on a tap and logs each write on a disk; primary,
 backup, bridge and taps are in a network namespace of their own, the clients in another. Many
@@ -32,13 +32,15 @@ if every round passed.
                     with --workload verify
   --timeout-ms N    silence after which a side suspects the other (default: the product's), and how
                     long an RDMA device may take; with --workload verify
+  --kill WHAT       primary (default); stop: SIGSTOP of the primary until the backup has taken over, then
+                    SIGCONT; backup, with --workload kv
+  --at POINT        with --workload verify and --kill stop: the primary is stopped when it gets to this
+                    step, not at any moment: `send`, for example (replication/src/checking.rs)
   --seed N          repeats a run's random moments (printed by each run)
   --keep DIR        keeps the logs of failed rounds there
   --help            this text
 
 With --workload kv:
-  --kill WHAT       primary (default), backup, or stop: SIGSTOP of the primary until the backup has
-                    taken over, then SIGCONT
   --clients N       clients, 1 to 60 (default 16)
   --disk WHERE      the server's log: replicated (default, an image of each host), shared (one image
                     for both), none

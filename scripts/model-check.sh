@@ -16,7 +16,8 @@ the protocol that was broken on purpose. Prints states, depth and time for each,
   --large         more epochs, faults and requests: many minutes and gigabytes
   --only NAME     only bounds and broken rules with this in their name; may be given more than once
   --bounds B      one exploration with bounds of your own: NAME=N,... of epochs, sessions, crashes,
-                  arbiter_faults, asks, too_large, give_ups, image_failures, arbiter (0 or 1)
+                  arbiter_faults, asks, too_large, give_ups, image_failures, and, 0 or 1, arbiter and
+                  reverses
   --paths         prints each counterexample step by step
   --threads N     threads that explore (default 2)
   --help          this text

@@ -10,7 +10,8 @@
 //!   are sent, not as they were at the seal; the switch above must find that out. `protect`: pages
 //!   that count as write-protected are not; so must it that. `net-gate`, `disk-gate`: nothing waits
 //!   for its epoch there. `reset`: the guest's wish for one is not fulfilled. `queue-pair`: a data connection's
-//!   by RDMA fails at the primary, under WRITEs that read guest memory. `place`: some pages of a copy
+//!   by RDMA fails at the primary, under WRITEs that read guest memory. `peer-queue-pair`: one is gone at the backup, which
+//!   says nothing by TCP. `place`: some pages of a copy
 //!   that goes straight into the backup's memory are not written; the comparison of checksums must find that out.
 //! - `UNDERSTUDY_TEST_DELAYS=POINT:MICROSECONDS[,...]`: at each such point of an epoch the thread
 //!   that gets there sleeps for a random time up to that: `seal` (pages are kept, the guest still

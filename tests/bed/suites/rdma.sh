@@ -129,6 +129,9 @@ device_fails() {
         sed 's/.*replication-degraded: //' | cut -c 1-250)"
 }
 
+# The backup's process is no more, with requests under way to its memory.
+backup_is_killed() { kill -KILL "$(pid_of b)"; }
+
 link_goes_down() {
     /sbin/ip link set verbs0 down
 }
@@ -365,6 +368,26 @@ queue_pair_fails() {
     no_complaints a
     ! serial_has b "^count" || fail "both sides counted"
     detail "$(grep -a "data connection ended" "$CASE/a.err" | tail -n 1 | cut -c 1-200)"
+}
+
+# The queue pair is gone at the other end, which answers nothing by RDMA and is well by TCP: the primary's device tries
+# again, gives up, and TCP takes over.
+peer_queue_pair_is_gone() {
+    rxe
+    PAIR_RUN_BACKUP="env UNDERSTUDY_TEST_BREAK=peer-queue-pair"
+    PAIR_OPTIONS=,compression=none,fallback=on PAIR_OPTIONS_BACKUP=,fallback=on
+    pair 2
+    wait_for 400 "TCP to take over" by_tcp
+    grep -qa "the queue pair is gone for a test" "$CASE/b.err" || fail "another reason: $(last_words a) $(last_words b)"
+    grep -qa "a data connection ended: .*RDMA failed: transport retry counter exceeded" "$CASE/a.err" ||
+        fail "its retries were not exhausted: $(grep -a "data connection ended" "$CASE/a.err" | tail -n 1)"
+    kill -KILL "$(pid_of a)"
+    wait_state_or_end b TakenOver 120
+    wait_serial b "^L2 END" $((LINUX_COUNTS + 240))
+    expect_status b 0 60
+    local verdict
+    verdict=$(judge) || fail "$verdict"
+    detail "$(grep -a "data connection ended" "$CASE/a.err" | head -n 1 | sed 's/.*data connection ended: //' | cut -c 1-160); $verdict"
 }
 
 # A primary gives up a backup whose staging too many epochs exceed, one after the other, as those of a boot
@@ -607,6 +630,7 @@ rdma_case memlock-on "$limit" too_little_locked on
 rdma_case memlock-backup "$limit" backup_locks_too_little
 rdma_case queue-pair-fails "$limit" queue_pair_fails
 rdma_case queue-pair-falls-back "$limit" queue_pair_falls_back
+rdma_case peer-queue-pair-gone "$limit" peer_queue_pair_is_gone
 rdma_case small-staging $((limit + 240)) staging_is_small
 rdma_case pin-off "$limit" pin_is off
 rdma_case pin-on "$limit" pin_is on
@@ -616,5 +640,6 @@ rdma_case link-down "$limit" device_fails link_goes_down
 rdma_case link-down-mid-epoch "$limit" mid_epoch send link_goes_down
 rdma_case link-down-given "$limit" mid_epoch given link_goes_down
 rdma_case netdev-deleted-mid-epoch "$limit" mid_epoch send delete_netdev
+rdma_case backup-dies-given "$limit" mid_epoch given backup_is_killed
 rdma_case primary-wakes-up "$limit" wakes_up
 rdma_case primary-wakes-up-mid-epoch "$limit" wakes_up_mid_epoch

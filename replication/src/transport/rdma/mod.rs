@@ -544,6 +544,8 @@ impl Write for Writer {
 struct Reader {
     end: End,
     ring: Incoming,
+    /// For a test: the queue pair is gone, without a word to the primary, after so many chunks.
+    gone_after: Option<u32>,
 }
 
 impl Reader {
@@ -564,6 +566,12 @@ impl Reader {
         if chunks > 0 {
             self.end.pair.post_empty_receives(0, chunks).map_err(failed)?;
         }
+        let chunks = u32::try_from(chunks).unwrap_or(u32::MAX);
+        if let Some(left) = self.gone_after.take_if(|left| *left < chunks) {
+            tracing::warn!("the queue pair is gone for a test, {left} chunks early");
+            self.end.pair.invalidate().map_err(failed)?;
+        }
+        self.gone_after = self.gone_after.map(|left| left - chunks);
         Ok(())
     }
 

@@ -36,6 +36,9 @@ use crate::wire::{FrameReader, FrameWriter, Kind, SessionId, Verbs, WireError};
 pub(crate) const CHECK_PATIENCE: Duration = Duration::from_secs(5);
 /// Chunks that read guest memory before a queue pair fails for a test.
 const FAILS_AFTER: u32 = 20;
+/// Chunks that come before a backup's queue pair is gone for a test: a first copy straight into its memory is over by
+/// then.
+const GONE_AFTER: u32 = 200;
 /// Segments of a request that are of use: a frame's scattered pages, and what stands between them.
 const SEGMENTS_MAX: u32 = 16;
 /// How long the peer, or the device, may take for one connection, at least.
@@ -455,7 +458,8 @@ impl Adapter {
         let chunks = self.agreed(&opened, &ours, theirs, "comes");
         let parts = Parts { pair, device, local };
         let end = End::new(tcp, parts, self.patience()).map_err(WireError::Io)?;
-        Ok(Reader { end, ring: Incoming::new(RING_BYTES, chunks) })
+        let gone_after = is_broken("peer-queue-pair").then_some(GONE_AFTER);
+        Ok(Reader { end, ring: Incoming::new(RING_BYTES, chunks), gone_after })
     }
 }
 

@@ -96,6 +96,10 @@ enum Workload {
 }
 
 impl Workload {
+    fn has_clients(self) -> bool {
+        matches!(self, Self::Kv | Self::All)
+    }
+
     /// What the guest does beside serving clients.
     fn words(self) -> &'static str {
         match self {
@@ -161,6 +165,11 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<bool> {
+    ensure!(
+        !(options.workload.has_clients() && matches!(options.transport, Transport::Rdma(_))),
+        "--workload kv and all put the hosts into a network namespace of their own, where no RDMA device is: with \
+         --transport rdma: use hot, random or runs"
+    );
     let _huge_pages = options.huge_pages.then(HugePages::allow).transpose()?;
     let (mut passed, mut failed) = (0, 0);
     for mode in options.modes() {
@@ -180,9 +189,9 @@ fn compare(options: &Options, mode: &str) -> Result<bool> {
     let mut all = Compared::default();
     while all.epochs < options.epochs && (all.different == 0 || !options.is_broken()) {
         let folder = Folder::new()?;
-        let found = match options.workload {
-            Workload::Kv | Workload::All => serve(options, mode, &folder, all.epochs)?,
-            Workload::Hot | Workload::Random | Workload::Runs => write(options, mode, &folder)?,
+        let found = match options.workload.has_clients() {
+            true => serve(options, mode, &folder, all.epochs)?,
+            false => write(options, mode, &folder)?,
         };
         all.epochs += found.epochs;
         all.pages += found.pages;

@@ -18,7 +18,7 @@ struct Options {
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
     /// One configuration with these bounds, and no broken rule: epochs, sessions, crashes,
-    /// arbiter_faults, asks, too_large, give_ups, image_failures, arbiter (0 or 1).
+    /// arbiter_faults, asks, too_large, give_ups, image_failures, and, 0 or 1, arbiter and reverses.
     #[arg(long, value_name = "NAME=N,...", value_parser = Config::parse)]
     bounds: Option<Config>,
     /// Prints each counterexample step by step.
