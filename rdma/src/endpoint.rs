@@ -85,7 +85,8 @@ pub struct ConnectOptions {
     /// half a second. Default 14: 67 ms.
     pub timeout: u8,
     /// How often a packet is sent again without an answer, 0 to 7, before the connection fails. With
-    /// the time above: 8 * 67 ms, half a second, by default 7.
+    /// the time above: 7 * 67 ms, half a second, by default 6: Soft-RoCE takes 7 for "for ever", and never says
+    /// that a peer is gone.
     pub retries: u8,
     /// How often a packet is sent again that found no receive posted, 0 to 6; 7 is for ever. Default 7:
     /// a receiver that is late is slow, not dead.
@@ -109,7 +110,7 @@ impl Default for ConnectOptions {
         Self {
             mtu_bytes_max: 4096,
             timeout: 14,
-            retries: 7,
+            retries: 6,
             receiver_retries: 7,
             receiver_wait: 12,
             reads_begun_max: 16,

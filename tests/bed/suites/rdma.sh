@@ -96,7 +96,7 @@ device_fails() {
     if [ -n "$STRIKE_AT" ]; then
         # The epoch was not over: its device was given more of it after that. A machine state alone has less.
         given=$(($(pages_given a) - before))
-        [ "$given" -gt 65536 ] || fail "only $given bytes of the epoch were left to be sent"
+        [ "$given" -ge 65536 ] || fail "only $given bytes of the epoch were left to be sent"
         given="$given bytes more after the fault at '$STRIKE_AT'; "
     fi
     if in_state b TakenOver; then
