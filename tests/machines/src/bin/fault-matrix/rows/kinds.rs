@@ -11,7 +11,7 @@ pub fn rows() -> Vec<Row> {
     let mut rows = vec![];
     for (cow, options) in [("protect", ",cow=protect"), ("copy", ",cow=copy"), ("off", ",cow=off")]
     {
-        for (victim, point) in [(Place::A, "given"), (Place::B, "verified")] {
+        for (victim, point) in [(Place::A, "send"), (Place::B, "verified")] {
             let what = format!("With cow={cow}");
             let mut row = killed(&format!("cow-{cow}"), &what, victim, point);
             row.prepared.options = options;
@@ -34,7 +34,7 @@ pub fn rows() -> Vec<Row> {
 fn killed(kind: &str, what: &str, victim: Place, point: &'static str) -> Row {
     let (letter, when, end) = match victim {
         Place::A if point == "acked" => ("a", "once an epoch's output is released", End::B),
-        Place::A => ("a", "while an epoch is being sent", End::B),
+        Place::A => ("a", "as a sender is about to send some pages of an epoch", End::B),
         _ if point == "applying" => ("b", "in the middle of applying an epoch", End::A),
         _ => ("b", "with an epoch whole and not acknowledged", End::A),
     };
