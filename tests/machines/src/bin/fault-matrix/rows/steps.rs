@@ -128,7 +128,8 @@ fn kill_b_early((point, when): Step) -> Row {
     row.unprotected().fault(Place::B, point, Does::Kill)
 }
 
-/// B is lost while A copies to it: the VM was never anybody else's, and A runs it as before.
+/// B is lost while A copies to it: the VM was never anybody else's, and A runs it as before. Of a cut A hears
+/// late, and a small copy is out by then: A has asked for the pair, and holds output until it suspects B.
 fn first_copy() -> Vec<Row> {
     let lost = |name, what, lose: fn(&mut Scene) -> Result<()>| {
         let act = move |scene: &mut Scene| {
@@ -152,7 +153,8 @@ fn first_copy() -> Vec<Row> {
         ),
         lost(
             "cut-first-copy",
-            "A and B are cut apart with the first pages of the first copy on their way",
+            "A and B are cut apart with the first pages of the first copy on their way: A, which may have the pair \
+             by the time that it notices, goes on alone",
             |scene| scene.world.cut(Place::A, Place::B),
         ),
     ]

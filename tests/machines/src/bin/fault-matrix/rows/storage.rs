@@ -3,13 +3,15 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use api::replication::ReplicationState;
 use understudy_tests::network::run;
 
 use crate::failing::Call;
 use crate::row::{End, Expect, Kept, Row};
-use crate::scene::Scene;
+use crate::scene::{LIMIT, Scene};
 use crate::world::Place;
 
 pub fn rows() -> Vec<Row> {
@@ -65,6 +67,7 @@ fn input_output_errors() -> Vec<Row> {
             Call::SyncImage,
         ),
         image_a_unreadable(),
+        image_a_unreadable_at_boot(),
     ];
     let with_failures = |mut row: Row| {
         row.prepared.has_failures = true;
@@ -91,6 +94,28 @@ fn image_a_unreadable() -> Row {
     let what = "A's image cannot be read (EIO) in the first copy: the protection fails, and A runs on; then \
                 it can, and the VM is protected (vm.replicate)";
     Row::new("image-a-read-eio", what, Expect::Only(End::Pair), act).unprotected()
+}
+
+/// The test guest reads its image as it boots, and powers off where it cannot: that is what the clients would
+/// have met with on any machine, and nothing that B is to make good.
+fn image_a_unreadable_at_boot() -> Row {
+    let act = |scene: &mut Scene| {
+        scene.blow();
+        scene.fail(Place::A, Call::Read)?;
+        let mark = scene.serial.mark();
+        scene.a.put_ok("vm.reboot", None)?;
+        scene.wait_said(mark, "ERROR the disk cannot be read")?;
+        let status = scene.a.wait_exit(LIMIT)?;
+        ensure!(status.success(), "A ended with {status}");
+        scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+        ensure!(!scene.has_event(Place::B, "failover-started"), "B has taken over");
+        Ok(End::Nobody)
+    };
+    let what = "The guest is reset, and A's image cannot be read (EIO) as it boots: the guest hears of it, and \
+                ends itself; nobody takes over";
+    let mut row = Row::new("image-a-read-eio-reset", what, Expect::Only(End::Nobody), act);
+    row.prepared.silence_limit = Duration::from_secs(4);
+    row
 }
 
 /// B shows that it ended the replica for what it could not do.
