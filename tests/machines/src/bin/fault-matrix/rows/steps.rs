@@ -56,6 +56,7 @@ pub fn rows() -> Vec<Row> {
     rows.push(kill_a_early(("sent", "with the first epoch sent")));
     rows.extend(OF_THE_FIRST.iter().map(|step| kill_b_early(*step)));
     rows.extend(first_copy());
+    rows.extend(first_pair());
     rows.extend(take_over());
     rows
 }
@@ -160,6 +161,30 @@ fn first_copy() -> Vec<Row> {
             |scene| scene.world.cut(Place::A, Place::B),
         ),
     ]
+}
+
+/// B is out of reach as A makes a pair of the two, and hears nothing of it: A holds output until it suspects
+/// B, and asks for the VM alone.
+fn first_pair() -> Vec<Row> {
+    let rows = OF_THE_PAIR.iter().map(|(point, when)| {
+        let act = |scene: &mut Scene| {
+            scene.blow();
+            scene.arm(Place::A)?;
+            let asked = scene.ask_protect()?;
+            scene.wait_reached(Place::A)?;
+            scene.world.cut(Place::A, Place::B)?;
+            scene.go_on(Place::A)?;
+            scene.wait_a_unprotected(asked.join().unwrap_or_default())?;
+            scene.wait_event(Place::A, &["replication-degraded"])?;
+            scene.world.heal()?;
+            scene.wait_b_without_primary()?;
+            Ok(End::A)
+        };
+        let what = format!("A and B are cut apart, A not protected yet, {when}; healed later");
+        let row = Row::new(format!("cut-first-{point}"), what, Expect::Only(End::A), act);
+        row.unprotected().with(asking_arbiters(point)).fault(Place::A, point, Does::Wait)
+    });
+    rows.collect()
 }
 
 /// A dies while B is at a step: what B has acknowledged and not applied, it applies first.
