@@ -28,7 +28,7 @@
 //!   to be sealed), `handed` (it is acknowledged). Of the backup: `accepted` (it has built the
 //!   machine), `paired` (it has read the record), `staged` (it has some pages of an epoch), `verified` (the epoch is whole, not acknowledged),
 //!   `acked` (it is, and not applied), `applying` (half of a connection's runs of pages are in the
-//!   image), `applied`, `start` (it owns the VM), `started`. Of both: `reset` (the machine is to be reset), `claim` (suspicion, nobody was asked), `swap` and `swapped` (around the arbiter's
+//!   image), `applied`, `start` (it owns the VM), `started`. Of both: `reset` (the machine is to be reset), `cleared` (it is being reset, its memory is empty), `claim` (suspicion, nobody was asked), `swap` and `swapped` (around the arbiter's
 //!   compare-and-swap, its answer not used yet).
 
 use std::fs::{self, File};

@@ -23,6 +23,7 @@ use hypervisor::{
     CpuId, Hypervisor, StateError, Topology, Tracking, Vcpu, VcpuError, VcpuState, Vm, VmError,
     VmState,
 };
+use replication::checking::reach;
 use replication::ids::PageIndex;
 use replication::ram::PageSet;
 use serde::{Deserialize, Serialize};
@@ -276,6 +277,7 @@ impl Machine {
             // Should the rest fail, registers must not run over memory that is gone.
             self.life().started = false;
             self.memory.reset()?;
+            reach("cleared");
             self.devices.reset()?;
             self.load_payload(payload)?;
             self.life().started = true;

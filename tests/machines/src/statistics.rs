@@ -16,7 +16,9 @@ impl Summary {
     pub fn of(mut figures: Vec<u64>) -> Option<Self> {
         figures.sort_unstable();
         let (min, max) = (*figures.first()?, *figures.last()?);
-        Some(Self { min, median: figures[figures.len() / 2], max })
+        // Of an odd number both are the one in the middle.
+        let (lower, upper) = (figures[(figures.len() - 1) / 2], figures[figures.len() / 2]);
+        Some(Self { min, median: lower.midpoint(upper), max })
     }
 }
 
@@ -34,9 +36,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_median_is_in_the_middle() {
-        let summary = Summary::of(vec![5000, 1000, 3200]).unwrap();
-        assert_eq!(summary.to_string(), "min 1.0 ms, median 3.2 ms, max 5.0 ms");
+    fn the_median_is_in_the_middle_or_between_the_two_that_are() {
+        let text = |figures: &[u64]| Summary::of(figures.to_vec()).unwrap().to_string();
+        assert_eq!(text(&[5000, 1000, 3200]), "min 1.0 ms, median 3.2 ms, max 5.0 ms");
+        assert_eq!(text(&[7000]), "min 7.0 ms, median 7.0 ms, max 7.0 ms");
+        assert_eq!(text(&[3000, 1000]), "min 1.0 ms, median 2.0 ms, max 3.0 ms");
+        assert_eq!(text(&[9000, 1000, 4000, 3000]), "min 1.0 ms, median 3.5 ms, max 9.0 ms");
+        let median = Summary::of(vec![u64::MAX, u64::MAX]).map(|summary| summary.median);
+        assert_eq!(median, Some(u64::MAX));
         assert_eq!(Summary::of(Vec::new()), None);
     }
 }

@@ -17,6 +17,8 @@ const LIBRARIES: [&str; 2] =
 /// Functions that can be made to fail, all of that name in a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
+    /// `pread`: how images are read.
+    Read,
     /// `pwrite`: how images are written.
     Write,
     /// `fdatasync`: how they are made durable.
@@ -28,6 +30,7 @@ pub enum Call {
 impl Call {
     fn name(self) -> &'static str {
         match self {
+            Self::Read => "posix/io/rw/pread",
             Self::Write => "posix/io/rw/pwrite",
             Self::SyncImage => "posix/io/sync/fdatasync",
             Self::SyncRecord => "posix/io/sync/fsync",

@@ -155,6 +155,12 @@ pub const ETCD: &[Kind] = &[Kind::Etcd];
 pub const ETCD_3: &[Kind] = &[Kind::Etcd3];
 pub const NONE: &[Kind] = &[Kind::None];
 
+/// The arbiters of a row that ends a host at a point: each of them where that is asked just there.
+#[must_use]
+pub fn asking_arbiters(point: &str) -> &'static [Kind] {
+    if matches!(point, "swap" | "swapped") { EACH } else { FILE }
+}
+
 impl Row {
     pub fn new(
         name: impl Into<String>,

@@ -127,8 +127,13 @@ impl Scene {
 
     /// The guest's server listens again, of a guest that was reset after a mark of its serial port.
     pub fn wait_ready_again(&self, mark: usize) -> Result<()> {
-        self.serial.wait_line("'KV READY'", mark, LIMIT, |line| line.contains("KV READY"))?;
-        Ok(())
+        self.wait_said(mark, "KV READY")
+    }
+
+    /// The guest says so on its serial port, after a mark of that.
+    pub fn wait_said(&self, mark: usize, words: &str) -> Result<()> {
+        let is_said = |line: &str| line.contains(words);
+        self.serial.wait_line(&format!("'{words}'"), mark, LIMIT, is_said).map(drop)
     }
 
     /// Sets the clients to work, and lets them for a while.

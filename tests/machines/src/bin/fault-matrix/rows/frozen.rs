@@ -3,6 +3,7 @@
 use anyhow::Result;
 use api::replication::ReplicationState;
 
+use super::steps::{A_STEPS, B_STEPS};
 use crate::row::{Does, End, Expect, Row};
 use crate::scene::{LIMIT, Scene, TIMEOUT};
 use crate::world::Place;
@@ -86,12 +87,7 @@ pub fn rows() -> Vec<Row> {
             },
         ),
     ];
-    for (point, when) in [
-        ("seal", "with the guest stopped for a seal"),
-        ("given", "while an epoch is being sent"),
-        ("ack", "with an acknowledgement that it has not looked at"),
-        ("acked", "once an epoch's output is released"),
-    ] {
+    for (point, when) in A_STEPS {
         let what = format!("A stands still {when}, until B has the VM, and wakes");
         let row = Row::new(format!("stop-a-{point}"), what, Expect::Only(End::B), |scene| {
             scene.blow();
@@ -101,11 +97,7 @@ pub fn rows() -> Vec<Row> {
         });
         rows.push(row.fault(Place::A, point, Does::Stop));
     }
-    for (point, when) in [
-        ("verified", "with an epoch whole and not acknowledged"),
-        ("acked", "with an epoch acknowledged and not applied"),
-        ("applying", "in the middle of applying an epoch"),
-    ] {
+    for (point, when) in B_STEPS {
         let what = format!("B stands still {when}, until A goes on alone, and wakes");
         let row = Row::new(format!("stop-b-{point}"), what, Expect::Only(End::A), |scene| {
             scene.blow();

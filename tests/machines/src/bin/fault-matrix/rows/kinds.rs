@@ -3,15 +3,20 @@
 
 use anyhow::ensure;
 
+use super::steps::{A_STEPS, B_STEPS};
 use crate::row::{Does, End, Expect, NONE, Row};
 use crate::scene::Scene;
 use crate::world::Place;
 
 pub fn rows() -> Vec<Row> {
     let mut rows = vec![];
-    for (cow, options) in [("protect", ",cow=protect"), ("copy", ",cow=copy"), ("off", ",cow=off")]
-    {
-        for (victim, point) in [(Place::A, "given"), (Place::B, "verified")] {
+    // With cow=off pages are sent as they are, which has no step of its own.
+    for (cow, options, sending) in [
+        ("protect", ",cow=protect", "send"),
+        ("copy", ",cow=copy", "send"),
+        ("off", ",cow=off", "given"),
+    ] {
+        for (victim, point) in [(Place::A, sending), (Place::B, "verified")] {
             let what = format!("With cow={cow}");
             let mut row = killed(&format!("cow-{cow}"), &what, victim, point);
             row.prepared.options = options;
@@ -32,12 +37,11 @@ pub fn rows() -> Vec<Row> {
 }
 
 fn killed(kind: &str, what: &str, victim: Place, point: &'static str) -> Row {
-    let (letter, when, end) = match victim {
-        Place::A if point == "acked" => ("a", "once an epoch's output is released", End::B),
-        Place::A => ("a", "while an epoch is being sent", End::B),
-        _ if point == "applying" => ("b", "in the middle of applying an epoch", End::A),
-        _ => ("b", "with an epoch whole and not acknowledged", End::A),
+    let (letter, steps, end) = match victim {
+        Place::A => ("a", A_STEPS, End::B),
+        _ => ("b", B_STEPS, End::A),
     };
+    let (_, when) = steps.iter().find(|step| step.0 == point).expect("a step of this side");
     let act = move |scene: &mut Scene| {
         scene.blow();
         scene.arm(victim)?;

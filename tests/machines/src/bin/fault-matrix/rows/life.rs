@@ -161,8 +161,8 @@ fn resets() -> Vec<Row> {
         )
         .felt(),
         Row::new(
-            "reset-kill-a",
-            "The guest is reset, and A is killed in the middle: B resets it, or boots it further",
+            "reset-kill-a-late",
+            "The guest is reset, and A is killed right after it: B resets it, or boots it further",
             Expect::Only(End::B),
             |scene| {
                 scene.blow();
@@ -175,6 +175,7 @@ fn resets() -> Vec<Row> {
         )
         .felt(),
     ];
+    rows.extend(killed_in_a_reset());
     for (name, place, what, end) in [
         (
             "resync",
@@ -196,6 +197,31 @@ fn resets() -> Vec<Row> {
         row.prepared.silence_limit = SHORT;
     }
     rows
+}
+
+/// No epoch is sealed in a reset: B goes on as if none had been asked for, and no client hears of it.
+fn killed_in_a_reset() -> impl Iterator<Item = Row> {
+    let points = [
+        ("reset-kill-a-before", "reset", "before it has begun"),
+        ("reset-kill-a", "cleared", "in the middle, with nothing in its memory"),
+    ];
+    points.into_iter().map(|(name, point, when)| {
+        let act = |scene: &mut Scene| {
+            scene.blow();
+            scene.arm(Place::A)?;
+            let waits = scene.ask("vm.reboot", None);
+            scene.wait_killed(Place::A)?;
+            ensure!(
+                !waits.join().unwrap_or_default(),
+                "a reset that never was is answered as done"
+            );
+            scene.wait_b_took_over()?;
+            Ok(End::B)
+        };
+        let what = format!("The guest is reset, and A is killed {when}: B goes on from before it");
+        let row = Row::new(name, what, Expect::Only(End::B), act);
+        row.fault(Place::A, point, Does::Kill)
+    })
 }
 
 fn resync(scene: &mut Scene, victim: Option<Place>, end: End) -> Result<End> {

@@ -1,24 +1,21 @@
-//! Storage that fails: the arbiter's directory, and the images of the disks.
+//! Storage that fails: the images of the disks.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::stat::Mode;
+use api::replication::ReplicationState;
 use understudy_tests::network::run;
 
 use crate::failing::Call;
-use crate::row::{End, Expect, FILE, Kept, Row};
-use crate::scene::Scene;
+use crate::row::{End, Expect, Kept, Row};
+use crate::scene::{LIMIT, Scene};
 use crate::world::Place;
 
-/// A record that no host of the pair has written.
-const NEXT_RECORD: &str = "storage/gen-2";
-
 pub fn rows() -> Vec<Row> {
-    let mut rows = directory();
-    rows.extend(images());
+    let mut rows = images();
     rows.extend(input_output_errors());
     rows
 }
@@ -69,20 +66,8 @@ fn input_output_errors() -> Vec<Row> {
              can",
             Call::SyncImage,
         ),
-        Row::new(
-            "directory-eio",
-            "Records cannot be made durable (EIO of the arbiter's directory at B), A is killed: B holds; \
-             then they can",
-            Expect::Only(End::B),
-            |scene| {
-                scene.blow();
-                scene.fail(Place::B, Call::SyncRecord)?;
-                b_holds(scene)?;
-                scene.mend(Place::B, Call::SyncRecord)?;
-                scene.wait_b_took_over()?;
-                Ok(End::B)
-            },
-        ),
+        image_a_unreadable(),
+        image_a_unreadable_at_boot(),
     ];
     let with_failures = |mut row: Row| {
         row.prepared.has_failures = true;
@@ -91,84 +76,51 @@ fn input_output_errors() -> Vec<Row> {
     rows.into_iter().map(with_failures).collect()
 }
 
+/// What A reads of its image goes to B in the first copy, and nowhere else: the guest does not read.
+fn image_a_unreadable() -> Row {
+    let act = |scene: &mut Scene| {
+        scene.blow();
+        scene.fail(Place::A, Call::Read)?;
+        let is_begun = scene.protect()?;
+        scene.wait_a_unprotected(is_begun)?;
+        scene.wait_event(Place::A, &["replication-failed"])?;
+        scene.mend(Place::A, Call::Read)?;
+        scene.wait_b_without_primary()?;
+        scene.wait_served()?;
+        scene.protect()?;
+        scene.wait_protected()?;
+        Ok(End::Pair)
+    };
+    let what = "A's image cannot be read (EIO) in the first copy: the protection fails, and A runs on; then \
+                it can, and the VM is protected (vm.replicate)";
+    Row::new("image-a-read-eio", what, Expect::Only(End::Pair), act).unprotected()
+}
+
+/// The test guest reads its image as it boots, and powers off where it cannot: that is what the clients would
+/// have met with on any machine, and nothing that B is to make good.
+fn image_a_unreadable_at_boot() -> Row {
+    let act = |scene: &mut Scene| {
+        scene.blow();
+        scene.fail(Place::A, Call::Read)?;
+        let mark = scene.serial.mark();
+        scene.a.put_ok("vm.reboot", None)?;
+        scene.wait_said(mark, "ERROR the disk cannot be read")?;
+        let status = scene.a.wait_exit(LIMIT)?;
+        ensure!(status.success(), "A ended with {status}");
+        scene.b.wait_state(ReplicationState::Disconnected, LIMIT)?;
+        ensure!(!scene.has_event(Place::B, "failover-started"), "B has taken over");
+        Ok(End::Nobody)
+    };
+    let what = "The guest is reset, and A's image cannot be read (EIO) as it boots: the guest hears of it, and \
+                ends itself; nobody takes over";
+    let mut row = Row::new("image-a-read-eio-reset", what, Expect::Only(End::Nobody), act);
+    row.prepared.silence_limit = Duration::from_secs(4);
+    row
+}
+
 /// B shows that it ended the replica for what it could not do.
 fn has_given_up(scene: &mut Scene) -> Result<()> {
     scene.wait_event(Place::B, &["replica-receive-failed"])
-}
-
-fn directory() -> Vec<Row> {
-    let rows = vec![
-        Row::new(
-            "directory-read-only",
-            "The arbiter's directory is read-only, A is killed: B holds; then it is writable again",
-            Expect::Only(End::B),
-            |scene| {
-                scene.blow();
-                let path = scene.folder.join("arbiter").display().to_string();
-                scene.world.b.mounts.run("mount", &format!("-o remount,bind,ro {path}"))?;
-                b_holds(scene)?;
-                scene.world.b.mounts.run("mount", &format!("-o remount,bind,rw {path}"))?;
-                scene.wait_b_took_over()?;
-                Ok(End::B)
-            },
-        ),
-        {
-            let mut row = Row::new(
-                "directory-full",
-                "There is no room in the arbiter's directory, A is killed: B holds; then there is",
-                Expect::Only(End::B),
-                |scene| {
-                    scene.blow();
-                    let filler = scene.folder.join("storage/filler");
-                    fill(&filler)?;
-                    b_holds(scene)?;
-                    fs::remove_file(filler)?;
-                    scene.wait_b_took_over()?;
-                    Ok(End::B)
-                },
-            );
-            row.prepared.images = Some(small_storage);
-            row
-        },
-        Row::new(
-            "directory-hangs",
-            "The arbiter's storage hangs, A is killed: B holds; then the storage answers",
-            Expect::Only(End::B),
-            |scene| {
-                scene.blow();
-                // Whoever opens it waits for a writer.
-                let pipe = scene.folder.join(NEXT_RECORD);
-                nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).context("Cannot make a pipe")?;
-                b_holds(scene)?;
-                let away = scene.folder.join("pipe");
-                fs::rename(&pipe, &away)?;
-                drop(File::options().write(true).open(&away)?);
-                scene.wait_b_took_over()?;
-                Ok(End::B)
-            },
-        ),
-        Row::new(
-            "directory-damaged",
-            "The arbiter's newest record is no record, A is killed: B holds; then it is gone",
-            Expect::Only(End::B),
-            |scene| {
-                scene.blow();
-                let record = scene.folder.join(NEXT_RECORD);
-                fs::write(&record, "{\"generation\":2")?;
-                b_holds(scene)?;
-                fs::remove_file(record)?;
-                scene.wait_b_took_over()?;
-                Ok(End::B)
-            },
-        ),
-    ];
-    rows.into_iter().map(|row| row.with(FILE)).collect()
-}
-
-fn b_holds(scene: &mut Scene) -> Result<()> {
-    scene.a.kill()?;
-    scene.wait_holds(Place::B)?;
-    scene.is_held()
 }
 
 fn images() -> Vec<Row> {
@@ -218,7 +170,7 @@ fn images() -> Vec<Row> {
 }
 
 /// A file system that has no room left: all of it is in this file.
-fn fill(path: &Path) -> Result<()> {
+pub(super) fn fill(path: &Path) -> Result<()> {
     let mut file = File::create(path)?;
     let block = [0x5a; 4096];
     loop {
@@ -235,7 +187,7 @@ fn small(path: &Path, size: &str) -> Result<()> {
     run("mount", &format!("-t tmpfs -o size={size} fault {}", path.display()))
 }
 
-fn small_storage(folder: &Path) -> Result<Kept> {
+pub(super) fn small_storage(folder: &Path) -> Result<Kept> {
     small(&folder.join("storage"), "64k").map(|()| vec![])
 }
 

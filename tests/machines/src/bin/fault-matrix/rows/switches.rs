@@ -143,7 +143,7 @@ fn heirs() -> Vec<Row> {
     for (point, when) in [
         ("paired", "as it tells A that they are a pair"),
         ("seal", "in the first seal"),
-        ("given", "while the first epoch is being sent"),
+        ("given", "with the first epoch handed to its senders"),
         ("sent", "with the first epoch sent"),
     ] {
         let act = move |scene: &mut Scene| {
