@@ -381,12 +381,8 @@ peer_queue_pair_is_gone() {
     grep -qa "the queue pair is gone for a test" "$CASE/b.err" || fail "another reason: $(last_words a) $(last_words b)"
     grep -qa "a data connection ended: .*RDMA failed: transport retry counter exceeded" "$CASE/a.err" ||
         fail "its retries were not exhausted: $(grep -a "data connection ended" "$CASE/a.err" | tail -n 1)"
-    kill -KILL "$(pid_of a)"
-    wait_state_or_end b TakenOver 120
-    wait_serial b "^L2 END" $((LINUX_COUNTS + 240))
-    expect_status b 0 60
     local verdict
-    verdict=$(judge) || fail "$verdict"
+    killed_after_all
     detail "$(grep -a "data connection ended" "$CASE/a.err" | head -n 1 | sed 's/.*data connection ended: //' | cut -c 1-160); $verdict"
 }
 
@@ -411,6 +407,15 @@ by_tcp() {
         in_state a Protected
 }
 
+# The primary is killed when TCP has taken over, and its guest goes on at the backup, as `verdict` says.
+killed_after_all() {
+    kill -KILL "$(pid_of a)"
+    wait_state_or_end b TakenOver 120
+    wait_serial b "^L2 END" $((LINUX_COUNTS + 240))
+    expect_status b 0 60
+    verdict=$(judge) || fail "$verdict"
+}
+
 # The same, where TCP may take over: the guest is protected again, and its backup goes on when it is killed.
 queue_pair_falls_back() {
     rxe
@@ -422,12 +427,8 @@ queue_pair_falls_back() {
     grep -qa "the queue pair fails for a test" "$CASE/a.err" || fail "another reason: $(tail -n 2 "$CASE/a.err")"
     usleep 2000000
     by_tcp || fail "it is not protected by TCP for long: $(tail -n 2 "$CASE/a.err")"
-    kill -KILL "$(pid_of a)"
-    wait_state_or_end b TakenOver 120
-    wait_serial b "^L2 END" $((LINUX_COUNTS + 240))
-    expect_status b 0 60
     local verdict
-    verdict=$(judge) || fail "$verdict"
+    killed_after_all
     detail "$(grep -a "by TCP, not by RDMA" "$CASE/a.err" | tail -n 1 | cut -c 1-200); $verdict"
 }
 
