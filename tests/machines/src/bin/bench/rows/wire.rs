@@ -115,6 +115,9 @@ struct Said {
     /// In the tick in which the VM became protected, which does not count.
     first_per_s: f64,
     stood_ms: f64,
+    ticks: usize,
+    /// Ticks with less than half of the median.
+    slow: usize,
 }
 
 impl Said {
@@ -127,18 +130,22 @@ impl Said {
         // The first tick began before the VM was protected.
         let first_per_s = all("per_s=").next()?;
         let (mut rates, mut stood) = (Samples::default(), Samples::default());
-        rates.add(all("per_s=").skip(1).collect());
+        let each: Vec<f64> = all("per_s=").skip(1).collect();
+        rates.add(each.clone());
         stood.add(all("standstill_us max=").skip(1).collect());
         let (rates, stood) = (rates.stats()?, stood.stats()?);
         let stood_ms = stood.max / 1000.0;
-        Some(Self { per_s: rates.median, least_per_s: rates.min, first_per_s, stood_ms })
+        let slow = each.iter().filter(|rate| **rate < rates.median / 2.0).count();
+        let (per_s, least_per_s, ticks) = (rates.median, rates.min, each.len());
+        Some(Self { per_s, least_per_s, first_per_s, stood_ms, ticks, slow })
     }
 
     fn note(&self) -> String {
-        let Self { per_s, least_per_s, first_per_s, stood_ms } = self;
+        let Self { per_s, least_per_s, first_per_s, stood_ms, ticks, slow } = self;
         format!(
-            "the guest wrote {per_s:.0} pages/s (least in a tick {least_per_s:.0}; {first_per_s:.0} in \
-             that in which it became protected), and stood still for {stood_ms:.0} ms at most"
+            "the guest wrote {per_s:.0} pages/s (least in a tick {least_per_s:.0}, less than half in {slow} of \
+             {ticks} ticks of 200 ms; {first_per_s:.0} in that in which it became protected), and stood still for \
+             {stood_ms:.0} ms at most"
         )
     }
 }
