@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anyhow::Result;
 use api::replication::ReplicationState;
 
 use crate::row::{Does, EACH, End, Expect, Row, asking_arbiters};
@@ -90,6 +91,18 @@ pub fn rows() -> Vec<Row> {
     rows
 }
 
+/// The pair is reversed, B is killed on the way, and A goes on from what was handed over.
+pub fn a_has_it_back(scene: &mut Scene) -> Result<End> {
+    scene.blow();
+    scene.arm(Place::B)?;
+    let waits = scene.ask_failover();
+    scene.wait_killed(Place::B)?;
+    scene.a.wait_state(ReplicationState::TakenOver, LIMIT)?;
+    // B, which the answer was to be of, is dead: there may be one or none.
+    let _ = waits.join();
+    Ok(End::Back)
+}
+
 /// A switch-over that reverses the pair, and one of the two is lost before they are connected.
 fn reversals() -> Vec<Row> {
     let act = |scene: &mut Scene| {
@@ -105,17 +118,9 @@ fn reversals() -> Vec<Row> {
         ("start", "before that runs"),
         ("started", "once that runs, and nobody was told"),
     ] {
-        let act = move |scene: &mut Scene| {
-            scene.blow();
-            scene.arm(Place::B)?;
-            let waits = scene.ask_failover();
-            scene.wait_killed(Place::B)?;
-            scene.a.wait_state(ReplicationState::TakenOver, LIMIT)?;
-            let _ = waits.join();
-            Ok(End::Back)
-        };
         let what = format!("The pair is reversed, and B is killed {when}");
-        let row = Row::new(format!("reverse-kill-b-{point}"), what, Expect::Only(End::Back), act);
+        let name = format!("reverse-kill-b-{point}");
+        let row = Row::new(name, what, Expect::Only(End::Back), a_has_it_back);
         rows.push(row.reverses().fault(Place::B, point, Does::Kill));
     }
     let act = |scene: &mut Scene| {

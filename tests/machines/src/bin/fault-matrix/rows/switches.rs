@@ -2,12 +2,12 @@
 //! of a reversed pair.
 
 use anyhow::{Result, ensure};
-use api::replication::ReplicationState;
 use understudy_tests::network::run;
 
+use super::handovers::a_has_it_back;
 use super::steps::OF_THE_FIRST;
 use crate::row::{Does, End, Expect, Row};
-use crate::scene::{LIMIT, Scene};
+use crate::scene::Scene;
 use crate::world::Place;
 
 /// What a request is answered that cannot be carried out now.
@@ -146,18 +146,9 @@ fn heirs() -> Vec<Row> {
         ("given", "with the first epoch handed to its senders"),
         ("sent", "with the first epoch sent"),
     ] {
-        let act = move |scene: &mut Scene| {
-            scene.blow();
-            scene.arm(Place::B)?;
-            let waits = scene.ask_failover();
-            scene.wait_killed(Place::B)?;
-            scene.a.wait_state(ReplicationState::TakenOver, LIMIT)?;
-            let _ = waits.join();
-            Ok(End::Back)
-        };
         let what = format!("The pair is reversed, A is called, and B is killed {when}");
         let name = format!("reverse-kill-b-first-{point}");
-        let row = Row::new(name, what, Expect::Only(End::Back), act);
+        let row = Row::new(name, what, Expect::Only(End::Back), a_has_it_back);
         rows.push(row.reverses().fault(Place::B, point, Does::Kill));
     }
     for (point, when) in [("accepted", "as it is called")].iter().chain(&OF_THE_FIRST[1..]) {
